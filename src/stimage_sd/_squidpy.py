@@ -1,0 +1,52 @@
+"""What squidpy's and scanpy's spatial plots look for in a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from stimage_sd import contract
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+#: longest side of the image that travels in a table, px
+THUMBNAIL = 1000
+
+
+def spatial_uns(sdata: SpatialData, *, spot_diameter_px: float) -> dict[str, Any]:
+    """Build ``uns["spatial"]`` of a table, so that `squidpy.pl.spatial_scatter` draws it as it is.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    spot_diameter_px
+        Diameter to draw an observation with, pixels of the H&E at full resolution.
+
+    Returns
+    -------
+    The section's sample id, mapped to ``images`` (``hires``: ``uint8 (y, x, 3)``, at most 1,000 px a
+    side) and ``scalefactors`` (``tissue_hires_scalef``, ``spot_diameter_fullres``).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from spatialdata import SpatialData
+    >>> from stimage_sd import contract
+    >>> from stimage_sd.io._raster import raster_from_array
+    >>> image = np.full((2000, 2000, 3), 255, np.uint8)
+    >>> sdata = SpatialData(images={"he": contract.build_image(raster_from_array(image))})
+    >>> _ = contract.register(sdata, sample="blank", platform="slide", image="he", mpp=None)
+    >>> spatial_uns(sdata, spot_diameter_px=100.0)["blank"]["scalefactors"]["tissue_hires_scalef"]
+    0.5
+    """
+    image, downsample = contract.thumbnail(sdata, contract.image_name(sdata), max_side=THUMBNAIL)
+    return {
+        contract.sample(sdata): {
+            "images": {"hires": image},
+            "scalefactors": {
+                "tissue_hires_scalef": 1.0 / downsample,
+                "spot_diameter_fullres": float(spot_diameter_px),
+            },
+        }
+    }

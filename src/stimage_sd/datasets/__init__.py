@@ -1,0 +1,10 @@
+"""Data to try the package on: real sections, and synthetic ones in the vendors' own formats."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={"_her2st": ["her2st"], "_synthetic_visium": ["synthetic_visium"]},
+)

@@ -1,0 +1,403 @@
+"""Extractors: what turns tiles into embeddings, and the registry of them by name."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+from flax import nnx
+from numpy.typing import NDArray
+
+from stimage_sd.models._weights import load_efficientnet_lite0, load_resnet50, sha256_of_arrays
+from stimage_sd.nn import onnx_graph
+
+Tiles = NDArray[np.uint8]
+Embeddings = NDArray[np.float32]
+Network = nnx.Module | Callable[[Any], Any]
+Run = Callable[[Tiles], Any]
+
+# Tiles in one run of ONNX Runtime. From 8 on the activations leave the cache, which is slower, and they
+# take 20 MB a tile of 299 px.
+ONNX_BATCH = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Extractor:
+    """A network, with weights, that turns tiles into embeddings.
+
+    Get one by name from `get_extractor`. Calls may come from several threads at once: each runs on one
+    core of the CPU, so callers work on batches in parallel. Where JAX runs on a GPU or TPU, so does this.
+
+    Attributes
+    ----------
+    name
+        Its name in the registry.
+    input_size
+        Height and width in pixels to resize tiles to. Other sizes work where the network allows.
+    embedding_size
+        Length of an embedding.
+    weights_hash
+        sha256 of the file of weights, or of the arrays; empty for a plain function registered without one.
+    licence
+        Terms of use of the weights.
+    mean, std
+        Normalisation, on the scale 0 … 1, that the network sees; None where it takes bytes.
+    weights
+        The file of weights that was asked for; None for the default.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> extractor = get_extractor("efficientnet_lite0")
+    >>> extractor(np.zeros((2, 224, 224, 3), np.uint8)).shape
+    (2, 1280)
+    """
+
+    name: str
+    input_size: int
+    embedding_size: int
+    weights_hash: str
+    licence: str
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    weights: Path | None
+    _entry: _Entry = field(repr=False)
+    _network: Network = field(repr=False)
+    _run: Run = field(repr=False)
+
+    def __call__(self, tiles: Tiles) -> Embeddings:
+        """Embed tiles.
+
+        Parameters
+        ----------
+        tiles
+            uint8 (n_tiles, height, width, 3), RGB.
+
+        Returns
+        -------
+        embeddings
+            float32 (n_tiles, embedding_size).
+
+        Raises
+        ------
+        ValueError
+            If the tiles are of another shape or dtype, or the network's output is.
+        """
+        tiles = np.asarray(tiles)
+        if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3 or 0 in tiles.shape[1:]:
+            raise ValueError(
+                f"Expected tiles of dtype uint8 and shape (n_tiles, height, width, 3), found {tiles.dtype} "
+                f"and {tiles.shape}."
+            )
+        if len(tiles) == 0:
+            return np.empty((0, self.embedding_size), np.float32)
+        embeddings = np.asarray(self._run(tiles), np.float32)
+        expected = (len(tiles), self.embedding_size)
+        if embeddings.shape != expected:
+            raise ValueError(
+                f"Expected the extractor {self.name!r} to give embeddings of shape {expected}, as it was "
+                f"registered, found {embeddings.shape}."
+            )
+        return embeddings
+
+    def module(self) -> nnx.Module:
+        """Give a new copy of the network, with its weights, as a Flax module on JAX's default device.
+
+        Returns
+        -------
+        flax.nnx.Module
+            Takes float32 tiles (batch, height, width, 3) that are normalised by `mean` and `std`.
+
+        Raises
+        ------
+        TypeError
+            If the extractor is a plain function.
+
+        Examples
+        --------
+        >>> type(get_extractor("efficientnet_lite0").module()).__name__
+        'EfficientNetLite0'
+        """
+        if not isinstance(self._network, nnx.Module):
+            raise TypeError(
+                f"The extractor {self.name!r} is a plain function, not a Flax module: only modules can be "
+                "fine-tuned or differentiated. Register the module itself with register_extractor."
+            )
+        graph, state = nnx.split(self._network)
+        return nnx.merge(graph, jax.tree.map(jnp.array, state))
+
+    def __reduce__(self) -> tuple[Callable[..., Extractor], tuple[Any, ...]]:
+        """Pickle as what the registry knows: a process that reads it builds the extractor once."""
+        return _rebuild, (self._entry, self.weights)
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """What the registry knows of an extractor before its weights are read."""
+
+    name: str
+    load: Callable[[Path | None], tuple[Network, str]]
+    input_size: int
+    embedding_size: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    licence: str
+    token: str  # tells registrations under one name apart, in other processes too
+    is_recordable: bool = False  # whether the network is written in the primitives of nn.layers
+
+
+_BUILT_IN = (
+    _Entry(
+        name="efficientnet_lite0",
+        load=load_efficientnet_lite0,
+        input_size=224,
+        embedding_size=1280,
+        # The TensorFlow models' normalisation: (byte - 127) / 128.
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+        licence="Apache-2.0",
+        token="built-in",
+        is_recordable=True,
+    ),
+    _Entry(
+        name="resnet50",
+        load=load_resnet50,
+        input_size=224,
+        embedding_size=2048,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        licence="BSD-3-Clause",
+        token="built-in",
+        is_recordable=True,
+    ),
+)
+_entries: dict[str, _Entry] = {entry.name: entry for entry in _BUILT_IN}
+_built: dict[tuple[str, Path | None], Extractor] = {}
+# Threads of one process ask for the same extractor at once; the first builds it.
+_lock = threading.RLock()
+
+
+def extractors() -> list[str]:
+    """List the names of the registered extractors.
+
+    Returns
+    -------
+    list of str
+        Sorted.
+
+    Examples
+    --------
+    >>> extractors()[:2]
+    ['efficientnet_lite0', 'resnet50']
+    """
+    return sorted(_entries)
+
+
+def get_extractor(name: str, *, weights: str | Path | None = None) -> Extractor:
+    """Give an extractor by name, with its weights; built once a process.
+
+    Parameters
+    ----------
+    name
+        One of `extractors()`.
+    weights
+        A safetensors file of weights in place of the default; resnet50's may have torchvision's or timm's
+        names. By default efficientnet_lite0 is embedded, and resnet50 is looked for at
+        `$STIMAGE_SD_WEIGHTS/resnet50.safetensors` and on the Hugging Face hub.
+
+    Returns
+    -------
+    Extractor
+        The extractor.
+
+    Raises
+    ------
+    KeyError
+        If there is none of this name.
+    FileNotFoundError
+        If its weights are nowhere.
+    ValueError
+        If the file of weights is damaged or of another network, or the extractor takes none.
+
+    Examples
+    --------
+    >>> get_extractor("efficientnet_lite0").embedding_size
+    1280
+    """
+    path = None if weights is None else Path(weights).expanduser().resolve()
+    with _lock:
+        if name not in _entries:
+            raise KeyError(
+                f"Found no extractor {name!r}; there are {', '.join(extractors())}. Add one with "
+                "stimage_sd.models.register_extractor."
+            )
+        if (name, path) not in _built:
+            _built[name, path] = _build(_entries[name], path)
+        return _built[name, path]
+
+
+def register_extractor(
+    name: str,
+    network: Network,
+    *,
+    input_size: int,
+    embedding_size: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    licence: str = "",
+    weights_hash: str = "",
+) -> None:
+    """Add an extractor to the registry, in place of one registered before under its name.
+
+    Parameters
+    ----------
+    name
+        Its name; not that of a built-in one.
+    network
+        A Flax module, which is compiled, or any function: from tiles (batch, height, width, 3) to
+        embeddings (batch, embedding_size).
+    input_size
+        Height and width in pixels to resize tiles to.
+    embedding_size
+        Length of an embedding.
+    mean, std
+        Of red, green and blue, on the scale 0 … 1: the network gets float32 (tiles / 255 − mean) / std.
+        Without them it gets the uint8 tiles.
+    licence
+        Terms of use of the weights.
+    weights_hash
+        sha256 of the weights, kept with what is computed from them. Computed for a Flax module.
+
+    Raises
+    ------
+    ValueError
+        If the name is a built-in extractor's, a size is not positive, or only one of mean and std is given.
+
+    Examples
+    --------
+    >>> def colour(tiles):
+    ...     return tiles.mean(axis=(1, 2))
+    >>> register_extractor("colour", colour, input_size=32, embedding_size=3)
+    >>> get_extractor("colour")(np.full((1, 32, 32, 3), 7, np.uint8))
+    array([[7., 7., 7.]], dtype=float32)
+    """
+    if name in {entry.name for entry in _BUILT_IN}:
+        raise ValueError(f"The extractor {name!r} is built in; register yours under another name.")
+    if input_size < 1 or embedding_size < 1:
+        raise ValueError(f"Expected positive sizes, found input_size={input_size} and embedding_size={embedding_size}.")
+    if (mean is None) != (std is None):
+        raise ValueError(f"Expected mean and std together or neither, found mean={mean} and std={std}.")
+    for label, values in (("mean", mean), ("std", std)):
+        if values is not None and (len(values) != 3 or not np.isfinite(values).all()):
+            raise ValueError(f"Expected {label} to be three finite numbers, found {values}.")
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"Expected std to be positive, found {std}.")
+    entry = _Entry(
+        name=name,
+        load=partial(_registered, name=name, network=network, weights_hash=weights_hash),
+        input_size=input_size,
+        embedding_size=embedding_size,
+        mean=None if mean is None else tuple(mean),
+        std=None if std is None else tuple(std),
+        licence=licence,
+        token=uuid.uuid4().hex,
+    )
+    _enter(entry)
+
+
+def _enter(entry: _Entry) -> None:
+    with _lock:
+        _entries[entry.name] = entry
+        for key in [key for key in _built if key[0] == entry.name]:
+            del _built[key]
+
+
+def _registered(weights: Path | None, *, name: str, network: Network, weights_hash: str) -> tuple[Network, str]:
+    if weights is not None:
+        raise ValueError(f"The extractor {name!r} was registered with its weights; it takes no weights=.")
+    if not weights_hash and isinstance(network, nnx.Module):
+        state = nnx.to_flat_state(nnx.state(network, nnx.Not(nnx.RngState)))
+        arrays = {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
+        weights_hash = sha256_of_arrays(arrays)
+    return network, weights_hash
+
+
+def _rebuild(entry: _Entry, weights: Path | None) -> Extractor:
+    """Give a pickled extractor, entering it into this process's registry where it is new to it."""
+    with _lock:
+        known = _entries.get(entry.name)
+        if known is None or known.token != entry.token:
+            _enter(entry)
+        return get_extractor(entry.name, weights=weights)
+
+
+def _build(entry: _Entry, weights: Path | None) -> Extractor:
+    network, weights_hash = entry.load(weights)
+    if entry.is_recordable and jax.default_backend() == "cpu":
+        run = _onnx(entry, network)
+    elif isinstance(network, nnx.Module):
+        run = _compiled(entry, network)
+    else:
+        run = _plain(entry, network)
+    return Extractor(
+        name=entry.name,
+        input_size=entry.input_size,
+        embedding_size=entry.embedding_size,
+        weights_hash=weights_hash,
+        licence=entry.licence,
+        mean=entry.mean,
+        std=entry.std,
+        weights=weights,
+        _entry=entry,
+        _network=network,
+        _run=run,
+    )
+
+
+def _onnx(entry: _Entry, network: nnx.Module) -> Run:
+    """Run a network in ONNX Runtime, on the calling thread alone."""
+    model = onnx_graph.record(network, mean=entry.mean, std=entry.std, embedding_size=entry.embedding_size)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def run(tiles: Tiles) -> Embeddings:
+        parts = [tiles[start : start + ONNX_BATCH] for start in range(0, len(tiles), ONNX_BATCH)]
+        return np.concatenate([session.run(["embedding"], {"tiles": part})[0] for part in parts])
+
+    return run
+
+
+def _compiled(entry: _Entry, network: nnx.Module) -> Run:
+    """Run a Flax module compiled, where JAX's default device is."""
+    graph, state = nnx.split(network)
+    state = jax.device_put(state)
+
+    @jax.jit
+    def embed(state: Any, tiles: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state)(_normalised(entry, tiles, jnp))
+
+    return partial(embed, state)
+
+
+def _plain(entry: _Entry, function: Callable[[Any], Any]) -> Run:
+    return lambda tiles: function(_normalised(entry, tiles, np))
+
+
+def _normalised(entry: _Entry, tiles: Any, numpy: Any) -> Any:
+    """Apply an entry's normalisation, in numpy or in JAX; without one the bytes are left as they are."""
+    if entry.mean is None:
+        return tiles
+    levels = (255 * np.asarray(entry.mean)).astype(np.float32)
+    scale = (1 / (255 * np.asarray(entry.std))).astype(np.float32)
+    return (numpy.asarray(tiles, np.float32) - levels) * scale

@@ -1,0 +1,139 @@
+"""The space a head works in: embeddings, standardised, reduced to their principal components."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import numpy as np
+from sklearn.utils.extmath import randomized_svd
+
+Standardize = Literal["section", "cohort"]
+#: tiles that principal components are found on; more hardly turn them
+_MOST_TILES = 20_000
+#: fewer tiles than this do not tell a section's mean and deviation
+LEAST_TILES = 20
+
+
+@dataclass(frozen=True)
+class FeatureSpace:
+    """Standardisation and principal components, fitted on the training tiles.
+
+    Attributes
+    ----------
+    mean, deviation
+        ``float32 (n_features,)`` over the training tiles.
+    components
+        ``float32 (n_features, n_components)``: projection, in units of the largest component's deviation.
+        The components are not whitened: under one weight decay small components then count for little, as
+        in ridge regression, which is measurably better (docs, "Design decisions").
+    usual_distance
+        95th percentile of the training tiles' distance, the unit of `strangeness`.
+    standardize
+        ``"section"``: a section's embeddings are standardised by its own mean and deviation, which takes out
+        what staining and scanner add to all its tiles alike. ``"cohort"``: by the training tiles'.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+    components: np.ndarray
+    usual_distance: np.ndarray
+    standardize: Standardize = "section"
+
+    @classmethod
+    def fit(
+        cls, sections: Mapping[str, np.ndarray], *, n_components: int, standardize: Standardize, seed: int
+    ) -> FeatureSpace:
+        """Find the space on a cohort.
+
+        Parameters
+        ----------
+        sections
+            Embeddings of each section, ``float32 (n_tiles, n_features)``.
+        n_components
+            Dimensions to reduce to, at most one less than tiles.
+        standardize
+            Whose mean and deviation to standardise a section by.
+        seed
+            Seed of the randomised decomposition.
+
+        Returns
+        -------
+        The space.
+        """
+        n_tiles = sum(map(len, sections.values()))
+        mean = sum(values.sum(axis=0, dtype=np.float64) for values in sections.values()) / n_tiles
+        square = sum(((values - mean) ** 2).sum(axis=0, dtype=np.float64) for values in sections.values())
+        deviation = np.maximum(np.sqrt(square / n_tiles), 1e-6)
+        empty = np.zeros((0, 0), np.float32)
+        space = cls(mean.astype(np.float32), deviation.astype(np.float32), empty, np.ones(1, np.float32), standardize)
+        random = np.random.default_rng(seed)
+        share = min(1.0, _MOST_TILES / n_tiles)
+        sample = np.concatenate(
+            [
+                space.standardized(values)[np.sort(random.permutation(len(values))[: max(2, int(share * len(values)))])]
+                for values in sections.values()
+            ]
+        )
+        rank = min(n_components, min(sample.shape) - 1)
+        _, singular, directions = randomized_svd(sample, rank, random_state=seed, n_iter=4)
+        deviations = singular / np.sqrt(len(sample))
+        distances = np.concatenate([space._distance(values) for values in sections.values()])
+        return cls(
+            space.mean,
+            space.deviation,
+            (directions.T / max(deviations[0], 1e-6)).astype(np.float32),
+            np.array([np.percentile(distances, 95)], dtype=np.float32),
+            standardize,
+        )
+
+    def standardized(self, values: np.ndarray) -> np.ndarray:
+        """Standardise the embeddings of one whole section, ``float32 (n_tiles, n_features)``.
+
+        Raises
+        ------
+        ValueError
+            If the section has too few tiles to be standardised by itself.
+        """
+        if self.standardize == "cohort":
+            return (values - self.mean) / self.deviation
+        if len(values) < LEAST_TILES:
+            raise ValueError(
+                f"The model standardises each section by itself, which takes at least {LEAST_TILES} tiles, found "
+                f'{len(values)}. Fit with `standardize="cohort"` for sections that small.'
+            )
+        own = values.std(axis=0)
+        # a feature that is constant in the section says nothing about it
+        return np.where(own > 1e-6, (values - values.mean(axis=0)) / np.maximum(own, 1e-6), 0).astype(np.float32)
+
+    def reduce(self, values: np.ndarray) -> np.ndarray:
+        """Bring the embeddings of one whole section into the space, ``float32 (n_tiles, n_components)``."""
+        return (self.standardized(values) @ self.components).astype(np.float32)
+
+    def strangeness(self, values: np.ndarray) -> np.ndarray:
+        """How far tiles lie from the training tiles: above 1, farther than 95 % of those.
+
+        Parameters
+        ----------
+        values
+            Embeddings, ``float32 (n_tiles, n_features)``.
+
+        Returns
+        -------
+        ``float32 (n_tiles,)``: root mean square of the embeddings, standardised by the cohort, in units of
+        the training tiles' 95th percentile.
+        """
+        return (self._distance(values) / self.usual_distance[0]).astype(np.float32)
+
+    def _distance(self, values: np.ndarray) -> np.ndarray:
+        return np.sqrt((((values - self.mean) / self.deviation) ** 2).mean(axis=1))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The space's arrays by name, for a model file."""
+        return {f"features.{item.name}": getattr(self, item.name) for item in fields(self)[:4]}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray], *, standardize: Standardize) -> FeatureSpace:
+        """The inverse of `arrays`."""
+        return cls(*(arrays[f"features.{item.name}"] for item in fields(cls)[:4]), standardize=standardize)

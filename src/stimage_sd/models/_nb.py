@@ -1,0 +1,183 @@
+"""A fitted ensemble of negative-binomial heads, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import pandas as pd
+
+from stimage_sd.models._features import FeatureSpace
+from stimage_sd.models._files import write_model
+from stimage_sd.nn.negative_binomial_head import HEADS
+
+HeadName = Literal["paper", "dispersion"]
+
+
+@dataclass(frozen=True)
+class TileSpecification:
+    """What a section's tiles and embeddings must be for a model to predict on them.
+
+    Attributes
+    ----------
+    extractor, weights_hash
+        Name of the extractor and hash of its weights.
+    fields_of_view
+        Multiples of the tile's side that were embedded.
+    context_rings
+        Rings of neighbours whose embeddings are features too; 0: none.
+    input_px
+        Side of what the extractor saw, px.
+    side_px, size_um
+        Side of a tile in H&E pixels, and in micrometres where the resolution is known.
+    stain
+        Stain normalisation of the image that tiles were cut from (method, concentrations, reference), or
+        `None`.
+    """
+
+    extractor: str
+    weights_hash: str
+    fields_of_view: tuple[float, ...]
+    context_rings: int
+    input_px: int
+    side_px: float
+    size_um: float | None = None
+    stain: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class NBModel:
+    """An ensemble that predicts a negative binomial for every gene and tile.
+
+    Made by `stimage_sd.tl.fit_nb`, loaded by `stimage_sd.models.load`.
+
+    Attributes
+    ----------
+    genes
+        Names of the genes, in the order of every array's last axis.
+    tiles
+        What tiles and embeddings must be.
+    features
+        From embeddings to the heads' inputs.
+    head
+        ``"paper"`` or ``"dispersion"``.
+    parameters
+        The heads' arrays; the leading axis is the member.
+    floor
+        ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
+    total
+        The size factor 1: the training tiles' median total count; `None` without size factors.
+    interval_level
+        Nominal level at which the mixture's central intervals covered 90 % of held-out counts.
+    training
+        What was fitted, for the reader: sections, validation, seed, options, package versions, metrics.
+    """
+
+    genes: tuple[str, ...]
+    tiles: TileSpecification
+    features: FeatureSpace
+    head: HeadName
+    parameters: Mapping[str, np.ndarray]
+    floor: np.ndarray
+    total: float | None = None
+    interval_level: float = 0.9
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_members(self) -> int:
+        """Members of the ensemble."""
+        return len(self.parameters["bias"])
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """Loss a member and epoch: ``epoch``, ``member``, ``training_nll``, ``validation_nll``."""
+        return pd.DataFrame(self.training["history"])
+
+    def r_and_p(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Parameters of the negative binomials.
+
+        Parameters
+        ----------
+        reduced
+            ``float32 (n_tiles, n_components)`` of `features.reduce`.
+        members
+            Which members; all by default.
+
+        Returns
+        -------
+        r and p, each ``float32 (n_members, n_tiles, n_genes)``.
+        """
+        chosen = dict(self.parameters)
+        if members is not None:
+            chosen = {name: array[list(members)] for name, array in chosen.items()}
+        r, p = _r_and_p(self.head)(chosen, reduced)
+        return np.asarray(r), np.asarray(p)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+
+        Parameters
+        ----------
+        path
+            Where to.
+
+        Returns
+        -------
+        The path.
+        """
+        config = {
+            "genes": list(self.genes),
+            "tiles": asdict(self.tiles),
+            "head": self.head,
+            "standardize": self.features.standardize,
+            "total": self.total,
+            "interval_level": self.interval_level,
+            "training": self.training,
+        }
+        arrays = {f"head.{name}": np.asarray(array) for name, array in self.parameters.items()}
+        return write_model(
+            path, kind="nb", config=config, arrays={**arrays, **self.features.arrays(), "floor": self.floor}
+        )
+
+    @classmethod
+    def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> NBModel:
+        """Put a model together from what `save` wrote."""
+        tiles = dict(config["tiles"])
+        tiles["fields_of_view"] = tuple(tiles["fields_of_view"])
+        parameters = {name.removeprefix("head."): array for name, array in arrays.items() if name.startswith("head.")}
+        n_genes = len(config["genes"])
+        if config["head"] not in HEADS or arrays["floor"].shape != (2, n_genes):
+            raise KeyError(f"head {config['head']!r} with a floor of shape {arrays['floor'].shape} for {n_genes} genes")
+        return cls(
+            genes=tuple(config["genes"]),
+            tiles=TileSpecification(**tiles),
+            features=FeatureSpace.from_arrays(arrays, standardize=config["standardize"]),
+            head=config["head"],
+            parameters=parameters,
+            floor=arrays["floor"],
+            total=config["total"],
+            interval_level=config["interval_level"],
+            training=dict(config["training"]),
+        )
+
+    def __repr__(self) -> str:
+        sections = ", ".join(self.training.get("sections", []))
+        return (
+            f"NBModel: {len(self.genes)} genes, {self.n_members} members, head {self.head!r}, "
+            f"on {self.tiles.extractor} (fields of view {list(self.tiles.fields_of_view)}, "
+            f"context rings {self.tiles.context_rings}); trained on {sections}"
+        )
+
+
+_COMPILED: dict[str, Any] = {}
+
+
+def _r_and_p(head: str) -> Any:
+    """The head's function, compiled once a process."""
+    if head not in _COMPILED:
+        _COMPILED[head] = jax.jit(HEADS[head].r_and_p)
+    return _COMPILED[head]

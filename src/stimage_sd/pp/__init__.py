@@ -1,0 +1,18 @@
+"""Preprocessing: tissue, stain, tiles, embeddings, genes; one file a step."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "_augment": ["augment"],
+        "_context": ["spatial_context"],
+        "_embed": ["embed"],
+        "_genes": ["select_genes"],
+        "_stain": ["stain_normalize"],
+        "_tile": ["tile"],
+        "_tissue": ["tissue_mask"],
+    },
+)

@@ -1,0 +1,113 @@
+"""Embeddings of tiles by an extractor, through the tile stream."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.models._extractors import Extractor, get_extractor
+from stimage_sd.pp._context import spatial_context
+from stimage_sd.stream import run_over_tiles
+
+
+def embed(
+    data: SpatialData | contract.Cohort,
+    extractor: str | Extractor = "efficientnet_lite0",
+    *,
+    fields_of_view: Sequence[float] = (1.0, 2.0, 4.0),
+    context_rings: int = 1,
+    weights: str | Path | None = None,
+    image_key: str | None = None,
+    batch_size: int = 32,
+    n_workers: int | None = None,
+) -> None:
+    """Turn every tile into a vector by a pretrained network.
+
+    Parameters
+    ----------
+    data
+        A section, or a cohort of them; tiled.
+    extractor
+        Name of a registered extractor (`stimage_sd.models.extractors` lists them), or an `Extractor`.
+    fields_of_view
+        Sides of the squares that are embedded around a tile's centre, in multiples of the tile's side;
+        their embeddings are concatenated. The paper's own is ``(1.0,)``; the wider ones show the
+        surroundings and raise accuracy (docs, "Design decisions").
+    context_rings
+        Rings of neighbouring tiles whose mean embedding is stored beside (see `spatial_context`); 0: none.
+    weights
+        Weights file, where they are not found by themselves.
+    image_key
+        The image that tiles are cut from; by default the stain-normalised H&E where there is one.
+    batch_size
+        Tiles a batch.
+    n_workers
+        Threads; all cores by default. An active `dask.distributed` client is used instead.
+
+    Returns
+    -------
+    Nothing; ``tables["tiles"].obsm["X_<extractor>"]`` is written, ``float32 (n_tiles, n_fields * n_features)``,
+    and ``uns["embeddings"]`` says how. A run that was interrupted goes on where it stopped.
+
+    Raises
+    ------
+    KeyError
+        If the section was not tiled.
+    ValueError
+        If a field of view is not positive.
+
+    Examples
+    --------
+    >>> import stimage_sd as sti
+    >>> path = sti.datasets.synthetic_visium("bundle_embed", n_spots=30, n_genes=20)
+    >>> section = sti.io.visium(path, image=path / "image.tif")
+    >>> sti.pp.tile(section)
+    >>> sti.pp.embed(section, fields_of_view=(1.0,))
+    >>> section.tables["tiles"].obsm["X_efficientnet_lite0"].shape
+    (30, 1280)
+    """
+    fields = [float(field) for field in fields_of_view]
+    if not fields or min(fields) <= 0:
+        raise ValueError(f"Expected `fields_of_view` as positive multiples of the tile's side, found {fields}.")
+    network = get_extractor(extractor, weights=weights) if isinstance(extractor, str) else extractor
+    for sdata in contract.sections(data).values():
+        table = contract.tiles(sdata)
+        name = contract.working_image_name(sdata, image_key)
+        contract.check_rgb(sdata, name)
+        tiling = contract.tiling(sdata)
+        target = network.input_size or tiling["target_px"]
+        values = run_over_tiles(
+            contract.levels(sdata, name),
+            np.asarray(table.obsm["spatial"]),
+            network,
+            sides=[field * tiling["side_px"] for field in fields],
+            target=target,
+            key=f"{network.name}-{network.weights_hash}",
+            batch_size=batch_size,
+            n_workers=n_workers,
+            description=f"{contract.sample(sdata)}: {network.name}",
+        )
+        table.obsm[contract.feature_key(network.name)] = values.reshape(len(values), -1)
+        table.obsm.pop(contract.context_key(network.name), None)
+        table.uns.setdefault("embeddings", {})[network.name] = {
+            "image": name,
+            "weights_hash": network.weights_hash,
+            "fields_of_view": fields,
+            "input_px": int(target),
+            "context_rings": 0,
+            "stain": _stain(sdata, name),
+        }
+        contract.record(sdata, "pp.embed", extractor=network.name, fields_of_view=fields, image=name)
+        if context_rings:
+            spatial_context(sdata, network.name, n_rings=context_rings)
+
+
+def _stain(sdata: SpatialData, image: str) -> str:
+    """How the image that was embedded is stain-normalised, as JSON; empty where it is not."""
+    section = contract.info(sdata)
+    return json.dumps(section["stain"]) if section.get("normalized_image") == image else ""

@@ -1,0 +1,161 @@
+"""Score predictions against measured counts: accuracy, spatial pattern, calibration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.nn import negative_binomial
+from stimage_sd.nn.spatial import morans_i, neighbour_graph, pattern_iou, pearson, spearman
+
+Transform = Literal["log1p", "raw", "lognorm"]
+METRICS = (
+    "pearson",
+    "spearman",
+    "morans_i_observed",
+    "morans_i_predicted",
+    "bivariate_morans_i",
+    "iou",
+    "coverage",
+    "nll",
+    "nll_floor",
+)
+
+
+def evaluate(
+    data: SpatialData | contract.Cohort,
+    *,
+    transform: Transform = "log1p",
+    graph: sp.spmatrix | None = None,
+    table_key: str | None = None,
+) -> pd.DataFrame:
+    """Compare predictions with the counts of the spots that the tiles sit on.
+
+    Parameters
+    ----------
+    data
+        A section, or a cohort of them, with predictions and counts.
+    transform
+        What correlations, Moran's I and IoU are computed on: ``"log1p"`` of counts and means; ``"raw"``;
+        ``"lognorm"``: scaled to the median total over the predicted genes, then log1p.
+    graph
+        Spatial weights, sparse ``(n, n)`` over the predicted tiles that sit on a measured spot; by default
+        the eight neighbours of a square lattice or the six of a hexagonal one. Rows are standardised.
+    table_key
+        Name of the table of counts.
+
+    Returns
+    -------
+    A row a section and gene: ``section``, ``gene``, ``n_tiles`` and
+
+    - ``pearson``, ``spearman``: predicted mean against measured, over tiles;
+    - ``morans_i_observed``, ``morans_i_predicted``, ``bivariate_morans_i`` (predicted, neighbours' observed);
+    - ``iou``: overlap of the smoothed patterns of high expression (paper, 2.8);
+    - ``coverage``: share of counts inside the 90 % interval;
+    - ``nll``: negative log-likelihood a count, by the negative binomial of the predicted mean and total
+      variance; ``nll_floor``: the same by the mean-only fit to the training counts.
+
+    A gene that is constant where it is measured, or predicted, scores NaN where that leaves a score without
+    meaning. The scores are written to ``tables["predictions"].var`` too.
+
+    Raises
+    ------
+    KeyError
+        If the section has no predictions or counts, or its tiles do not sit on spots.
+    ValueError
+        If no predicted gene was measured.
+
+    Notes
+    -----
+    Paper, sections 2.7 and 2.8.
+
+    Examples
+    --------
+    >>> import stimage_sd as sti
+    >>> path = sti.datasets.synthetic_visium("bundle_evaluate", n_spots=60, n_genes=20)
+    >>> section = sti.io.visium(path, image=path / "image.tif")
+    >>> sti.pp.tile(section)
+    >>> sti.pp.embed(section, fields_of_view=(1.0,))
+    >>> model = sti.tl.fit_nb(section, genes=sti.pp.select_genes(section, n_top=5), n_members=2, max_epochs=2)
+    >>> sti.tl.predict(section, model)
+    >>> len(sti.tl.evaluate(section))
+    5
+    """
+    if transform not in ("log1p", "raw", "lognorm"):
+        raise ValueError(f'Expected `transform` to be "log1p", "raw" or "lognorm", found {transform!r}.')
+    tables = []
+    for name, sdata in contract.sections(data).items():
+        predictions = contract.predictions(sdata)
+        rows, counts = contract.align_to_spots(sdata, predictions, table_key)
+        genes = [gene for gene in predictions.var_names if gene in counts.var_names]
+        if not genes:
+            raise ValueError(
+                f"None of the {predictions.n_vars} predicted genes was measured in section {name!r}, such as "
+                f"{predictions.var_names[0]!r}; it measured {list(counts.var_names[:3])} and others."
+            )
+        scores = _scores(predictions[rows, genes], counts[:, genes], transform, graph)
+        for metric in METRICS:
+            predictions.var[metric] = scores[metric].reindex(predictions.var_names)
+        predictions.uns["evaluation"] = {"transform": transform, "n_tiles": len(rows)}
+        contract.record(sdata, "tl.evaluate", transform=transform, n_genes=len(genes), n_tiles=len(rows))
+        tables.append(scores.rename_axis("gene").reset_index().assign(section=name, n_tiles=len(rows)))
+    return pd.concat(tables, ignore_index=True)[["section", "gene", "n_tiles", *METRICS]]
+
+
+def _scores(
+    predictions: ad.AnnData, counts: ad.AnnData, transform: Transform, graph: sp.spmatrix | None
+) -> pd.DataFrame:
+    observed = counts.X.toarray() if sp.issparse(counts.X) else np.asarray(counts.X)
+    observed = observed.astype(np.float64)
+    mean = np.asarray(predictions.X, dtype=np.float64)
+    coordinates = np.asarray(predictions.obsm["spatial"])
+    weights = neighbour_graph(coordinates) if graph is None else sp.csr_matrix(graph)
+    predicted, measured = _transformed(mean, transform), _transformed(observed, transform)
+    inside = (observed >= predictions.layers["lower"]) & (observed <= predictions.layers["upper"])
+    return pd.DataFrame(
+        {
+            "pearson": pearson(predicted, measured),
+            "spearman": spearman(predicted, measured),
+            "morans_i_observed": morans_i(measured, weights),
+            "morans_i_predicted": morans_i(predicted, weights),
+            "bivariate_morans_i": morans_i(predicted, weights, measured),
+            "iou": pattern_iou(predicted, measured, coordinates),
+            "coverage": inside.mean(axis=0),
+            "nll": _nll(observed, mean, np.asarray(predictions.layers["total_variance"], dtype=np.float64)),
+            "nll_floor": _floor_nll(observed, predictions),
+        },
+        index=predictions.var_names,
+    )
+
+
+def _transformed(values: np.ndarray, transform: Transform) -> np.ndarray:
+    if transform == "raw":
+        return values
+    if transform == "lognorm":
+        totals = values.sum(axis=1, keepdims=True)
+        values = values / np.maximum(totals, 1e-12) * np.median(totals)
+    return np.log1p(values)
+
+
+def _nll(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
+    """By the negative binomial with this mean and variance; the Poisson where the variance is no larger."""
+    excess = np.maximum(variance - mean, 1e-6 * mean)
+    log_prob = negative_binomial.log_prob_from_mean(
+        counts.astype(np.float32),
+        log_mean=np.log(np.maximum(mean, 1e-8)).astype(np.float32),
+        log_dispersion=np.log(np.maximum(mean, 1e-8) ** 2 / np.maximum(excess, 1e-14)).astype(np.float32),
+    )
+    return -np.asarray(log_prob).mean(axis=0)
+
+
+def _floor_nll(counts: np.ndarray, predictions: ad.AnnData) -> np.ndarray:
+    factors = predictions.obs["size_factor"].to_numpy(dtype=np.float64)[:, None]
+    mean = predictions.var["floor_mean"].to_numpy(dtype=np.float64)[None] * factors
+    dispersion = predictions.var["floor_dispersion"].to_numpy(dtype=np.float64)[None]
+    return _nll(counts, mean, mean + mean**2 / dispersion)

@@ -1,0 +1,160 @@
+"""How a section was tiled, stained and embedded, and whether that is what a model expects."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.models._nb import TileSpecification
+
+#: tiles whose sides differ by less are the same to an extractor
+_TOLERANCE = 0.03
+
+
+def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -> TileSpecification:
+    """Read off a section how its tiles were cut and embedded.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    extractor
+        Name of the extractor.
+    context
+        Whether the neighbours' embeddings count.
+
+    Returns
+    -------
+    The specification.
+
+    Raises
+    ------
+    KeyError
+        If the section was not tiled or embedded.
+    """
+    contract.embeddings(sdata, extractor)
+    tiling = contract.tiling(sdata)
+    how = contract.tiles(sdata).uns.get("embeddings", {}).get(extractor, {})
+    stain = how.get("stain") or None
+    return TileSpecification(
+        extractor=extractor,
+        weights_hash=str(how.get("weights_hash", "")),
+        fields_of_view=tuple(float(value) for value in np.atleast_1d(how.get("fields_of_view", [1.0]))),
+        context_rings=int(how.get("context_rings", 0)) if context else 0,
+        input_px=int(how.get("input_px", tiling["target_px"])),
+        side_px=float(tiling["side_px"]),
+        size_um=float(tiling["size_um"]) if "size_um" in tiling else None,
+        stain=json.loads(stain) if stain else None,
+    )
+
+
+def features(sdata: SpatialData, tiles: TileSpecification) -> np.ndarray:
+    """Embeddings, and those of the neighbours where the specification has them, of the tiles to keep."""
+    table = contract.tiles(sdata)
+    keep = table.obs["keep"].to_numpy()
+    own = contract.embeddings(sdata, tiles.extractor)[keep]
+    if tiles.context_rings == 0:
+        return own
+    return np.concatenate([own, np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]], axis=1)
+
+
+def check_specification(found: TileSpecification, expected: TileSpecification, *, section: str) -> None:
+    """Raise `ValueError`, naming the step to run again, where a section is not what is expected."""
+    problems = [
+        *_size_problem(found, expected),
+        *_embedding_problems(found, expected),
+        *_stain_problem(found.stain, expected.stain),
+    ]
+    if problems:
+        raise ValueError(f"Section {section!r} does not match: " + "; ".join(problems) + ".")
+
+
+def _size_problem(found: TileSpecification, expected: TileSpecification) -> list[str]:
+    if found.size_um is not None and expected.size_um is not None:
+        if abs(found.size_um / expected.size_um - 1) > _TOLERANCE:
+            return [
+                f"tiles of {found.size_um:.1f} µm, expected {expected.size_um:.1f} µm: run "
+                f"`stimage_sd.pp.tile(sdata, size_um={expected.size_um:.4g})` and `pp.embed` again"
+            ]
+    elif abs(found.side_px / expected.side_px - 1) > _TOLERANCE:
+        return [
+            f"tiles of {found.side_px:.0f} px, expected {expected.side_px:.0f} px, and no resolution (`mpp`) to compare "
+            "them by: pass `mpp=` to the reader and tile by `size_um=`"
+        ]
+    return []
+
+
+def _embedding_problems(found: TileSpecification, expected: TileSpecification) -> list[str]:
+    call = (
+        f"`stimage_sd.pp.embed(sdata, {expected.extractor!r}, fields_of_view={expected.fields_of_view}, "
+        f"context_rings={expected.context_rings})`"
+    )
+    problems = []
+    if found.fields_of_view != expected.fields_of_view:
+        problems.append(f"fields of view {found.fields_of_view}, expected {expected.fields_of_view}: run {call}")
+    elif found.context_rings != expected.context_rings:
+        problems.append(f"{found.context_rings} rings of context, expected {expected.context_rings}: run {call}")
+    if found.weights_hash != expected.weights_hash:
+        problems.append(
+            f"embeddings by other weights of {expected.extractor!r} ({found.weights_hash[:8] or 'unknown'}, expected "
+            f"{expected.weights_hash[:8] or 'unknown'}): embed with the same `weights=`"
+        )
+    if found.input_px != expected.input_px:
+        problems.append(
+            f"tiles embedded at {found.input_px} px, expected {expected.input_px} px: run "
+            f"`stimage_sd.pp.tile(sdata, target_px={expected.input_px})` and {call}"
+        )
+    return problems
+
+
+def _stain_problem(found: dict[str, Any] | None, expected: dict[str, Any] | None) -> list[str]:
+    if expected is None and found is None:
+        return []
+    if expected is None:
+        return ["tiles of a stain-normalised image, expected the image as it is: embed with `image_key=`"]
+    call = (
+        f'`stimage_sd.pp.stain_normalize(sdata, model.tiles.stain["reference"], method={expected["method"]!r}, '
+        f"concentrations={expected['concentrations']!r})` before `pp.embed`"
+    )
+    if found is None:
+        return [f"tiles without stain normalisation, expected {expected['method']!r}: run {call}"]
+    same = all(found[name] == expected[name] for name in ("method", "concentrations")) and _close(
+        found["reference"], expected["reference"]
+    )
+    return [] if same else [f"tiles normalised by {found['method']!r} to another reference: run {call}"]
+
+
+def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    keys = {key for key in (*one, *other) if one.get(key) is not None or other.get(key) is not None}
+    numbers = keys - {"method"}
+    if one.get("method") != other.get("method") or any(
+        one.get(key) is None or other.get(key) is None for key in numbers
+    ):
+        return False
+    return all(np.allclose(one[key], other[key], rtol=1e-5, atol=1e-6) for key in numbers)
+
+
+def common_specification(cohort: dict[str, SpatialData], extractor: str) -> TileSpecification:
+    """Read off a cohort what all its sections share, for a model to be fitted on.
+
+    Raises
+    ------
+    ValueError
+        If sections were tiled, stained or embedded unlike each other.
+    """
+    each = {name: specification(sdata, extractor) for name, sdata in cohort.items()}
+    first = next(iter(each.values()))
+    for name, found in each.items():
+        check_specification(found, first, section=name)
+    sizes = [found.size_um for found in each.values()]
+    known = [size for size in sizes if size is not None]
+    return replace(
+        first,
+        side_px=float(np.mean([found.side_px for found in each.values()])),
+        size_um=float(np.mean(known)) if len(known) == len(sizes) else None,
+    )

@@ -1,0 +1,312 @@
+"""Images of every kind open lazily, as they are, or are refused with a reason."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import dask.array as da
+import numpy as np
+import openslide
+import pytest
+import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from stimage_sd._cache import cache_dir
+from stimage_sd.io import _pyramid
+from stimage_sd.io._lazy_levels import openslide_levels
+from stimage_sd.io._raster import open_raster, raster_from_array, raster_size
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A smooth colour picture, so that JPEG keeps it."""
+    small = np.random.default_rng(seed).integers(40, 250, (height // 40 + 2, width // 40 + 2, 3), dtype=np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def save(path: Path, image: np.ndarray, *parameters: int) -> Path:
+    colours = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 and image.shape[2] == 3 else image
+    assert cv2.imwrite(str(path), colours, parameters)
+    return path
+
+
+def pixels(level: da.Array) -> np.ndarray:
+    return np.moveaxis(level.compute(), 0, -1)
+
+
+def area_mean(image: np.ndarray) -> np.ndarray:
+    """Mean of 2 x 2 pixels, the odd border repeated, in floating point."""
+    padded = np.pad(image, ((0, image.shape[0] % 2), (0, image.shape[1] % 2), (0, 0)), mode="edge").astype(float)
+    return (padded[::2, ::2] + padded[1::2, ::2] + padded[::2, 1::2] + padded[1::2, 1::2]) / 4.0
+
+
+@pytest.mark.parametrize(("height", "width"), [(2501, 1999), (1024, 1024), (1, 3), (2049, 700)])
+def test_streamed_png_is_bit_equal_at_every_size(tmp_path: Path, height: int, width: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    levels, mpp = open_raster(save(tmp_path / "a.png", image))
+    assert mpp is None
+    assert [level.shape[1:] for level in levels] == _pyramid.level_shapes(height, width)
+    assert max(levels[-1].shape[1:]) <= 1024
+    np.testing.assert_array_equal(pixels(levels[0]), image)
+
+
+def test_levels_are_area_means_across_strip_borders(tmp_path: Path) -> None:
+    image = picture(2501, 3001)
+    levels, _ = open_raster(save(tmp_path / "a.png", image))
+    assert len(levels) == 3
+    for finer, coarser in zip(levels[:-1], levels[1:], strict=True):
+        assert np.abs(area_mean(pixels(finer)) - pixels(coarser)).max() <= 0.5
+
+
+def test_jpeg_equals_opencv(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", picture(1500, 1300))
+    np.testing.assert_array_equal(pixels(open_raster(path)[0][0]), cv2.imread(str(path))[..., ::-1])
+    assert raster_size(path) == (1500, 1300)
+
+
+def test_striped_tiff_streams_and_states_its_resolution(tmp_path: Path) -> None:
+    image = picture(700, 900)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, image, photometric="rgb", resolution=(20_000, 20_000), resolutionunit="CENTIMETER")
+    levels, mpp = open_raster(path)
+    np.testing.assert_array_equal(pixels(levels[0]), image)
+    assert mpp == pytest.approx(0.5)
+
+
+def test_a_printers_resolution_is_not_taken_for_a_microscopes(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(64, 64), photometric="rgb", resolution=(300, 300), resolutionunit="INCH")
+    assert open_raster(path)[1] is None
+
+
+def test_tiled_tiff_is_read_where_it_lies(tmp_path: Path) -> None:
+    image = picture(1500, 2100)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, image, photometric="rgb", tile=(256, 256))
+    levels, _ = open_raster(path)
+    np.testing.assert_array_equal(pixels(levels[0]), image)
+    assert [level.shape for level in levels] == [(3, 1500, 2100), (3, 750, 1050), (3, 375, 525)]
+    assert np.abs(area_mean(image) - pixels(levels[1])).max() <= 0.5
+    assert not any(path.name in str(found) for found in cache_dir().glob("images/*"))
+
+
+def test_ome_tiff_pyramid_that_openslide_misses(tmp_path: Path) -> None:
+    image = picture(1500, 2100)
+    path = tmp_path / "a.ome.tif"
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        metadata = {"axes": "YXS", "PhysicalSizeX": 250.0, "PhysicalSizeXUnit": "nm"}
+        options = {"photometric": "rgb", "tile": (256, 256)}
+        writer.write(image, subifds=2, metadata=metadata, **options)
+        writer.write(image[::2, ::2], subfiletype=1, **options)
+        writer.write(image[::4, ::4], subfiletype=1, **options)
+    levels, mpp = open_raster(path)
+    assert mpp == pytest.approx(0.25)
+    for number, level in enumerate(levels[:3]):
+        np.testing.assert_array_equal(pixels(level), image[:: 2**number, :: 2**number])
+    np.testing.assert_array_equal(pixels(pickle.loads(pickle.dumps(levels[1]))), image[::2, ::2])
+
+
+def test_large_tiled_tiff_of_one_level_gets_a_pyramid(tmp_path: Path) -> None:
+    image = picture(900, 5000)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, image, photometric="rgb", tile=(256, 256))
+    levels, _ = open_raster(path)
+    np.testing.assert_array_equal(pixels(levels[0]), image)
+    assert [level.shape[2] for level in levels] == [5000, 2500, 1250, 625]
+
+
+def test_slide_regions_equal_openslide(data_dir: Path) -> None:
+    path = data_dir / "slides" / "CMU-1-Small-Region.svs"
+    levels, mpp = open_raster(path)
+    assert mpp == pytest.approx(0.499)
+    with openslide.OpenSlide(path) as slide:
+        expected = np.asarray(slide.read_region((900, 1100), 0, (300, 200)))[..., :3]
+    np.testing.assert_array_equal(pixels(levels[0][:, 1100:1300, 900:1200]), expected)
+
+
+def test_slide_levels_can_go_to_another_process(data_dir: Path) -> None:
+    levels, _ = openslide_levels(data_dir / "slides" / "CropBreastSlide.tiff")
+    sent = pickle.loads(pickle.dumps(levels[2]))
+    np.testing.assert_array_equal(sent.compute(), levels[2].compute())
+
+
+def test_pyramid_is_reused_and_made_again_when_the_file_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "a.png", picture(300, 300))
+    streamed = []
+    real = _pyramid._stream
+    monkeypatch.setattr(_pyramid, "_stream", lambda *given, **named: (streamed.append(1), real(*given, **named)))
+    open_raster(path)
+    open_raster(path)
+    assert len(streamed) == 1
+    other = picture(310, 290, seed=1)
+    np.testing.assert_array_equal(pixels(open_raster(save(path, other))[0][0]), other)
+    assert len(streamed) == 2
+
+
+def test_interrupted_pyramid_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STIMAGE_SD_CACHE", str(tmp_path / "cache"))
+    image = picture(2500, 200)
+    path = save(tmp_path / "a.png", image)
+    real = _pyramid._LevelWriter.add
+
+    def interrupted(writer: _pyramid._LevelWriter, rows: np.ndarray) -> None:
+        if writer.start > 0:
+            raise KeyboardInterrupt
+        real(writer, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_pyramid._LevelWriter, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            open_raster(path)
+    assert list((tmp_path / "cache" / "images").iterdir()) == []
+    np.testing.assert_array_equal(pixels(open_raster(path)[0][0]), image)
+
+
+# --------------------------------------------------------------------------------------------------
+# refusals and warnings
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="Expected an image file at .*none.png, found nothing"):
+        open_raster(tmp_path / "none.png")
+    with pytest.raises(FileNotFoundError, match="found a folder"):
+        open_raster(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "found"),
+    [
+        ("grey.png", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uchar \(b-w\)"),
+        ("grey.jpg", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uchar"),
+        ("deep.png", np.zeros((50, 50, 3), np.uint16), r"3 channel\(s\) of ushort \(rgb16\)"),
+        ("grey.tif", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uint8 \(MINISBLACK\)"),
+        ("deep.tif", np.zeros((50, 50, 3), np.uint16), r"3 channel\(s\) of uint16 \(RGB\)"),
+    ],
+)
+def test_not_8_bit_rgb(tmp_path: Path, name: str, image: np.ndarray, found: str) -> None:
+    if name.endswith("tif"):
+        tifffile.imwrite(tmp_path / name, image)
+    else:
+        save(tmp_path / name, image)
+    with pytest.raises(ValueError, match=f"Expected an 8-bit RGB H&E image, found {found}"):
+        open_raster(tmp_path / name)
+
+
+def test_fluorescence_is_not_taken_for_colours(data_dir: Path) -> None:
+    with pytest.raises(ValueError, match=r"found 3 channel\(s\) of uint8 \(MINISBLACK\)"):
+        open_raster(data_dir / "slides" / "small_vectra.qptiff")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "tiled.tif", "striped.tif"])
+def test_truncated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("STIMAGE_SD_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / name
+    image = np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8)
+    if name.endswith("tif"):
+        tifffile.imwrite(path, image, photometric="rgb", tile=(256, 256) if name == "tiled.tif" else None)
+    else:
+        save(path, image)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    with pytest.raises(ValueError, match="truncated, damaged or no image"):
+        open_raster(path)
+    left = tmp_path / "cache" / "images"
+    assert not left.exists() or list(left.iterdir()) == []
+
+
+def test_no_image(tmp_path: Path) -> None:
+    path = tmp_path / "notes.jpg"
+    path.write_text("not an image at all")
+    with pytest.raises(ValueError, match="truncated, damaged or no image"):
+        open_raster(path)
+
+
+def test_alpha_is_laid_on_white_with_a_warning(tmp_path: Path) -> None:
+    image = np.zeros((40, 60, 4), np.uint8)
+    image[..., 0], image[..., 3] = 200, 255
+    image[:, :30, 3] = 0
+    path = tmp_path / "a.png"
+    assert cv2.imwrite(str(path), image)
+    with pytest.warns(UserWarning, match="alpha channel"):
+        levels, _ = open_raster(path)
+    found = pixels(levels[0])
+    assert (found[:, :30] == 255).all()
+    assert (found[:, 30:] == [0, 0, 200]).all()
+
+
+def test_orientation_is_not_applied_and_said(tmp_path: Path) -> None:
+    image = picture(120, 200)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, image, photometric="rgb", extratags=[(274, "H", 1, 6, True)])
+    with pytest.warns(UserWarning, match="states orientation 6"):
+        levels, _ = open_raster(path)
+    np.testing.assert_array_equal(pixels(levels[0]), image)
+
+
+# --------------------------------------------------------------------------------------------------
+# arrays
+
+
+@settings(max_examples=40, deadline=None)
+@given(hnp.arrays(np.uint8, st.tuples(st.integers(1, 40), st.integers(1, 40), st.just(3))))
+def test_lazy_halving_equals_halving(image: np.ndarray) -> None:
+    lazy = da.from_array(np.moveaxis(image, -1, 0), chunks=-1)
+    np.testing.assert_array_equal(pixels(_pyramid.halve_lazily(lazy)), _pyramid.halve(image))
+
+
+def test_arrays_of_either_layout(tmp_path: Path) -> None:
+    image = picture(1500, 1100)
+    for given_array in (image, np.moveaxis(image, -1, 0), da.from_array(image, chunks=(500, 500, 3))):
+        levels = raster_from_array(given_array)
+        np.testing.assert_array_equal(pixels(levels[0]), image)
+        assert levels[0].chunks == ((3,), (1024, 476), (1024, 76))
+        assert levels[1].shape == (3, 750, 550)
+
+
+def test_arrays_that_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"found uint8 \(50, 50\)"):
+        raster_from_array(np.zeros((50, 50), np.uint8))
+    with pytest.raises(ValueError, match=r"found float64 \(50, 50, 3\)"):
+        raster_from_array(np.zeros((50, 50, 3)))
+    with pytest.warns(UserWarning, match="alpha channel"):
+        assert (raster_from_array(np.zeros((5, 5, 4), np.uint8))[0].compute() == 255).all()
+
+
+# --------------------------------------------------------------------------------------------------
+# memory
+
+MEASURE = """
+import pathlib, sys, tempfile
+import cv2, numpy as np
+from stimage_sd.io._raster import open_raster
+
+def peak():
+    # Of this program alone: `resource.getrusage` would count the process that started it.
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+small = pathlib.Path(tempfile.mkdtemp()) / "small.png"
+cv2.imwrite(str(small), np.zeros((9, 9, 3), np.uint8))
+open_raster(small)
+before = peak()
+levels, _ = open_raster(sys.argv[1])
+levels[-1].compute()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_streaming_needs_a_fraction_of_the_image(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.jpg", cv2.resize(picture(3000, 3000), (12_000, 12_000)))
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True, timeout=300
+    )
+    peak_mb = float(run.stdout.strip().splitlines()[-1])
+    assert peak_mb < 12_000 * 12_000 * 3 / 2**20 * 0.75
+    print(f"peak above imports {peak_mb:.0f} MB")  # noqa: T201

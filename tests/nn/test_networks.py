@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+from flax import nnx
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stimage_sd.nn import layers, onnx_graph
+from stimage_sd.nn.efficientnet import EfficientNetLite0, InvertedResidual
+from stimage_sd.nn.resnet import ResNet50
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+NETWORKS = {"efficientnet_lite0": (EfficientNetLite0, 1280), "resnet50": (ResNet50, 2048)}
+
+
+def with_random_weights(network: type[nnx.Module]) -> nnx.Module:
+    """Random kernels of a size that keeps activations near 1, and batch norms that are not the identity."""
+    random = np.random.default_rng(7)
+    built = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
+    for _, layer in nnx.iter_modules(built):
+        if isinstance(layer, layers.ConvNorm):
+            shape = layer.kernel.shape
+            fan_in = np.prod(shape[:2] if layer.depthwise else shape[:3])
+            channels = shape[-1]
+            values = {
+                "kernel": random.normal(0, (2 / fan_in) ** 0.5, shape),
+                "scale": random.uniform(0.7, 1.3, channels),
+                "bias": random.normal(0, 0.2, channels),
+                "mean": random.normal(0, 0.2, channels),
+                "variance": random.uniform(0.7, 1.5, channels),
+            }
+            for name, value in values.items():
+                getattr(layer, name).set_value(jnp.asarray(value, jnp.float32))
+    return built
+
+
+@pytest.fixture(scope="module", params=sorted(NETWORKS))
+def network(request: pytest.FixtureRequest) -> tuple[nnx.Module, onnxruntime.InferenceSession]:
+    kind, size = NETWORKS[request.param]
+    built = with_random_weights(kind)
+    model = onnx_graph.record(built, mean=MEAN, std=STD, embedding_size=size)
+    return built, onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("shape", [(224, 224), (299, 299), (65, 98)])
+def test_onnx_graph_equals_flax_module(network, shape):
+    module, session = network
+    tiles = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    tiles[1] = 255  # a bright border is where padding before or after normalisation differs
+    recorded = session.run(["embedding"], {"tiles": tiles})[0]
+    normalised = (tiles.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    direct = nnx.jit(lambda network, tiles: network(tiles))(module, jnp.asarray(normalised))
+    assert recorded.dtype == np.float32
+    assert direct.dtype == jnp.float32
+    scale = np.abs(direct).max()
+    assert scale > 0.1
+    np.testing.assert_allclose(recorded, direct, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_onnx_batch_is_free(network):
+    _, session = network
+    tiles = np.random.default_rng(1).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    together = session.run(["embedding"], {"tiles": tiles})[0]
+    apart = np.concatenate([session.run(["embedding"], {"tiles": tile[None]})[0] for tile in tiles])
+    np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(14, 14), (9, 12)])
+def test_shifted_products_equal_grouped_convolution(kernel_size, stride, shape):
+    keys = jax.random.split(jax.random.key(0))
+    value = jax.random.normal(keys[0], (2, *shape, 6))
+    kernel = jax.random.normal(keys[1], (kernel_size, kernel_size, 6))
+    pads = [layers.pad_widths(size, kernel_size=kernel_size, stride=stride, padding="same") for size in shape]
+
+    def grouped(value, kernel):
+        return jax.lax.conv_general_dilated(
+            value,
+            kernel[:, :, None],
+            (stride, stride),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=6,
+        )
+
+    def shifted(value, kernel):
+        return layers.depthwise_convolution(value, kernel, stride=stride, pads=pads)
+
+    np.testing.assert_allclose(shifted(value, kernel), grouped(value, kernel), rtol=1e-5, atol=1e-5)
+    gradients = [
+        jax.grad(lambda *both, f=f: (f(*both) ** 2).sum(), argnums=(0, 1))(value, kernel) for f in (shifted, grouped)
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (3, 2), (7, 2)])
+def test_conv_norm_is_convolution_then_normalisation(kernel_size, stride):
+    random = np.random.default_rng(3)
+    layer = layers.ConvNorm(3, 8, kernel_size, stride=stride, padding="same", epsilon=1e-3, rngs=nnx.Rngs(0))
+    for variable in (layer.scale, layer.bias, layer.mean, layer.variance):
+        variable.set_value(jnp.asarray(random.uniform(0.5, 2, 8), jnp.float32))
+    value = jnp.asarray(random.normal(size=(2, 13, 10, 3)), jnp.float32)
+    convolved = jax.lax.conv_general_dilated(
+        value, layer.kernel[...], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    deviation = jnp.sqrt(layer.variance[...] + 1e-3)
+    expected = (convolved - layer.mean[...]) / deviation * layer.scale[...] + layer.bias[...]
+    np.testing.assert_allclose(layers.conv_norm(value, layer), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(size=st.integers(1, 400), kernel_size=st.sampled_from([1, 3, 5, 7]), stride=st.integers(1, 3))
+def test_same_padding_gives_ceil_of_size_over_stride(size, kernel_size, stride):
+    before, after = layers.pad_widths(size, kernel_size=kernel_size, stride=stride, padding="same")
+    assert (size + before + after - kernel_size) // stride + 1 == -(-size // stride)
+    assert after - before in (0, 1)
+    assert before >= 0
+
+
+def test_fixed_padding_is_symmetric():
+    assert layers.pad_widths(224, kernel_size=7, stride=2, padding=3) == (3, 3)
+
+
+def test_gradient_reaches_parameters_and_leaves_statistics():
+    settings = {"kernel_size": 5, "stride": 1, "expansion": 6}
+    block = InvertedResidual(4, 4, **settings, rngs=nnx.Rngs(0))
+    value = jax.random.normal(jax.random.key(0), (2, 9, 9, 4))
+    gradients = nnx.jit(nnx.grad(lambda block: (block(value) ** 2).mean()))(block)
+    flat = nnx.to_flat_state(gradients)
+    assert {path[-1] for path, _ in flat} == {"kernel", "scale", "bias"}
+    assert len(flat) == 9
+    for path, variable in flat:
+        assert np.isfinite(variable[...]).all(), path
+        assert (variable[...] != 0).any(), path
+
+
+def test_depthwise_layer_refuses_to_change_channels():
+    with pytest.raises(ValueError, match="in_channels=3 and out_channels=4"):
+        layers.ConvNorm(3, 4, 3, padding=1, depthwise=True, epsilon=1e-3, rngs=nnx.Rngs(0))
+
+
+def test_recording_needs_a_convolution_first():
+    with pytest.raises(ValueError, match="convolution as the first layer after the input, found Relu"):
+        onnx_graph.record(lambda tiles: layers.global_mean(layers.relu(tiles)), mean=MEAN, std=STD, embedding_size=3)
