@@ -42,6 +42,8 @@ SPOTS = "spots"
 COUNTS = "counts"
 TISSUE = "tissue"
 TILES = "tiles"
+#: the tiles' geometry; SpatialData wants every element's name unique, so it cannot be "tiles" as well
+TILE_SQUARES = "tile_squares"
 PREDICTIONS = "predictions"
 
 REGION_KEY = "region"
@@ -511,7 +513,7 @@ def predictions(sdata: SpatialData) -> AnnData:
 
 def write_predictions(sdata: SpatialData, table: AnnData) -> None:
     """Write the table of predictions, which annotates the tiles; replaces an earlier one."""
-    parsed = annotate(table, region=TILES)
+    parsed = annotate(table, region=TILE_SQUARES)
     if PREDICTIONS in sdata.tables:
         del sdata.tables[PREDICTIONS]
     sdata.tables[PREDICTIONS] = parsed

@@ -301,12 +301,14 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_streaming_needs_a_fraction_of_the_image(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.jpg", cv2.resize(picture(3000, 3000), (12_000, 12_000)))
+    height, width = 18_000, 8_000
+    path = save(tmp_path / "a.jpg", cv2.resize(picture(600, 400), (width, height)))
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(path)], capture_output=True, text=True, check=True, timeout=300
     )
+    # Strips of a thousand rows, a few at a time: the height of the image does not matter.
     peak_mb = float(run.stdout.strip().splitlines()[-1])
-    assert peak_mb < 12_000 * 12_000 * 3 / 2**20 * 0.75
-    print(f"peak above imports {peak_mb:.0f} MB")  # noqa: T201
+    assert peak_mb < height * width * 3 / 2**20 / 2

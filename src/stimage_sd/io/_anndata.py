@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.io._raster import open_raster, raster_from_array
-from stimage_sd.io._section import as_counts, assemble, check_unique, make_genes_unique
+from stimage_sd.io._section import as_counts, assemble, check_mpp, check_unique, unique_genes
 
 #: columns of `obs` that the section's table needs for itself
 RESERVED = (contract.REGION_KEY, contract.INSTANCE_KEY)
@@ -72,6 +72,7 @@ def from_anndata(
     >>> sdata.shapes["spots"].radius.tolist()
     [27.5, 27.5]
     """
+    check_mpp(mpp)
     if "spatial" not in adata.obsm:
         raise KeyError(
             f'Expected `adata.obsm["spatial"]` (x, y in pixels of the image), found {sorted(adata.obsm)}. '
@@ -90,11 +91,10 @@ def from_anndata(
     table = AnnData(
         X=values,
         obs=adata.obs.rename(columns={name: f"{name}_original" for name in RESERVED}),
-        var=variables,
+        var=variables.set_axis(unique_genes(variables.index, where="`adata`"), axis=0),
         obsm={key: np.array(value) if key == "spatial" else value for key, value in adata.obsm.items()},
     ).copy()
     table.obsm["spatial"] = np.asarray(table.obsm["spatial"], dtype=np.float64)[:, :2]
-    n_repeated = make_genes_unique(table, where="`adata`")
 
     levels, stated = open_raster(image) if isinstance(image, str | Path) else (raster_from_array(image), None)
     mpp = mpp if mpp is not None else stated
@@ -109,7 +109,6 @@ def from_anndata(
         spot_diameter_px=spot_diameter_px,
         mpp=mpp,
         n_spots=table.n_obs,
-        n_repeated_genes=n_repeated,
     )
     return sdata
 

@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.io._raster import open_raster
-from stimage_sd.io._section import as_counts, assemble, check_unique, make_genes_unique, pitch_px, require_file
+from stimage_sd.io._section import as_counts, assemble, check_mpp, check_unique, pitch_px, require_file, unique_genes
 
 SPOT_COLUMNS = ["x", "y", "pixel_x", "pixel_y", "selected"]
 #: neighbours one pitch away on the square array
@@ -90,6 +90,7 @@ def legacy_st(
     counts_path = require_file(counts, what="a table of counts")
     spots_path = require_file(spots, what="a table of spots")
     image_path = require_file(image, what="an H&E image")
+    check_mpp(mpp)
     if not (spot_um > 0 and pitch_um > 0):
         raise ValueError(f"Expected positive `spot_um` and `pitch_um` (µm), found {spot_um!r} and {pitch_um!r}.")
 
@@ -111,7 +112,6 @@ def legacy_st(
     table.obs["array_row"] = positions["y"].to_numpy()
     table.obs["array_col"] = positions["x"].to_numpy()
     table.obsm["spatial"] = positions[["pixel_x", "pixel_y"]].to_numpy(dtype=np.float64)
-    n_repeated = make_genes_unique(table, where=str(counts_path))
 
     levels, _ = open_raster(image_path)
     sdata = assemble(
@@ -135,7 +135,6 @@ def legacy_st(
         n_spots=len(shared),
         n_counted=n_counted,
         n_selected=n_selected,
-        n_repeated_genes=n_repeated,
     )
     return sdata
 
@@ -183,7 +182,7 @@ def _read_counts(path: Path) -> AnnData:
     return AnnData(
         X=as_counts(sp.vstack(rows, format="csr"), where=str(path)),
         obs=pd.DataFrame(index=index),
-        var=pd.DataFrame(index=pd.Index(genes[len(genes) - rows[0].shape[1] :])),
+        var=pd.DataFrame(index=unique_genes(pd.Index(genes[len(genes) - rows[0].shape[1] :]), where=str(path))),
     )
 
 

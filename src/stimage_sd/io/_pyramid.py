@@ -27,6 +27,8 @@ from stimage_sd.contract import CHUNK
 
 #: halving stops at the first level whose longer side is at most this, px
 COARSEST = 1024
+#: columns written at a time, px
+WRITTEN = 4 * CHUNK
 #: part of the cache key: raise it when the layout on disk changes
 LAYOUT = 1
 #: an unfinished pyramid of this age was left by a process that died, seconds
@@ -132,8 +134,13 @@ class _LevelWriter:
         self.rows = []
 
     def _write(self, start: int, rows: np.ndarray) -> None:
-        # Planes first, in one go: chunk by chunk out of interleaved colours takes twice as long.
-        self.array[:, start : start + rows.shape[0], :] = np.stack(cv2.split(rows))
+        # Colours are parted first, a few chunks at a time: chunk by chunk out of interleaved colours takes twice as
+        # long, and the whole strip at once needs its memory again.
+        for left in range(0, rows.shape[1], WRITTEN):
+            block = rows[:, left : left + WRITTEN]
+            planes = np.empty((3, *block.shape[:2]), dtype=np.uint8)
+            cv2.split(block, list(planes))
+            self.array[:, start : start + rows.shape[0], left : left + block.shape[1]] = planes
 
 
 def _stream(read_rows: ReadRows, folder: Path, *, height: int, width: int, label: str) -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import dask.array as da
 import geopandas
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 import shapely
 from anndata import AnnData
+from anndata.utils import make_index_unique
 from spatialdata import SpatialData
 
 from stimage_sd import contract
@@ -101,21 +103,28 @@ def as_counts(values: Any, *, where: str) -> sp.csr_matrix:
     return sp.csr_matrix(values, dtype=np.int32)
 
 
-def make_genes_unique(table: AnnData, *, where: str) -> int:
-    """Give repeated gene names a suffix, say so, and return how many there were."""
-    repeated = table.var_names[table.var_names.duplicated()]
-    if len(repeated):
-        warnings.warn(
-            f"{len(repeated)} gene name(s) appear more than once in {where} and got a suffix (`NAME-1`): "
-            f"{', '.join(sorted(set(repeated))[:5])}{', ...' if len(set(repeated)) > 5 else ''}.",
-            UserWarning,
-            stacklevel=3,
-        )
-        table.var_names_make_unique()
-    return len(repeated)
+def unique_genes(names: pd.Index, *, where: str) -> pd.Index:
+    """Return gene names with a suffix on repeated ones, and say so where there are any."""
+    repeated = names[names.duplicated()]
+    if repeated.empty:
+        return names
+    examples = sorted(set(repeated))
+    warnings.warn(
+        f"{len(repeated)} gene name(s) appear more than once in {where} and got a suffix (`NAME-1`): "
+        f"{', '.join(examples[:5])}{', ...' if len(examples) > 5 else ''}.",
+        UserWarning,
+        stacklevel=4,
+    )
+    return make_index_unique(names)
 
 
-def check_unique(names: Any, *, what: str, where: str) -> None:
+def check_mpp(mpp: float | None) -> None:
+    """Raise `ValueError` where a resolution is given and is no positive number."""
+    if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
+        raise ValueError(f"Expected `mpp` to be a positive number of micrometres a pixel, found {mpp!r}.")
+
+
+def check_unique(names: pd.Index, *, what: str, where: str) -> None:
     """Raise `ValueError` where a name appears twice."""
     repeated = names[names.duplicated()]
     if len(repeated):

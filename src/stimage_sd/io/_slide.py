@@ -8,6 +8,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.io._raster import open_raster
+from stimage_sd.io._section import check_mpp
 
 
 def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = None) -> SpatialData:
@@ -43,6 +44,7 @@ def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = No
     >>> sdata.attrs["stimage_sd"]["sample"], sdata.images["he"]["scale0"]["image"].shape
     ('biopsy', (3, 600, 800))
     """
+    check_mpp(mpp)
     path = Path(path).expanduser()
     levels, stated = open_raster(path)
     sdata = SpatialData(images={contract.IMAGE: contract.build_image(levels)})

@@ -17,7 +17,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.io._raster import open_raster, raster_size
-from stimage_sd.io._section import as_counts, assemble, make_genes_unique, pitch_px, require_file
+from stimage_sd.io._section import as_counts, assemble, check_mpp, pitch_px, unique_genes
 
 #: diameter of a Visium spot, µm
 SPOT_UM = 55.0
@@ -94,13 +94,13 @@ def visium(
     >>> sdata.tables["counts"].shape, round(sdata.attrs["stimage_sd"]["mpp"], 3)
     ((20, 9), 0.5)
     """
+    check_mpp(mpp)
     files = _find_files(Path(path).expanduser())
     scalefactors = _read_scalefactors(files.scalefactors)
     positions = _read_positions(files.positions)
     table = _read_matrix(files.matrix)
     n_counted = table.n_obs
     table, kept = _match(table, positions, files)
-    n_repeated = make_genes_unique(table, where=str(files.matrix))
     full_mpp, mpp_source = _resolution(mpp, positions, scalefactors, source=files.positions)
 
     levels, scale = _open_image(image, files, scalefactors)
@@ -127,7 +127,6 @@ def visium(
         n_spots=table.n_obs,
         n_counted=n_counted,
         n_in_tissue=int((positions["in_tissue"] == 1).sum()),
-        n_repeated_genes=n_repeated,
     )
     return sdata
 
@@ -219,9 +218,8 @@ def _read_matrix(path: Path) -> AnnData:
         # Repeated gene names are made unique, and spoken of, by the reader itself.
         warnings.filterwarnings("ignore", message=".*names are not unique.*")
         table = scanpy.read_10x_mtx(path, make_unique=False) if path.is_dir() else scanpy.read_10x_h5(path)
-    counts = AnnData(X=as_counts(table.X, where=str(path)), obs=table.obs, var=table.var)
-    counts.obs_names = counts.obs_names.astype(str)
-    return counts
+    variables = table.var.set_axis(unique_genes(table.var_names, where=str(path)), axis=0)
+    return AnnData(X=as_counts(table.X, where=str(path)), obs=table.obs, var=variables)
 
 
 def _match(table: AnnData, positions: pd.DataFrame, files: _Files) -> tuple[AnnData, pd.DataFrame]:
@@ -241,8 +239,6 @@ def _resolution(
 ) -> tuple[float, str]:
     """Return micrometres a pixel at full resolution, and where that is from."""
     if mpp is not None:
-        if not mpp > 0:
-            raise ValueError(f"Expected `mpp` to be a positive number of micrometres a pixel, found {mpp!r}.")
         return mpp, "given"
     centres = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=np.float64)
     pitch = pitch_px(centres, positions[["array_row", "array_col"]].to_numpy(), STEPS)
@@ -277,7 +273,7 @@ def _open_image(image: str | Path | None, files: _Files, scalefactors: dict[str,
         UserWarning,
         stacklevel=3,
     )
-    levels, _ = open_raster(require_file(files.hires, what="the high-resolution image"))
+    levels, _ = open_raster(files.hires)
     return levels, scale
 
 

@@ -33,7 +33,8 @@ def select_genes(
         A list to take instead of highly variable genes; those that a section lacks are named in a warning
         and left out.
     n_top
-        Highly variable genes to take, by scanpy's dispersion over the cohort, sections as batches.
+        Highly variable genes to take, by the variance of their Pearson residuals under a negative-binomial null
+        (Lause et al. 2021, scanpy's ``flavor="pearson_residuals"``), sections as batches.
     min_spots
         Least share of the cohort's spots that express a highly variable gene.
     include
@@ -79,13 +80,10 @@ def select_genes(
     if not expressed.any():
         raise ValueError(f"Expected genes in at least {min_spots:.0%} of the spots, found none. Lower `min_spots=`.")
     joint = joint[:, expressed].copy()
-    sc.pp.normalize_total(joint)
-    sc.pp.log1p(joint)
-    n_top = min(n_top, joint.n_vars)
-    ranked = sc.pp.highly_variable_genes(joint, n_top_genes=n_top, batch_key="section", inplace=False)
-    ranked = ranked.set_axis(joint.var_names)
-    order = ["highly_variable_nbatches", "dispersions_norm"]
-    top = ranked[ranked["highly_variable"]].sort_values(order, ascending=False, kind="stable").index
+    ranked = sc.experimental.pp.highly_variable_genes(
+        joint, flavor="pearson_residuals", n_top_genes=min(n_top, joint.n_vars), batch_key="section", inplace=False
+    ).set_axis(joint.var_names)
+    top = ranked[ranked["highly_variable"]].sort_values("highly_variable_rank", kind="stable").index
     return list(dict.fromkeys([*map(str, top), *included]))
 
 

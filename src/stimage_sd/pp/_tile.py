@@ -54,7 +54,7 @@ def tile(
 
     Returns
     -------
-    Nothing; ``shapes["tiles"]`` and ``tables["tiles"]`` are written (replacing earlier ones): ``obs`` has
+    Nothing; ``shapes["tile_squares"]`` and ``tables["tiles"]`` are written (replacing earlier ones): ``obs`` has
     ``x``, ``y`` (centre, H&E px), ``tissue_fraction``, ``keep`` and, on spots, ``spot_id``.
 
     Raises
@@ -199,10 +199,9 @@ def _write(sdata: SpatialData, obs: pd.DataFrame, tiling: dict[str, Any]) -> Non
     table = ad.AnnData(X=np.zeros((len(obs), 0), dtype=np.float32), obs=obs)
     table.obsm["spatial"] = centers.copy()
     table.uns["tiling"] = tiling
-    for name in (contract.TILES,):
-        sdata.tables.pop(name, None)
-        sdata.shapes.pop(name, None)
-    sdata.shapes[contract.TILES] = contract.build_shapes(
+    sdata.tables.pop(contract.TILES, None)
+    sdata.shapes.pop(contract.TILE_SQUARES, None)
+    sdata.shapes[contract.TILE_SQUARES] = contract.build_shapes(
         gpd.GeoDataFrame(geometry=squares), mpp=contract.info(sdata)["mpp"]
     )
-    sdata.tables[contract.TILES] = contract.annotate(table, region=contract.TILES)
+    sdata.tables[contract.TILES] = contract.annotate(table, region=contract.TILE_SQUARES)

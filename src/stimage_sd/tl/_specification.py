@@ -83,8 +83,8 @@ def _size_problem(found: TileSpecification, expected: TileSpecification) -> list
             ]
     elif abs(found.side_px / expected.side_px - 1) > _TOLERANCE:
         return [
-            f"tiles of {found.side_px:.0f} px, expected {expected.side_px:.0f} px, and no resolution (`mpp`) to compare "
-            "them by: pass `mpp=` to the reader and tile by `size_um=`"
+            f"tiles of {found.side_px:.0f} px, expected {expected.side_px:.0f} px, and no resolution (`mpp`) to "
+            "compare them by: pass `mpp=` to the reader and tile by `size_um=`"
         ]
     return []
 

@@ -53,7 +53,6 @@ class Block(NamedTuple):
     counts: Array
     size_factors: Array
     weight: Array
-    active: Array
 
 
 def train(
@@ -126,22 +125,19 @@ def validation_loss(head: str, parameters: Parameters, data: TrainingData, *, ba
 
 
 def _blocks(data: TrainingData, order: np.ndarray, batch_size: int, weight: np.ndarray) -> Iterator[Block]:
-    """Blocks of minibatches in an order; the last is filled up with tiles of no weight, steps of no effect."""
+    """Blocks of minibatches in an order; the last minibatch is filled up with tiles of no weight."""
     batch_size = min(batch_size, len(order))
-    n_steps = -(-len(order) // batch_size)
-    per_block = min(_STEPS_PER_BLOCK, n_steps)
-    for start in range(0, n_steps, per_block):
-        rows = order[start * batch_size : (start + per_block) * batch_size]
-        padded = np.concatenate([rows, np.zeros(per_block * batch_size - len(rows), dtype=rows.dtype)])
+    for start in range(0, len(order), _STEPS_PER_BLOCK * batch_size):
+        rows = order[start : start + _STEPS_PER_BLOCK * batch_size]
+        shape = (-(-len(rows) // batch_size), batch_size)
+        padded = np.concatenate([rows, np.zeros(shape[0] * batch_size - len(rows), dtype=rows.dtype)])
         member_weight = weight[:, padded].astype(np.float32)
         member_weight[:, len(rows) :] = 0
-        shape = (per_block, batch_size)
         yield Block(
             features=jnp.asarray(data.features[padded].reshape(*shape, -1)),
             counts=jnp.asarray(data.counts[padded].toarray().astype(np.float32).reshape(*shape, -1)),
             size_factors=jnp.asarray(data.size_factors[padded].reshape(shape)),
             weight=jnp.asarray(np.moveaxis(member_weight.reshape(-1, *shape), 0, 1)),
-            active=jnp.asarray(np.arange(per_block) * batch_size < len(rows)),
         )
 
 
@@ -168,7 +164,7 @@ def _run_block(
         (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(carry[0], batch)
         update, state = optimiser.update(gradient, carry[1])
         after = (optax.apply_updates(carry[0], update), state)
-        return jax.tree.map(lambda new, old: jnp.where(batch.active, new, old), after, carry), nll
+        return after, nll
 
     (parameters, state), losses = jax.lax.scan(step, (parameters, state), block)
     return parameters, state, losses.sum(axis=0)
