@@ -45,6 +45,7 @@ TILES = "tiles"
 #: the tiles' geometry; SpatialData wants every element's name unique, so it cannot be "tiles" as well
 TILE_SQUARES = "tile_squares"
 PREDICTIONS = "predictions"
+_OWN_TABLES = (TILES, PREDICTIONS)
 
 REGION_KEY = "region"
 INSTANCE_KEY = "instance_id"
@@ -103,29 +104,21 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str, mpp:
 def info(sdata: SpatialData) -> dict[str, Any]:
     """Return what belongs to the section: ``sample``, ``platform``, ``image``, ``mpp``, ``history``.
 
-    An object that no reader of this package made gets an entry from what can be told without a
-    guess: the H&E where there is a single RGB image, no resolution, no history.
+    An object that no reader of this package made gets an entry of what can be told without a guess: no
+    resolution, no history, and `None` for the image until `image_name` finds it or the user names it.
 
     Raises
     ------
     TypeError
         If `sdata` is not a `SpatialData`.
-    KeyError
-        If the object was never registered and has no, or several, RGB images.
     """
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"Expected a SpatialData section, found {type(sdata).__name__}.")
     if ATTRIBUTE not in sdata.attrs:
-        image = _single(
-            [name for name in sdata.images if _is_rgb(levels(sdata, name)[0])],
-            what="RGB image",
-            argument="image_key",
-            found=sorted(sdata.images),
-        )
         sdata.attrs[ATTRIBUTE] = {
             "sample": "section",
             "platform": "unknown",
-            "image": image,
+            "image": None,
             "mpp": None,
             "history": [],
         }
@@ -208,10 +201,29 @@ def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
 
 
 def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
-    """Return the name of the section's H&E image, or `image_key` where it is one of its images."""
-    name = image_key if image_key is not None else info(sdata)["image"]
+    """Return the name of the section's H&E image, or `image_key` where it is one of its images.
+
+    In an object that no reader of this package made, the H&E is its single RGB image, or the first that
+    `image_key` names.
+
+    Raises
+    ------
+    KeyError
+        If there is no such image, or which one is the H&E cannot be told.
+    """
+    section = info(sdata)
+    name = image_key if image_key is not None else section["image"]
+    if name is None:
+        name = _single(
+            [name for name in sdata.images if _is_rgb(levels(sdata, name)[0])],
+            what="RGB image",
+            argument="image_key",
+            found=sorted(sdata.images),
+        )
     if name not in sdata.images:
         raise KeyError(f"No image {name!r} in section {sample(sdata)!r}; its images: {sorted(sdata.images)}.")
+    if section["image"] is None and _is_rgb(levels(sdata, name)[0]):
+        section["image"] = name
     return name
 
 
@@ -327,12 +339,16 @@ def derive_image(sdata: SpatialData, source: str, pyramid: list[da.Array]) -> xr
 # measured units
 
 
+def has_counts(sdata: SpatialData) -> bool:
+    """Whether the section has a table of raw counts, or several to choose from."""
+    return any(name not in _OWN_TABLES for name in sdata.tables)
+
+
 def counts_name(sdata: SpatialData, table_key: str | None = None) -> str:
     """Return the name of the table of raw counts."""
     if table_key is None and COUNTS in sdata.tables:
         return COUNTS
-    own = {TILES, PREDICTIONS}
-    candidates = [table_key] if table_key is not None else [name for name in sdata.tables if name not in own]
+    candidates = [table_key] if table_key is not None else [name for name in sdata.tables if name not in _OWN_TABLES]
     name = _single(
         [candidate for candidate in candidates if candidate in sdata.tables],
         what="table of counts",

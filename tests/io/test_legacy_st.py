@@ -106,7 +106,9 @@ def test_round_trip_keeps_everything(files: Files, tmp_path: Path) -> None:
     assert after.X.dtype == before.X.dtype
     pd.testing.assert_frame_equal(after.obs, before.obs, check_dtype=False)
     np.testing.assert_array_equal(after.obsm["spatial"], before.obsm["spatial"])
-    np.testing.assert_array_equal(after.uns["spatial"]["P1"]["images"]["hires"], before.uns["spatial"]["P1"]["images"]["hires"])
+    np.testing.assert_array_equal(
+        after.uns["spatial"]["P1"]["images"]["hires"], before.uns["spatial"]["P1"]["images"]["hires"]
+    )
     for was, now in zip(contract.levels(sdata, "he"), contract.levels(back, "he"), strict=True):
         np.testing.assert_array_equal(was.data.compute(), now.data.compute())
     assert set(back.coordinate_systems) == {"global", "microns"}
@@ -139,7 +141,10 @@ def test_given_resolution_and_spot_size(files: Files) -> None:
 def test_counts_written_as_decimals_without_corner_or_gzip(files: Files, tmp_path: Path) -> None:
     expected = files.values.to_numpy()
     lines = ["\t".join(files.values.columns)]
-    lines += [f"{name}\t" + "\t".join(f"{value:.1f}" for value in row) for name, row in zip(files.names, expected, strict=True)]
+    lines += [
+        f"{name}\t" + "\t".join(f"{value:.1f}" for value in row)
+        for name, row in zip(files.names, expected, strict=True)
+    ]
     files.counts = tmp_path / "plain.tsv"
     files.counts.write_text("\n".join(lines) + "\n")
     table = contract.counts(files.read())
@@ -173,18 +178,18 @@ def test_squidpy_draws_it_as_it_is(files: Files) -> None:
 
 
 def test_missing_files(files: Files, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="a table of counts at .*none"):
+    with pytest.raises(FileNotFoundError, match=r"a table of counts at .*none"):
         legacy_st(tmp_path / "none", files.image, files.spots)
-    with pytest.raises(FileNotFoundError, match="an H&E image at .*none"):
+    with pytest.raises(FileNotFoundError, match=r"an H&E image at .*none"):
         legacy_st(files.counts, tmp_path / "none", files.spots)
-    with pytest.raises(FileNotFoundError, match="a table of spots at .*none"):
+    with pytest.raises(FileNotFoundError, match=r"a table of spots at .*none"):
         legacy_st(files.counts, files.image, tmp_path / "none")
 
 
 def test_no_shared_barcode(files: Files) -> None:
     files.values.index = [f"{name}0" for name in files.names]
     files.write()
-    with pytest.raises(ValueError, match="share no barcode: .*'0x00'.*'0x0'"):
+    with pytest.raises(ValueError, match=r"share no barcode: .*'0x00'.*'0x0'"):
         files.read()
 
 
@@ -222,7 +227,7 @@ def test_ragged_or_empty_counts(files: Files) -> None:
 def test_repeated_spots(files: Files) -> None:
     files.values = pd.concat([files.values, files.values.iloc[:1]])
     files.write()
-    with pytest.raises(ValueError, match="Expected every spot once in .*'0x0'"):
+    with pytest.raises(ValueError, match=r"Expected every spot once in .*'0x0'"):
         files.read()
 
 
@@ -255,7 +260,7 @@ def test_resolution_that_cannot_be_estimated(files: Files) -> None:
     files.table[["x", "y"]] *= 3
     files.values.index = [f"{3 * int(x)}x{3 * int(y)}" for x, y in (name.split("x") for name in files.names)]
     files.write()
-    with pytest.raises(ValueError, match="found none. Pass `mpp=`"):
+    with pytest.raises(ValueError, match=r"found none. Pass `mpp=`"):
         files.read()
     assert files.read(mpp=0.7).attrs["stimage_sd"]["mpp"] == 0.7
 

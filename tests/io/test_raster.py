@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import subprocess
 import sys
@@ -59,7 +60,7 @@ def test_levels_are_area_means_across_strip_borders(tmp_path: Path) -> None:
     image = picture(2501, 3001)
     levels, _ = open_raster(save(tmp_path / "a.png", image))
     assert len(levels) == 3
-    for finer, coarser in zip(levels[:-1], levels[1:], strict=True):
+    for finer, coarser in itertools.pairwise(levels):
         assert np.abs(area_mean(pixels(finer)) - pixels(coarser)).max() <= 0.5
 
 
@@ -174,7 +175,7 @@ def test_interrupted_pyramid_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="Expected an image file at .*none.png, found nothing"):
+    with pytest.raises(FileNotFoundError, match=r"Expected an image file at .*none.png, found nothing"):
         open_raster(tmp_path / "none.png")
     with pytest.raises(FileNotFoundError, match="found a folder"):
         open_raster(tmp_path)

@@ -51,9 +51,7 @@ def make_stain(seed: int | None) -> Stain:
     if seed is None:
         return Stain(HAEMATOXYLIN, EOSIN)
     generator = np.random.default_rng([seed, 7])
-    turned = [
-        vector * generator.uniform(0.85, 1.15, 3) * generator.uniform(0.75, 1.3) for vector in (HAEMATOXYLIN, EOSIN)
-    ]
+    turned = [vector * generator.uniform(0.8, 1.2, 3) * generator.uniform(0.7, 1.4) for vector in (HAEMATOXYLIN, EOSIN)]
     return Stain(turned[0], turned[1], background=generator.uniform(236.0, 250.0))
 
 
@@ -159,7 +157,6 @@ class _Painter:
         haematoxylin = inside * (6.0 + 14.0 * (1.0 - stroma) * grain / 128.0)
         stained = self._draw_nuclei(top, shape)
         haematoxylin += stained * (0.6 + 0.4 * grain / 128.0)
-        eosin = cv2.min(eosin, 255.0)
 
         # Beer-Lambert: what two stains let through is the product of what each lets through.
         picture = cv2.multiply(

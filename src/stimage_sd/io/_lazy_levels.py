@@ -88,18 +88,11 @@ def tiff_levels(path: Path, series: tifffile.TiffPageSeries) -> list[da.Array]:
     """Return the levels tifffile finds in the first series of a tiled RGB TIFF, finest first."""
     colour_axis = series.axes.index("S")
     changed = path.stat().st_mtime_ns
-    return [
-        as_dask(
-            TiffLevel(
-                str(path),
-                changed,
-                number,
-                (3, *(size for axis, size in enumerate(level.shape) if axis != colour_axis)),
-                colour_axis,
-            )
-        )
-        for number, level in enumerate(series.levels)
-    ]
+    levels = []
+    for number, level in enumerate(series.levels):
+        height, width = (size for axis, size in enumerate(level.shape) if axis != colour_axis)
+        levels.append(as_dask(TiffLevel(str(path), changed, number, (3, height, width), colour_axis)))
+    return levels
 
 
 # Slides are kept open a process: opening one takes longer than reading a chunk. Both libraries read

@@ -240,7 +240,9 @@ def _check_colours(path: Path, series: tifffile.TiffPageSeries, page: tifffile.T
     colours = page.samplesperpixel in (3, 4) or page.photometric == tifffile.PHOTOMETRIC.PALETTE
     if page.dtype != np.uint8 or not colours:
         channels = series.shape[0] if series.axes[0] == "C" else page.samplesperpixel
-        raise ValueError(_not_rgb(path, f"{channels} channel(s) of {page.dtype} ({page.photometric.name})"))
+        raise ValueError(
+            _not_rgb(path, f"{channels} channel(s) of {page.dtype} ({tifffile.PHOTOMETRIC(page.photometric).name})")
+        )
 
 
 def _check_complete(path: Path, series: tifffile.TiffPageSeries) -> None:

@@ -1,1 +1,17 @@
-"""."""
+"""Pictures: each function draws one kind and returns its matplotlib axes; none calls `show`."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "_calibration": ["calibration"],
+        "_prediction": ["prediction"],
+        "_scores": ["scores"],
+        "_tiles": ["tiles"],
+        "_training": ["training"],
+        "_uncertainty": ["uncertainty"],
+    },
+)

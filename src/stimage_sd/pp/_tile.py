@@ -81,7 +81,7 @@ def tile(
     """
     for sdata in contract.sections(data).values():
         name = contract.image_name(sdata, image_key)
-        chosen = layout or ("spots" if contract.COUNTS in sdata.tables or table_key is not None else "grid")
+        chosen = layout or ("spots" if contract.has_counts(sdata) else "grid")
         if chosen not in ("spots", "grid"):
             raise ValueError(f'Expected `layout` to be "spots" or "grid", found {layout!r}.')
         mpp = contract.require_mpp(sdata, purpose="`size_um=`") if size_um is not None else None
