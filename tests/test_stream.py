@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import xarray as xr
 import zarr
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stimage_sd import stream
@@ -80,6 +80,7 @@ def test_cut_tile_is_numpys_reflection(height: int, width: int, left: int, top: 
     np.testing.assert_array_equal(tile, reference_tile(image, center, side, 1.0, target))
 
 
+@settings(max_examples=25)
 @given(
     height=st.integers(2, 90),
     width=st.integers(2, 90),
@@ -144,10 +145,10 @@ def test_fields_of_view_come_from_their_levels(counted_image: Callable) -> None:
 def test_levels_of_odd_size(counted_image: Callable) -> None:
     image = counted_image(513, 777, chunk=100, n_levels=3)
     centers = random_centers(20, 513, 777, seed=3)
-    values = run_over_tiles(image.pyramid, centers, flat, sides=[200.0], target=50, key="odd", batch_size=6)
+    values = run_over_tiles(image.pyramid, centers, flat, sides=[210.0], target=50, key="odd", batch_size=6)
     level = np.moveaxis(image.arrays[2], 0, -1)
     for number, center in enumerate(centers):
-        expected = reference_tile(level, center, 200.0, 777 / 194, 50)
+        expected = reference_tile(level, center, 210.0, 777 / 194, 50)
         np.testing.assert_array_equal(values[number, 0], expected.ravel())
 
 
@@ -457,7 +458,7 @@ def test_bad_input_is_refused(counted_image: Callable) -> None:
         run_over_tiles(pyramid, np.zeros((0, 2)), channel_means, sides=[10.0], **options)
     with pytest.raises(ValueError, match=r"found shape \(4,\)"):
         run_over_tiles(pyramid, np.zeros(4), channel_means, sides=[10.0], **options)
-    with pytest.raises(ValueError, match=r"non-empty .*found NaN or infinity"):
+    with pytest.raises(ValueError, match="finite numbers of pixels, found NaN or infinity"):
         run_over_tiles(pyramid, np.array([[np.nan, 1.0]]), channel_means, sides=[10.0], **options)
     for sides, target in (([], 10), ([0.0], 10), ([-3.0, 4.0], 10), ([10.0], 0)):
         with pytest.raises(ValueError, match="positive tile sides and target"):

@@ -91,11 +91,15 @@ def run_over_tiles(
     Raises
     ------
     ValueError
-        If there are no tiles, or a side or the target is not positive.
+        If there are no tiles, a centre is not finite, or a side, the target or `batch_size` is not positive.
     """
     centers = np.asarray(centers, dtype=np.float64)
     if centers.ndim != 2 or centers.shape[1] != 2 or centers.shape[0] == 0:
         raise ValueError(f"Expected tile centres as a non-empty (n_tiles, 2) array, found shape {centers.shape}.")
+    if not np.isfinite(centers).all():
+        raise ValueError("Expected tile centres as finite numbers of pixels, found NaN or infinity.")
+    if batch_size < 1:
+        raise ValueError(f"Expected `batch_size` of at least 1, found {batch_size}.")
     if target < 1 or not sides or min(sides) <= 0:
         raise ValueError(f"Expected positive tile sides and target, found sides {list(sides)} and target {target}.")
     arrays = [level.data.rechunk({0: -1}) for level in pyramid]
@@ -321,7 +325,7 @@ def _assemble(window: _Window, held: dict[tuple[int, int, int], np.ndarray], pla
             to_columns, from_columns = _overlap(left, block.shape[1], starts[2][column : column + 2])
             part = held[window.level, row, column][:, from_rows, from_columns]
             block[to_rows, to_columns] = np.moveaxis(part, 0, -1)
-    if block.shape[:2] != (window.side, window.side):  # the window was mirrored at a border
+    if any(index[-1] - index[0] != window.side - 1 for index in (rows, columns)):  # mirrored at a border
         block = block[(rows - top)[:, None], columns - left]
     return _resample(block, plan.target)
 

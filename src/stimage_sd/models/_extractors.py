@@ -42,7 +42,8 @@ class Extractor:
     name
         Its name in the registry.
     input_size
-        Height and width in pixels to resize tiles to. Other sizes work where the network allows.
+        Height and width in pixels to resize tiles to; None where any size will do, as for networks that are
+        convolutions alone: tiles then keep the size they were cut at (`stimage_sd.pp.tile(target_px=)`).
     embedding_size
         Length of an embedding.
     weights_hash
@@ -63,7 +64,7 @@ class Extractor:
     """
 
     name: str
-    input_size: int
+    input_size: int | None
     embedding_size: int
     weights_hash: str
     licence: str
@@ -146,7 +147,7 @@ class _Entry:
 
     name: str
     load: Callable[[Path | None], tuple[Network, str]]
-    input_size: int
+    input_size: int | None
     embedding_size: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
@@ -159,7 +160,7 @@ _BUILT_IN = (
     _Entry(
         name="efficientnet_lite0",
         load=load_efficientnet_lite0,
-        input_size=224,
+        input_size=None,
         embedding_size=1280,
         # The TensorFlow models' normalisation: (byte - 127) / 128.
         mean=(127 / 255,) * 3,
@@ -171,7 +172,7 @@ _BUILT_IN = (
     _Entry(
         name="resnet50",
         load=load_resnet50,
-        input_size=224,
+        input_size=None,
         embedding_size=2048,
         mean=(0.485, 0.456, 0.406),
         std=(0.229, 0.224, 0.225),
@@ -249,7 +250,7 @@ def register_extractor(
     name: str,
     network: Network,
     *,
-    input_size: int,
+    input_size: int | None,
     embedding_size: int,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -292,7 +293,7 @@ def register_extractor(
     """
     if name in {entry.name for entry in _BUILT_IN}:
         raise ValueError(f"The extractor {name!r} is built in; register yours under another name.")
-    if input_size < 1 or embedding_size < 1:
+    if (input_size is not None and input_size < 1) or embedding_size < 1:
         raise ValueError(f"Expected positive sizes, found input_size={input_size} and embedding_size={embedding_size}.")
     if (mean is None) != (std is None):
         raise ValueError(f"Expected mean and std together or neither, found mean={mean} and std={std}.")

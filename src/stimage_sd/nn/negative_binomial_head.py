@@ -40,6 +40,11 @@ class Head(NamedTuple):
 
 #: deviation of the weights at the start: enough to tell members apart, too little to move a prediction
 _SPREAD = 1e-3
+#: largest r of the paper's head: a negative binomial of a mean below is hardly wider than a Poisson
+_LARGEST_R = 100.0
+#: largest log of r over the mean of the other head: the variance is the mean's to 0.03 %, and float32 still tells
+#: p from 1 well enough to get the mean back
+_LARGEST_LOG_RATIO = 8.0
 
 
 def _linear(parameters: Parameters, features: Array) -> Array:
@@ -56,6 +61,8 @@ def _weights(key: Array, n_members: int, n_features: int, n_outputs: int) -> Arr
 
 
 def _paper_initial(key: Array, mean: np.ndarray, dispersion: np.ndarray, n_members: int, n_features: int) -> Parameters:
+    # beyond the clip there is no gradient, and p would answer for an r that is never reached
+    dispersion = np.minimum(dispersion, 0.9 * _LARGEST_R)
     r_logits = dispersion + np.log(-np.expm1(-dispersion))  # the inverse of softplus
     p_logits = np.log(dispersion) - np.log(mean)
     bias = np.concatenate([r_logits, p_logits]).astype(np.float32)
@@ -66,10 +73,9 @@ def _paper_initial(key: Array, mean: np.ndarray, dispersion: np.ndarray, n_membe
 
 
 def _paper_logits(parameters: Parameters, features: Array) -> tuple[Array, Array]:
-    # beyond these r and p stay where float32 tells them from 0 and 1
-    logits = jnp.clip(_linear(parameters, features), -15.0, 15.0)
-    r_logits, p_logits = jnp.split(logits, 2, axis=-1)
-    return r_logits, p_logits
+    r_logits, p_logits = jnp.split(_linear(parameters, features), 2, axis=-1)
+    # within these float32 tells r from 0 and p from 0 and 1
+    return jnp.clip(r_logits, -15.0, _LARGEST_R), jnp.clip(p_logits, -15.0, 15.0)
 
 
 def _paper_log_prob(parameters: Parameters, features: Array, counts: Array, size_factors: Array) -> Array:
@@ -104,13 +110,16 @@ def _dispersion_initial(
 def _dispersion_terms(parameters: Parameters, features: Array) -> tuple[Array, Array]:
     log_mean = jnp.clip(_linear(parameters, features), -15.0, 15.0)
     log_dispersion = jnp.clip(parameters["log_dispersion"], -12.0, 12.0)[:, None, :]
-    return log_mean, jnp.broadcast_to(log_dispersion, log_mean.shape)
+    return log_mean, jnp.minimum(log_dispersion, log_mean + _LARGEST_LOG_RATIO)
 
 
 def _dispersion_log_prob(parameters: Parameters, features: Array, counts: Array, size_factors: Array) -> Array:
     log_mean, log_dispersion = _dispersion_terms(parameters, features)
-    log_mean = log_mean + jnp.log(size_factors)[:, None]
-    return negative_binomial.log_prob_from_mean(counts[None], log_mean=log_mean, log_dispersion=log_dispersion)
+    # an exposure s makes NB(r, p) an NB(s r, p), whose mean is s times as large too
+    exposure = jnp.log(size_factors)[:, None]
+    return negative_binomial.log_prob_from_mean(
+        counts[None], log_mean=log_mean + exposure, log_dispersion=log_dispersion + exposure
+    )
 
 
 def _dispersion_r_and_p(parameters: Parameters, features: Array) -> tuple[Array, Array]:

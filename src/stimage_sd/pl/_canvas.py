@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import get_close_matches
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -30,8 +31,10 @@ ROUND = (1, 2, 5)
 MEASURED, PREDICTED, WARNING = "#4c72b0", "#dd8452", "#c44e52"
 
 
-def panels(ax: Axes | Sequence[Axes] | np.ndarray | None, n: int, *, size: tuple[float, float]) -> np.ndarray:
-    """Return the axes to draw on: the user's, checked for their number, or new ones side by side.
+def panels(
+    ax: Axes | Sequence[Axes] | np.ndarray | None, n: int, *, size: tuple[float, float], columns: int | None = None
+) -> np.ndarray:
+    """Return the axes to draw on: the user's, checked for their number, or those of a new figure.
 
     Parameters
     ----------
@@ -41,6 +44,8 @@ def panels(ax: Axes | Sequence[Axes] | np.ndarray | None, n: int, *, size: tuple
         How many are needed.
     size
         Width and height of one, inches.
+    columns
+        How many stand side by side; all by default.
 
     Returns
     -------
@@ -52,12 +57,28 @@ def panels(ax: Axes | Sequence[Axes] | np.ndarray | None, n: int, *, size: tuple
         If the user's are fewer or more.
     """
     if ax is None:
-        _, made = plt.subplots(1, n, figsize=(size[0] * n, size[1]), layout="constrained", squeeze=False)
-        return made[0]
+        columns = min(columns or n, n)
+        rows = -(-n // columns)
+        figure = plt.figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
+        return np.array([figure.add_subplot(rows, columns, number + 1) for number in range(n)], dtype=object)
     given = np.array([ax], dtype=object) if isinstance(ax, Axes) else np.asarray(ax, dtype=object).ravel()
     if len(given) != n:
         raise ValueError(f"Expected `ax` to be {n} axes, one a panel, found {len(given)}.")
     return given
+
+
+def map_size(sdata: SpatialData, positions: np.ndarray, *, width: float, below: float) -> tuple[float, float]:
+    """Return the size of a map that leaves no margins: inches, `below` of them for what stands under it."""
+    left, right, bottom, top = _extent(sdata, positions)
+    return width, float(np.clip(width * (bottom - top) / (right - left), 0.4 * width, 2.0 * width)) + below
+
+
+def _extent(sdata: SpatialData, positions: np.ndarray) -> tuple[float, float, float, float]:
+    """Left, right, bottom and top of what a map shows, H&E px: the tiles and a little around."""
+    height, width = contract.levels(sdata, contract.image_name(sdata))[0].shape[1:]
+    margin = 1.2 * contract.tiling(sdata)["side_px"]
+    low, high = positions.min(axis=0) - margin, positions.max(axis=0) + margin
+    return max(0.0, low[0]), min(width, high[0]), min(height, high[1]), max(0.0, low[1])
 
 
 def check_gene(table: AnnData, gene: str, *, what: str = "predicted") -> None:
@@ -97,10 +118,9 @@ def draw_section(ax: Axes, sdata: SpatialData, positions: np.ndarray, *, image_k
     height, width = contract.levels(sdata, name)[0].shape[1:]
     faded = (image + (255.0 - image) * fade).astype(np.uint8)
     ax.imshow(faded, extent=(0, width, height, 0), interpolation="antialiased", zorder=0)
-    margin = 1.2 * contract.tiling(sdata)["side_px"]
-    low, high = positions.min(axis=0) - margin, positions.max(axis=0) + margin
-    ax.set_xlim(max(0.0, low[0]), min(width, high[0]))
-    ax.set_ylim(min(height, high[1]), max(0.0, low[1]))
+    left, right, bottom, top = _extent(sdata, positions)
+    ax.set_xlim(left, right)
+    ax.set_ylim(bottom, top)
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
@@ -178,7 +198,7 @@ def _growth(positions: np.ndarray, side: float) -> float:
     if len(positions) < 2:
         return 1.0
     pitch = float(np.median(KDTree(positions).query(positions, k=2)[0][:, 1]))
-    return float(np.clip(0.95 * pitch / side, 1.0, LARGEST))
+    return float(np.clip(0.8 * pitch / side, 1.0, LARGEST))
 
 
 def robust_norm(values: np.ndarray) -> Normalize:
@@ -190,9 +210,11 @@ def robust_norm(values: np.ndarray) -> Normalize:
     return Normalize(low, high if high > low else low + 1.0)
 
 
-def add_colour_bar(ax: Axes, drawn: ScalarMappable, label: str) -> None:
-    """Put a labelled colour bar under a map."""
-    bar = ax.figure.colorbar(drawn, ax=ax, location="bottom", shrink=0.7, aspect=28, pad=0.02)
+def add_colour_bar(
+    ax: Axes, drawn: ScalarMappable, label: str, *, location: Literal["bottom", "right"] = "bottom"
+) -> None:
+    """Put a labelled colour bar under a map, or right of it."""
+    bar = ax.figure.colorbar(drawn, ax=ax, location=location, shrink=0.7, aspect=28, pad=0.02)
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)

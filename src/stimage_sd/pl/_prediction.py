@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.nn.spatial import pearson
-from stimage_sd.pl._canvas import add_colour_bar, check_gene, column, draw_section, draw_tiles, panels
+from stimage_sd.pl._canvas import add_colour_bar, check_gene, column, draw_section, draw_tiles, map_size, panels
 
 
 def prediction(
@@ -72,8 +72,8 @@ def prediction(
     table = contract.predictions(sdata)
     check_gene(table, gene)
     measured = _measured(sdata, gene, table_key)
-    axes = panels(ax, 1 if measured is None else 2, size=(5.2, 5.6))
     positions = np.asarray(table.obsm["spatial"])
+    axes = panels(ax, 1 if measured is None else 2, size=map_size(sdata, positions, width=5.2, below=1.1))
     predicted = np.log1p(column(table, gene))
     title = f"{gene}, predicted"
     if measured is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from stimage_sd.models._nb import NBModel
 from stimage_sd.pl._canvas import MEASURED, PREDICTED, finish, panels
@@ -46,16 +46,13 @@ def training(model: NBModel, *, ax: Axes | None = None) -> Axes:
     if "history" not in model.training:
         raise ValueError("Expected a model with a training history, found none in `model.training`. Fit it again.")
     history = model.history
-    if ax is None:
-        _, ax = plt.subplots(figsize=(6.0, 4.0), layout="constrained")
-    else:
-        ax = panels(ax, 1, size=(6.0, 4.0))[0]
+    panel: Axes = panels(ax, 1, size=(6.0, 4.0))[0]
     for name, (label, colour) in CURVES.items():
         losses = history.pivot(index="epoch", columns="member", values=name)
-        ax.plot(losses.index, losses.to_numpy(), color=colour, linewidth=0.8, alpha=0.35)
-        ax.plot(losses.index, losses.mean(axis=1), color=colour, linewidth=2.2, label=f"{label}, mean")
+        panel.plot(losses.index, losses.to_numpy(), color=colour, linewidth=0.8, alpha=0.35)
+        panel.plot(losses.index, losses.mean(axis=1), color=colour, linewidth=2.2, label=f"{label}, mean")
     best = history.loc[history.groupby("member")["validation_nll"].idxmin()]
-    ax.plot(
+    panel.plot(
         best["epoch"],
         best["validation_nll"],
         "o",
@@ -65,13 +62,14 @@ def training(model: NBModel, *, ax: Axes | None = None) -> Axes:
         label="a member's best epoch",
         zorder=3,
     )
-    _cut(ax, history[list(CURVES)].to_numpy())
-    ax.set_xlabel("epoch")
-    ax.set_ylabel("negative log-likelihood a count")
-    ax.set_title(f"{model.n_members} members, {len(model.genes)} genes, head {model.head!r}", fontsize=11)
-    ax.legend(frameon=False, fontsize=9)
-    finish(ax)
-    return ax
+    _cut(panel, history[list(CURVES)].to_numpy())
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panel.set_xlabel("epoch")
+    panel.set_ylabel("negative log-likelihood a count")
+    panel.set_title(f"{model.n_members} members, {len(model.genes)} genes, head {model.head!r}", fontsize=11)
+    panel.legend(frameon=False, fontsize=9)
+    finish(panel)
+    return panel
 
 
 def _cut(ax: Axes, losses: np.ndarray) -> None:

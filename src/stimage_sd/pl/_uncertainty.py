@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.pl._canvas import add_colour_bar, check_gene, column, draw_section, draw_tiles, panels
+from stimage_sd.pl._canvas import add_colour_bar, check_gene, column, draw_section, draw_tiles, map_size, panels
 
 
 def uncertainty(
@@ -78,8 +78,8 @@ def uncertainty(
             "counts",
         ),
     }
-    axes = panels(ax, len(maps), size=(4.0, 4.6))
     positions = np.asarray(table.obsm["spatial"])
+    axes = panels(ax, len(maps), size=map_size(sdata, positions, width=4.0, below=1.1))
     for number, (panel, (title, (values, label))) in enumerate(zip(axes, maps.items(), strict=True)):
         draw_section(panel, sdata, positions, image_key=image_key, fade=fade)
         drawn = draw_tiles(panel, sdata, positions, values, cmap="magma" if number == 0 else cmap)

@@ -80,7 +80,7 @@ def embed(
         name = contract.working_image_name(sdata, image_key)
         contract.check_rgb(sdata, name)
         tiling = contract.tiling(sdata)
-        target = network.input_size or tiling["target_px"]
+        target = tiling["target_px"] if network.input_size is None else network.input_size
         values = run_over_tiles(
             contract.levels(sdata, name),
             np.asarray(table.obsm["spatial"]),

@@ -1,0 +1,1 @@
+"""Measurements of the package, side by side with its peers."""

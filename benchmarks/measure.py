@@ -1,0 +1,83 @@
+"""Seconds and peak memory of the steps of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def resident_megabytes() -> float:
+    """Resident memory of this process, MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    model = next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if "model name" in line
+        ),
+        platform.processor(),
+    )
+    return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+
+
+@dataclass
+class Steps:
+    """Steps of a run: wall-clock seconds each, and the highest resident memory while each ran.
+
+    Attributes
+    ----------
+    start_megabytes
+        Resident memory when the measuring began, after the imports.
+    rows
+        A dict a step.
+    """
+
+    start_megabytes: float = field(default_factory=resident_megabytes)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measure what happens inside; memory is sampled every 10 ms."""
+        peak = [resident_megabytes()]
+        stop = threading.Event()
+
+        def sample() -> None:
+            while not stop.wait(0.01):
+                peak[0] = max(peak[0], resident_megabytes())
+
+        watcher = threading.Thread(target=sample, daemon=True)
+        watcher.start()
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begin
+            stop.set()
+            watcher.join()
+            self.rows.append(
+                {
+                    "step": name,
+                    "seconds": round(seconds, 2),
+                    "peak_mb_above_imports": round(max(peak[0], resident_megabytes()) - self.start_megabytes),
+                }
+            )
+
+
+def report(path: Path, result: dict[str, Any]) -> None:
+    """Write a result as JSON, and print it as one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))

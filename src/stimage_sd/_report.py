@@ -1,0 +1,150 @@
+"""What the command line says about scores, sections and models, as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.models import NBModel
+
+#: how many of the best genes make a score of their own
+TOP = 50
+SCORES = {
+    "pearson": "Pearson (log1p)",
+    "spearman": "Spearman",
+    "bivariate_morans_i": "bivariate Moran's I",
+    "iou": "IoU of patterns",
+    "coverage": "90% interval covers",
+    "nll": "NLL a count",
+    "nll_floor": "NLL a count, mean-only",
+}
+
+
+def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
+    """Summarise the scores of `stimage_sd.tl.evaluate`: means over genes, a column a section.
+
+    Parameters
+    ----------
+    scores
+        A row a section and gene.
+    n_best
+        How many genes to name, those of the highest Pearson correlation.
+
+    Returns
+    -------
+    Lines of text.
+    """
+    columns = {}
+    for section, part in scores.groupby("section", sort=False):
+        means = {label: f"{part[name].mean():.3f}" for name, label in SCORES.items()}
+        top = f"{part['pearson'].nlargest(TOP).mean():.3f}" if len(part) > TOP else "-"
+        rows = {"genes": str(len(part)), "tiles": str(int(part["n_tiles"].iloc[0]))}
+        first = {"Pearson (log1p)": means.pop("Pearson (log1p)"), f"  of the best {TOP} genes": top}
+        columns[str(section)] = {**rows, **first, **means}
+    text = pd.DataFrame(columns).to_string()
+    best = scores.nlargest(n_best, "pearson")
+    named = ", ".join(f"{gene} {r:.2f}" for gene, r in zip(best["gene"], best["pearson"], strict=True))
+    return f"{text}\nbest predicted: {named}"
+
+
+def section_report(sdata: SpatialData, path: Path) -> str:
+    """Say what a section holds, what was done to it, and what to run next.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    path
+        Its store, for the command to run next.
+
+    Returns
+    -------
+    Lines of text.
+    """
+    section = contract.info(sdata)
+    height, width = contract.levels(sdata, contract.image_name(sdata))[0].shape[1:]
+    mpp = "resolution unknown" if section["mpp"] is None else f"{section['mpp']:.4g} µm a pixel"
+    lines = [
+        f"section      {section['sample']} ({section['platform']})",
+        f"H&E          {section['image']}, {width} x {height} px, {mpp}",
+        f"images       {', '.join(sorted(sdata.images))}",
+        f"tables       {', '.join(f'{name} {table.n_obs} x {table.n_vars}' for name, table in sdata.tables.items())}",
+    ]
+    if contract.TILES in sdata.tables:
+        lines += _tiles_lines(sdata)
+    if contract.PREDICTIONS in sdata.tables:
+        table = contract.predictions(sdata)
+        how = table.uns["prediction"]
+        trained = ", ".join(map(str, how["trained_on"]))
+        lines.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
+        if "pearson" in table.var:
+            lines.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
+    lines += [
+        f"{'history' if not number else '':<12} {_step(entry)}" for number, entry in enumerate(section["history"])
+    ]
+    return "\n".join([*lines, f"next         {_next(sdata, path)}"])
+
+
+def _tiles_lines(sdata: SpatialData) -> list[str]:
+    table, tiling = contract.tiles(sdata), contract.tiling(sdata)
+    size = f"{tiling['size_um']:.4g} µm" if "size_um" in tiling else f"{tiling['side_px']:.0f} px"
+    lines = [f"tiles        {int(table.obs['keep'].sum())} of {table.n_obs} kept, {tiling['layout']}, {size}"]
+    for extractor, how in table.uns.get("embeddings", {}).items():
+        fields = ", ".join(f"{float(value):g}" for value in how["fields_of_view"])
+        lines.append(
+            f"embeddings   {extractor}, fields of view {fields}, context rings {int(how['context_rings'])}, "
+            f"{'stain-normalised' if how['stain'] else 'image as it is'}"
+        )
+    return lines
+
+
+def _step(entry: dict[str, object]) -> str:
+    return f"{entry['time']}  {entry['step']}"
+
+
+def _next(sdata: SpatialData, path: Path) -> str:
+    has_counts = contract.COUNTS in sdata.tables
+    if contract.PREDICTIONS in sdata.tables:
+        if has_counts and "pearson" not in contract.predictions(sdata).var:
+            return f"stimage-sd evaluate {path}"
+        gene = contract.predictions(sdata).var_names[0]
+        return f'in Python: stimage_sd.pl.prediction(spatialdata.read_zarr("{path}"), "{gene}")'
+    predict = f"stimage-sd predict {path} --model MODEL --out NEW.zarr"
+    return f"stimage-sd train {path} ... --out MODEL, or {predict}" if has_counts else predict
+
+
+def model_report(model: NBModel) -> str:
+    """Say what a model predicts, from what, and how it was trained.
+
+    Parameters
+    ----------
+    model
+        A fitted model.
+
+    Returns
+    -------
+    Lines of text.
+    """
+    tiles, training = model.tiles, model.training
+    size = f"{tiles.size_um:.4g} µm" if tiles.size_um is not None else f"{tiles.side_px:.0f} px"
+    fields = ", ".join(f"{field:g}" for field in tiles.fields_of_view)
+    stain = "image as it is" if tiles.stain is None else f"stain-normalised ({tiles.stain['method']})"
+    genes = ", ".join(model.genes[:8]) + (", ..." if len(model.genes) > 8 else "")
+    lines = [
+        f"model        negative binomial, head {model.head!r}, {model.n_members} members",
+        f"genes        {len(model.genes)}: {genes}",
+        f"tiles        {size}, {stain}",
+        f"embeddings   {tiles.extractor}, fields of view {fields}, context rings {tiles.context_rings}",
+        f"intervals    central {model.interval_level:.1%}, which covered 90% of held-out counts",
+    ]
+    if "sections" in training:
+        lines.append(f"trained on   {', '.join(training['sections'])} ({training['n_tiles']} tiles)")
+    if "metrics" in training:
+        losses = training["metrics"]["validation_nll"]
+        lines.append(f"validation   NLL a count {sum(losses) / len(losses):.4f}, mean of members")
+    if "versions" in training:
+        lines.append("versions     " + ", ".join(f"{name} {text}" for name, text in training["versions"].items()))
+    return "\n".join([*lines, "next         stimage-sd predict SECTION.zarr --model MODEL --out NEW.zarr"])

@@ -1,0 +1,281 @@
+"""The command line: the package's functions over zarr stores and model files.
+
+Heavy imports happen inside the commands, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from stimage_sd import __version__
+
+if TYPE_CHECKING:
+    from spatialdata import SpatialData
+
+
+class Dataset(StrEnum):
+    """What the demo runs on."""
+
+    synthetic = "synthetic"
+    her2st = "her2st"
+
+
+class Stain(StrEnum):
+    """How sections that are not normalised yet are normalised."""
+
+    vahadane = "vahadane"
+    macenko = "macenko"
+    reinhard = "reinhard"
+    none = "none"
+
+
+class Head(StrEnum):
+    """The head of the model."""
+
+    paper = "paper"
+    dispersion = "dispersion"
+
+
+class _Group(TyperGroup):
+    """Turns a user's mistake into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command, with warnings and errors a line each on standard error."""
+        # a store written by this package is read with a notice about labels that are no image's
+        logging.getLogger("ome_zarr").setLevel(logging.ERROR)
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except (ValueError, KeyError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            if ctx.params.get("show_traceback"):
+                typer.echo(traceback.format_exc(), err=True)
+            typer.echo(f"stimage-sd: error: {_one_line(error)}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    name="stimage-sd",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Spatial gene expression from H&E images, as distributions with uncertainty. "
+    "Works on zarr stores of sections (SpatialData), as the readers of stimage_sd.io and sdata.write() make them.",
+)
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is complete.")]
+Weights = Annotated[
+    Path | None, typer.Option(help="Weights file of the extractor, where they are not found by themselves.")
+]
+
+
+def _one_line(error: BaseException) -> str:
+    # str() of a KeyError is its message in quotes
+    message = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(message).split())
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    name = "warning" if category is UserWarning else f"warning ({category.__name__})"
+    typer.echo(f"stimage-sd: {name}: {' '.join(str(message).split())}", err=True)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"stimage-sd {__version__}")
+        raise typer.Exit
+
+
+def _say(message: str) -> None:
+    typer.echo(f"- {message}")
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+) -> None:
+    """Take the options that all commands share; they are dealt with before and around them."""
+
+
+@app.command()
+def demo(
+    dataset: Annotated[
+        Dataset, typer.Option(help="synthetic: made for the occasion, offline; her2st: a breast tumour, fetched once.")
+    ] = Dataset.synthetic,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("stimage-sd-demo"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Do the whole job: train on three sections, predict a fourth, score and draw it."""
+    from stimage_sd._demo import run_demo
+    from stimage_sd._report import score_report
+
+    scores = run_demo(dataset.value, out, overwrite=overwrite, say=_say)
+    typer.echo(f"\n{score_report(scores)}\n")
+    typer.echo(
+        f"In {out}: test_section.zarr (section with predictions), model.stimage (model), scores.csv (a row a gene), "
+        "figures (PNG)."
+    )
+
+
+@app.command()
+def train(
+    sections: Annotated[list[Path], typer.Argument(metavar="ZARR...", help="Zarr stores of sections with counts.")],
+    out: Annotated[Path, typer.Option(help="Where to save the model; one file where the name ends in .stimage.")],
+    genes: Annotated[Path | None, typer.Option(help="Text file of genes to learn, one a line.")] = None,
+    n_top: Annotated[int | None, typer.Option(min=1, help="Highly variable genes to learn [default: 1000].")] = None,
+    include: Annotated[Path | None, typer.Option(help="Text file of genes to learn besides, one a line.")] = None,
+    extractor: Annotated[str, typer.Option(help="Network that embeds the tiles.")] = "efficientnet_lite0",
+    weights: Weights = None,
+    stain: Annotated[Stain, typer.Option(help="Normalisation of sections that are not embedded yet.")] = Stain.vahadane,
+    head: Annotated[Head, typer.Option(help="Head of the model.")] = Head.paper,
+    n_members: Annotated[int, typer.Option(min=1, help="Members of the ensemble.")] = 10,
+    max_epochs: Annotated[int, typer.Option(min=1, help="Epochs to train at most.")] = 100,
+    validation: Annotated[
+        list[str] | None, typer.Option(help="A section to validate on; by default each member has its own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Fit a model on sections with counts.
+
+    Sections that are not embedded yet are stain-normalised to the first, tiled and embedded, in memory: the stores
+    are only read.
+    """
+    from stimage_sd import pp, tl
+    from stimage_sd._steps import prepare_cohort
+    from stimage_sd._store import check_free, read_section
+
+    if genes is not None and (n_top is not None or include is not None):
+        raise ValueError("--genes is the whole list; pass it, or --n-top and --include.")
+    check_free(out, overwrite=overwrite)
+    listed = None if genes is None else _read_genes(genes)
+    besides = [] if include is None else _read_genes(include)
+    cohort = _name_sections(sections, [read_section(path) for path in sections])
+    chosen = pp.select_genes(cohort, listed, n_top=n_top or 1000, include=besides)
+    prepare_cohort(
+        cohort, extractor=extractor, stain=None if stain is Stain.none else stain.value, weights=weights, say=_say
+    )
+    _say(f"training on {', '.join(cohort)}: {len(chosen)} genes, {n_members} members")
+    model = tl.fit_nb(
+        cohort,
+        genes=chosen,
+        extractor=extractor,
+        head=head.value,
+        n_members=n_members,
+        max_epochs=max_epochs,
+        validation=validation or 0.3,
+        seed=seed,
+    )
+    model.save(out)
+    typer.echo(f"{model}\nModel in {out}. Next: stimage-sd predict SECTION.zarr --model {out} --out NEW.zarr")
+
+
+@app.command()
+def predict(
+    section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store of a section; it needs no counts.")],
+    model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
+    out: Annotated[Path | None, typer.Option(help="Zarr store to write; by default ZARR itself.")] = None,
+    weights: Weights = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Predict genes with their uncertainty.
+
+    Steps that the section lacks are run as the model expects them. A store is never changed where it stands: it is
+    copied, tiles and predictions are written into the copy, and the complete copy is moved to --out, or, with
+    --overwrite and without --out, to the place of ZARR. The stain-normalised image is not stored, as it is made
+    again in no time.
+    """
+    from stimage_sd import contract, models, tl
+    from stimage_sd._steps import prepare_for_model
+    from stimage_sd._store import check_free, read_section, write_changed
+
+    target = section if out is None else out
+    if section.exists():
+        check_free(target, overwrite=overwrite)
+    fitted = models.load(model)
+    sdata = read_section(section)
+    on_disk = set(sdata.images)
+    changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
+    _say(f"{contract.sample(sdata)}: predicting {len(fitted.genes)} genes")
+    tl.predict(sdata, fitted)
+    for name in set(sdata.images) - on_disk:
+        del sdata.images[name]
+    write_changed(sdata, source=section, target=target, changed=[*changed, contract.PREDICTIONS], overwrite=overwrite)
+    typer.echo(f"Predictions in {target}. Next: stimage-sd info {target}")
+
+
+@app.command()
+def evaluate(
+    section: Annotated[
+        Path, typer.Argument(metavar="ZARR", help="Zarr store of a section with predictions and counts.")
+    ],
+    csv: Annotated[Path | None, typer.Option(help="File for the scores of each gene.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Compare predictions with counts and print the scores; the store is only read."""
+    from stimage_sd import tl
+    from stimage_sd._report import score_report
+    from stimage_sd._store import check_free, read_section, staged
+
+    if csv is not None:
+        check_free(csv, overwrite=overwrite)
+    scores = tl.evaluate(read_section(section))
+    typer.echo(score_report(scores))
+    if csv is not None:
+        with staged(csv, overwrite=overwrite) as path:
+            scores.to_csv(path, index=False)
+        typer.echo(f"Scores of each gene in {csv}.")
+
+
+@app.command()
+def info(path: Annotated[Path, typer.Argument(help="Zarr store of a section, or a model.")]) -> None:
+    """Say what a section holds, what was done to it and what to run next; or what a model is."""
+    from stimage_sd._store import is_store, read_section
+
+    if not path.exists():
+        raise FileNotFoundError(f"Nothing at {path}; expected the zarr store of a section, or a model.")
+    if is_store(path):
+        from stimage_sd._report import section_report
+
+        typer.echo(section_report(read_section(path), path))
+        return
+    from stimage_sd import models
+    from stimage_sd._report import model_report
+
+    typer.echo(model_report(models.load(path)))
+
+
+def _read_genes(path: Path) -> list[str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"No list of genes at {path}.")
+    genes = list(dict.fromkeys(path.read_text().split()))
+    if not genes:
+        raise ValueError(f"Expected genes in {path}, one a line, found none.")
+    return genes
+
+
+def _name_sections(paths: Sequence[Path], sections: Sequence[SpatialData]) -> dict[str, SpatialData]:
+    """Return a cohort, by sample id where these differ, by the stores' names otherwise."""
+    from stimage_sd import contract
+
+    stems = [path.resolve().stem for path in paths]
+    for names in ([contract.sample(sdata) for sdata in sections], stems):
+        if len(set(names)) == len(names):
+            return dict(zip(names, sections, strict=True))
+    raise ValueError(f"Expected sections of different names, found {stems}. Was one given twice?")

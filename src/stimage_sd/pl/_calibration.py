@@ -1,0 +1,201 @@
+"""Whether the predicted uncertainty is the one that counts show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.nn import negative_binomial
+from stimage_sd.pl._canvas import MEASURED, PREDICTED, WARNING, check_gene, finish, panels
+
+#: nominal coverage of the intervals that are measured
+LEVELS = np.round(np.arange(0.1, 1.0, 0.1), 2)
+#: counts that are compared; of a larger section, as many tiles as have so many, drawn at random
+_MOST = 2_000_000
+
+
+class _Measured(NamedTuple):
+    """What was predicted and measured, each ``float64 (n_tiles, n_genes)``."""
+
+    counts: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    stored: float
+
+
+def calibration(
+    sdata: SpatialData,
+    *,
+    genes: Sequence[str] | None = None,
+    table_key: str | None = None,
+    ax: Sequence[Axes] | np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw how often counts fall inside the predicted intervals, and how large errors are beside their prediction.
+
+    The first panel has, for central intervals of 10 % to 90 % of the negative binomials of the predicted mean and
+    total variance, the share of counts inside. Intervals of whole counts cover more than their nominal share, the
+    more so the lower the counts; the second line takes that out, a count that lies on an interval's end being
+    counted for the part of its probability that lies inside (the probability integral transform). A star marks
+    the stored interval. The second panel has ten equal groups of predictions, by predicted standard deviation,
+    and the root mean square of their errors.
+
+    Parameters
+    ----------
+    sdata
+        A section with predictions and counts.
+    genes
+        Which of the predicted genes; those that were measured by default.
+    table_key
+        Name of the table of counts.
+    ax
+        Two axes to draw on; a new figure by default.
+
+    Returns
+    -------
+    The two axes. Of sections with more than two million counts, tiles are drawn at random, always the same.
+
+    Raises
+    ------
+    KeyError
+        If the section has no predictions or no counts, its tiles do not sit on spots, or a gene was not predicted
+        or not measured.
+    ValueError
+        If `ax` is not two axes, or no predicted gene was measured.
+
+    Notes
+    -----
+    Czado, Gneiting and Held 2009, "Predictive model assessment for count data", Biometrics 65:1254, section 2.
+
+    Examples
+    --------
+    >>> import stimage_sd as sti
+    >>> path = sti.datasets.synthetic_visium("bundle_calibration", n_spots=60, n_genes=20)
+    >>> section = sti.io.visium(path, image=path / "image.tif")
+    >>> sti.pp.tile(section)
+    >>> sti.pp.embed(section, fields_of_view=(1.0,))
+    >>> model = sti.tl.fit_nb(section, genes=sti.pp.select_genes(section, n_top=5), n_members=2, max_epochs=2)
+    >>> sti.tl.predict(section, model)
+    >>> len(sti.pl.calibration(section))
+    2
+    """
+    table = contract.predictions(sdata)
+    measured = _measured(sdata, table, genes, table_key)
+    axes = panels(ax, 2, size=(4.6, 4.4))
+    nominal = float(table.uns["prediction"]["coverage"])
+    _draw_coverage(axes[0], measured, nominal)
+    _draw_errors(axes[1], measured)
+    return axes
+
+
+def _measured(sdata: SpatialData, table: AnnData, genes: Sequence[str] | None, table_key: str | None) -> _Measured:
+    rows, counts = contract.align_to_spots(sdata, table, table_key)
+    chosen = list(genes) if genes is not None else [gene for gene in table.var_names if gene in counts.var_names]
+    for gene in chosen:
+        check_gene(table, gene)
+        check_gene(counts, gene, what="measured")
+    if not chosen:
+        raise ValueError(
+            f"None of the {table.n_vars} predicted genes was measured in section {contract.sample(sdata)!r}, such as "
+            f"{table.var_names[0]!r}."
+        )
+    most = max(1, _MOST // len(chosen))
+    picked = np.arange(len(rows))
+    if len(rows) > most:
+        picked = np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False))
+    predicted, observed = table[rows[picked], chosen], counts[picked, chosen].X
+    observed = np.asarray(observed.toarray() if hasattr(observed, "toarray") else observed, dtype=np.float64)
+    inside = (observed >= predicted.layers["lower"]) & (observed <= predicted.layers["upper"])
+    return _Measured(
+        counts=observed,
+        mean=np.maximum(np.asarray(predicted.X, dtype=np.float64), 1e-8),
+        variance=np.asarray(predicted.layers["total_variance"], dtype=np.float64),
+        stored=float(inside.mean()),
+    )
+
+
+def coverage(
+    counts: np.ndarray, mean: np.ndarray, variance: np.ndarray, levels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Share of counts inside central intervals of the negative binomials of given means and variances.
+
+    Parameters
+    ----------
+    counts, mean, variance
+        Arrays of one shape; where the variance is no larger than the mean, the Poisson's is taken.
+    levels
+        ``(n_levels,)`` nominal coverage, between 0 and 1.
+
+    Returns
+    -------
+    For each level, the share of counts from the lower to the upper quantile, both included; and the same with
+    counts on either end counted for the part of their probability that lies between the quantiles' probabilities,
+    which is the level itself where the distributions are right.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> whole, part = coverage(np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.array([2.0, 2.0]), np.array([0.5]))
+    >>> whole.tolist(), part.tolist()
+    ([1.0], [0.5])
+    """
+    excess = np.maximum(variance - mean, 1e-6 * mean)
+    r, p = mean**2 / excess, mean / (mean + excess)
+    upto = np.asarray(negative_binomial.cdf(counts, r=r, p=p))
+    below = np.asarray(negative_binomial.cdf(counts - 1, r=r, p=p))
+    width = np.maximum(upto - below, 1e-12)
+    whole, part = [], []
+    for level in levels:
+        low, high = (1 - level) / 2, (1 + level) / 2
+        # a count is at least the lower quantile where its own probability reaches it, and at most the upper one
+        # where the counts below it do not
+        whole.append(((upto >= low) & (below < high)).mean())
+        part.append((np.clip(np.minimum(upto, high) - np.maximum(below, low), 0, None) / width).mean())
+    return np.array(whole), np.array(part)
+
+
+def _draw_coverage(ax: Axes, measured: _Measured, nominal: float) -> None:
+    whole, part = coverage(measured.counts, measured.mean, measured.variance, LEVELS)
+    ax.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1.0, label="nominal")
+    ax.plot(LEVELS, whole, "o-", color=MEASURED, markersize=4, label="intervals of whole counts")
+    ax.plot(LEVELS, part, "s-", color=PREDICTED, markersize=4, label="counts' steps taken out")
+    ax.plot(
+        nominal,
+        measured.stored,
+        "*",
+        color=WARNING,
+        markersize=13,
+        zorder=3,
+        label=f"stored {nominal:.0%} interval: {measured.stored:.1%}",
+    )
+    ax.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal coverage", ylabel="measured coverage", aspect="equal")
+    ax.set_title(f"coverage, {measured.counts.size:,} counts", fontsize=11)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
+    finish(ax)
+
+
+def _draw_errors(ax: Axes, measured: _Measured) -> None:
+    deviation = np.sqrt(measured.variance).ravel()
+    squared = ((measured.counts - measured.mean) ** 2).ravel()
+    groups = np.array_split(np.argsort(deviation, kind="stable"), min(10, deviation.size))
+    predicted = np.array([np.sqrt((deviation[group] ** 2).mean()) for group in groups])
+    error = np.array([np.sqrt(squared[group].mean()) for group in groups])
+    ends = [min(predicted.min(), error[error > 0].min(initial=np.inf)), max(predicted.max(), error.max())]
+    ax.plot(ends, ends, color="grey", linestyle="--", linewidth=1.0, label="equal")
+    ax.plot(predicted, error, "o-", color=MEASURED, markersize=5, label="a tenth of the predictions")
+    ax.set(xscale="log", yscale="log", aspect="equal", adjustable="datalim")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
+    ax.set_xlabel("predicted standard deviation, counts")
+    ax.set_ylabel("root mean square error, counts")
+    ax.set_title("error by predicted uncertainty", fontsize=11)
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    finish(ax)

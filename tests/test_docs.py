@@ -1,0 +1,95 @@
+"""The documentation: every public name is on the API page, the README's commands are marked, links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from types import ModuleType
+
+import pytest
+from conftest import REPOSITORY
+
+import stimage_sd as sti
+
+API = REPOSITORY / "docs" / "api.md"
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+#: lazy subpackages, whose `__all__` is what they expose
+SUBPACKAGES = ["datasets", "io", "models", "pl", "pp", "tl"]
+#: modules, which expose what they define
+MODULES = ["contract", "stream", *(f"nn.{name}" for name in sti.nn.__all__)]
+
+
+def public_names(module: ModuleType) -> set[str]:
+    """`__all__` where there is one; else the functions and classes that are defined there."""
+    if hasattr(module, "__all__"):
+        return set(module.__all__)
+    return {
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (inspect.isclass(value) or inspect.isroutine(value) or hasattr(value, "__wrapped__"))
+        and getattr(value, "__module__", None) == module.__name__
+    }
+
+
+def documented_names() -> set[str]:
+    """Full names of the entries under every `autosummary` of the API page."""
+    names, module = set(), ""
+    for line in API.read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"\.\. currentmodule:: (\S+)", line):
+            module = match[1]
+        elif match := re.match(r"    ([A-Za-z_]\w*)$", line):
+            names.add(f"{module}.{match[1]}")
+    return names
+
+
+@pytest.mark.parametrize("name", [*SUBPACKAGES, *MODULES])
+def test_every_public_name_is_on_the_api_page(name):
+    module = importlib.import_module(f"stimage_sd.{name}")
+    expected = {f"stimage_sd.{name}.{entry}" for entry in public_names(module)}
+    assert expected, f"stimage_sd.{name} exposes nothing"
+    assert expected <= documented_names()
+
+
+def test_nothing_on_the_api_page_is_gone():
+    def exists(name: str) -> bool:
+        module, _, attribute = name.rpartition(".")
+        return hasattr(importlib.import_module(module), attribute)
+
+    gone = sorted(name for name in documented_names() if not exists(name))
+    assert gone == []
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    without = []
+    for name in SUBPACKAGES:
+        module = importlib.import_module(f"stimage_sd.{name}")
+        for entry in module.__all__:
+            text = inspect.getdoc(getattr(module, entry)) or ""
+            if inspect.isfunction(getattr(module, entry)) and not re.search(r"Examples\n-+\n", text):
+                without.append(f"{name}.{entry}")
+    assert without == []
+
+
+def test_the_readme_has_its_two_commands_and_no_third():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"```bash\n(.*?)```", readme, flags=re.DOTALL)
+    marked = re.findall(r"<!-- ci: ([\w ]+) -->\n```bash\n(.*?)\n```", readme, flags=re.DOTALL)
+    assert len(commands) == 2
+    assert [name for name, _ in marked] == ["main job", "tests"]
+    assert all("\n" not in command and command.startswith("python3.11 -m venv") for _, command in marked)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_between_pages_lead_to_files(page):
+    path = REPOSITORY / page
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    targets = [*re.findall(r"\]\(([^)#\s]+)[^)]*\)", text), *re.findall(r'src="([^"]+)"', text)]
+    missing = [
+        target
+        for target in targets
+        # the notebooks are made in the docs build
+        if "://" not in target and "tutorials/" not in target and not (path.parent / target).exists()
+    ]
+    assert missing == []
