@@ -21,7 +21,8 @@ from spatialdata import SpatialData
 import stimage_sd as sti
 from benchmarks.measure import Steps, machine, report
 from stimage_sd import contract
-from stimage_sd.nn.spatial import morans_i, neighbour_graph, pattern_iou, pearson
+from stimage_sd.nn.lattice import neighbour_graph
+from stimage_sd.nn.spatial import morans_i, pattern_iou, pearson
 
 TRAIN, TEST = ("C2", "C3", "C4"), "C5"
 #: the paper's 14 markers as its code has them (the text names TP53 and VEGFA for TTLL12 and CD24)

@@ -7,15 +7,17 @@ import sys
 from pathlib import Path
 
 import jupytext
+import typer
 
 import stimage_sd
+from stimage_sd.cli import app
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS / "_extensions"))
 
 project = "stimage-sd"
 author = "The stimage-sd developers"
-copyright = "2026, The stimage-sd developers"  # noqa: A001
+copyright = "2026, The stimage-sd developers"
 version = release = stimage_sd.__version__
 
 extensions = [
@@ -69,8 +71,20 @@ def write_notebooks() -> None:
         jupytext.write(notebook, folder / f"{source.stem}.ipynb")
 
 
+def write_help() -> None:
+    """Write what each command says to `--help`, without colours and boxes, for the command line page."""
+    folder = DOCS / "generated" / "help"
+    folder.mkdir(parents=True, exist_ok=True)
+    group = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        command.rich_markup_mode = None
+        context = typer.Context(command, info_name=f"stimage-sd {name}", terminal_width=100, max_content_width=100)
+        (folder / f"{name}.txt").write_text(command.get_help(context) + "\n", encoding="utf-8")
+
+
 # The tutorial runs in a folder of its own, so the data beside the repository is named in full.
 beside = DOCS.parents[1] / "shared" / "data"
 if "STIMAGE_SD_DATA" not in os.environ and beside.is_dir():
     os.environ["STIMAGE_SD_DATA"] = str(beside)
 write_notebooks()
+write_help()

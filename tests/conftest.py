@@ -11,12 +11,10 @@ from pathlib import Path
 
 import cv2
 import dask.array as da
-import geopandas as gpd
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
-import shapely
 import xarray as xr
 from anndata import AnnData
 from hypothesis import settings

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
+from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import REPOSITORY
 
 import stimage_sd as sti
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 API = REPOSITORY / "docs" / "api.md"
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
 #: lazy subpackages, whose `__all__` is what they expose

@@ -82,9 +82,8 @@ def section_report(sdata: SpatialData, path: Path) -> str:
         lines.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
         if "pearson" in table.var:
             lines.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
-    lines += [
-        f"{'history' if not number else '':<12} {_step(entry)}" for number, entry in enumerate(section["history"])
-    ]
+    for number, entry in enumerate(section["history"]):
+        lines.append(f"{'' if number else 'history':<12} {entry['time']}  {entry['step']}")
     return "\n".join([*lines, f"next         {_next(sdata, path)}"])
 
 
@@ -99,10 +98,6 @@ def _tiles_lines(sdata: SpatialData) -> list[str]:
             f"{'stain-normalised' if how['stain'] else 'image as it is'}"
         )
     return lines
-
-
-def _step(entry: dict[str, object]) -> str:
-    return f"{entry['time']}  {entry['step']}"
 
 
 def _next(sdata: SpatialData, path: Path) -> str:

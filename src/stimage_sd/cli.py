@@ -50,11 +50,11 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a command, with warnings and errors a line each on standard error."""
-        # a store written by this package is read with a notice about labels that are no image's
+        # a store of SpatialData is read with a notice about labels that are no image's
         logging.getLogger("ome_zarr").setLevel(logging.ERROR)
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+                _show_warnings_to_users()
                 return super().invoke(ctx)
         except (ValueError, KeyError, OSError) as error:
             if isinstance(error, BrokenPipeError):
@@ -88,9 +88,20 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(message).split())
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    name = "warning" if category is UserWarning else f"warning ({category.__name__})"
-    typer.echo(f"stimage-sd: {name}: {' '.join(str(message).split())}", err=True)
+def _show_warnings_to_users() -> None:
+    """Show what a user can act on, once and in one line; what is to come in other packages concerns developers."""
+    for category in (DeprecationWarning, FutureWarning, SyntaxWarning):
+        warnings.simplefilter("ignore", category)
+    warnings.filterwarnings("ignore", message="zarr v3 autosharding", category=UserWarning)
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        text = " ".join(str(message).split())
+        if text not in shown:
+            shown.add(text)
+            typer.echo(f"stimage-sd: warning: {text}", err=True)
+
+    warnings.showwarning = show
 
 
 def _version(show: bool) -> None:
@@ -222,9 +233,7 @@ def predict(
 
 @app.command()
 def evaluate(
-    section: Annotated[
-        Path, typer.Argument(metavar="ZARR", help="Zarr store of a section with predictions and counts.")
-    ],
+    section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store with predictions and counts.")],
     csv: Annotated[Path | None, typer.Option(help="File for the scores of each gene.")] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -13,6 +13,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stimage_sd.nn import intervals, mean_only
 from stimage_sd.nn import negative_binomial as nb
 
 COUNTS = np.array([0, 1, 2, 3, 7, 30, 250, 4_321, 1e5, 1e6], dtype=np.float32)
@@ -180,7 +181,7 @@ def test_mixture_interval_equals_scipy():
     r = np.exp(generator.normal(0.5, 1, (5, 6, 7))).astype(np.float32)
     means = np.exp(generator.normal(0, 2, (6, 7)) + generator.normal(0, 0.5, (5, 6, 7)))
     p = (r / (r + means)).astype(np.float32)
-    lower, upper = nb.mixture_interval(r, p, coverage=0.8)
+    lower, upper = intervals.mixture_interval(r, p, coverage=0.8)
     assert lower.shape == upper.shape == (6, 7)
     assert lower.dtype == upper.dtype == np.float32
     for tile, gene in np.ndindex(6, 7):
@@ -192,7 +193,7 @@ def test_mixture_interval_equals_scipy():
 @pytest.mark.parametrize(("r", "mean"), [(0.05, 5e4), (3.0, 8e4), (5e5, 2e3), (1e4, 1e6)])
 def test_mixture_interval_of_large_counts_equals_scipy(r, mean):
     p = r / (r + mean * np.array([[0.9], [1.0], [1.2]]))
-    bounds = nb.mixture_interval(np.full_like(p, r), p)
+    bounds = intervals.mixture_interval(np.full_like(p, r), p)
     for bound, probability in zip(bounds, (0.05, 0.95), strict=True):
         mixture = lambda count: scipy.stats.nbinom(r, p).cdf(count).mean()
         assert mixture(float(bound[0])) >= probability
@@ -206,7 +207,7 @@ def test_mixture_interval_of_large_counts_equals_scipy(r, mean):
 )
 def test_mixture_interval_holds_its_coverage(coverage, members):
     r, p = np.array(members)[..., None].transpose(1, 0, 2)
-    lower, upper = nb.mixture_interval(r, p, coverage=coverage)
+    lower, upper = intervals.mixture_interval(r, p, coverage=coverage)
     mass = (nb.cdf(upper, r=r, p=p) - nb.cdf(lower - 1, r=r, p=p)).mean(axis=0)
     assert lower <= upper
     assert mass >= coverage - 1e-9
@@ -215,13 +216,13 @@ def test_mixture_interval_holds_its_coverage(coverage, members):
 def test_mixture_interval_names_what_is_wrong():
     good = np.full((2, 3), 0.5)
     with pytest.raises(ValueError, match=r"one shape .* found \(2, 3\) and \(3,\)"):
-        nb.mixture_interval(good, good[0])
+        intervals.mixture_interval(good, good[0])
     with pytest.raises(ValueError, match=r"`r` > 0 .* found `r` from -0.5"):
-        nb.mixture_interval(-good, good)
+        intervals.mixture_interval(-good, good)
     with pytest.raises(ValueError, match=r"`p` in \(0, 1\]"):
-        nb.mixture_interval(good, np.where(good > 0, np.nan, good))
+        intervals.mixture_interval(good, np.where(good > 0, np.nan, good))
     with pytest.raises(ValueError, match=r"between 0 and 1, found 1\.5"):
-        nb.mixture_interval(good, good, coverage=1.5)
+        intervals.mixture_interval(good, good, coverage=1.5)
 
 
 @pytest.mark.parametrize("deep", [False, True])
@@ -231,7 +232,7 @@ def test_mean_only_fit_has_the_highest_likelihood(deep):
     depth = np.ones(400) if size_factors is None else size_factors
     means, dispersions = np.exp(generator.normal(0, 1.5, (2, 20)))
     counts = generator.negative_binomial(dispersions, dispersions / (dispersions + depth[:, None] * means))
-    fit = nb.fit_mean_only(counts, size_factors)
+    fit = mean_only.fit_mean_only(counts, size_factors)
     np.testing.assert_allclose(fit.mean, counts.sum(axis=0) / depth.sum())
     np.testing.assert_allclose(fit.p, fit.r / (fit.r + fit.mean))
     for gene in range(20):
@@ -243,12 +244,12 @@ def test_mean_only_fit_has_the_highest_likelihood(deep):
 
         best = scipy.optimize.minimize_scalar(loss, bounds=np.log([1e-6, 1e6]), method="bounded")
         assert loss(np.log(fit.r[gene])) <= best.fun + 1e-6
-    sparse = nb.fit_mean_only(scipy.sparse.csr_matrix(counts), size_factors)
+    sparse = mean_only.fit_mean_only(scipy.sparse.csr_matrix(counts), size_factors)
     np.testing.assert_array_equal(sparse.r, fit.r)
 
 
 def test_mean_only_fit_of_genes_without_overdispersion():
-    fit = nb.fit_mean_only(np.array([[0, 2], [0, 2], [0, 2]]))
+    fit = mean_only.fit_mean_only(np.array([[0, 2], [0, 2], [0, 2]]))
     assert fit.mean.tolist() == [0, 2]
     assert fit.p[0] == 1
     assert fit.r[1] == pytest.approx(1e6)
@@ -256,6 +257,6 @@ def test_mean_only_fit_of_genes_without_overdispersion():
 
 def test_mean_only_fit_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"raw counts .* found 0\.5"):
-        nb.fit_mean_only(np.array([[1.0], [0.5]]))
+        mean_only.fit_mean_only(np.array([[1.0], [0.5]]))
     with pytest.raises(ValueError, match=r"`size_factors` to be 2 positive numbers.* found shape \(3,\)"):
-        nb.fit_mean_only(np.ones((2, 1)), np.ones(3))
+        mean_only.fit_mean_only(np.ones((2, 1)), np.ones(3))

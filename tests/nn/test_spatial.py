@@ -15,7 +15,7 @@ import squidpy as sq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stimage_sd.nn import spatial
+from stimage_sd.nn import lattice, spatial
 
 PITCH = 137.0
 
@@ -51,7 +51,7 @@ def expression(section):
 
 def test_lattice_is_found_under_rotation_and_displacement(section):
     kind, column, row, points = section
-    found = spatial.lattice(points)
+    found = lattice.find_lattice(points)
     assert found.kind == kind
     np.testing.assert_array_equal(found.column, column)
     np.testing.assert_array_equal(found.row, row)
@@ -60,7 +60,7 @@ def test_lattice_is_found_under_rotation_and_displacement(section):
 
 def test_lattice_of_array_indices_is_the_indices(section):
     kind, column, row, _ = section
-    found = spatial.lattice(np.column_stack([column, row]))
+    found = lattice.find_lattice(np.column_stack([column, row]))
     assert found.kind == kind
     np.testing.assert_array_equal(found.column, column)
     np.testing.assert_array_equal(found.row, row)
@@ -68,7 +68,7 @@ def test_lattice_of_array_indices_is_the_indices(section):
 
 def test_lattice_of_even_pixels_is_not_taken_for_array_indices():
     corners = np.array([[x, y] for x in range(0, 2_240, 224) for y in range(0, 2_240, 224)])
-    found = spatial.lattice(corners)
+    found = lattice.find_lattice(corners)
     assert found.kind == "square"
     assert found.pitch == 224
     np.testing.assert_array_equal(found.column, corners[:, 0] // 224)
@@ -77,14 +77,14 @@ def test_lattice_of_even_pixels_is_not_taken_for_array_indices():
 def test_lattice_places_parts_that_do_not_touch():
     grid = np.array([[x, y] for x in range(12) for y in range(5) if x not in (4, 5, 9)], dtype=float)
     generator = np.random.default_rng(0)
-    found = spatial.lattice(10 * grid + generator.uniform(-1, 1, grid.shape))
+    found = lattice.find_lattice(10 * grid + generator.uniform(-1, 1, grid.shape))
     np.testing.assert_array_equal(np.column_stack([found.column, found.row]), grid)
 
 
 @pytest.mark.parametrize("sample", ["C2", "C3", "C4", "C5"])
 def test_lattice_of_real_sections_is_the_published_array(data_dir, sample):
     spots = pd.read_csv(data_dir / "her2st" / sample / "spots.tsv", sep="\t")
-    found = spatial.lattice(spots[["pixel_x", "pixel_y"]].to_numpy())
+    found = lattice.find_lattice(spots[["pixel_x", "pixel_y"]].to_numpy())
     assert found.kind == "square"
     np.testing.assert_array_equal(found.column, spots["x"] - spots["x"].min())
     np.testing.assert_array_equal(found.row, spots["y"] - spots["y"].min())
@@ -92,17 +92,17 @@ def test_lattice_of_real_sections_is_the_published_array(data_dir, sample):
 
 def test_lattice_names_what_is_wrong():
     with pytest.raises(ValueError, match=r"shape \(n_obs, 2\) .* found shape \(3,\)"):
-        spatial.lattice(np.zeros(3))
+        lattice.find_lattice(np.zeros(3))
     with pytest.raises(ValueError, match="share a position"):
-        spatial.lattice(np.zeros((4, 2)))
+        lattice.find_lattice(np.zeros((4, 2)))
     with pytest.raises(ValueError, match=r"on one place.*`n_neighbours=`"):
-        spatial.lattice(np.random.default_rng(0).random((300, 2)))
+        lattice.find_lattice(np.random.default_rng(0).random((300, 2)))
 
 
 @pytest.mark.parametrize("n_rings", [1, 2])
 def test_neighbours_are_those_within_the_ring(section, n_rings):
     kind, column, row, points = section
-    graph = spatial.neighbour_graph(points, n_rings=n_rings)
+    graph = lattice.neighbour_graph(points, n_rings=n_rings)
     rows, columns = np.abs(row[:, None] - row), np.abs(column[:, None] - column)
     apart = np.maximum(rows, columns) if kind == "square" else np.maximum(rows, (rows + columns) / 2)
     np.testing.assert_array_equal(graph.toarray(), (apart > 0) & (apart <= n_rings))
@@ -112,12 +112,12 @@ def test_neighbours_are_those_within_the_ring(section, n_rings):
 def test_neighbours_equal_queen_contiguity_and_squidpy():
     queen = libpysal.weights.lat2W(6, 5, rook=False).sparse.toarray()
     square = np.array([[x, y] for y in range(6) for x in range(5)], dtype=float)
-    np.testing.assert_array_equal(spatial.neighbour_graph(square).toarray(), queen)
+    np.testing.assert_array_equal(lattice.neighbour_graph(square).toarray(), queen)
 
     array = np.array([[2 * x + y % 2, y] for y in range(8) for x in range(7)], dtype=float)
     adata = ad.AnnData(np.zeros((56, 1)), obsm={"spatial": array * [0.5, np.sqrt(3) / 2]})
     sq.gr.spatial_neighbors_grid(adata, n_neighs=6)
-    found = spatial.neighbour_graph(adata.obsm["spatial"])
+    found = lattice.neighbour_graph(adata.obsm["spatial"])
     np.testing.assert_array_equal(found.toarray(), adata.obsp["spatial_connectivities"].toarray() > 0)
 
 
@@ -125,9 +125,9 @@ def test_neighbours_by_number_and_radius():
     points = np.random.default_rng(0).random((80, 2))
     distances = np.linalg.norm(points[:, None] - points, axis=2)
     np.fill_diagonal(distances, np.inf)
-    by_number = spatial.neighbour_graph(points, n_neighbours=5).toarray()
+    by_number = lattice.neighbour_graph(points, n_neighbours=5).toarray()
     np.testing.assert_array_equal(by_number > 0, distances <= np.sort(distances, axis=1)[:, 4:5])
-    by_radius = spatial.neighbour_graph(points, radius=0.08).toarray()
+    by_radius = lattice.neighbour_graph(points, radius=0.08).toarray()
     np.testing.assert_array_equal(by_radius > 0, distances <= 0.08)
     assert (by_radius.sum(axis=1) == 0).any()
 
@@ -135,11 +135,11 @@ def test_neighbours_by_number_and_radius():
 def test_neighbour_graph_names_what_is_wrong():
     points = np.random.default_rng(0).random((8, 2))
     with pytest.raises(ValueError, match=r"one of .* found \['n_neighbours', 'radius'\]"):
-        spatial.neighbour_graph(points, radius=1.0, n_neighbours=2)
+        lattice.neighbour_graph(points, radius=1.0, n_neighbours=2)
     with pytest.raises(ValueError, match="`radius` to be positive, found -1"):
-        spatial.neighbour_graph(points, radius=-1)
+        lattice.neighbour_graph(points, radius=-1)
     with pytest.raises(ValueError, match="below the 8 spots, found 8"):
-        spatial.neighbour_graph(points, n_neighbours=8)
+        lattice.neighbour_graph(points, n_neighbours=8)
 
 
 def without_some_links(graph):
@@ -151,7 +151,7 @@ def without_some_links(graph):
 
 @pytest.mark.parametrize("isolate", [False, True])
 def test_morans_i_equals_squidpy(section, expression, isolate):
-    graph = scipy.sparse.csr_matrix(spatial.neighbour_graph(section[3]))
+    graph = scipy.sparse.csr_matrix(lattice.neighbour_graph(section[3]))
     graph = without_some_links(graph) if isolate else graph
     adata = ad.AnnData(expression[0][:, :-1], obsp={"spatial_connectivities": graph})
     table = sq.gr.spatial_autocorr(adata, mode="moran", transformation=True, copy=True)
@@ -163,7 +163,7 @@ def test_morans_i_equals_squidpy(section, expression, isolate):
 @pytest.mark.filterwarnings("ignore:The weights matrix is not fully connected:UserWarning")
 @pytest.mark.parametrize("isolate", [False, True])
 def test_bivariate_morans_i_equals_esda(section, expression, isolate):
-    graph = scipy.sparse.csr_matrix(spatial.neighbour_graph(section[3]))
+    graph = scipy.sparse.csr_matrix(lattice.neighbour_graph(section[3]))
     graph = without_some_links(graph) if isolate else graph
     graph.eliminate_zeros()
     predicted, observed = expression
@@ -179,7 +179,7 @@ def test_bivariate_morans_i_equals_esda(section, expression, isolate):
 
 
 def test_morans_i_takes_sparse_and_float32_and_blocks(section, expression, monkeypatch):
-    graph = spatial.neighbour_graph(section[3])
+    graph = lattice.neighbour_graph(section[3])
     predicted, observed = expression
     dense = spatial.morans_i(predicted, graph, observed)
     sparse = spatial.morans_i(scipy.sparse.csr_matrix(predicted), graph.tocoo(), observed.astype(np.float32))
@@ -196,7 +196,7 @@ def test_morans_i_takes_sparse_and_float32_and_blocks(section, expression, monke
 )
 def test_morans_i_is_invariant_to_affine_transforms(scale, shift, seed):
     grid = np.array([[x, y] for x in range(6) for y in range(5)], dtype=float)
-    graph = spatial.neighbour_graph(grid)
+    graph = lattice.neighbour_graph(grid)
     values = np.random.default_rng(seed).normal(size=(30, 4))
     before, after = (spatial.morans_i(matrix, graph) for matrix in (values, scale * values + shift))
     np.testing.assert_allclose(after, before, atol=1e-8)

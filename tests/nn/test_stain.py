@@ -24,7 +24,9 @@ def stain_matrix(*, turned: float = 0.0) -> np.ndarray:
     return columns / np.linalg.norm(columns, axis=0)
 
 
-def stained(height: int = 40, width: int = 50, *, seed: int = 0, turned: float = 0.0, white: float = 255.0) -> np.ndarray:
+def stained(
+    height: int = 40, width: int = 50, *, seed: int = 0, turned: float = 0.0, white: float = 255.0
+) -> np.ndarray:
     """An image of two stains, ``uint8 (3, y, x)``, with a strip of bare glass at the left."""
     random = np.random.default_rng(seed)
     amounts = random.gamma(2.0, 0.25, (height, width, 2)) * [0.8, 1.0]
@@ -34,7 +36,9 @@ def stained(height: int = 40, width: int = 50, *, seed: int = 0, turned: float =
     return np.moveaxis(np.clip(np.round(rgb), 0, 255).astype(np.uint8), -1, 0)
 
 
-def closed_form(image: np.ndarray, matrix: np.ndarray, source_white: np.ndarray, target_white: np.ndarray) -> np.ndarray:
+def closed_form(
+    image: np.ndarray, matrix: np.ndarray, source_white: np.ndarray, target_white: np.ndarray
+) -> np.ndarray:
     """The transfer written out: logarithm, matrix product, exponential, in double precision."""
     density = -np.log((image.astype(np.float64) + 1) / (np.asarray(source_white)[:, None, None] + 1))
     moved = np.einsum("oi,iyx->oyx", matrix, density)

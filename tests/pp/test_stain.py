@@ -110,26 +110,28 @@ def test_matching_scales_concentrations_and_keeping_does_not(make_slide: Callabl
     pale = make_slide(scanned(transmission**0.6))
     targets = {}
     for concentrations in ("match", "keep"):
-        pp.stain_normalize(pale, reference, concentrations=concentrations)
+        pp.stain_normalize(pale, reference, method="macenko", concentrations=concentrations)
         targets[concentrations] = pixels(pale, "he_normalized").astype(float)
     truth = pixels(reference, "he").astype(float)
     assert np.abs(targets["match"] - truth).mean() < 2
     assert np.abs(targets["keep"] - pixels(pale, "he")).mean() < 2
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_different_stains_come_closer(synthetic: Callable[..., SpatialData], method: str) -> None:
+@pytest.mark.parametrize(("method", "share"), [("vahadane", 0.75), ("macenko", 0.2), ("reinhard", 0.2)])
+def test_different_stains_come_closer(synthetic: Callable[..., SpatialData], method: str, share: float) -> None:
     one, other = synthetic(**STAINED), synthetic(**STAINED, stain_seed=8)
     pp.stain_normalize(other, one, method=method)
     mask, _ = contract.tissue(other)
     level = len(contract.levels(one, "he")) - 1
-    inside = cv2.resize(mask.astype(np.uint8), pixels(one, "he", level).shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
+    inside = (
+        cv2.resize(mask.astype(np.uint8), pixels(one, "he", level).shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
+    )
     colours = [
         pixels(*source, level)[inside].mean(axis=0) for source in ((one, "he"), (other, "he"), (other, "he_normalized"))
     ]
     before, after = (np.linalg.norm(colours[0] - colour) for colour in colours[1:])
     assert before > 5
-    assert after < 0.35 * before
+    assert after < share * before
     # and, of the stains themselves, the vectors
     if method != "reinhard":
         wanted = np.array(fit_section(one, method=method).stain_matrix)
@@ -213,14 +215,18 @@ def test_bad_input_is_refused_and_leaves_the_section_as_it_was(
         (ValueError, r"one of \['vahadane', 'macenko', 'reinhard'\], found 'he'", {"method": "he"}),
         (ValueError, '"match" or "keep", found \'scale\'', {"concentrations": "scale"}),
         (ValueError, "fitted by 'macenko', found `method='vahadane'`", {"reference": macenko}),
-        (ValueError, r"saved stain reference .* found \['colour'\]", {"reference": {"colour": 1}}),
-        (ValueError, r"saved stain reference .*stain_matrix", {"reference": {"method": "vahadane", "white_point": [1]}}),
+        (ValueError, r"saved stain reference .* found .*colour", {"reference": {"colour": 1}}),
+        (
+            ValueError,
+            r"saved stain reference .*stain_matrix",
+            {"reference": {"method": "vahadane", "white_point": [1]}},
+        ),
         (FileNotFoundError, "No saved stain reference at .*none.json", {"reference": tmp_path / "none.json"}),
         (FileNotFoundError, "none.png", {"reference": tmp_path / "none.png"}),
         (ValueError, "8-bit RGB", {"reference": np.zeros((9, 9), np.uint8)}),
         (ValueError, "tissue to fit the stains on, found none", {"reference": np.full((99, 99, 3), 255, np.uint8)}),
         (KeyError, "No image 'x'", {"image_key": "x"}),
-        (ValueError, r"`image_key_added` .* found 'he'", {"image_key_added": "he"}),
+        (ValueError, r"`image_key_added` to be another name .* found 'he'", {"image_key_added": "he"}),
     ]:
         with pytest.raises(error, match=match):
             pp.stain_normalize(sdata, **arguments)

@@ -119,6 +119,8 @@ def test_real_tissue_lies_under_its_spots(section: SpatialData, method: str) -> 
 def test_squidpy_finds_the_same_tissue(section: SpatialData) -> None:
     pp.tissue_mask(section)
     ours, _ = contract.tissue(section)
-    theirs = sq.experimental.im.detect_tissue(section, "he", scale=f"scale{len(section.images['he']) - 1}", inplace=False)
+    theirs = sq.experimental.im.detect_tissue(
+        section, "he", scale=f"scale{len(section.images['he']) - 1}", inplace=False
+    )
     theirs = cv2.resize((np.asarray(theirs) > 0).astype(np.uint8), ours.shape[::-1], interpolation=cv2.INTER_NEAREST)
     assert iou(ours, theirs > 0) > 0.8

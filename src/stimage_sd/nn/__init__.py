@@ -8,7 +8,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=[
         "efficientnet",
+        "intervals",
+        "lattice",
         "layers",
+        "mean_only",
         "negative_binomial",
         "negative_binomial_head",
         "onnx_graph",

@@ -1,4 +1,4 @@
-"""The negative binomial of counts: likelihood, moments, distribution function, intervals, floor.
+"""The negative binomial of counts: likelihood, moments, distribution function.
 
 NB(r, p) counts failures before `r` successes of probability `p`, as `scipy.stats.nbinom(r, p)` does;
 `r` may be any positive number. The likelihoods are elementwise, unreduced JAX functions whose value and
@@ -12,13 +12,8 @@ million its terms are near 1e7 while their sum is near 10. Two other forms are u
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +24,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 __all__ = [
-    "MeanOnlyFit",
     "cdf",
-    "fit_mean_only",
     "log_prob",
     "log_prob_from_logits",
     "log_prob_from_mean",
     "mean",
-    "mixture_interval",
     "variance",
 ]
 
@@ -245,7 +237,7 @@ def cdf(x: ArrayLike, *, r: ArrayLike, p: ArrayLike) -> np.ndarray:
     -----
     Computed by scipy on the host in double precision, about 0.4 microseconds an element: JAX's
     incomplete beta is off by up to 0.4 in float32 where counts and `r` run to thousands. For quantiles
-    over whole sections use `mixture_interval`.
+    over whole sections use `stimage_sd.nn.intervals.mixture_interval`.
 
     Examples
     --------
@@ -256,277 +248,6 @@ def cdf(x: ArrayLike, *, r: ArrayLike, p: ArrayLike) -> np.ndarray:
     counts, successes, probability = (np.asarray(values, dtype=np.float64) for values in (x, r, p))
     below = scipy.special.betainc(successes, np.floor(np.maximum(counts, 0)) + 1, probability)
     return np.where(counts < 0, 0.0, below)
-
-
-class MeanOnlyFit(NamedTuple):
-    """A negative binomial a gene with one mean for all spots: the floor a prediction has to beat.
-
-    Attributes
-    ----------
-    mean
-        Mean count a gene, at a size factor of one; float64 of shape (n_genes,).
-    r
-        Inverse dispersion a gene; float64 of shape (n_genes,).
-    """
-
-    mean: np.ndarray
-    r: np.ndarray
-
-    @property
-    def p(self) -> np.ndarray:
-        """Probability of success a gene, at a size factor of one; float64 of shape (n_genes,)."""
-        return self.r / (self.r + self.mean)
-
-
-def fit_mean_only(
-    counts: np.ndarray | scipy.sparse.spmatrix | scipy.sparse.sparray,
-    size_factors: np.ndarray | None = None,
-) -> MeanOnlyFit:
-    """Fit one negative binomial a gene, by maximum likelihood, all genes at once.
-
-    Parameters
-    ----------
-    counts
-        Raw counts, (n_obs, n_genes), dense or sparse.
-    size_factors
-        Relative depth of each spot, (n_obs,), positive: the mean of spot `i` is its size factor times
-        the gene's mean. None: one for all.
-
-    Returns
-    -------
-    The gene's mean, ``sum(counts) / sum(size_factors)``, and the inverse dispersion `r` of highest
-    likelihood given that mean, within 1e-6 and 1e6. A gene no more variable than a Poisson gets the
-    upper bound. (Without size factors this is the joint maximum; with them the mean is the Poisson's.)
-
-    Raises
-    ------
-    ValueError
-        Where counts are negative, fractional or not finite, or size factors do not fit them.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from stimage_sd.nn import negative_binomial as nb
-    >>> fit = nb.fit_mean_only(np.array([[0, 2], [0, 2], [9, 2], [3, 2]]))
-    >>> fit.mean.round(1).tolist(), fit.r.round(3).tolist()
-    ([3.0, 2.0], [0.369, 1000000.0])
-    """
-    matrix = scipy.sparse.csc_array(counts, dtype=np.float64)
-    n_obs, n_genes = matrix.shape
-    _check_counts(matrix.data)
-    if size_factors is None:
-        factors = np.ones(n_obs)
-    else:
-        factors = np.asarray(size_factors, dtype=np.float64)
-        if factors.shape != (n_obs,) or not np.all(factors > 0) or not np.all(np.isfinite(factors)):
-            raise ValueError(
-                f"Expected `size_factors` to be {n_obs} positive numbers, one a row of `counts`, "
-                f"found shape {factors.shape} with minimum {factors.min(initial=np.inf)}."
-            )
-    expected = np.asarray(matrix.sum(axis=0)).ravel() / factors.sum()
-    score = _dispersion_score(matrix, factors, expected)
-    return MeanOnlyFit(expected, np.exp(_falling_root(score, np.log(1e-6), np.log(1e6), n_genes)))
-
-
-def _check_counts(values: np.ndarray) -> None:
-    wrong = ~((values >= 0) & (values == np.floor(values)) & np.isfinite(values))
-    if wrong.any():
-        raise ValueError(
-            f"Expected raw counts (integers of zero or more), found {values[wrong][0]} among others. "
-            "Pass the table's raw counts, not normalised or log-transformed values."
-        )
-
-
-def _dispersion_score(
-    matrix: scipy.sparse.csc_array, factors: np.ndarray, expected: np.ndarray
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the derivative of each gene's log-likelihood in ``log r``, as a function of ``log r``."""
-    n_genes = matrix.shape[1]
-    genes = np.repeat(np.arange(n_genes), np.diff(matrix.indptr))
-    # Digammas depend on the count alone: once for every distinct count of a gene.
-    n_values = int(matrix.data.max(initial=0)) + 1
-    keys, repeats = np.unique(genes * n_values + matrix.data.astype(np.int64), return_counts=True)
-    value_gene, value = np.divmod(keys, n_values)
-    depths, n_depths = np.unique(factors, return_counts=True)
-    sums = np.asarray(matrix.sum(axis=0)).ravel()
-
-    def score(log_r: np.ndarray) -> np.ndarray:
-        r = np.exp(log_r)
-        digammas = scipy.special.digamma(value + r[value_gene]) - scipy.special.digamma(r)[value_gene]
-        total = np.bincount(value_gene, weights=repeats * digammas, minlength=n_genes)
-        ratio = expected / r
-        for depth, number in zip(depths, n_depths, strict=True):
-            total += number * (depth * ratio / (1 + depth * ratio) - np.log1p(depth * ratio))
-        if len(depths) == 1:
-            return r * (total - sums / (r + depths[0] * expected))
-        observed = matrix.data / (r[genes] + factors[matrix.indices] * expected[genes])
-        return r * (total - np.bincount(genes, weights=observed, minlength=n_genes))
-
-    return score
-
-
-def _falling_root(function: Callable[[np.ndarray], np.ndarray], low: float, high: float, size: int) -> np.ndarray:
-    """Find where an elementwise function falls through zero; a bound where it does not."""
-    left, right = np.full(size, low), np.full(size, high)
-    at_left, at_right = function(left), function(right)
-    never, always = at_left <= 0, at_right >= 0
-    for step in range(100):
-        if np.all((right - left < 1e-7) | never | always):
-            break
-        # False position is fast near the root, halving bounds the number of steps: take turns.
-        middle = (left + right) / 2
-        if step % 2:
-            span = at_left - at_right
-            guess = left + (right - left) * at_left / np.where(span > 0, span, 1)
-            # Overstepping a little makes both ends close in.
-            guess += np.where(guess < middle, 1, -1) * 0.01 * (right - left)
-            middle = np.where((span > 0) & (guess > left) & (guess < right), guess, middle)
-        value = function(middle)
-        up = value > 0
-        left, at_left = np.where(up, middle, left), np.where(up, value, at_left)
-        right, at_right = np.where(up, right, middle), np.where(up, at_right, value)
-    return np.where(never, low, np.where(always, high, (left + right) / 2))
-
-
-def mixture_interval(r: ArrayLike, p: ArrayLike, *, coverage: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """Central interval of the equal-weight mixture of the members' negative binomials.
-
-    Parameters
-    ----------
-    r
-        Number of successes, positive; members along the first axis, (n_members, ...).
-    p
-        Probability of success, in (0, 1]; same shape as `r`.
-    coverage
-        Probability the interval should hold, in (0, 1).
-
-    Returns
-    -------
-    Lower and upper bound, float32 of whole numbers, of shape ``r.shape[1:]``: the smallest counts at
-    which the mixture's distribution function reaches ``(1 - coverage) / 2`` and one minus that. Both
-    bounds belong to the interval, which for counts holds at least `coverage`.
-
-    Raises
-    ------
-    ValueError
-        Where shapes differ, `r` is not positive, or `p` or `coverage` is out of range.
-
-    Notes
-    -----
-    Exact: in double precision, by the recurrence of the probabilities from zero upwards, compiled and
-    run in threads; where counts are so large that this takes long or underflows, by halving the
-    bracket that Cantelli's inequality gives, with the incomplete beta function.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from stimage_sd.nn import negative_binomial as nb
-    >>> lower, upper = nb.mixture_interval(np.array([[2.0], [5.0]]), np.array([[0.5], [0.5]]))
-    >>> float(lower[0]), float(upper[0])
-    (0.0, 9.0)
-    """
-    successes, probability = _float_array(r), _float_array(p)
-    _check_members(successes, probability)
-    if not 0 < coverage < 1:
-        raise ValueError(f"Expected `coverage` to lie between 0 and 1, found {coverage}.")
-    shape = successes.shape[1:]
-    successes = successes.reshape(successes.shape[0], -1)
-    probability = probability.reshape(successes.shape)
-    tail = (1 - coverage) / 2
-    bounds = np.empty((2, successes.shape[1]), dtype=np.float32)
-
-    kernel = _interval_kernel()
-    n_threads = min(8, os.cpu_count() or 1)
-    edges = np.linspace(0, bounds.shape[1], 8 * n_threads + 1).astype(int)
-    with ThreadPoolExecutor(n_threads) as pool:
-        runs = [
-            pool.submit(kernel, successes, probability, tail, bounds, start, stop)
-            for start, stop in itertools.pairwise(edges)
-        ]
-        for run in runs:
-            run.result()
-    left_out = np.flatnonzero(np.isnan(bounds[1]))
-    if left_out.size:
-        members = successes[:, left_out].astype(np.float64), probability[:, left_out].astype(np.float64)
-        bounds[0, left_out] = _mixture_quantile(*members, tail)
-        bounds[1, left_out] = _mixture_quantile(*members, 1 - tail)
-    return bounds[0].reshape(shape), bounds[1].reshape(shape)
-
-
-def _float_array(values: ArrayLike) -> np.ndarray:
-    array = np.asarray(values)
-    return np.ascontiguousarray(array, dtype=array.dtype if array.dtype == np.float32 else np.float64)
-
-
-def _check_members(r: np.ndarray, p: np.ndarray) -> None:
-    if r.ndim == 0 or r.shape != p.shape or r.shape[0] == 0:
-        raise ValueError(
-            f"Expected `r` and `p` of one shape (n_members, ...), found {r.shape} and {p.shape}. "
-            "For a single model pass `r[None]` and `p[None]`."
-        )
-    # `not all(valid)` rather than `any(invalid)`: NaN has to be caught too.
-    if not (np.all(r > 0) and np.all(np.isfinite(r)) and np.all((p > 0) & (p <= 1))):
-        raise ValueError(
-            f"Expected finite `r` > 0 and `p` in (0, 1], found `r` from {r.min(initial=np.inf)} to "
-            f"{r.max(initial=-np.inf)} and `p` from {p.min(initial=np.inf)} to {p.max(initial=-np.inf)}."
-        )
-
-
-@cache
-def _interval_kernel() -> Callable[..., None]:
-    """Compile the recurrence on first use; numba is slow to import and not needed for likelihoods."""
-    import numba
-
-    largest_count = 10_000
-    smallest_log = -700.0
-
-    # Threads of our own instead of numba's parallel loops: those may not be entered from two threads,
-    # which is what dask does.
-    @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-    def run(r: Any, p: Any, tail: float, bounds: Any, start: int, stop: int) -> None:  # pragma: no cover
-        n_members = r.shape[0]
-        term, slope, offset = np.empty(n_members), np.empty(n_members), np.empty(n_members)
-        low, high = tail * n_members, (1.0 - tail) * n_members
-        for cell in range(start, stop):
-            reachable: Any = True
-            for member in range(n_members):
-                successes, success = np.float64(r[member, cell]), np.float64(p[member, cell])
-                log_zero = successes * math.log(success)
-                reachable &= log_zero > smallest_log
-                term[member] = math.exp(log_zero)
-                # P(k) = P(k - 1) (k + r - 1) q / k = P(k - 1) (slope + offset / k)
-                slope[member] = 1.0 - success
-                offset[member] = (successes - 1.0) * (1.0 - success)
-            total, count, lower = term.sum(), 0, 0
-            while reachable and total < high:
-                if total < low:
-                    lower = count + 1
-                count += 1
-                inverse = 1.0 / count
-                for member in range(n_members):
-                    term[member] *= slope[member] + offset[member] * inverse
-                total += term.sum()
-                reachable = count < largest_count
-            bounds[0, cell] = lower if reachable else np.nan
-            bounds[1, cell] = count if reachable else np.nan
-
-    return run
-
-
-def _mixture_quantile(r: np.ndarray, p: np.ndarray, probability: float) -> np.ndarray:
-    """Smallest counts at which the mixture's distribution function reaches a probability."""
-    means = r * (1 - p) / p
-    center = means.mean(axis=0)
-    spread = np.sqrt((means / p + means**2).mean(axis=0) - center**2)
-    odds = np.sqrt(probability / (1 - probability))
-    # Cantelli's inequality, for whatever distribution.
-    low = np.floor(np.maximum(center - spread / odds, 0)) - 1
-    high = np.ceil(center + spread * odds)
-    while np.any(high - low > 1):
-        middle = np.floor((low + high) / 2)
-        below = scipy.special.betainc(r, middle + 1, p).mean(axis=0) < probability
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    return high
 
 
 def _floats(x: ArrayLike, first: ArrayLike, second: ArrayLike) -> tuple[Array, Array, Array]:

@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.nn.spatial import neighbour_graph
+from stimage_sd.nn.lattice import neighbour_graph
 
 
 def spatial_context(
@@ -52,9 +52,9 @@ def spatial_context(
 
     Examples
     --------
-    >>> import numpy as np, stimage_sd as sti
-    >>> pink = np.full((300, 300, 3), (200, 120, 180), np.uint8)
-    >>> section = sti.io.slide(pink, mpp=1.0)
+    >>> import cv2, numpy as np, stimage_sd as sti
+    >>> _ = cv2.imwrite("all_tissue.png", np.full((300, 300, 3), (200, 120, 180), np.uint8))
+    >>> section = sti.io.slide("all_tissue.png", mpp=1.0)
     >>> sti.pp.tile(section, size_um=100)
     >>> section.tables["tiles"].obsm["X_mine"] = np.arange(9, dtype=np.float32)[:, None]
     >>> sti.pp.spatial_context(section, "mine")

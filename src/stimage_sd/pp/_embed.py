@@ -59,7 +59,7 @@ def embed(
     KeyError
         If the section was not tiled.
     ValueError
-        If a field of view is not positive.
+        If a field of view is not positive, or `context_rings` is negative.
 
     Examples
     --------
@@ -74,6 +74,8 @@ def embed(
     fields = [float(field) for field in fields_of_view]
     if not fields or min(fields) <= 0:
         raise ValueError(f"Expected `fields_of_view` as positive multiples of the tile's side, found {fields}.")
+    if context_rings < 0:
+        raise ValueError(f"Expected `context_rings` of at least 0, found {context_rings}.")
     network = get_extractor(extractor, weights=weights) if isinstance(extractor, str) else extractor
     for sdata in contract.sections(data).values():
         table = contract.tiles(sdata)

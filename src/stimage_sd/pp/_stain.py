@@ -13,6 +13,7 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.io._raster import open_raster, raster_from_array
 from stimage_sd.nn import stain
 from stimage_sd.pp._stain_fit import fit_stain_matrix
 from stimage_sd.pp._tissue import otsu_mask, tissue_mask
@@ -54,12 +55,26 @@ class StainReference:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> StainReference:
-        """Make a reference from what `save` wrote."""
-        names = cls.__dataclass_fields__
-        unknown = set(content) - set(names)
-        if unknown or "method" not in content or content["method"] not in METHODS:
-            raise ValueError(f"Expected a saved stain reference with {sorted(names)}, found {sorted(content)}.")
+        """Make a reference from what `save` wrote.
+
+        Raises
+        ------
+        ValueError
+            If something that the method needs is missing, or of another shape.
+        """
+        shapes = _SHAPES.get(content.get("method"), {})
+        unknown = set(content) - set(cls.__dataclass_fields__)
+        if unknown or not shapes or any(np.shape(content.get(name)) != shape for name, shape in shapes.items()):
+            found = {name: np.shape(value) for name, value in content.items()}
+            raise ValueError(f"Expected a saved stain reference with {shapes or {'method': METHODS}}, found {found}.")
         return cls(**{key: _tuples(value) for key, value in content.items()})
+
+
+#: what a reference of each method has, and of which shape
+_SHAPES: dict[Any, dict[str, tuple[int, ...]]] = {
+    **dict.fromkeys(("vahadane", "macenko"), {"white_point": (3,), "stain_matrix": (3, 3), "concentrations": (2,)}),
+    "reinhard": {"white_point": (3,), "mean": (3,), "deviation": (3,)},
+}
 
 
 def stain_normalize(
@@ -124,6 +139,10 @@ def stain_normalize(
         raise ValueError(f"Expected `method` to be one of {list(METHODS)}, found {method!r}.")
     if concentrations not in ("match", "keep"):
         raise ValueError(f'Expected `concentrations` to be "match" or "keep", found {concentrations!r}.')
+    if image_key_added in {contract.image_name(sdata, image_key) for sdata in cohort.values()}:
+        raise ValueError(
+            f"Expected `image_key_added` to be another name than that of the H&E itself, found {image_key_added!r}."
+        )
     target = _resolve(reference if reference is not None else next(iter(cohort.values())), method, image_key)
     for sdata in cohort.values():
         name = contract.image_name(sdata, image_key)
@@ -220,18 +239,26 @@ def _resolve(reference: Any, method: StainMethod, image_key: str | None) -> Stai
     if isinstance(reference, Mapping):
         reference = StainReference.from_dict(reference)
     if isinstance(reference, str | Path) and str(reference).endswith(".json"):
-        if not Path(reference).is_file():
-            raise FileNotFoundError(f"No saved stain reference at {reference}.")
-        reference = StainReference.from_dict(json.loads(Path(reference).read_text()))
+        reference = _read_reference(Path(reference))
     if isinstance(reference, StainReference):
         if reference.method != method:
             raise ValueError(f"The reference was fitted by {reference.method!r}, found `method={method!r}`.")
         return reference
-    from stimage_sd.io import slide
-
-    picture = slide(reference)
-    thumbnail, _ = contract.thumbnail(picture, contract.image_name(picture), max_side=_FIT_SIDE)
+    levels = open_raster(reference)[0] if isinstance(reference, str | Path) else raster_from_array(reference)
+    picture = SpatialData(images={contract.IMAGE: contract.build_image(levels)})
+    thumbnail, _ = contract.thumbnail(picture, contract.IMAGE, max_side=_FIT_SIDE)
     return fit_thumbnail(thumbnail, otsu_mask(thumbnail), method=method)
+
+
+def _read_reference(path: Path) -> StainReference:
+    if not path.is_file():
+        raise FileNotFoundError(f"No saved stain reference at {path}.")
+    try:
+        return StainReference.from_dict(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"Expected a saved stain reference at {path}, found no JSON ({error}). Save it again."
+        ) from error
 
 
 class _Convert:

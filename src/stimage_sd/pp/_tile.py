@@ -71,14 +71,19 @@ def tile(
 
     Examples
     --------
-    >>> import numpy as np, stimage_sd as sti
+    >>> import cv2, numpy as np, stimage_sd as sti
     >>> pink = np.full((400, 600, 3), (200, 120, 180), np.uint8)
     >>> pink[:, :100] = 255
-    >>> section = sti.io.slide(pink, mpp=0.5)
+    >>> _ = cv2.imwrite("pink.png", pink)
+    >>> section = sti.io.slide("pink.png", mpp=0.5)
     >>> sti.pp.tile(section, size_um=50)
-    >>> section.tables["tiles"].obs["keep"].sum()
+    >>> int(section.tables["tiles"].obs["keep"].sum())
     20
     """
+    if target_px < 1:
+        raise ValueError(f"Expected `target_px` of at least 1, found {target_px}.")
+    if stride_um is not None and not stride_um > 0:
+        raise ValueError(f"Expected `stride_um` to be positive, found {stride_um}.")
     for sdata in contract.sections(data).values():
         name = contract.image_name(sdata, image_key)
         chosen = layout or ("spots" if contract.has_counts(sdata) else "grid")
@@ -169,7 +174,7 @@ def _spot_diameter(sdata: SpatialData, shapes_key: str | None, table_key: str | 
 def _on_spots(sdata: SpatialData, table_key: str | None, *, width: int, height: int) -> pd.DataFrame:
     counts = contract.counts(sdata, table_key)
     centers = np.asarray(counts.obsm["spatial"], dtype=np.float64)
-    outside = ((centers < 0) | (centers >= [width, height])).any(axis=1)
+    outside = ~((centers >= 0) & (centers < [width, height])).all(axis=1)  # so that NaN is outside too
     if outside.any():
         raise ValueError(
             f"{int(outside.sum())} of {len(outside)} spots lie outside the image of {width} x {height} px, such as "

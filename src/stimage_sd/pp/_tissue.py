@@ -53,10 +53,11 @@ def tissue_mask(
 
     Examples
     --------
-    >>> import numpy as np, stimage_sd as sti
+    >>> import cv2, numpy as np, stimage_sd as sti
     >>> white = np.full((200, 200, 3), 255, np.uint8)
     >>> white[50:150, 50:150] = (180, 90, 160)
-    >>> section = sti.io.slide(white)
+    >>> _ = cv2.imwrite("square.png", white)
+    >>> section = sti.io.slide("square.png")
     >>> sti.pp.tissue_mask(section)
     >>> float(np.mean(section.labels["tissue"] == 1))
     0.25

@@ -12,7 +12,8 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.nn import negative_binomial
-from stimage_sd.nn.spatial import morans_i, neighbour_graph, pattern_iou, pearson, spearman
+from stimage_sd.nn.lattice import neighbour_graph
+from stimage_sd.nn.spatial import morans_i, pattern_iou, pearson, spearman
 
 Transform = Literal["log1p", "raw", "lognorm"]
 METRICS = (

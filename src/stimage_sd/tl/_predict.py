@@ -14,6 +14,7 @@ from stimage_sd import contract
 from stimage_sd._squidpy import spatial_uns
 from stimage_sd.models._nb import NBModel
 from stimage_sd.nn import negative_binomial
+from stimage_sd.nn.intervals import mixture_interval
 from stimage_sd.tl._fit_nb import COVERAGE
 from stimage_sd.tl._specification import check_specification, features, specification
 
@@ -147,7 +148,7 @@ def _distribution(
             out["mean"][rows] = mean.mean(axis=0)
             out["aleatoric"][rows] = np.asarray(negative_binomial.variance(r=r, p=p)).mean(axis=0)
             out["epistemic"][rows] = mean.var(axis=0)
-            out["lower"][rows], out["upper"][rows] = negative_binomial.mixture_interval(r, p, coverage=level)
+            out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level)
             bar.update(rows.stop - start)
     out["total_variance"] = out["aleatoric"] + out["epistemic"]
     return out

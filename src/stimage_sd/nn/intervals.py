@@ -1,0 +1,156 @@
+"""Intervals of ensembles: quantiles of mixtures of negative binomials, exact and for whole sections at once."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import scipy.special
+from numpy.typing import ArrayLike
+
+
+def mixture_interval(r: ArrayLike, p: ArrayLike, *, coverage: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
+    """Central interval of the equal-weight mixture of the members' negative binomials.
+
+    Parameters
+    ----------
+    r
+        Number of successes, positive; members along the first axis, (n_members, ...).
+    p
+        Probability of success, in (0, 1]; same shape as `r`.
+    coverage
+        Probability the interval should hold, in (0, 1).
+
+    Returns
+    -------
+    Lower and upper bound, float32 of whole numbers, of shape ``r.shape[1:]``: the smallest counts at
+    which the mixture's distribution function reaches ``(1 - coverage) / 2`` and one minus that. Both
+    bounds belong to the interval, which for counts holds at least `coverage`.
+
+    Raises
+    ------
+    ValueError
+        Where shapes differ, `r` is not positive, or `p` or `coverage` is out of range.
+
+    Notes
+    -----
+    Exact: in double precision, by the recurrence of the probabilities from zero upwards, compiled and
+    run in threads; where counts are so large that this takes long or underflows, by halving the
+    bracket that Cantelli's inequality gives, with the incomplete beta function.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stimage_sd.nn.intervals import mixture_interval
+    >>> lower, upper = mixture_interval(np.array([[2.0], [5.0]]), np.array([[0.5], [0.5]]))
+    >>> float(lower[0]), float(upper[0])
+    (0.0, 9.0)
+    """
+    successes, probability = _float_array(r), _float_array(p)
+    _check_members(successes, probability)
+    if not 0 < coverage < 1:
+        raise ValueError(f"Expected `coverage` to lie between 0 and 1, found {coverage}.")
+    shape = successes.shape[1:]
+    successes = successes.reshape(successes.shape[0], -1)
+    probability = probability.reshape(successes.shape)
+    tail = (1 - coverage) / 2
+    bounds = np.empty((2, successes.shape[1]), dtype=np.float32)
+
+    kernel = _interval_kernel()
+    n_threads = min(8, os.cpu_count() or 1)
+    edges = np.linspace(0, bounds.shape[1], 8 * n_threads + 1).astype(int)
+    with ThreadPoolExecutor(n_threads) as pool:
+        runs = [
+            pool.submit(kernel, successes, probability, tail, bounds, start, stop)
+            for start, stop in itertools.pairwise(edges)
+        ]
+        for run in runs:
+            run.result()
+    left_out = np.flatnonzero(np.isnan(bounds[1]))
+    if left_out.size:
+        members = successes[:, left_out].astype(np.float64), probability[:, left_out].astype(np.float64)
+        bounds[0, left_out] = _mixture_quantile(*members, tail)
+        bounds[1, left_out] = _mixture_quantile(*members, 1 - tail)
+    return bounds[0].reshape(shape), bounds[1].reshape(shape)
+
+
+def _float_array(values: ArrayLike) -> np.ndarray:
+    array = np.asarray(values)
+    return np.ascontiguousarray(array, dtype=array.dtype if array.dtype == np.float32 else np.float64)
+
+
+def _check_members(r: np.ndarray, p: np.ndarray) -> None:
+    if r.ndim == 0 or r.shape != p.shape or r.shape[0] == 0:
+        raise ValueError(
+            f"Expected `r` and `p` of one shape (n_members, ...), found {r.shape} and {p.shape}. "
+            "For a single model pass `r[None]` and `p[None]`."
+        )
+    # `not all(valid)` rather than `any(invalid)`: NaN has to be caught too.
+    if not (np.all(r > 0) and np.all(np.isfinite(r)) and np.all((p > 0) & (p <= 1))):
+        raise ValueError(
+            f"Expected finite `r` > 0 and `p` in (0, 1], found `r` from {r.min(initial=np.inf)} to "
+            f"{r.max(initial=-np.inf)} and `p` from {p.min(initial=np.inf)} to {p.max(initial=-np.inf)}."
+        )
+
+
+@cache
+def _interval_kernel() -> Callable[..., None]:
+    """Compile the recurrence on first use; numba is slow to import and not needed for likelihoods."""
+    import numba
+
+    largest_count = 10_000
+    smallest_log = -700.0
+
+    # Threads of our own instead of numba's parallel loops: those may not be entered from two threads,
+    # which is what dask does.
+    @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+    def run(r: Any, p: Any, tail: float, bounds: Any, start: int, stop: int) -> None:  # pragma: no cover
+        n_members = r.shape[0]
+        term, slope, offset = np.empty(n_members), np.empty(n_members), np.empty(n_members)
+        low, high = tail * n_members, (1.0 - tail) * n_members
+        for cell in range(start, stop):
+            reachable: Any = True
+            for member in range(n_members):
+                successes, success = np.float64(r[member, cell]), np.float64(p[member, cell])
+                log_zero = successes * math.log(success)
+                reachable &= log_zero > smallest_log
+                term[member] = math.exp(log_zero)
+                # P(k) = P(k - 1) (k + r - 1) q / k = P(k - 1) (slope + offset / k)
+                slope[member] = 1.0 - success
+                offset[member] = (successes - 1.0) * (1.0 - success)
+            total, count, lower = term.sum(), 0, 0
+            while reachable and total < high:
+                if total < low:
+                    lower = count + 1
+                count += 1
+                inverse = 1.0 / count
+                for member in range(n_members):
+                    term[member] *= slope[member] + offset[member] * inverse
+                total += term.sum()
+                reachable = count < largest_count
+            bounds[0, cell] = lower if reachable else np.nan
+            bounds[1, cell] = count if reachable else np.nan
+
+    return run
+
+
+def _mixture_quantile(r: np.ndarray, p: np.ndarray, probability: float) -> np.ndarray:
+    """Smallest counts at which the mixture's distribution function reaches a probability."""
+    means = r * (1 - p) / p
+    center = means.mean(axis=0)
+    spread = np.sqrt((means / p + means**2).mean(axis=0) - center**2)
+    odds = np.sqrt(probability / (1 - probability))
+    # Cantelli's inequality, for whatever distribution.
+    low = np.floor(np.maximum(center - spread / odds, 0)) - 1
+    high = np.ceil(center + spread * odds)
+    while np.any(high - low > 1):
+        middle = np.floor((low + high) / 2)
+        below = scipy.special.betainc(r, middle + 1, p).mean(axis=0) < probability
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return high

@@ -1,0 +1,267 @@
+"""The lattice that spots stand on, and who is whose neighbour."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Literal, NamedTuple
+
+import numpy as np
+import scipy.sparse
+from numpy.typing import ArrayLike
+from scipy.sparse.csgraph import breadth_first_order, connected_components
+from scipy.spatial import cKDTree
+
+
+class Lattice(NamedTuple):
+    """Where spots stand on a regular lattice.
+
+    Attributes
+    ----------
+    kind
+        ``"square"`` or ``"hexagonal"``.
+    row, column
+        Whole-numbered position of each spot, int64 of shape (n_obs,), from zero. On a hexagonal lattice
+        as in Visium's `array_row` and `array_col`: neighbours in a row are two columns apart, and rows
+        are shifted by one column against each other.
+    spacing
+        Distance between rows and between columns in units of the pitch (the distance from a spot to its
+        nearest neighbours): (1, 1), or (sqrt(3)/2, 1/2) on a hexagonal lattice.
+    pitch
+        Distance between neighbouring spots, in the units of the coordinates.
+    """
+
+    kind: Literal["square", "hexagonal"]
+    row: np.ndarray
+    column: np.ndarray
+    spacing: tuple[float, float]
+    pitch: float
+
+
+def find_lattice(coordinates: ArrayLike) -> Lattice:
+    """Find the lattice that spots stand on, whatever its pitch and rotation.
+
+    The pitch is the median distance between nearest neighbours. It is a square lattice where pairs of
+    spots at 1.2 to 1.6 pitches (the diagonals) are common, a hexagonal one where they are rare. Positions
+    follow from whole steps between neighbours, so that spots may be displaced by a quarter of the pitch
+    and drift over the section may add up to more. Parts of the tissue that do not touch are placed by
+    the fit to the largest part.
+
+    Parameters
+    ----------
+    coordinates
+        Spot centres, x and y, (n_obs, 2), in any unit. Visium's ``array_col, array_row`` are recognised
+        as they are.
+
+    Returns
+    -------
+    The lattice and each spot's row and column on it.
+
+    Raises
+    ------
+    ValueError
+        Where the coordinates are malformed, coincide, or stand on no lattice.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stimage_sd.nn import lattice
+    >>> spots = lattice.find_lattice(np.array([[0.0, 0.0], [101.0, 2.0], [1.0, 99.0], [99.0, 100.0]]))
+    >>> spots.kind, spots.row.tolist(), spots.column.tolist()
+    ('square', [0, 0, 1, 1], [0, 1, 0, 1])
+    """
+    points = check_coordinates(coordinates)
+    if len(points) == 1:
+        origin = np.zeros(1, dtype=np.int64)
+        return Lattice("square", origin, origin, (1.0, 1.0), 1.0)
+    tree = cKDTree(points)
+    nearest = float(np.median(tree.query(points, k=2)[0][:, 1]))
+    if nearest == 0:
+        raise ValueError(
+            "Found spots that share a position; a lattice has one spot a place. Drop the duplicates first."
+        )
+    if _is_visium_array(points, nearest):
+        # Half a column step is half a pitch, a row step sqrt(3)/2.
+        column, row = np.round(points - points.min(axis=0)).astype(np.int64).T
+        return Lattice("hexagonal", row, column, (np.sqrt(3) / 2, 0.5), 2.0)
+
+    pairs = tree.query_pairs(1.75 * nearest, output_type="ndarray")
+    steps = points[pairs[:, 1]] - points[pairs[:, 0]]
+    lengths = np.linalg.norm(steps, axis=1)
+    # The nearest of several displaced neighbours is too near; the median over all of them is not.
+    pitch = float(np.median(lengths[lengths < 1.25 * nearest]))
+    close = lengths < 1.25 * pitch
+    diagonal = (lengths > 1.2 * pitch) & (lengths < 1.6 * pitch)
+    kind: Literal["square", "hexagonal"] = "square" if diagonal.sum() > 0.3 * close.sum() else "hexagonal"
+    if len(points) < 3 or np.linalg.matrix_rank(steps[close], tol=0.2 * pitch) < 2:
+        kind = "square"
+
+    pairs, steps = pairs[close], steps[close]
+    symmetry, opening = (4, np.pi / 2) if kind == "square" else (6, np.pi / 3)
+    angles = np.arctan2(steps[:, 1], steps[:, 0])
+    rotation = np.angle(np.exp(1j * symmetry * angles).mean()) / symmetry
+    axes = rotation + np.array([0.0, opening])
+    basis = pitch * np.stack([np.cos(axes), np.sin(axes)], axis=1)
+    position = _walk(points, pairs, np.round(steps @ np.linalg.inv(basis)).astype(np.int64))
+    row, column = position[:, 1], position[:, 0]
+    spacing = (1.0, 1.0)
+    if kind == "hexagonal":
+        column, spacing = 2 * column + row, (np.sqrt(3) / 2, 0.5)
+    row, column = row - row.min(), column - column.min()
+    if len(np.unique(row * (column.max() + 1) + column)) < len(points):
+        raise ValueError(
+            f"Expected spots on a square or hexagonal lattice, found coordinates that put several of the "
+            f"{len(points)} spots on one place. For cells or other scattered points pass `n_neighbours=` or "
+            "`radius=` to `neighbour_graph`; patterns need a lattice (aggregate the points first)."
+        )
+    return Lattice(kind, row, column, spacing, pitch)
+
+
+def check_coordinates(coordinates: ArrayLike) -> np.ndarray:
+    """Return coordinates as float64 (n_obs, 2); raise `ValueError` where they are no such thing."""
+    points = np.asarray(coordinates, dtype=np.float64)
+    if points.ndim != 2 or points.shape[1] != 2 or len(points) == 0 or not np.all(np.isfinite(points)):
+        raise ValueError(
+            f"Expected finite `coordinates` of shape (n_obs, 2) with n_obs > 0, found shape {points.shape}."
+        )
+    return points
+
+
+def _is_visium_array(points: np.ndarray, nearest: float) -> bool:
+    """Tell array indices, of which every other is empty, from coordinates in pixels."""
+    whole = np.round(points)
+    return (
+        math.isclose(nearest, math.sqrt(2), rel_tol=1e-5)
+        and bool(np.all(whole == points))
+        and len(np.unique(whole.sum(axis=1) % 2)) == 1
+    )
+
+
+def _walk(points: np.ndarray, pairs: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Add up whole steps between neighbours, from one spot of each connected part to all others."""
+    n_obs = len(points)
+    first, second = pairs.T
+    # Steps by pair, found again from either end; explicit ones keep zero steps in the graph.
+    graph = scipy.sparse.csr_array((np.ones(len(pairs)), (first, second)), shape=(n_obs, n_obs))
+    keys = np.concatenate([first * n_obs + second, second * n_obs + first])
+    order = np.argsort(keys)
+    keys, signed = keys[order], np.concatenate([steps, -steps])[order]
+
+    position = np.zeros((n_obs, 2), dtype=np.int64)
+    _, part = connected_components(graph, directed=False)
+    sizes = np.bincount(part)
+    offset, slope = np.zeros(2), np.zeros((2, 2))
+    for number in np.argsort(-sizes, kind="stable"):
+        start = int(np.flatnonzero(part == number)[0])
+        reached, before = breadth_first_order(graph, start, directed=False)
+        moves = signed[np.searchsorted(keys, before[reached[1:]].astype(np.int64) * n_obs + reached[1:])]
+        for spot, move in zip(reached[1:], moves, strict=True):
+            position[spot] = position[before[spot]] + move
+        if number == np.argmax(sizes):
+            design = np.column_stack([points[reached], np.ones(len(reached))])
+            fitted = np.linalg.lstsq(design, position[reached], rcond=None)[0]
+            slope, offset = fitted[:2], fitted[2]
+        else:
+            expected = points[reached] @ slope + offset
+            position[reached] += np.round((expected - position[reached]).mean(axis=0)).astype(np.int64)
+    return position
+
+
+def neighbour_graph(
+    coordinates: ArrayLike,
+    *,
+    n_rings: int | None = None,
+    n_neighbours: int | None = None,
+    radius: float | None = None,
+) -> scipy.sparse.csr_array:
+    """Connect spots with their neighbours.
+
+    Without options, neighbours on the lattice: the eight around a spot of a square lattice (Queen
+    contiguity, as in the paper) and the six of a hexagonal one. Spots may have no neighbour.
+
+    Parameters
+    ----------
+    coordinates
+        Spot centres, x and y, (n_obs, 2), in any unit.
+    n_rings
+        Lattice neighbours up to so many rings away; 1 unless another option is given.
+    n_neighbours
+        Connect each spot with so many nearest ones instead; the graph need not be symmetric.
+    radius
+        Connect all pairs within this distance instead, in the unit of the coordinates.
+
+    Returns
+    -------
+    Binary adjacency, (n_obs, n_obs), float32, without self-loops: row `i` holds the neighbours of `i`.
+
+    Raises
+    ------
+    ValueError
+        Where more than one of the options is given, one is out of range, or no lattice is found.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stimage_sd.nn import lattice
+    >>> grid = np.array([[x, y] for x in range(3) for y in range(3)], dtype=float)
+    >>> lattice.neighbour_graph(grid).sum(axis=1).astype(int).tolist()
+    [3, 5, 3, 5, 8, 5, 3, 5, 3]
+    """
+    options = {"n_rings": n_rings, "n_neighbours": n_neighbours, "radius": radius}
+    given = {name: value for name, value in options.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"Expected one of `n_rings`, `n_neighbours` and `radius`, found {sorted(given)}.")
+    for name, value in given.items():
+        if not value > 0:
+            raise ValueError(f"Expected `{name}` to be positive, found {value}.")
+    points = check_coordinates(coordinates)
+    if n_neighbours is not None:
+        if n_neighbours >= len(points):
+            raise ValueError(f"Expected `n_neighbours` below the {len(points)} spots, found {n_neighbours}.")
+        return _nearest(points, n_neighbours)
+    if radius is not None:
+        pairs = cKDTree(points).query_pairs(radius, output_type="ndarray")
+        return _adjacency(pairs[:, 0], pairs[:, 1], len(points))
+    return _lattice_neighbours(find_lattice(points), n_rings or 1)
+
+
+def _nearest(points: np.ndarray, n_neighbours: int) -> scipy.sparse.csr_array:
+    n_obs = len(points)
+    found = cKDTree(points).query(points, k=n_neighbours + 1)[1]
+    # A spot comes first among its own neighbours unless another shares its position.
+    itself = found == np.arange(n_obs)[:, None]
+    itself[~itself.any(axis=1), -1] = True
+    others = found[~itself]
+    pointers = np.arange(n_obs + 1) * n_neighbours
+    graph = scipy.sparse.csr_array((np.ones(len(others), np.float32), others, pointers), shape=(n_obs, n_obs))
+    graph.sort_indices()
+    return graph
+
+
+def _adjacency(first: np.ndarray, second: np.ndarray, n_obs: int) -> scipy.sparse.csr_array:
+    """Build a symmetric adjacency from pairs named once."""
+    ends = np.concatenate([first, second]), np.concatenate([second, first])
+    graph = scipy.sparse.csr_array((np.ones(len(ends[0]), np.float32), ends), shape=(n_obs, n_obs))
+    graph.sort_indices()
+    return graph
+
+
+def _lattice_neighbours(spots: Lattice, n_rings: int) -> scipy.sparse.csr_array:
+    # Columns are padded so that a step off one end does not arrive at the other end of the next row.
+    width = int(spots.column.max()) + 4 * n_rings + 1
+    keys = spots.row * width + spots.column
+    order = np.argsort(keys)
+    firsts, seconds = [], []
+    for rows, columns in itertools.product(range(n_rings + 1), range(-2 * n_rings, 2 * n_rings + 1)):
+        if spots.kind == "square":
+            within = abs(columns) <= n_rings
+        else:
+            within = (rows + columns) % 2 == 0 and rows + abs(columns) <= 2 * n_rings
+        if not within or (rows == 0 and columns <= 0):
+            continue
+        wanted = keys + rows * width + columns
+        place = np.minimum(np.searchsorted(keys, wanted, sorter=order), len(keys) - 1)
+        present = keys[order[place]] == wanted
+        firsts.append(np.flatnonzero(present))
+        seconds.append(order[place[present]])
+    return _adjacency(np.concatenate(firsts), np.concatenate(seconds), len(keys))

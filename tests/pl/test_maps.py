@@ -1,0 +1,234 @@
+"""Pictures over the H&E: predictions, their uncertainty, tiles."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
+from scipy.stats import pearsonr
+from spatialdata import SpatialData
+
+from stimage_sd import contract, pl, pp
+
+
+def drawn_values(ax: Axes) -> np.ndarray:
+    return np.asarray(ax.collections[0].get_array())
+
+
+def scale_bars(ax: Axes) -> list[AnchoredSizeBar]:
+    return [artist for artist in ax.artists if isinstance(artist, AnchoredSizeBar)]
+
+
+def with_tables(section: SpatialData, *names: str) -> SpatialData:
+    """The section with only some of its tables, copied."""
+    made = SpatialData(images=dict(section.images), shapes=dict(section.shapes))
+    for name in names:
+        made.tables[name] = section.tables[name].copy()
+    made.attrs.update(copy.deepcopy(dict(section.attrs)))
+    return made
+
+
+# --------------------------------------------------------------------------------------------------
+# prediction
+
+
+def test_prediction_draws_counts_and_means_of_the_tables(result) -> None:
+    observed, predicted = pl.prediction(result.section, "G3")
+    table = contract.predictions(result.section)
+    rows, counts = contract.align_to_spots(result.section, table)
+    np.testing.assert_allclose(drawn_values(observed), np.log1p(counts[:, "G3"].X.toarray().ravel()))
+    np.testing.assert_allclose(drawn_values(predicted), np.log1p(table[:, "G3"].X.ravel()), rtol=1e-6)
+    np.testing.assert_allclose(predicted.collections[0].get_offsets(), table.obsm["spatial"])
+    assert observed.get_title() == "G3, observed"
+    r = pearsonr(drawn_values(predicted)[rows], drawn_values(observed))[0]
+    assert predicted.get_title() == f"G3, predicted (Pearson r = {r:.2f})"
+
+
+def test_prediction_labels_both_colour_bars(result) -> None:
+    axes = pl.prediction(result.section, "G0")
+    labels = [panel.get_xlabel() for panel in axes[0].figure.axes]
+    assert [label for label in labels if label] == ["log(1 + count)", "log(1 + predicted mean count)"]
+
+
+def test_prediction_has_a_scale_bar_of_a_round_length_where_mpp_is_known(result) -> None:
+    panel = pl.prediction(result.section, "G0")[0]
+    (bar,) = scale_bars(panel)
+    assert bar.txt_label.get_text() == "200 µm"
+    length_px = bar.size_bar.get_children()[0].get_width()
+    assert length_px * contract.info(result.section)["mpp"] == pytest.approx(200.0)
+
+
+def test_prediction_without_mpp_has_no_scale_bar(result) -> None:
+    section = with_tables(result.section, "tiles", "predictions", "counts")
+    contract.info(section)["mpp"] = None
+    assert not any(scale_bars(panel) for panel in pl.prediction(section, "G0"))
+
+
+def test_prediction_without_counts_is_alone(result) -> None:
+    section = with_tables(result.section, "tiles", "predictions")
+    (panel,) = pl.prediction(section, "G1")
+    assert panel.get_title() == "G1, predicted"
+
+
+def test_prediction_of_a_gene_that_was_not_measured_is_alone(result) -> None:
+    section = with_tables(result.section, "tiles", "predictions", "counts")
+    counts = section.tables["counts"]
+    del section.tables["counts"]
+    section.tables["counts"] = counts[:, [name != "G1" for name in counts.var_names]].copy()
+    assert len(pl.prediction(section, "G1")) == 1
+    assert len(pl.prediction(section, "G2")) == 2
+
+
+def test_prediction_of_a_constant_gene_says_that_r_is_undefined(result) -> None:
+    section = with_tables(result.section, "tiles", "predictions", "counts")
+    section.tables["predictions"].X[:, 0] = 2.0
+    assert "r undefined" in pl.prediction(section, "G0")[1].get_title()
+
+
+def test_prediction_draws_on_the_axes_given(result) -> None:
+    figure, axes = plt.subplots(1, 2)
+    returned = pl.prediction(result.section, "G0", ax=axes)
+    assert list(returned) == list(axes)
+    assert plt.get_fignums() == [figure.number]
+
+
+@pytest.mark.parametrize("draw", [pl.prediction, pl.uncertainty])
+def test_an_unknown_gene_names_the_closest(result, draw: Callable) -> None:
+    with pytest.raises(KeyError, match=r"No gene 'g10x' among the 12 predicted ones; closest: G10"):
+        draw(result.section, "g10x")
+
+
+@pytest.mark.parametrize("draw", [pl.prediction, pl.uncertainty])
+def test_a_gene_like_none_names_some(result, draw: Callable) -> None:
+    with pytest.raises(KeyError, match="No gene 'ERBB2' among the 12 predicted ones; such as G0, G1, G2"):
+        draw(result.section, "ERBB2")
+
+
+@pytest.mark.parametrize("draw", [pl.prediction, pl.uncertainty])
+def test_a_section_without_predictions_says_what_to_run(make_spots, draw: Callable) -> None:
+    with pytest.raises(KeyError, match=r"has no predictions\. Run `stimage_sd\.tl\.predict"):
+        draw(make_spots(n_side=4), "G0")
+
+
+def test_too_few_axes_are_refused(result) -> None:
+    _, ax = plt.subplots()
+    with pytest.raises(ValueError, match="Expected `ax` to be 2 axes, one a panel, found 1"):
+        pl.prediction(result.section, "G0", ax=ax)
+    with pytest.raises(ValueError, match="Expected `ax` to be 4 axes, one a panel, found 1"):
+        pl.uncertainty(result.section, "G0", ax=ax)
+
+
+def test_the_map_is_cut_to_the_tiles_and_lies_on_the_image(result) -> None:
+    panel = pl.prediction(result.section, "G0")[0]
+    positions = contract.predictions(result.section).obsm["spatial"]
+    (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
+    assert left < positions[:, 0].min() < positions[:, 0].max() < right
+    assert top < positions[:, 1].min() < positions[:, 1].max() < bottom  # y points down, as in the image
+    height, width = contract.levels(result.section, "he")[0].shape[1:]
+    assert panel.images[0].get_extent() == [0, width, height, 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# uncertainty
+
+
+def test_uncertainty_draws_deviations_and_width(result) -> None:
+    axes = pl.uncertainty(result.section, "G5")
+    table = contract.predictions(result.section)[:, "G5"]
+    wanted = [
+        table.X,
+        np.sqrt(table.layers["aleatoric"]),
+        np.sqrt(table.layers["epistemic"]),
+        table.layers["upper"] - table.layers["lower"],
+    ]
+    for panel, values in zip(axes, wanted, strict=True):
+        np.testing.assert_allclose(drawn_values(panel), values.ravel(), rtol=1e-5)
+    assert [panel.get_title() for panel in axes] == [
+        "G5, predicted mean",
+        "aleatoric (the counts' scatter)",
+        "epistemic (members disagree)",
+        "width of the 90% interval",
+    ]
+
+
+# --------------------------------------------------------------------------------------------------
+# tiles
+
+
+def test_tiles_draws_every_tile_at_its_size(result) -> None:
+    panel = pl.tiles(result.section)
+    table = contract.tiles(result.section)
+    np.testing.assert_allclose(drawn_values(panel), table.obs["tissue_fraction"])
+    corners = panel.collections[0].get_paths()[0].vertices
+    side = contract.tiling(result.section)["side_px"]
+    np.testing.assert_allclose(np.ptp(corners, axis=0), [side, side])
+    np.testing.assert_allclose(corners[:4].mean(axis=0), table.obsm["spatial"][0])
+    assert panel.get_title() == "test: 100 tiles, 100 kept"
+
+
+def test_tiles_by_keep_counts_them_in_the_legend(make_slide, picture) -> None:
+    image = np.full((400, 600, 3), 255, np.uint8)
+    image[:, 200:] = (200, 120, 180)
+    section = make_slide(image, mpp=0.5)
+    pp.tile(section, size_um=30)
+    keep = contract.tiles(section).obs["keep"]
+    panel = pl.tiles(section, "keep")
+    texts = [text.get_text() for text in panel.get_legend().get_texts()]
+    assert texts == [f"keep: yes ({keep.sum()})", f"keep: no ({(~keep).sum()})"]
+
+
+def test_example_tiles_are_cut_from_the_image(make_slide, picture) -> None:
+    image = np.minimum(picture(640, 640, seed=3), 200)
+    section = make_slide(image, mpp=1.0)
+    contract.write_tissue(section, np.ones((64, 64), bool), downsample=(10.0, 10.0))
+    pp.tile(section, size_um=160)  # the size that examples are shown at: nothing is resampled
+    panel = pl.tiles(section, n_examples=3)
+    assert len(panel.child_axes) == 3
+    assert [inset.texts[0].get_text() for inset in panel.child_axes] == ["1", "2", "3"]
+    np.testing.assert_array_equal(panel.child_axes[0].images[0].get_array(), image[:160, :160])
+    np.testing.assert_array_equal(panel.child_axes[2].images[0].get_array(), image[-160:, -160:])
+
+
+def test_example_tiles_over_the_border_are_mirrored(make_slide, picture) -> None:
+    image = np.minimum(picture(400, 400, seed=4), 200)
+    section = make_slide(image, mpp=1.0)
+    contract.write_tissue(section, np.ones((40, 40), bool), downsample=(10.0, 10.0))
+    pp.tile(section, size_um=160)
+    table = contract.tiles(section)
+    table.obsm["spatial"][0] = (40.0, 60.0)  # reaches 40 px over the left and 20 px over the upper border
+    table.obs["keep"] = np.arange(table.n_obs) == 0
+    (inset,) = pl.tiles(section, n_examples=1).child_axes
+    expected = np.pad(image, ((20, 0), (40, 0), (0, 0)), mode="reflect")[:160, :160]
+    np.testing.assert_array_equal(inset.images[0].get_array(), expected)
+
+
+def test_example_tiles_read_only_the_chunks_they_touch(make_slide, counted_image) -> None:
+    counted = counted_image(2048, 2048, chunk=256, n_levels=3)
+    section = make_slide(counted.levels, mpp=1.0)
+    contract.write_tissue(section, np.ones((64, 64), bool), downsample=(32.0, 32.0))
+    pp.tile(section, size_um=200)
+    counted.reads.clear()
+    pl.tiles(section, n_examples=2)
+    assert 0 < counted.full_reads() <= 18  # 3 x 3 chunks of 64 around each of two tiles, at most
+
+
+def test_more_examples_than_tiles_are_all_tiles(make_slide) -> None:
+    section = make_slide(np.full((400, 400, 3), (200, 120, 180), np.uint8), mpp=1.0)
+    pp.tile(section, size_um=200)
+    assert len(pl.tiles(section, n_examples=50).child_axes) == 4
+
+
+def test_tiles_refuses_what_it_cannot_draw(result, make_spots, make_slide) -> None:
+    with pytest.raises(KeyError, match=r"No column 'nothing' among the tiles'.*tissue_fraction"):
+        pl.tiles(result.section, "nothing")
+    with pytest.raises(ValueError, match="column of numbers or truth values, found 'spot_id'"):
+        pl.tiles(result.section, "spot_id")
+    with pytest.raises(ValueError, match="`n_examples` of at least 0, found -1"):
+        pl.tiles(result.section, n_examples=-1)
+    with pytest.raises(KeyError, match=r"has no tiles\. Run `stimage_sd\.pp\.tile"):
+        pl.tiles(make_spots(n_side=4, tiled=False))
