@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
 
-from stimage_sd import datasets, io, pl, pp, tl
+from stimage_sd import contract, datasets, io, pl, pp, tl
 from stimage_sd._store import move
 from stimage_sd.models import NBModel
 
@@ -75,7 +75,7 @@ def run_demo(
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         training, test = _sections(dataset, work, say, n_spots=n_spots, n_genes=n_genes)
-        _prepare({**training, "test": test}, say)
+        _prepare({**training, contract.sample(test): test}, say)
         include = MARKERS if dataset == "her2st" else ()
         genes = pp.select_genes(training, n_top=1000, include=include)
         say(f"training on {', '.join(training)}: {len(genes)} genes, {n_members} members")

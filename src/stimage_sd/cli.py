@@ -45,6 +45,13 @@ class Head(StrEnum):
     dispersion = "dispersion"
 
 
+class Standardize(StrEnum):
+    """What embeddings are standardised by."""
+
+    section = "section"
+    cohort = "cohort"
+
+
 class _Group(TyperGroup):
     """Turns a user's mistake into one line and exit code 2."""
 
@@ -155,6 +162,9 @@ def train(
     weights: Weights = None,
     stain: Annotated[Stain, typer.Option(help="Normalisation of sections that are not embedded yet.")] = Stain.vahadane,
     head: Annotated[Head, typer.Option(help="Head of the model.")] = Head.paper,
+    standardize: Annotated[
+        Standardize, typer.Option(help="Standardise embeddings by their own section, or by all.")
+    ] = Standardize.section,
     n_members: Annotated[int, typer.Option(min=1, help="Members of the ensemble.")] = 10,
     max_epochs: Annotated[int, typer.Option(min=1, help="Epochs to train at most.")] = 100,
     validation: Annotated[
@@ -188,6 +198,7 @@ def train(
         genes=chosen,
         extractor=extractor,
         head=head.value,
+        standardize=standardize.value,
         n_members=n_members,
         max_epochs=max_epochs,
         validation=validation or 0.3,
@@ -264,6 +275,8 @@ def info(path: Annotated[Path, typer.Argument(help="Zarr store of a section, or 
 
         typer.echo(section_report(read_section(path), path))
         return
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{path} is neither the zarr store of a section nor a model.")
     from stimage_sd import models
     from stimage_sd._report import model_report
 

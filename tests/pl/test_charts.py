@@ -52,9 +52,11 @@ def test_names_of_genes_with_equal_scores_do_not_overlap(result) -> None:
 
 
 def test_scores_of_several_sections_stand_side_by_side(result) -> None:
-    table = pd.concat([result.scores, result.scores.assign(section="other", pearson=np.nan)])
+    other = result.scores.assign(section="other", pearson=[np.nan, *np.linspace(0.2, 0.4, 11)])
+    table = pd.concat([result.scores, other, result.scores.assign(section="third", pearson=np.nan)])
     panel = pl.scores(table)[0]
-    assert [label.get_text() for label in panel.get_xticklabels()][1] == "other\nmedian nan\n12 undefined"
+    labels = [label.get_text() for label in panel.get_xticklabels()]
+    assert labels[1:] == ["other\nmedian 0.30\n1 undefined", "third\nno scores"]
 
 
 def test_scores_refuses_another_table(result) -> None:

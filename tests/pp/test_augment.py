@@ -67,7 +67,10 @@ def test_jitter_scales_optical_density_and_leaves_glass() -> None:
     # the gain is the slope of the new density over the old one
     middle = slice(40, 200)
     slopes = np.stack(
-        [[np.polyfit(density[middle], found[tile, middle, channel], 1)[0] for channel in range(3)] for tile in range(200)]
+        [
+            [np.polyfit(density[middle], found[tile, middle, channel], 1)[0] for channel in range(3)]
+            for tile in range(200)
+        ]
     )
     assert slopes.mean() == pytest.approx(1.0, abs=0.01)
     assert slopes.std() == pytest.approx(0.05, abs=0.006)
@@ -79,7 +82,12 @@ def test_jitter_scales_optical_density_and_leaves_glass() -> None:
 
 @pytest.mark.parametrize(
     "tiles",
-    [np.zeros((2, 4, 5, 3), np.uint8), np.zeros((4, 4, 3), np.uint8), np.zeros((1, 4, 4, 3)), np.zeros((1, 4, 4, 4), "u1")],
+    [
+        np.zeros((2, 4, 5, 3), np.uint8),
+        np.zeros((4, 4, 3), np.uint8),
+        np.zeros((1, 4, 4, 3)),
+        np.zeros((1, 4, 4, 4), "u1"),
+    ],
 )
 def test_what_are_no_tiles_is_refused(tiles: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"uint8 \(n_tiles, side, side, 3\), found"):
@@ -87,6 +95,9 @@ def test_what_are_no_tiles_is_refused(tiles: np.ndarray) -> None:
 
 
 def test_options_out_of_range_are_refused() -> None:
-    for match, options in (("`flip` .* found 1.5", {"flip": 1.5}), ("`stain_jitter` .* found -1", {"stain_jitter": -1.0})):
+    for match, options in (
+        ("`flip` .* found 1.5", {"flip": 1.5}),
+        ("`stain_jitter` .* found -1", {"stain_jitter": -1.0}),
+    ):
         with pytest.raises(ValueError, match=match):
             pp.augment(random_tiles(1, 4), seed=0, **options)

@@ -92,7 +92,7 @@ def test_refusals(make_spots: Callable) -> None:
     sdata = made(make_spots, "square", n_side=5)
     for error, match, arguments in [
         (ValueError, "`n_rings` of at least 1, found 0", {"n_rings": 0}),
-        (ValueError, "\"mean\" or \"max\", found 'sum'", {"aggregate": "sum"}),
+        (ValueError, '"mean" or "max", found \'sum\'', {"aggregate": "sum"}),
         (KeyError, r"No graph 'delaunay' among the tiles' `obsp`: \[\]", {"graph": "delaunay"}),
         (ValueError, r"graph over 25 tiles, found a matrix of \(3, 3\)", {"graph": sp.identity(3)}),
         (KeyError, r"no embeddings by 'resnet50'", {"extractor": "resnet50"}),

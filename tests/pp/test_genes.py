@@ -38,10 +38,7 @@ def test_variable_genes_are_scanpys(cohort: dict[str, SpatialData]) -> None:
     chosen = pp.select_genes(cohort, n_top=12)
     shared = [f"G{gene}" for gene in range(40) if gene != 3] + [f"R{gene}" for gene in range(5)]
     joint = ad.concat(
-        [
-            ad.AnnData(sp.csr_matrix(contract.counts(sdata)[:, shared].X, dtype=np.float32))
-            for sdata in cohort.values()
-        ],
+        [ad.AnnData(sp.csr_matrix(contract.counts(sdata)[:, shared].X, dtype=np.float32)) for sdata in cohort.values()],
         label="batch",
         index_unique="-",
     )
@@ -50,7 +47,7 @@ def test_variable_genes_are_scanpys(cohort: dict[str, SpatialData]) -> None:
     sc.experimental.pp.highly_variable_genes(joint, flavor="pearson_residuals", n_top_genes=12, batch_key="batch")
     ranked = joint.var[joint.var["highly_variable"]].sort_values("highly_variable_rank")
     assert set(chosen) == set(ranked.index)
-    assert chosen == list(ranked.index)
+    assert ranked.loc[chosen, "highly_variable_rank"].is_monotonic_increasing
     # the most overdispersed were planted first
     assert np.mean([int(gene[1:]) for gene in chosen]) < 15
 
@@ -81,7 +78,7 @@ def test_a_list_keeps_its_order_and_names_what_is_missing(cohort: dict[str, Spat
 def test_genes_that_no_section_has(cohort: dict[str, SpatialData], make_spots: Callable) -> None:
     with pytest.raises(ValueError, match=r"None of the 2 genes is measured in every section, such as \['A', 'B'\]"):
         pp.select_genes(cohort, ["A", "B"])
-    with pytest.raises(ValueError, match="empty list"):
+    with pytest.raises(ValueError, match=r"`genes` as a list of names, found none"):
         pp.select_genes(cohort, [])
     with pytest.raises(ValueError, match="`n_top` of at least 1, found 0"):
         pp.select_genes(cohort, n_top=0)

@@ -134,7 +134,8 @@ def _raw_counts(adata: AnnData, layer: str | None) -> tuple[Any, pd.DataFrame, s
     """Return raw counts, their genes and where they were found."""
     if layer is not None:
         if layer not in adata.layers:
-            raise KeyError(f"No layer {layer!r} in `adata`; its layers: {sorted(adata.layers)}.")
+            named = sorted(name for name in adata.layers if name is not None)  # anndata 0.13 lists X as None
+            raise KeyError(f"No layer {layer!r} in `adata`; its layers: {named}.")
         where = f"`adata.layers[{layer!r}]`"
         return as_counts(adata.layers[layer], where=where), adata.var, where
     candidates: list[tuple[str, Any, pd.DataFrame]] = []

@@ -76,7 +76,7 @@ class FeatureSpace:
                 for values in sections.values()
             ]
         )
-        rank = min(n_components, min(sample.shape) - 1)
+        rank = min(n_components, len(sample) - 1, sample.shape[1])
         _, singular, directions = randomized_svd(sample, rank, random_state=seed, n_iter=4)
         deviations = singular / np.sqrt(len(sample))
         distances = np.concatenate([space._distance(values) for values in sections.values()])

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from safetensors.numpy import save as save_safetensors
 FORMAT_VERSION = 1
 _ARRAYS = "model.safetensors"
 _CONFIG = "config.json"
+#: what reading a damaged file ends in: of a zip (RuntimeError where a flipped bit says that it is encrypted, or
+#: compressed in an unknown way), of JSON and its encoding (both ValueError), of safetensors
+_DAMAGE = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, KeyError, ValueError, SafetensorError)
 
 
 def write_model(path: str | Path, *, kind: str, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
@@ -122,14 +126,20 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     try:
         text, data = _parts(path)
         config = json.loads(text)
-        _check_version(config, path)
-        arrays = load_safetensors(data)
-    except (SafetensorError, zipfile.BadZipFile, json.JSONDecodeError, KeyError, EOFError, OSError) as error:
-        raise ValueError(
-            f"Expected a stimage-sd model at {path}, but it cannot be read ({error}). "
-            "It is truncated or something else; save the model again."
-        ) from error
-    return config, arrays
+    except _DAMAGE as error:
+        raise ValueError(_unreadable(path, error)) from error
+    _check_version(config, path)
+    try:
+        return config, load_safetensors(data)
+    except _DAMAGE as error:
+        raise ValueError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    return (
+        f"Expected a stimage-sd model at {path}, but it cannot be read ({error}). "
+        "It is truncated or something else; save the model again."
+    )
 
 
 def _parts(path: Path) -> tuple[str, bytes]:
@@ -139,8 +149,8 @@ def _parts(path: Path) -> tuple[str, bytes]:
         return archive.read(_CONFIG).decode(), archive.read(_ARRAYS)
 
 
-def _check_version(config: dict[str, Any], path: Path) -> None:
-    version = config.pop("format_version", None)
+def _check_version(config: Any, path: Path) -> None:
+    version = config.pop("format_version", None) if isinstance(config, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"Expected a stimage-sd model at {path}, found a config without a format version.")
     if version > FORMAT_VERSION:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 import pandas as pd
 
-from stimage_sd.models._features import FeatureSpace
+from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import write_model
 from stimage_sd.nn.negative_binomial_head import HEADS
 
@@ -152,6 +153,13 @@ class NBModel:
         n_genes = len(config["genes"])
         if config["head"] not in HEADS or arrays["floor"].shape != (2, n_genes):
             raise KeyError(f"head {config['head']!r} with a floor of shape {arrays['floor'].shape} for {n_genes} genes")
+        n_features = arrays["features.components"].shape[1]
+        expected = _parameter_shapes(config["head"], len(parameters["bias"]), n_features, n_genes)
+        found = {name: array.shape for name, array in parameters.items()}
+        if found != expected:
+            raise KeyError(f"arrays of the head {config['head']!r} are {found}, expected {expected}")
+        if config["standardize"] not in get_args(Standardize):
+            raise KeyError(f"standardize is {config['standardize']!r}, expected one of {get_args(Standardize)}")
         return cls(
             genes=tuple(config["genes"]),
             tiles=TileSpecification(**tiles),
@@ -171,6 +179,13 @@ class NBModel:
             f"on {self.tiles.extractor} (fields of view {list(self.tiles.fields_of_view)}, "
             f"context rings {self.tiles.context_rings}); trained on {sections}"
         )
+
+
+def _parameter_shapes(head: str, n_members: int, n_features: int, n_genes: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a head's arrays, as its own `initial` makes them."""
+    ones = np.ones(n_genes)
+    initial = partial(HEADS[head].initial, mean=ones, dispersion=ones, n_members=n_members, n_features=n_features)
+    return {name: array.shape for name, array in jax.eval_shape(initial, jax.random.key(0)).items()}
 
 
 _COMPILED: dict[str, Any] = {}

@@ -182,7 +182,7 @@ def draw_tiles(
     drawn: Collection
     if tiling["layout"] == "grid":
         corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * side / 2
-        drawn = PolyCollection(positions[:, None] + corners, antialiased=False, alpha=0.8)
+        drawn = PolyCollection(list(positions[:, None] + corners), antialiased=False, alpha=0.8)
     else:
         width = np.full(len(positions), side * _growth(positions, side))
         drawn = EllipseCollection(

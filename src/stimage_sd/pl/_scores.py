@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -95,7 +95,7 @@ def _draw_group(ax: Axes, position: int, values: pd.Series) -> np.ndarray:
     defined = values.notna().to_numpy()
     numbers = values.to_numpy(dtype=float)[defined]
     if len(numbers) > 1 and np.ptp(numbers) > 0:
-        parts = ax.violinplot(numbers, positions=[position], widths=0.7, showextrema=False)
+        parts: dict[str, Any] = ax.violinplot(numbers, positions=[position], widths=0.7, showextrema=False)
         parts["bodies"][0].set(facecolor=MEASURED, alpha=0.25, edgecolor="none")
     ax.scatter(across[defined], numbers, s=5, color=MEASURED, alpha=0.5, linewidth=0, rasterized=True)
     if len(numbers):
@@ -107,6 +107,8 @@ def _draw_group(ax: Axes, position: int, values: pd.Series) -> np.ndarray:
 
 def _label(section: str, values: pd.Series) -> str:
     undefined = int(values.isna().sum())
+    if undefined == len(values):
+        return f"{section}\nno scores"
     label = f"{section}\nmedian {values.median():.2f}"
     return f"{label}\n{undefined} undefined" if undefined else label
 

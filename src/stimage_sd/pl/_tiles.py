@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import dask
 import numpy as np
 import pandas as pd
@@ -104,7 +106,8 @@ def tiles(
 def _draw_truth(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str) -> None:
     colours = np.where(values[:, None], to_rgba(KEPT), to_rgba(WARNING))
     ax.add_collection(
-        PolyCollection(squares, facecolors=colours * [1, 1, 1, 0.35], edgecolors=colours, linewidth=0.8), autolim=False
+        PolyCollection(list(squares), facecolors=colours * [1, 1, 1, 0.35], edgecolors=colours, linewidth=0.8),
+        autolim=False,
     )
     handles = [
         Patch(facecolor=colour, alpha=0.6, label=f"{name}: {text} ({count})")
@@ -115,7 +118,7 @@ def _draw_truth(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str) ->
 
 def _draw_numbers(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str, cmap: str) -> None:
     norm = Normalize(0.0, 1.0) if name == "tissue_fraction" else robust_norm(values)
-    drawn = PolyCollection(squares, array=values, cmap=cmap, norm=norm, alpha=0.65, linewidth=0)
+    drawn = PolyCollection(list(squares), array=values, cmap=cmap, norm=norm, alpha=0.65, linewidth=0)
     ax.add_collection(drawn, autolim=False)
     add_colour_bar(ax, drawn, name.replace("_", " "), location="right")
 
@@ -152,7 +155,7 @@ def _draw_examples(ax: Axes, examples: list[np.ndarray], positions: np.ndarray) 
         inset.set_xticks([])
         inset.set_yticks([])
         inset.spines[:].set_edgecolor(PREDICTED)
-        label = {"fontsize": 8, "fontweight": "bold", "color": "black"}
+        label: dict[str, Any] = {"fontsize": 8, "fontweight": "bold", "color": "black"}
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
         inset.text(0.06, 0.94, str(number + 1), transform=inset.transAxes, va="top", bbox=box, **label)
-        ax.text(*position, str(number + 1), ha="center", va="center", bbox=box, zorder=4, **label)
+        ax.text(position[0], position[1], str(number + 1), ha="center", va="center", bbox=box, zorder=4, **label)

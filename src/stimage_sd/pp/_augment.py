@@ -31,7 +31,7 @@ def augment(
     Raises
     ------
     ValueError
-        If `tiles` is not such an array.
+        If `tiles` is not such an array, or an option is out of range.
 
     Examples
     --------
@@ -43,6 +43,10 @@ def augment(
     tiles = np.asarray(tiles)
     if tiles.ndim != 4 or tiles.shape[3] != 3 or tiles.shape[1] != tiles.shape[2] or tiles.dtype != np.uint8:
         raise ValueError(f"Expected uint8 (n_tiles, side, side, 3), found {tiles.dtype} {tiles.shape}.")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"Expected `flip` as a probability, found {flip}.")
+    if not stain_jitter >= 0:
+        raise ValueError(f"Expected `stain_jitter` of at least 0, found {stain_jitter}.")
     random = np.random.default_rng(seed)
     mirrored = random.random(len(tiles)) < flip
     turns = random.integers(0, 4, len(tiles)) if rotate else np.zeros(len(tiles), dtype=int)

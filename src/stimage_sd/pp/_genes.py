@@ -49,7 +49,7 @@ def select_genes(
     Raises
     ------
     ValueError
-        If the sections share no gene, or none of the list.
+        If the sections share no gene, or none of the list, or `n_top` is not positive.
 
     Notes
     -----
@@ -63,6 +63,10 @@ def select_genes(
     >>> len(sti.pp.select_genes(section, n_top=10))  # doctest: +SKIP
     10
     """
+    if n_top < 1:
+        raise ValueError(f"Expected `n_top` of at least 1, found {n_top}.")
+    if genes is not None and not len(genes):
+        raise ValueError("Expected `genes` as a list of names, found none. Leave it out for highly variable genes.")
     tables = {name: contract.counts(sdata, table_key) for name, sdata in contract.sections(data).items()}
     shared = _shared_genes(tables)
     if genes is not None:

@@ -116,8 +116,13 @@ def fit_nb(
     cohort = contract.sections(data)
     _check_options(
         head=head, standardize=standardize, size_factors=size_factors, n_members=n_members, max_epochs=max_epochs,
-        batch_size=batch_size, n_components=n_components,
+        batch_size=batch_size, n_components=n_components, patience=patience,
     )  # fmt: skip
+    if not learning_rate > 0 or not weight_decay >= 0:
+        raise ValueError(
+            "Expected `learning_rate` to be positive and `weight_decay` to be no less than 0, found "
+            f"{learning_rate} and {weight_decay}."
+        )
     tiles = common_specification(cohort, extractor)
     genes = _checked_genes(cohort, genes, table_key)
     embedded = {name: features(sdata, tiles) for name, sdata in cohort.items()}

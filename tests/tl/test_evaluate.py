@@ -1,0 +1,180 @@
+"""Scores against scipy, esda and squidpy, a gene at a time, on the table as written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import esda
+import libpysal
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.ndimage
+import scipy.stats
+import spatialdata
+import squidpy as sq
+from spatialdata import SpatialData
+
+from stimage_sd import contract, pp, tl
+
+N_SIDE = 12
+
+
+@pytest.fixture(scope="module")
+def section(planted: Callable) -> SpatialData:
+    """A predicted section, its features smooth in space so that patterns have something to overlap."""
+    cohort = planted(("a", "b", "c"), n_side=N_SIDE, n_features=5, n_genes=6, strength=1.0, seed=2)
+    for sdata in cohort.sections.values():  # a gene that is never seen
+        counts = contract.counts(sdata).X.tolil()
+        counts[:, 5] = 0
+        contract.counts(sdata).X = counts.tocsr()
+    model = tl.fit_nb(
+        {name: cohort.sections[name] for name in "ab"},
+        genes=cohort.genes, extractor="toy", n_members=3, max_epochs=30,
+    )  # fmt: skip
+    tl.predict(cohort.sections["c"], model)
+    return cohort.sections["c"]
+
+
+def pair(sdata: SpatialData, transform: str) -> tuple[np.ndarray, np.ndarray]:
+    predicted = contract.predictions(sdata).X.astype(np.float64)
+    measured = contract.counts(sdata)[contract.predictions(sdata).obs["spot_id"].astype(str)].X.toarray().astype(float)
+    if transform == "raw":
+        return predicted, measured
+    if transform == "lognorm":
+        predicted, measured = (
+            values / values.sum(axis=1)[:, None] * np.median(values.sum(axis=1)) for values in (predicted, measured)
+        )
+    return np.log(predicted + 1), np.log(measured + 1)
+
+
+@pytest.mark.parametrize("transform", ["log1p", "raw", "lognorm"])
+def test_correlations_are_scipys(section: SpatialData, transform: str) -> None:
+    scores = tl.evaluate(section, transform=transform)
+    assert list(scores["gene"]) == list(contract.predictions(section).var_names)
+    assert set(scores["section"]) == {"c"}
+    assert set(scores["n_tiles"]) == {N_SIDE**2}
+    predicted, measured = pair(section, transform)
+    for gene in range(5):
+        row = scores.iloc[gene]
+        assert row["pearson"] == pytest.approx(scipy.stats.pearsonr(predicted[:, gene], measured[:, gene])[0], abs=1e-9)
+        assert row["spearman"] == pytest.approx(
+            scipy.stats.spearmanr(predicted[:, gene], measured[:, gene])[0], abs=1e-9
+        )
+
+
+def test_morans_i_is_squidpys_and_esdas(section: SpatialData) -> None:
+    scores = tl.evaluate(section)
+    predicted, measured = pair(section, "log1p")
+    predictions = contract.predictions(section).copy()
+    sq.gr.spatial_neighbors(predictions, coord_type="grid", n_neighs=8)
+    weights = libpysal.weights.lat2W(N_SIDE, N_SIDE, rook=False)
+    weights.transform = "r"
+    for column, values in (("morans_i_observed", measured), ("morans_i_predicted", predicted)):
+        predictions.layers["values"] = values
+        sq.gr.spatial_autocorr(
+            predictions, layer="values", genes=list(predictions.var_names), mode="moran", n_perms=None
+        )
+        theirs = predictions.uns["moranI"]["I"].reindex(predictions.var_names)
+        np.testing.assert_allclose(scores[column][:5], theirs[:5], atol=1e-5)
+    for gene in range(5):
+        bivariate = esda.Moran_BV(predicted[:, gene], measured[:, gene], weights, permutations=0).I
+        assert scores["bivariate_morans_i"][gene] == pytest.approx(bivariate, abs=1e-5)
+
+
+def test_iou_is_the_papers(section: SpatialData) -> None:
+    scores = tl.evaluate(section)
+    tissue = scipy.ndimage.gaussian_filter(np.ones((N_SIDE, N_SIDE)), 1.0, mode="constant")
+    patterns = []
+    for values in pair(section, "log1p"):
+        high = (values > values.mean(axis=0)).astype(float).reshape(N_SIDE, N_SIDE, -1)
+        smooth = [scipy.ndimage.gaussian_filter(high[..., gene], 1.0, mode="constant") / tissue for gene in range(6)]
+        patterns.append(np.stack(smooth) >= 0.5 - 1e-9)
+    for gene in range(5):
+        one, two = patterns[0][gene], patterns[1][gene]
+        assert scores["iou"][gene] == pytest.approx((one & two).sum() / (one | two).sum(), abs=1e-12)
+
+
+def test_likelihood_and_coverage_are_loops(section: SpatialData) -> None:
+    scores = tl.evaluate(section)
+    predictions = contract.predictions(section)
+    _, counts = pair(section, "raw")
+    mean, variance = predictions.X.astype(np.float64), predictions.layers["total_variance"].astype(np.float64)
+    for gene in range(5):
+        p = mean[:, gene] / variance[:, gene]
+        r = mean[:, gene] * p / (1 - p)
+        assert scores["nll"][gene] == pytest.approx(-scipy.stats.nbinom.logpmf(counts[:, gene], r, p).mean(), rel=1e-3)
+        floor_mean, floor_r = predictions.var[["floor_mean", "floor_dispersion"]].iloc[gene]
+        floor = -scipy.stats.nbinom.logpmf(counts[:, gene], floor_r, floor_r / (floor_r + floor_mean)).mean()
+        assert scores["nll_floor"][gene] == pytest.approx(floor, rel=1e-3)
+        inside = [
+            low <= count <= high
+            for count, low, high in zip(
+                counts[:, gene], predictions.layers["lower"][:, gene], predictions.layers["upper"][:, gene], strict=True
+            )
+        ]
+        assert scores["coverage"][gene] == pytest.approx(np.mean(inside))
+
+
+def test_a_constant_gene_is_nan_and_counted(section: SpatialData) -> None:
+    scores = tl.evaluate(section)
+    assert len(scores) == 6
+    constant = scores.iloc[5]
+    for metric in ("pearson", "spearman", "morans_i_observed", "bivariate_morans_i", "iou"):
+        assert np.isnan(constant[metric]), metric
+    assert constant["coverage"] == 1.0
+    assert np.isfinite(constant["nll"])
+    assert np.isfinite(scores.iloc[:5].drop(columns=["section", "gene"]).to_numpy(dtype=float)).all()
+
+
+def test_scores_are_written_and_survive_the_disk(section: SpatialData, tmp_path: Path) -> None:
+    scores = tl.evaluate(section)
+    variables = contract.predictions(section).var
+    for metric in ("pearson", "iou", "nll", "coverage"):
+        np.testing.assert_array_equal(variables[metric], scores[metric])
+    section.write(tmp_path / "c.zarr")
+    back = spatialdata.read_zarr(tmp_path / "c.zarr")
+    np.testing.assert_array_equal(contract.predictions(back).var["pearson"], scores["pearson"])
+    pd.testing.assert_frame_equal(tl.evaluate(back), scores)
+
+
+def test_a_graph_of_the_users_changes_moran_alone(section: SpatialData) -> None:
+    predictions = contract.predictions(section).copy()
+    sq.gr.spatial_neighbors(predictions, coord_type="generic", n_neighs=3)
+    plain = tl.evaluate(section)
+    other = tl.evaluate(section, graph=predictions.obsp["spatial_connectivities"])
+    moran = [name for name in plain.columns if "morans" in name]
+    pd.testing.assert_frame_equal(plain.drop(columns=moran), other.drop(columns=moran))
+    assert (plain[moran].iloc[:5] != other[moran].iloc[:5]).to_numpy().all()
+
+
+def test_a_cohort_gives_a_row_a_section_and_gene(section: SpatialData) -> None:
+    scores = tl.evaluate({"one": section, "two": section})
+    assert list(scores["section"]) == ["one"] * 6 + ["two"] * 6
+    np.testing.assert_array_equal(scores["pearson"][:6], scores["pearson"][6:])
+
+
+def test_refusals(section: SpatialData, make_spots: Callable, planted: Callable) -> None:
+    with pytest.raises(ValueError, match='"log1p", "raw" or "lognorm", found \'sqrt\''):
+        tl.evaluate(section, transform="sqrt")
+    with pytest.raises(KeyError, match=r"'made' has no predictions. Run `stimage_sd.tl.predict"):
+        tl.evaluate(make_spots(n_side=5))
+    other = planted(("x",), n_side=N_SIDE, n_features=5, n_genes=6).sections["x"]
+    other.tables["predictions"] = contract.predictions(section).copy()
+    other.tables["counts"].var_names = [f"ENSG{number}" for number in range(6)]
+    with pytest.raises(ValueError, match=r"None of the 6 predicted genes was measured .* 'G0'; it measured \['ENSG0'"):
+        tl.evaluate(other)
+
+
+def test_predictions_of_a_grid_cannot_be_evaluated(planted: Callable) -> None:
+    sdata = planted(("x",), n_side=N_SIDE, n_features=5, n_genes=6).sections["x"]
+    model = tl.fit_nb(sdata, genes=["G0", "G1"], extractor="toy", n_members=3, max_epochs=2)
+    how = contract.tiles(sdata).uns["embeddings"]
+    pp.tile(sdata, layout="grid", size_um=50.0)
+    tiles = contract.tiles(sdata)
+    tiles.obsm["X_toy"] = np.random.default_rng(0).normal(size=(tiles.n_obs, 5)).astype(np.float32)
+    tiles.uns["embeddings"] = how
+    tl.predict(sdata, model)
+    with pytest.raises(KeyError, match=r'do not sit on spots.*layout="spots"'):
+        tl.evaluate(sdata)

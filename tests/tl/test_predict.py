@@ -1,0 +1,240 @@
+"""Prediction: layers against scipy, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import spatialdata
+import squidpy as sq
+
+from stimage_sd import contract, models, tl
+
+
+@pytest.fixture(scope="module")
+def fitted(planted: Callable) -> tuple:
+    """A cohort and a model for each head."""
+    cohort = planted(("a", "b", "c"), n_side=8, n_features=6, n_genes=5)
+    train = {name: cohort.sections[name] for name in "ab"}
+    options = {"genes": cohort.genes, "extractor": "toy", "n_members": 3, "max_epochs": 6}
+    return cohort, {head: tl.fit_nb(train, head=head, **options) for head in ("paper", "dispersion")}
+
+
+def members(model: models.NBModel, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """r and p of every member by the formulas, in double precision."""
+    space = model.features
+    if space.standardize == "section":
+        scaled = (features - features.mean(axis=0)) / features.std(axis=0)
+    else:
+        scaled = (features - space.mean) / space.deviation
+    reduced = scaled.astype(np.float64) @ space.components
+    weight, bias = (model.parameters[name].astype(np.float64) for name in ("weight", "bias"))
+    output = np.einsum("tf,mfo->mto", reduced, weight) + bias[:, None]
+    if model.head == "paper":
+        r, p = np.split(output, 2, axis=-1)
+        return np.log1p(np.exp(r)), 1 / (1 + np.exp(-p))
+    r = np.exp(model.parameters["log_dispersion"].astype(np.float64))[:, None] * np.ones_like(output)
+    return r, r / (r + np.exp(output))
+
+
+@pytest.mark.parametrize("head", ["paper", "dispersion"])
+def test_layers_are_scipys(fitted: tuple, head: str) -> None:
+    cohort, trained = fitted
+    model, test = trained[head], cohort.sections["c"]
+    tl.predict(test, model)
+    predictions = contract.predictions(test)
+    r, p = members(model, contract.embeddings(test, "toy").astype(np.float64))
+    mean, variance = scipy.stats.nbinom.mean(r, p), scipy.stats.nbinom.var(r, p)
+    np.testing.assert_allclose(predictions.X, mean.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(predictions.layers["aleatoric"], variance.mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(predictions.layers["epistemic"], mean.var(axis=0), rtol=5e-3, atol=1e-5)
+    np.testing.assert_array_equal(
+        predictions.layers["total_variance"], predictions.layers["aleatoric"] + predictions.layers["epistemic"]
+    )
+    assert (predictions.layers["lower"] <= predictions.layers["upper"]).all()
+    for layer in (predictions.X, *predictions.layers.values()):
+        assert layer.dtype == np.float32
+
+
+@pytest.mark.parametrize("conformal", [True, False])
+def test_intervals_are_central_ones_of_the_mixture(fitted: tuple, conformal: bool) -> None:
+    cohort, trained = fitted
+    model, test = trained["paper"], cohort.sections["c"]
+    tl.predict(test, model, conformal=conformal)
+    predictions = contract.predictions(test)
+    level = model.interval_level if conformal else 0.9
+    assert predictions.uns["prediction"]["interval_level"] == level
+    r, p = members(model, contract.embeddings(test, "toy").astype(np.float64))
+    counts = np.arange(2000)[:, None, None, None]
+    cdf = scipy.stats.nbinom.cdf(counts, r[None], p[None]).mean(axis=1)
+    for layer, probability in (("lower", (1 - level) / 2), ("upper", (1 + level) / 2)):
+        expected = (cdf < probability).sum(axis=0)
+        # where the distribution function comes within float32 of the level either count will do
+        assert (predictions.layers[layer] != expected).mean() < 0.01
+        assert np.abs(predictions.layers[layer] - expected).max() <= 1
+
+
+def test_table_is_ready_for_squidpy_and_the_disk(fitted: tuple, tmp_path: Path) -> None:
+    cohort, trained = fitted
+    test = cohort.sections["c"]
+    tl.predict(test, trained["paper"])
+    predictions = contract.predictions(test)
+    tiles = contract.tiles(test)
+    assert list(predictions.var_names) == cohort.genes
+    np.testing.assert_array_equal(predictions.obs["instance_id"], tiles.obs["instance_id"])
+    np.testing.assert_array_equal(predictions.obsm["spatial"], tiles.obsm["spatial"])
+    assert list(predictions.obs["spot_id"]) == list(tiles.obs["spot_id"])
+    assert predictions.uns["spatialdata_attrs"]["region"] == "tile_squares"
+    assert list(predictions.uns["spatial"]) == ["c"]
+    assert predictions.uns["prediction"]["trained_on"] == ["a", "b"]
+    sq.gr.spatial_neighbors(predictions)
+    sq.gr.spatial_autocorr(predictions, mode="moran", genes=cohort.genes[:2], n_perms=None)
+    assert np.isfinite(predictions.uns["moranI"]["I"]).all()
+    test.write(tmp_path / "c.zarr")
+    back = contract.predictions(spatialdata.read_zarr(tmp_path / "c.zarr"))
+    np.testing.assert_array_equal(back.X, predictions.X)
+    for name, layer in predictions.layers.items():
+        np.testing.assert_array_equal(back.layers[name], layer)
+
+
+def test_predicting_again_gives_the_same_and_from_a_file_too(fitted: tuple, tmp_path: Path) -> None:
+    cohort, trained = fitted
+    test = cohort.sections["c"]
+    tl.predict(test, trained["paper"])
+    first = contract.predictions(test).copy()
+    tl.predict(test, models.load(trained["paper"].save(tmp_path / "m.stimage")))
+    second = contract.predictions(test)
+    np.testing.assert_array_equal(first.X, second.X)
+    for name in first.layers:
+        np.testing.assert_array_equal(first.layers[name], second.layers[name])
+
+
+def test_blocks_do_not_show(fitted: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort, trained = fitted
+    test = cohort.sections["c"]
+    tl.predict(test, trained["paper"])
+    whole = contract.predictions(test).X.copy()
+    import stimage_sd.tl._predict as module
+
+    monkeypatch.setattr(module, "_BLOCK", 3 * 5 * 7)  # seven tiles at a time; 64 is no multiple of it
+    tl.predict(test, trained["paper"])
+    np.testing.assert_allclose(contract.predictions(test).X, whole, rtol=1e-5)
+
+
+def test_a_section_without_molecules_is_predicted(fitted: tuple) -> None:
+    cohort, trained = fitted
+    test = copy.copy(cohort.sections["c"])
+    table = test.tables.pop("counts")
+    try:
+        tl.predict(test, trained["paper"])
+        assert contract.predictions(test).n_obs == 64
+    finally:
+        test.tables["counts"] = table
+
+
+def test_shifted_tiles_are_told_apart(fitted: tuple) -> None:
+    cohort, trained = fitted
+    test = cohort.sections["c"]
+    tiles = contract.tiles(test)
+    kept = tiles.obsm["X_toy"].copy()
+    try:
+        tl.predict(test, trained["paper"])
+        assert np.median(contract.predictions(test).obs["ood_score"]) < 1
+        tiles.obsm["X_toy"][:10] += 8
+        tl.predict(test, trained["paper"])
+        scores = contract.predictions(test).obs["ood_score"].to_numpy()
+        assert scores[:10].min() > 2
+        assert np.median(scores[10:]) < 1
+    finally:
+        tiles.obsm["X_toy"] = kept
+
+
+# --------------------------------------------------------------------------------------------------
+# tiles that are not those of the model
+
+STAIN = {
+    "method": "macenko",
+    "concentrations": "match",
+    "reference": {
+        "method": "macenko",
+        "white_point": [240.0, 240.0, 240.0],
+        "stain_matrix": [[0.6, 0.1, 0.0], [0.7, 0.9, 0.0], [0.3, 0.1, 1.0]],
+        "concentrations": [1.0, 0.8],
+        "mean": None,
+        "deviation": None,
+    },
+}
+
+
+def other_stain(**change: object) -> str:
+    return json.dumps({**STAIN, **change})
+
+
+@pytest.mark.parametrize(
+    ("expected", "embedding", "tiling", "match"),
+    [
+        ({}, {}, {"size_um": 55.0}, r"tiles of 55.0 µm, expected 50.0 µm: run `stimage_sd.pp.tile\(sdata, size_um=50\)`"),
+        ({"size_um": None}, {}, {"side_px": 30.0}, "tiles of 30 px, expected 20 px, and no resolution"),
+        ({}, {"weights_hash": "feed" * 4}, {}, r"other weights of 'toy' \(feedfeed, expected 01234567\)"),
+        ({}, {"fields_of_view": [1.0, 2.0]}, {}, r"fields of view \(1.0, 2.0\), expected \(1.0,\): run `stimage_sd.pp.embed"),
+        ({}, {"input_px": 224}, {}, "embedded at 224 px, expected 299 px: run `stimage_sd.pp.tile"),
+        ({"context_rings": 1}, {}, {}, r"0 rings of context, expected 1: run .*context_rings=1"),
+        ({}, {"stain": json.dumps(STAIN)}, {}, "stain-normalised image, expected the image as it is"),
+        ({"stain": STAIN}, {}, {}, r"without stain normalisation, expected 'macenko': run `stimage_sd.pp.stain_normalize"),
+        ({"stain": STAIN}, {"stain": other_stain(concentrations="keep")}, {}, "normalised by 'macenko' to another reference"),
+        ({"stain": STAIN}, {"stain": other_stain(reference={**STAIN["reference"], "white_point": [250.0] * 3})}, {},
+         "another reference: run"),
+    ],
+    ids=["size", "side", "weights", "fields", "input", "context", "stained", "unstained", "concentrations", "reference"],
+)  # fmt: skip
+def test_tiles_that_do_not_match_are_refused(
+    fitted: tuple, expected: dict, embedding: dict, tiling: dict, match: str
+) -> None:
+    cohort, trained = fitted
+    test = cohort.sections["c"]
+    test.tables.pop("predictions", None)
+    model = replace(trained["paper"], tiles=replace(trained["paper"].tiles, **expected))
+    table = contract.tiles(test)
+    kept = copy.deepcopy((table.uns["embeddings"], table.uns["tiling"]))
+    table.uns["embeddings"]["toy"].update(embedding)
+    table.uns["tiling"].update(tiling)
+    try:
+        with pytest.raises(ValueError, match=rf"Section 'c' does not match: .*{match}"):
+            tl.predict({"c": test}, model)
+    finally:
+        table.uns["embeddings"], table.uns["tiling"] = kept
+    assert "predictions" not in test.tables
+
+
+def test_the_same_stain_reference_matches(fitted: tuple) -> None:
+    cohort, trained = fitted
+    test = cohort.sections["c"]
+    model = replace(trained["paper"], tiles=replace(trained["paper"].tiles, stain=STAIN))
+    table = contract.tiles(test)
+    table.uns["embeddings"]["toy"]["stain"] = json.dumps(STAIN)
+    try:
+        tl.predict(test, model)
+    finally:
+        table.uns["embeddings"]["toy"]["stain"] = ""
+
+
+def test_one_bad_section_stops_the_cohort_before_anything_is_written(fitted: tuple, make_spots: Callable) -> None:
+    cohort, trained = fitted
+    test = cohort.sections["c"]
+    test.tables.pop("predictions", None)
+    with pytest.raises(KeyError, match="'bare' has no tiles"):
+        tl.predict({"c": test, "bare": make_spots(n_side=5, tiled=False, sample="bare")}, trained["paper"])
+    assert "predictions" not in test.tables
+
+
+def test_another_extractor(fitted: tuple) -> None:
+    cohort, trained = fitted
+    model = replace(trained["paper"], tiles=replace(trained["paper"].tiles, extractor="resnet50"))
+    with pytest.raises(KeyError, match=r"no embeddings by 'resnet50' \(found \['toy'\]\)"):
+        tl.predict(cohort.sections["c"], model)
