@@ -72,7 +72,8 @@ class StainReference:
 
 #: what a reference of each method has, and of which shape
 _SHAPES: dict[Any, dict[str, tuple[int, ...]]] = {
-    **dict.fromkeys(("vahadane", "macenko"), {"white_point": (3,), "stain_matrix": (3, 3), "concentrations": (2,)}),
+    "vahadane": {"white_point": (3,), "stain_matrix": (3, 3), "concentrations": (2,)},
+    "macenko": {"white_point": (3,), "stain_matrix": (3, 3), "concentrations": (2,)},
     "reinhard": {"white_point": (3,), "mean": (3,), "deviation": (3,)},
 }
 

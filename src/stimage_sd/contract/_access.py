@@ -1,203 +1,28 @@
-"""The section contract: the one place that knows how a section lies in a SpatialData object.
-
-A *section* is one tissue section, held by one `SpatialData`; a *cohort* is a mapping from sample id
-to section. Every other module asks this one for the H&E image, the spots, the counts, the tissue, the
-tiles and the predictions, and hands it what is to be written, so that element names, coordinate
-systems and the errors about missing steps are spelled out here and nowhere else.
-
-Coordinates: `"global"` is pixels of the H&E at full resolution, `"microns"` the same in micrometres
-where the section's resolution (`mpp`, micrometres a pixel) is known.
-"""
+"""What the steps read and write: the H&E, counts, tissue, tiles, embeddings, predictions."""
 
 from __future__ import annotations
 
-import datetime
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
 import xarray as xr
 from spatialdata import SpatialData
-from spatialdata.models import Image2DModel, Labels2DModel, ShapesModel, TableModel
+from spatialdata.models import Labels2DModel, TableModel
 from spatialdata.transformations import (
-    BaseTransformation,
-    Identity,
     Scale,
-    Sequence,
     get_transformation,
     set_transformation,
 )
 
-from stimage_sd import __version__
+from stimage_sd.contract._elements import add_microns, annotate, build_image, is_rgb, levels
+from stimage_sd.contract._names import COUNTS, PREDICTIONS, TILE_SQUARES, TILES, TISSUE, single
+from stimage_sd.contract._section import info, sample
 
 if TYPE_CHECKING:
     from anndata import AnnData
-    from geopandas import GeoDataFrame
 
-ATTRIBUTE = "stimage_sd"
-IMAGE = "he"
-NORMALIZED = "he_normalized"
-SPOTS = "spots"
-COUNTS = "counts"
-TISSUE = "tissue"
-TILES = "tiles"
-#: the tiles' geometry; SpatialData wants every element's name unique, so it cannot be "tiles" as well
-TILE_SQUARES = "tile_squares"
-PREDICTIONS = "predictions"
 _OWN_TABLES = (TILES, PREDICTIONS)
-
-REGION_KEY = "region"
-INSTANCE_KEY = "instance_id"
-#: side of an image chunk, px: one is read, normalised and cut at a time
-CHUNK = 1024
-
-Cohort = Mapping[str, SpatialData]
-
-
-# --------------------------------------------------------------------------------------------------
-# what belongs to the section
-
-
-def register(sdata: SpatialData, *, sample: str, platform: str, image: str, mpp: float | None) -> SpatialData:
-    """Write what belongs to a section into ``sdata.attrs`` and give every element its coordinate systems.
-
-    Parameters
-    ----------
-    sdata
-        The object that becomes a section.
-    sample
-        Sample id.
-    platform
-        Name of the measuring platform, such as ``"visium"``.
-    image
-        Name of the H&E image element.
-    mpp
-        Micrometres a pixel of the H&E at full resolution; `None` where unknown.
-
-    Returns
-    -------
-    The same object.
-
-    Raises
-    ------
-    ValueError
-        If `mpp` is not a positive number, or `image` is no element of `sdata`.
-    """
-    if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"Expected `mpp` to be a positive number of micrometres a pixel, found {mpp!r}.")
-    if image not in sdata.images:
-        raise ValueError(f"Expected an image named {image!r}, found {sorted(sdata.images)}.")
-    sdata.attrs[ATTRIBUTE] = {
-        "sample": str(sample),
-        "platform": platform,
-        "image": image,
-        "mpp": None if mpp is None else float(mpp),
-        "history": [],
-    }
-    if mpp is not None:
-        for _, _, element in sdata.gen_spatial_elements():
-            _add_microns(element, mpp)
-    return sdata
-
-
-def info(sdata: SpatialData) -> dict[str, Any]:
-    """Return what belongs to the section: ``sample``, ``platform``, ``image``, ``mpp``, ``history``.
-
-    An object that no reader of this package made gets an entry of what can be told without a guess: no
-    resolution, no history, and `None` for the image until `image_name` finds it or the user names it.
-
-    Raises
-    ------
-    TypeError
-        If `sdata` is not a `SpatialData`.
-    """
-    if not isinstance(sdata, SpatialData):
-        raise TypeError(f"Expected a SpatialData section, found {type(sdata).__name__}.")
-    if ATTRIBUTE not in sdata.attrs:
-        sdata.attrs[ATTRIBUTE] = {
-            "sample": "section",
-            "platform": "unknown",
-            "image": None,
-            "mpp": None,
-            "history": [],
-        }
-    return sdata.attrs[ATTRIBUTE]
-
-
-def sample(sdata: SpatialData) -> str:
-    """Return the section's sample id."""
-    return str(info(sdata)["sample"])
-
-
-def require_mpp(sdata: SpatialData, *, purpose: str) -> float:
-    """Return micrometres a pixel at full resolution.
-
-    Raises
-    ------
-    ValueError
-        If the section's resolution is unknown; it is never guessed.
-    """
-    mpp = info(sdata)["mpp"]
-    if mpp is None:
-        raise ValueError(
-            f"Section {sample(sdata)!r} has no known resolution, which {purpose} needs. Pass `mpp=` (micrometres "
-            f'a pixel at full resolution) to the reader, or set `sdata.attrs["{ATTRIBUTE}"]["mpp"]`.'
-        )
-    return float(mpp)
-
-
-def record(sdata: SpatialData, step: str, **parameters: Any) -> None:
-    """Append a step and its parameters to the section's history."""
-    info(sdata)["history"].append(
-        {
-            "step": step,
-            "parameters": plain(parameters),
-            "version": __version__,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-    )
-
-
-def plain(value: Any) -> Any:
-    """Turn a parameter into what JSON, and so a zarr store's attributes, can hold."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Iterable):
-        return [plain(item) for item in value]
-    return str(value)
-
-
-def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
-    """Return a cohort: `data` itself where it is one, a section under its sample id otherwise.
-
-    Raises
-    ------
-    TypeError
-        If `data` is neither a section nor a mapping of sections.
-    ValueError
-        If the cohort is empty.
-    """
-    if isinstance(data, SpatialData):
-        return {sample(data): data}
-    if not isinstance(data, Mapping):
-        raise TypeError(f"Expected a SpatialData section or a dict of them, found {type(data).__name__}.")
-    if not data:
-        raise ValueError("Expected at least one section, found an empty cohort.")
-    for name, sdata in data.items():
-        if not isinstance(sdata, SpatialData):
-            raise TypeError(f"Expected SpatialData under {name!r} of the cohort, found {type(sdata).__name__}.")
-    return dict(data)
-
-
-# --------------------------------------------------------------------------------------------------
-# images
 
 
 def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
@@ -214,15 +39,15 @@ def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
     section = info(sdata)
     name = image_key if image_key is not None else section["image"]
     if name is None:
-        name = _single(
-            [name for name in sdata.images if _is_rgb(levels(sdata, name)[0])],
+        name = single(
+            [name for name in sdata.images if is_rgb(levels(sdata, name)[0])],
             what="RGB image",
             argument="image_key",
             found=sorted(sdata.images),
         )
     if name not in sdata.images:
         raise KeyError(f"No image {name!r} in section {sample(sdata)!r}; its images: {sorted(sdata.images)}.")
-    if section["image"] is None and _is_rgb(levels(sdata, name)[0]):
+    if section["image"] is None and is_rgb(levels(sdata, name)[0]):
         section["image"] = name
     return name
 
@@ -233,22 +58,6 @@ def working_image_name(sdata: SpatialData, image_key: str | None = None) -> str:
     if image_key is None and normalized in sdata.images:
         return str(normalized)
     return image_name(sdata, image_key)
-
-
-def levels(sdata: SpatialData, name: str) -> list[xr.DataArray]:
-    """Return the pyramid of an image element, finest first, each ``(c, y, x)`` and dask-backed."""
-    element = sdata.images[name]
-    if isinstance(element, xr.DataArray):
-        arrays = [element]
-    else:
-        arrays = [next(iter(element[scale].data_vars.values())) for scale in element.children]
-    arrays = [array.transpose("c", "y", "x") for array in arrays]
-    return [
-        array
-        if isinstance(array.data, da.Array)
-        else array.copy(data=da.from_array(array.data, chunks=(-1, CHUNK, CHUNK)))
-        for array in arrays
-    ]
 
 
 def thumbnail(sdata: SpatialData, name: str, *, max_side: int = 1500) -> tuple[np.ndarray, float]:
@@ -284,47 +93,11 @@ def thumbnail(sdata: SpatialData, name: str, *, max_side: int = 1500) -> tuple[n
 def check_rgb(sdata: SpatialData, name: str) -> None:
     """Raise `ValueError` where an image is not three channels of 8 bit."""
     array = levels(sdata, name)[0]
-    if not _is_rgb(array):
+    if not is_rgb(array):
         raise ValueError(
             f"Expected the H&E {name!r} to be 8-bit RGB (3 channels of uint8), found {array.shape[0]} channel(s) of "
             f"{array.dtype}. Choose another image with `image_key=`, or convert it."
         )
-
-
-def build_image(pyramid: list[da.Array], *, mpp: float | None = None) -> xr.DataTree:
-    """Build a multiscale image element from lazy levels.
-
-    Parameters
-    ----------
-    pyramid
-        Levels, finest first, each ``uint8 (3, y, x)``.
-    mpp
-        Micrometres a pixel of the finest level, for the ``"microns"`` coordinate system.
-
-    Returns
-    -------
-    A `DataTree` that `spatialdata` accepts as a multiscale image.
-    """
-    height, width = pyramid[0].shape[1:]
-    scales: dict[str, xr.Dataset] = {}
-    for number, level in enumerate(pyramid):
-        array = xr.DataArray(
-            level,
-            dims=("c", "y", "x"),
-            coords={
-                "c": ["r", "g", "b"],
-                "y": (np.arange(level.shape[1]) + 0.5) * height / level.shape[1],
-                "x": (np.arange(level.shape[2]) + 0.5) * width / level.shape[2],
-            },
-        )
-        to_full = Scale([height / level.shape[1], width / level.shape[2]], axes=("y", "x"))
-        array.attrs["transform"] = {"global": Identity() if number == 0 else to_full}
-        scales[f"scale{number}"] = xr.Dataset({"image": array})
-    element = xr.DataTree.from_dict(scales)
-    Image2DModel().validate(element)
-    if mpp is not None:
-        _add_microns(element, mpp)
-    return element
 
 
 def derive_image(sdata: SpatialData, source: str, pyramid: list[da.Array]) -> xr.DataTree:
@@ -333,10 +106,6 @@ def derive_image(sdata: SpatialData, source: str, pyramid: list[da.Array]) -> xr
     transformations = get_transformation(sdata.images[source], get_all=True)
     set_transformation(element, transformations, set_all=True)
     return element
-
-
-# --------------------------------------------------------------------------------------------------
-# measured units
 
 
 def has_counts(sdata: SpatialData) -> bool:
@@ -349,7 +118,7 @@ def counts_name(sdata: SpatialData, table_key: str | None = None) -> str:
     if table_key is None and COUNTS in sdata.tables:
         return COUNTS
     candidates = [table_key] if table_key is not None else [name for name in sdata.tables if name not in _OWN_TABLES]
-    name = _single(
+    name = single(
         [candidate for candidate in candidates if candidate in sdata.tables],
         what="table of counts",
         argument="table_key",
@@ -404,34 +173,12 @@ def units_name(sdata: SpatialData, shapes_key: str | None = None, table_key: str
     table = sdata.tables[counts_name(sdata, table_key)]
     region = table.uns.get(TableModel.ATTRS_KEY, {}).get(TableModel.REGION_KEY)
     candidates = [region] if isinstance(region, str) else list(region or [])
-    return _single(
+    return single(
         [name for name in candidates if name in sdata.shapes],
         what="element of shapes that the counts annotate",
         argument="shapes_key",
         found=sorted(sdata.shapes),
     )
-
-
-def annotate(table: AnnData, *, region: str) -> AnnData:
-    """Make a table annotate the element `region`, by its column ``instance_id``."""
-    table.obs[REGION_KEY] = region
-    table.obs[REGION_KEY] = table.obs[REGION_KEY].astype("category")
-    if INSTANCE_KEY not in table.obs:
-        table.obs[INSTANCE_KEY] = np.arange(table.n_obs)
-    table.uns.pop(TableModel.ATTRS_KEY, None)
-    return TableModel.parse(table, region=region, region_key=REGION_KEY, instance_key=INSTANCE_KEY)
-
-
-def build_shapes(frame: GeoDataFrame, *, mpp: float | None) -> GeoDataFrame:
-    """Give shapes in H&E pixels the section's coordinate systems."""
-    shapes = ShapesModel.parse(frame, transformations={"global": Identity()})
-    if mpp is not None:
-        _add_microns(shapes, mpp)
-    return shapes
-
-
-# --------------------------------------------------------------------------------------------------
-# what the steps write and need
 
 
 def write_tissue(sdata: SpatialData, mask: np.ndarray, *, downsample: tuple[float, float]) -> None:
@@ -452,7 +199,7 @@ def write_tissue(sdata: SpatialData, mask: np.ndarray, *, downsample: tuple[floa
         transformations={"global": Scale(list(downsample), axes=("y", "x"))},
     )
     if info(sdata)["mpp"] is not None:
-        _add_microns(labels, float(info(sdata)["mpp"]))
+        add_microns(labels, float(info(sdata)["mpp"]))
     sdata.labels[TISSUE] = labels
 
 
@@ -567,21 +314,3 @@ def align_to_spots(sdata: SpatialData, table: AnnData, table_key: str | None = N
     if rows.size == 0:
         raise KeyError(f"No tile of section {sample(sdata)!r} sits on a spot of its counts.")
     return rows, measured[where[rows]]
-
-
-def _single(candidates: list[str], *, what: str, argument: str, found: list[str], mend: str = "") -> str:
-    if len(candidates) == 1:
-        return candidates[0]
-    if not candidates:
-        raise KeyError(f"Found no {what} among {found}. {mend or f'Name it with `{argument}=`.'}")
-    raise KeyError(f"Found more than one {what}: {sorted(candidates)}. Choose one with `{argument}=`.")
-
-
-def _is_rgb(array: xr.DataArray) -> bool:
-    return array.shape[0] == 3 and array.dtype == np.uint8
-
-
-def _add_microns(element: Any, mpp: float) -> None:
-    to_global: BaseTransformation = get_transformation(element, to_coordinate_system="global")
-    to_microns = Sequence([to_global, Scale([mpp, mpp], axes=("x", "y"))])
-    set_transformation(element, to_microns, to_coordinate_system="microns")
