@@ -261,7 +261,7 @@ def test_our_own_tables_are_no_counts(make_spots: Callable[..., SpatialData]) ->
     assert "tiles" in sdata.tables
     assert contract.counts_name(sdata) == "rna"
     del sdata.tables["rna"]
-    with pytest.raises(KeyError, match="no table of counts.*reader that has molecules"):
+    with pytest.raises(KeyError, match=r"no table of counts.*reader that has molecules"):
         contract.counts_name(sdata)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -200,9 +201,9 @@ def test_order_of_visit_keeps_neighbours_together() -> None:
     order = visit_order(centers, array)
     assert sorted(order) == list(range(2000))
     chunks = [tuple(row) for row in (centers[order] // 1000).astype(int).tolist()]
-    changes = sum(one != two for one, two in zip(chunks, chunks[1:], strict=False))
+    changes = sum(one != two for one, two in itertools.pairwise(chunks))
     assert changes == len(set(chunks)) - 1  # a chunk is entered once and left once
-    steps = [np.abs(np.subtract(one, two)).sum() for one, two in zip(chunks, chunks[1:], strict=False)]
+    steps = [np.abs(np.subtract(one, two)).sum() for one, two in itertools.pairwise(chunks)]
     assert max(steps) == 1  # always to the chunk next door, the next row begins where the last ended
 
 

@@ -210,7 +210,7 @@ def _open_store(
 
 
 def _path(store: zarr.Group) -> Path:
-    return Path(store.store.root)  # type: ignore[attr-defined]
+    return Path(store.store.root)
 
 
 def _fingerprint(
@@ -244,7 +244,7 @@ def _batch_tasks(
     chunks = {level: arrays[level].to_delayed() for level in {level for level, _ in views}}
     shared = delayed(function, pure=False, traverse=False)
     tasks = []
-    for number in np.flatnonzero(~done):
+    for number in np.flatnonzero(~done).tolist():
         windows = [
             [_window(center, side, level, factor) for center in centers[batches[number]]]
             for side, (level, factor) in zip(sides, views, strict=True)

@@ -16,7 +16,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract, io, models, pp, tl
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 pytestmark = pytest.mark.slow
 MARKERS = ("ERBB2", "GNAS", "FASN", "DDX5", "XBP1", "ACTG1", "FN1", "COL1A1", "CD74", "KRT19")
@@ -88,7 +88,8 @@ def test_squidpy_and_scanpy_take_the_result(job: tuple) -> None:
 
 def test_spatialdata_plot_renders_it(job: tuple) -> None:
     test = job[0]
-    for system in ("global", "microns"):
+    height, width = contract.levels(test, "he")[0].shape[1:]
+    for system, unit in (("global", 1.0), ("microns", contract.info(test)["mpp"])):
         figure, axes = plt.subplots()
         (
             test.pl.render_images("he")
@@ -97,9 +98,9 @@ def test_spatialdata_plot_renders_it(job: tuple) -> None:
         )
         assert axes.images
         assert axes.collections
-        # the tiles lie on the picture
-        low, high = sorted(axes.get_xlim())
-        assert 0.5 < (high - low) / axes.images[0].get_extent()[1] < 1.5
+        # picture and tiles lie in the section's own pixels or micrometres
+        assert np.ptp(axes.get_xlim()) == pytest.approx(width * unit, rel=0.01)
+        assert np.ptp(axes.get_ylim()) == pytest.approx(height * unit, rel=0.01)
         plt.close(figure)
 
 

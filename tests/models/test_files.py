@@ -100,7 +100,7 @@ def test_loading_never_unpickles(model: NBModel, tmp_path: Path) -> None:
     trap = pickle.dumps(Trap())
     path = model.save(tmp_path / "m.stimage")
     for files in ({"config_json": trap}, {"model_safetensors": trap}):
-        with pytest.raises(ValueError, match="model at .*m.stimage"):
+        with pytest.raises(ValueError, match=r"model at .*m\.stimage"):
             models.load(rewritten(model.save(path), **files))
     (tmp_path / "p.stimage").write_bytes(trap)
     with pytest.raises(ValueError, match="truncated or something else"):
@@ -112,7 +112,7 @@ def test_every_truncation_is_noticed(model: NBModel, tmp_path: Path) -> None:
     whole = model.save(tmp_path / "m.stimage").read_bytes()
     for length in [0, 1, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1]:
         (tmp_path / "cut.stimage").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="cannot be read .* truncated or something else; save the model again"):
+        with pytest.raises(ValueError, match=r"cannot be read .* truncated or something else; save the model again"):
             models.load(tmp_path / "cut.stimage")
 
 
@@ -190,11 +190,11 @@ def test_missing_arrays_are_refused(model: NBModel, tmp_path: Path) -> None:
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="No model at .*none.stimage"):
+    with pytest.raises(FileNotFoundError, match=r"No model at .*none\.stimage"):
         models.load(tmp_path / "none.stimage")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "no model")
-    with pytest.raises(ValueError, match="cannot be read .*something else"):
+    with pytest.raises(ValueError, match=r"cannot be read .*something else"):
         models.load(tmp_path / "other.zip")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot be read"):
@@ -215,9 +215,7 @@ def test_saving_replaces_models_and_nothing_else(model: NBModel, tmp_path: Path)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 
 
-def test_a_failed_save_leaves_the_old_model(
-    model: NBModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_save_leaves_the_old_model(model: NBModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = model.save(tmp_path / "m.stimage")
     before = path.read_bytes()
 

@@ -18,7 +18,8 @@ EOSIN = np.array([0.07, 0.99, 0.11])
 
 def stain_matrix(*, turned: float = 0.0) -> np.ndarray:
     """Unit columns: haematoxylin, eosin and what is perpendicular to both."""
-    haematoxylin, eosin = HAEMATOXYLIN + [turned, 0, -turned / 2], EOSIN + [0, -turned / 2, turned]
+    haematoxylin = HAEMATOXYLIN + turned * np.array([1.0, 0.0, -0.5])
+    eosin = EOSIN + turned * np.array([0.0, -0.5, 1.0])
     residual = np.cross(haematoxylin, eosin)
     columns = np.stack([haematoxylin, eosin, residual], axis=1)
     return columns / np.linalg.norm(columns, axis=0)

@@ -25,7 +25,7 @@ def made(make_spots: Callable, kind: str, *, n_side: int = 7, off: tuple[int, ..
 
 
 def steps_away(sdata: SpatialData, kind: str) -> np.ndarray:
-    """Steps between every two tiles, by geometry: rings of a square lattice are squares, of a hexagonal one hexagons."""
+    """Steps between every two tiles, by geometry: rings are squares, or hexagons."""
     points = np.asarray(contract.tiles(sdata).obsm["spatial"])
     x, y = np.moveaxis(points[:, None] - points[None], -1, 0) / PITCH
     if kind == "square":

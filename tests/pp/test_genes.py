@@ -17,7 +17,7 @@ from stimage_sd import contract, pp
 
 @pytest.fixture
 def cohort(make_spots: Callable[..., SpatialData]) -> dict[str, SpatialData]:
-    """Two sections of 64 spots; genes R... in fewer than a tenth of the spots; section b lacks G3 and has its own order."""
+    """Two sections of 64 spots; R... are in fewer than a tenth of them; b lacks G3 and has its own order."""
     sections = {}
     for number, name in enumerate("ab"):
         random = np.random.default_rng(number)

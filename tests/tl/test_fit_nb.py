@@ -109,7 +109,7 @@ def test_validation_by_name(cohort: object) -> None:
 
 def test_training_stops_early(cohort: object) -> None:
     random = np.random.default_rng(0)
-    noise = {name: sdata for name, sdata in train_of(cohort).items()}
+    noise = train_of(cohort)
     kept = {name: contract.tiles(sdata).obsm["X_toy"] for name, sdata in noise.items()}
     try:
         for sdata in noise.values():  # nothing to learn

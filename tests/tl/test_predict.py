@@ -179,19 +179,19 @@ def other_stain(**change: object) -> str:
 @pytest.mark.parametrize(
     ("expected", "embedding", "tiling", "match"),
     [
-        ({}, {}, {"size_um": 55.0}, r"tiles of 55.0 µm, expected 50.0 µm: run `stimage_sd.pp.tile\(sdata, size_um=50\)`"),
+        ({}, {}, {"size_um": 55.0}, r"tiles of 55.0 µm, expected 50.0 µm: run .*size_um=50\)`"),
         ({"size_um": None}, {}, {"side_px": 30.0}, "tiles of 30 px, expected 20 px, and no resolution"),
         ({}, {"weights_hash": "feed" * 4}, {}, r"other weights of 'toy' \(feedfeed, expected 01234567\)"),
-        ({}, {"fields_of_view": [1.0, 2.0]}, {}, r"fields of view \(1.0, 2.0\), expected \(1.0,\): run `stimage_sd.pp.embed"),
+        ({}, {"fields_of_view": [1.0, 2.0]}, {}, r"fields of view \(1.0, 2.0\), expected \(1.0,\): run .*pp.embed"),
         ({}, {"input_px": 224}, {}, "embedded at 224 px, expected 299 px: run `stimage_sd.pp.tile"),
         ({"context_rings": 1}, {}, {}, r"0 rings of context, expected 1: run .*context_rings=1"),
         ({}, {"stain": json.dumps(STAIN)}, {}, "stain-normalised image, expected the image as it is"),
-        ({"stain": STAIN}, {}, {}, r"without stain normalisation, expected 'macenko': run `stimage_sd.pp.stain_normalize"),
-        ({"stain": STAIN}, {"stain": other_stain(concentrations="keep")}, {}, "normalised by 'macenko' to another reference"),
+        ({"stain": STAIN}, {}, {}, r"without stain normalisation, expected 'macenko': run .*stain_normalize"),
+        ({"stain": STAIN}, {"stain": other_stain(concentrations="keep")}, {}, "by 'macenko' to another reference"),
         ({"stain": STAIN}, {"stain": other_stain(reference={**STAIN["reference"], "white_point": [250.0] * 3})}, {},
          "another reference: run"),
     ],
-    ids=["size", "side", "weights", "fields", "input", "context", "stained", "unstained", "concentrations", "reference"],
+    ids=["size", "side", "weights", "fields", "input", "context", "stained", "unstained", "amounts", "reference"],
 )  # fmt: skip
 def test_tiles_that_do_not_match_are_refused(
     fitted: tuple, expected: dict, embedding: dict, tiling: dict, match: str

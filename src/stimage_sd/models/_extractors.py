@@ -343,7 +343,7 @@ def _rebuild(entry: _Entry, weights: Path | None) -> Extractor:
 
 def _build(entry: _Entry, weights: Path | None) -> Extractor:
     network, weights_hash = entry.load(weights)
-    if entry.is_recordable and jax.default_backend() == "cpu":
+    if entry.is_recordable and isinstance(network, nnx.Module) and jax.default_backend() == "cpu":
         run = _onnx(entry, network)
     elif isinstance(network, nnx.Module):
         run = _compiled(entry, network)
@@ -366,7 +366,8 @@ def _build(entry: _Entry, weights: Path | None) -> Extractor:
 
 def _onnx(entry: _Entry, network: nnx.Module) -> Run:
     """Run a network in ONNX Runtime, on the calling thread alone."""
-    model = onnx_graph.record(network, mean=entry.mean, std=entry.std, embedding_size=entry.embedding_size)
+    mean, std = entry.mean or (0.0, 0.0, 0.0), entry.std or (1.0, 1.0, 1.0)
+    model = onnx_graph.record(network, mean=mean, std=std, embedding_size=entry.embedding_size)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1

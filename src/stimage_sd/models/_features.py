@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
@@ -136,4 +136,5 @@ class FeatureSpace:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], *, standardize: Standardize) -> FeatureSpace:
         """The inverse of `arrays`."""
-        return cls(*(arrays[f"features.{item.name}"] for item in fields(cls)[:4]), standardize=standardize)
+        named: dict[str, Any] = {item.name: arrays[f"features.{item.name}"] for item in fields(cls)[:4]}
+        return cls(**named, standardize=standardize)

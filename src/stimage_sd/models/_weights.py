@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -211,6 +211,8 @@ def fill(layers: Iterable[tuple[ConvNorm, str, str]], arrays: Mapping[str, NDArr
 
 def _from_torch(name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.float32]:
     """Bring an array from torch's layout to that of a layer's variable of the given shape."""
+    expected: tuple[int, ...]
+    axes: tuple[int, ...]
     match shape:
         case (height, width, channels):  # depthwise
             expected, axes = (channels, 1, height, width), (2, 3, 0, 1)
@@ -241,7 +243,7 @@ class Pretrained(NamedTuple):
     weights_hash: str
 
 
-def _abstract(network: type[Network]) -> Network:
+def _abstract(network: Callable[..., Network]) -> Network:
     """Build a network without drawing weights: they are read next, and drawing compiles for seconds."""
     return nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
 

@@ -7,7 +7,7 @@ batch-norm epsilon 1e-3, 224-pixel input normalised by mean 127 and deviation 12
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
 
@@ -81,7 +81,7 @@ class InvertedResidual(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         inner = in_channels * expansion
-        common = {"padding": "same", "epsilon": BATCH_NORM_EPSILON, "rngs": rngs}
+        common: dict[str, Any] = {"padding": "same", "epsilon": BATCH_NORM_EPSILON, "rngs": rngs}
         self.expand = ConvNorm(in_channels, inner, 1, **common) if expansion != 1 else None
         self.depthwise = ConvNorm(inner, inner, kernel_size, stride=stride, depthwise=True, **common)
         self.project = ConvNorm(inner, out_channels, 1, **common)
@@ -112,7 +112,7 @@ class EfficientNetLite0(nnx.Module):
     """
 
     def __init__(self, *, rngs: nnx.Rngs) -> None:
-        common = {"padding": "same", "epsilon": BATCH_NORM_EPSILON, "rngs": rngs}
+        common: dict[str, Any] = {"padding": "same", "epsilon": BATCH_NORM_EPSILON, "rngs": rngs}
         self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2, **common)
         blocks = []
         channels = STEM_CHANNELS

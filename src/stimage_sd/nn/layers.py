@@ -8,7 +8,7 @@ drift apart.
 
 from __future__ import annotations
 
-from functools import singledispatch
+from functools import reduce, singledispatch
 from typing import Any, Literal
 
 import jax
@@ -168,8 +168,10 @@ def conv_norm(value: Any, layer: ConvNorm) -> Any:
     (2, 7, 7, 4)
     """
     kernel, bias = layer.folded()
-    settings = {"kernel_size": layer.kernel_size, "stride": layer.stride, "padding": layer.padding}
-    pads = [pad_widths(size, **settings) for size in value.shape[1:3]]
+    pads = [
+        pad_widths(size, kernel_size=layer.kernel_size, stride=layer.stride, padding=layer.padding)
+        for size in value.shape[1:3]
+    ]
     if layer.depthwise:
         return depthwise_convolution(value, kernel, stride=layer.stride, pads=pads) + bias
     return _convolution(value, kernel, stride=layer.stride, pads=pads) + bias
@@ -238,7 +240,7 @@ def depthwise_convolution(
             for row in range(kernel.shape[0])
             for column in range(kernel.shape[1])
         )
-        return sum(products)
+        return reduce(jnp.add, products)
 
     def grouped(value: jax.Array, kernel: jax.Array) -> jax.Array:
         channels = kernel.shape[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -43,7 +44,7 @@ class Graph:
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
-    def node(self, operator: str, inputs: Sequence[str], **attributes: object) -> str:
+    def node(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
         """Add a node with one output and give the output's name."""
         name = f"{operator.lower()}_{len(self.nodes) + 1}"
         self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
@@ -67,7 +68,7 @@ class Symbol:
     name: str
     scale: NDArray[np.float32] | None = None
 
-    def then(self, operator: str, *inputs: str, **attributes: object) -> Symbol:
+    def then(self, operator: str, *inputs: str, **attributes: Any) -> Symbol:
         """Apply an operator to this value and further inputs."""
         if self.scale is not None:
             raise ValueError(f"Expected a convolution as the first layer after the input, found {operator}.")
@@ -101,7 +102,7 @@ def _(value: Symbol) -> Symbol:
 
 @relu6.register
 def _(value: Symbol) -> Symbol:
-    low, high = (value.graph.constant(np.float32(bound)) for bound in (0, 6))
+    low, high = (value.graph.constant(np.asarray(bound, np.float32)) for bound in (0, 6))
     return value.then("Clip", low, high)
 
 

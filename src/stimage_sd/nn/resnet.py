@@ -6,7 +6,7 @@ place the stride where this one does.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from flax import nnx
 
@@ -45,7 +45,7 @@ class Bottleneck(nnx.Module):
 
     def __init__(self, in_channels: int, width: int, *, stride: int, rngs: nnx.Rngs) -> None:
         out_channels = width * EXPANSION
-        common = {"epsilon": BATCH_NORM_EPSILON, "rngs": rngs}
+        common: dict[str, Any] = {"epsilon": BATCH_NORM_EPSILON, "rngs": rngs}
         self.reduce = ConvNorm(in_channels, width, 1, padding=0, **common)
         self.filter = ConvNorm(width, width, 3, stride=stride, padding=1, **common)
         self.expand = ConvNorm(width, out_channels, 1, padding=0, **common)

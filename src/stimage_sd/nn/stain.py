@@ -131,8 +131,9 @@ def reinhard_transfer(
     offset = np.linalg.inv(LMS_TO_LAB) @ (np.asarray(target_mean) - gain * np.asarray(source_mean))
     image = np.ascontiguousarray(image)
     out = np.empty_like(image)
-    matrices = [matrix.astype(np.float32) for matrix in (RGB_TO_LMS, linear, offset, np.linalg.inv(RGB_TO_LMS))]
-    _reinhard(image.reshape(3, -1), *matrices, out.reshape(3, -1))
+    to_lms, to_rgb = RGB_TO_LMS.astype(np.float32), np.linalg.inv(RGB_TO_LMS).astype(np.float32)
+    affine = linear.astype(np.float32), offset.astype(np.float32)
+    _reinhard(image.reshape(3, -1), to_lms, affine[0], affine[1], to_rgb, out.reshape(3, -1))
     return out
 
 

@@ -143,7 +143,7 @@ def coverage(
     >>> import numpy as np
     >>> whole, part = coverage(np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.array([2.0, 2.0]), np.array([0.5]))
     >>> whole.tolist(), part.tolist()
-    ([1.0], [0.5])
+    ([1.0], [0.75])
     """
     excess = np.maximum(variance - mean, 1e-6 * mean)
     r, p = mean**2 / excess, mean / (mean + excess)

@@ -66,8 +66,9 @@ def prediction(
     >>> sti.pp.embed(section, fields_of_view=(1.0,))
     >>> model = sti.tl.fit_nb(section, genes=sti.pp.select_genes(section, n_top=5), n_members=2, max_epochs=2)
     >>> sti.tl.predict(section, model)
-    >>> [panel.get_title().split(",")[0] for panel in sti.pl.prediction(section, model.genes[0])][0][-8:]
-    'observed'
+    >>> observed, predicted = sti.pl.prediction(section, model.genes[0])
+    >>> observed.get_title() == f"{model.genes[0]}, observed"
+    True
     """
     table = contract.predictions(sdata)
     check_gene(table, gene)

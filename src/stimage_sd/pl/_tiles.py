@@ -67,8 +67,9 @@ def tiles(
 
     Examples
     --------
-    >>> import numpy as np, stimage_sd as sti
-    >>> section = sti.io.slide(np.full((400, 600, 3), (200, 120, 180), np.uint8), mpp=0.5)
+    >>> import cv2, numpy as np, stimage_sd as sti
+    >>> _ = cv2.imwrite("slide.png", np.full((400, 600, 3), (200, 120, 180), np.uint8))
+    >>> section = sti.io.slide("slide.png", mpp=0.5)
     >>> sti.pp.tile(section, size_um=50)
     >>> panel = sti.pl.tiles(section, "keep", n_examples=4)
     >>> len(panel.child_axes)
@@ -105,10 +106,9 @@ def tiles(
 
 def _draw_truth(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str) -> None:
     colours = np.where(values[:, None], to_rgba(KEPT), to_rgba(WARNING))
-    ax.add_collection(
-        PolyCollection(list(squares), facecolors=colours * [1, 1, 1, 0.35], edgecolors=colours, linewidth=0.8),
-        autolim=False,
-    )
+    faces = colours * [1, 1, 1, 0.35]
+    drawn = PolyCollection(list(squares), facecolors=faces, edgecolors=colours, linewidth=0.8)
+    ax.add_collection(drawn, autolim=False)
     handles = [
         Patch(facecolor=colour, alpha=0.6, label=f"{name}: {text} ({count})")
         for colour, text, count in ((KEPT, "yes", int(values.sum())), (WARNING, "no", int((~values).sum())))

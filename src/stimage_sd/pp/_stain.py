@@ -64,7 +64,7 @@ class StainReference:
         """
         shapes = _SHAPES.get(content.get("method"), {})
         unknown = set(content) - set(cls.__dataclass_fields__)
-        if unknown or not shapes or any(np.shape(content.get(name)) != shape for name, shape in shapes.items()):
+        if unknown or not shapes or any(np.shape(content.get(name, ())) != shape for name, shape in shapes.items()):
             found = {name: np.shape(value) for name, value in content.items()}
             raise ValueError(f"Expected a saved stain reference with {shapes or {'method': METHODS}}, found {found}.")
         return cls(**{key: _tuples(value) for key, value in content.items()})

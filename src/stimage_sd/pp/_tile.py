@@ -174,7 +174,8 @@ def _spot_diameter(sdata: SpatialData, shapes_key: str | None, table_key: str | 
 def _on_spots(sdata: SpatialData, table_key: str | None, *, width: int, height: int) -> pd.DataFrame:
     counts = contract.counts(sdata, table_key)
     centers = np.asarray(counts.obsm["spatial"], dtype=np.float64)
-    outside = ~((centers >= 0) & (centers < [width, height])).all(axis=1)  # so that NaN is outside too
+    inside = (centers >= 0) & (centers < [width, height])
+    outside = np.logical_not(inside.all(axis=1))  # so that NaN is outside too
     if outside.any():
         raise ValueError(
             f"{int(outside.sum())} of {len(outside)} spots lie outside the image of {width} x {height} px, such as "

@@ -255,7 +255,7 @@ def _with_interval_level(model: NBModel, data: TrainingData) -> NBModel:
     for number, members in enumerate(patterns):
         rows = np.flatnonzero(pattern_of.ravel() == number)
         if members.any():
-            pieces.append((rows, *model.r_and_p(data.features[rows], members=np.flatnonzero(members))))
+            pieces.append((rows, *model.r_and_p(data.features[rows], members=np.flatnonzero(members).tolist())))
 
     def covered(level: float) -> float:
         inside = 0
