@@ -142,7 +142,7 @@ def _write(work: Path, test: SpatialData, model: NBModel, scores: pd.DataFrame) 
 
 
 def _figures(test: SpatialData, model: NBModel, scores: pd.DataFrame) -> dict[str, Callable[[], Any]]:
-    gene = "ERBB2" if "ERBB2" in model.genes else str(scores.loc[scores["pearson"].idxmax(), "gene"])
+    gene = "ERBB2" if "ERBB2" in model.genes else str(scores["gene"].iloc[int(scores["pearson"].argmax())])
     return {
         "tiles": lambda: pl.tiles(test, n_examples=8),
         "training": lambda: pl.training(model),

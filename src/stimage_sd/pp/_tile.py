@@ -16,6 +16,8 @@ from stimage_sd import contract
 from stimage_sd.pp._tissue import tissue_mask
 
 Layout = Literal["spots", "grid"]
+#: a smaller share of tissue is rounding, not tissue
+_TOUCHES = 1e-6
 
 
 def tile(
@@ -105,7 +107,7 @@ def tile(
             tissue_mask(sdata, image_key=image_key)
         obs["tissue_fraction"] = tissue_fraction(*contract.tissue(sdata), obs[["x", "y"]].to_numpy(), side=side)
         if chosen == "grid":
-            obs = obs[obs["tissue_fraction"] > 0].reset_index(drop=True)
+            obs = obs[obs["tissue_fraction"] > _TOUCHES].reset_index(drop=True)
         obs["keep"] = obs["tissue_fraction"] >= min_tissue
         if not obs["keep"].any():
             raise ValueError(
