@@ -35,13 +35,13 @@ def public_names(module: ModuleType) -> set[str]:
 
 
 def documented_names() -> set[str]:
-    """Full names of the entries under every `autosummary` of the API page."""
+    """Full names of the entries of every `autosummary` and table of the API page."""
     names, module = set(), ""
     for line in API.read_text(encoding="utf-8").splitlines():
         if match := re.match(r"\.\. currentmodule:: (\S+)", line):
             module = match[1]
-        elif match := re.match(r"    ([A-Za-z_]\w*)$", line):
-            names.add(f"{module}.{match[1]}")
+        elif match := re.match(r"(?:    ([A-Za-z_]\w*)|\| `(\w+)` \|.*)$", line):
+            names.add(f"{module}.{match[1] or match[2]}")
     return names
 
 

@@ -178,3 +178,19 @@ def test_predictions_of_a_grid_cannot_be_evaluated(planted: Callable) -> None:
     tl.predict(sdata, model)
     with pytest.raises(KeyError, match=r'do not sit on spots.*layout="spots"'):
         tl.evaluate(sdata)
+
+
+def test_units_on_no_lattice_have_no_iou(section: SpatialData) -> None:
+    predictions = contract.predictions(section)
+    placed = predictions.obsm["spatial"].copy()
+    on_lattice = tl.evaluate(section)
+    predictions.obsm["spatial"] = np.random.default_rng(0).uniform(0, 1000, placed.shape)
+    neighbours = libpysal.weights.KNN.from_array(predictions.obsm["spatial"], k=6).sparse
+    try:
+        with pytest.warns(UserWarning, match="IoU is left out"):
+            scores = tl.evaluate(section, graph=neighbours)
+    finally:
+        predictions.obsm["spatial"] = placed
+    assert scores["iou"].isna().all()
+    np.testing.assert_allclose(scores["pearson"], on_lattice["pearson"])
+    assert scores["morans_i_predicted"].notna().any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import anndata as ad
@@ -12,7 +13,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.nn import negative_binomial
-from stimage_sd.nn.lattice import neighbour_graph
+from stimage_sd.nn.lattice import find_lattice, neighbour_graph
 from stimage_sd.nn.spatial import morans_i, pattern_iou, pearson, spearman
 
 Transform = Literal["log1p", "raw", "lognorm"]
@@ -57,7 +58,8 @@ def evaluate(
 
     - ``pearson``, ``spearman``: predicted mean against measured, over tiles;
     - ``morans_i_observed``, ``morans_i_predicted``, ``bivariate_morans_i`` (predicted, neighbours' observed);
-    - ``iou``: overlap of the smoothed patterns of high expression (paper, 2.8);
+    - ``iou``: overlap of the smoothed patterns of high expression (paper, 2.8); NaN, with a warning, where the
+      tiles stand on no lattice;
     - ``coverage``: share of counts inside the 90 % interval;
     - ``nll``: negative log-likelihood a count, by the negative binomial of the predicted mean and total
       variance; ``nll_floor``: the same by the mean-only fit to the training counts.
@@ -126,13 +128,23 @@ def _scores(
             "morans_i_observed": morans_i(measured, weights),
             "morans_i_predicted": morans_i(predicted, weights),
             "bivariate_morans_i": morans_i(predicted, weights, measured),
-            "iou": pattern_iou(predicted, measured, coordinates),
+            "iou": _iou(predicted, measured, coordinates),
             "coverage": inside.mean(axis=0),
             "nll": _nll(observed, mean, np.asarray(predictions.layers["total_variance"], dtype=np.float64)),
             "nll_floor": _floor_nll(observed, predictions),
         },
         index=predictions.var_names,
     )
+
+
+def _iou(predicted: np.ndarray, measured: np.ndarray, coordinates: np.ndarray) -> np.ndarray:
+    """IoU a gene; NaN, said aloud, where the units stand on no lattice to lay a pattern out on."""
+    try:
+        find_lattice(coordinates)
+    except ValueError as error:
+        warnings.warn(f"The IoU is left out: {error}", stacklevel=4)
+        return np.full(predicted.shape[1], np.nan)
+    return pattern_iou(predicted, measured, coordinates)
 
 
 def _transformed(values: np.ndarray, transform: Transform) -> np.ndarray:

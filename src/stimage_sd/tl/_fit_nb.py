@@ -80,7 +80,8 @@ def fit_nb(
     weight_decay
         Precision of the Gaussian prior on the heads' weights; larger is smoother.
     patience
-        Epochs without improvement of the validation loss after which a member stops.
+        Training ends when no member's validation loss has improved for so many epochs; each member keeps its own
+        best epoch.
     seed
         Seed of everything random; the same seed gives the same model, bit for bit, on one machine.
     table_key
