@@ -95,7 +95,7 @@ class NBModel:
 
     @property
     def history(self) -> pd.DataFrame:
-        """Loss a member and epoch: ``epoch``, ``member``, ``training_nll``, ``validation_nll``."""
+        """Losses, a row a member and epoch, with columns epoch, member, training_nll and validation_nll."""
         return pd.DataFrame(self.training["history"])
 
     def r_and_p(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_context": ["spatial_context"],
         "_embed": ["embed"],
         "_genes": ["select_genes"],
-        "_stain": ["stain_normalize"],
+        "_stain": ["StainReference", "stain_normalize"],
         "_tile": ["tile"],
         "_tissue": ["tissue_mask"],
     },
