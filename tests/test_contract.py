@@ -53,6 +53,12 @@ def test_register_refuses_an_image_that_is_not_there() -> None:
     assert "stimage_sd" not in sdata.attrs
 
 
+@pytest.mark.parametrize("sample", ["", "patient/section"])
+def test_register_refuses_a_sample_id_no_store_can_hold(make_slide: Callable[..., SpatialData], sample: str) -> None:
+    with pytest.raises(ValueError, match="sample id without a slash"):
+        make_slide(np.zeros((8, 8, 3), np.uint8), sample=sample)
+
+
 def test_unknown_resolution_is_an_error_and_no_guess(make_slide: Callable[..., SpatialData]) -> None:
     sdata = make_slide(np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(ValueError, match=r"no known resolution, which `size_um=` needs. Pass `mpp=`"):

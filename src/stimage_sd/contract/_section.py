@@ -40,10 +40,12 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str, mpp:
     Raises
     ------
     ValueError
-        If `mpp` is not a positive number, or `image` is no element of `sdata`.
+        If `mpp` is not a positive number, `sample` is empty or has a slash, or `image` is no element of `sdata`.
     """
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"Expected `mpp` to be a positive number of micrometres a pixel, found {mpp!r}.")
+    if not str(sample) or "/" in str(sample):
+        raise ValueError(f"Expected a sample id without a slash, which zarr stores cannot hold, found {sample!r}.")
     if image not in sdata.images:
         raise ValueError(f"Expected an image named {image!r}, found {sorted(sdata.images)}.")
     sdata.attrs[ATTRIBUTE] = {
