@@ -7,7 +7,6 @@ Run as ``python -m benchmarks.her2st``. Prints a table and one line of JSON, and
 from __future__ import annotations
 
 import argparse
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +190,6 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with genes/her2st_785_hvg.txt, for the literature's genes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/her2st.json"))
     options = parser.parse_args()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     result = run(extractor=options.extractor, heads=options.heads, n_members=options.members, data=options.data)
     print(tables(result))
     report(options.out, result)

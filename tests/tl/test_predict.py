@@ -218,10 +218,12 @@ def test_the_same_stain_reference_matches(fitted: tuple) -> None:
     model = replace(trained["paper"], tiles=replace(trained["paper"].tiles, stain=STAIN))
     table = contract.tiles(test)
     table.uns["embeddings"]["toy"]["stain"] = json.dumps(STAIN)
+    test.tables.pop("predictions", None)
     try:
         tl.predict(test, model)
     finally:
         table.uns["embeddings"]["toy"]["stain"] = ""
+    assert list(contract.predictions(test).var_names) == list(model.genes)
 
 
 def test_one_bad_section_stops_the_cohort_before_anything_is_written(fitted: tuple, make_spots: Callable) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -249,8 +250,6 @@ def _versions() -> dict[str, str]:
 
 def _with_interval_level(model: NBModel, data: TrainingData) -> NBModel:
     """Set the nominal level at which held-out members' intervals cover what they should."""
-    from dataclasses import replace
-
     patterns, pattern_of = np.unique(data.held_out.T, axis=0, return_inverse=True)
     pieces = []
     for number, members in enumerate(patterns):
