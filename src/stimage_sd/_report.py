@@ -101,7 +101,7 @@ def _tiles_lines(sdata: SpatialData) -> list[str]:
 
 
 def _next(sdata: SpatialData, path: Path) -> str:
-    has_counts = contract.COUNTS in sdata.tables
+    has_counts = contract.has_counts(sdata)
     if contract.PREDICTIONS in sdata.tables:
         if has_counts and "pearson" not in contract.predictions(sdata).var:
             return f"stimage-sd evaluate {path}"

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from spatialdata.models import TableModel
+from spatialdata.transformations import get_transformation
+
 from stimage_sd import contract
 
 if TYPE_CHECKING:
@@ -50,3 +54,29 @@ def spatial_uns(sdata: SpatialData, *, spot_diameter_px: float) -> dict[str, Any
             },
         }
     }
+
+
+def attach_spatial(sdata: SpatialData) -> None:
+    """Fill ``uns["spatial"]`` of the tables of measured units that are placed on the H&E and lack it.
+
+    Parameters
+    ----------
+    sdata
+        The section; without an H&E nothing is done, since there is no picture to draw on.
+    """
+    if contract.info(sdata)["image"] is None:
+        return
+    for table in sdata.tables.values():
+        region = table.uns.get(TableModel.ATTRS_KEY, {}).get(TableModel.REGION_KEY)
+        if "spatial" in table.obsm and "spatial" not in table.uns and region in sdata.shapes:
+            table.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=_diameter_px(sdata, region))
+
+
+def _diameter_px(sdata: SpatialData, region: str) -> float:
+    """Median diameter of the units, global pixels; of polygons that of the circle of their area."""
+    shapes = sdata.shapes[region]
+    to_global = get_transformation(shapes, to_coordinate_system="global").to_affine_matrix(("x", "y"), ("x", "y"))
+    scale = float(np.sqrt(abs(np.linalg.det(to_global[:2, :2]))))
+    if "radius" in shapes:
+        return 2.0 * scale * float(shapes["radius"].median())
+    return 2.0 * scale * float(np.sqrt(shapes.geometry.area.median() / np.pi))

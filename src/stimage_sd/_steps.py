@@ -89,7 +89,7 @@ def prepare_for_model(sdata: SpatialData, model: NBModel, *, weights: Path | Non
         if contract.TILES not in sdata.tables:
             say(f"{name}: tiling")
             # a section with spots whose resolution is unknown is tiled by the spots' own size
-            known = contract.info(sdata)["mpp"] is not None or contract.COUNTS not in sdata.tables
+            known = contract.info(sdata)["mpp"] is not None or not contract.has_units(sdata)
             pp.tile(sdata, size_um=tiles.size_um if known else None, target_px=tiles.input_px)
             changed.append(contract.TILE_SQUARES)
         say(f"{name}: embedding ({tiles.extractor})")

@@ -13,7 +13,7 @@ from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from scipy.stats import pearsonr
 from spatialdata import SpatialData
 
-from stimage_sd import contract, pl, pp
+from stimage_sd import contract, pl, pp, tl
 
 
 def drawn_values(ax: Axes) -> np.ndarray:
@@ -232,3 +232,21 @@ def test_tiles_refuses_what_it_cannot_draw(result, make_spots, make_slide) -> No
         pl.tiles(result.section, n_examples=-1)
     with pytest.raises(KeyError, match=r"has no tiles\. Run `stimage_sd\.pp\.tile"):
         pl.tiles(make_spots(n_side=4, tiled=False))
+
+
+def test_prediction_shows_the_protein_that_was_compared_with(make_spots) -> None:
+    counts = np.random.default_rng(1).poisson(4.0, (64, 3))
+    features = np.random.default_rng(2).normal(size=(64, 5))
+    sdata = make_spots(counts=counts, features=features)
+    model = tl.fit_nb(sdata, genes=["G0", "G1"], extractor="toy", n_members=2, max_epochs=2)
+    tl.predict(sdata, model)
+    table = contract.counts(sdata)[:, ["G2"]].copy()
+    table.var_names = ["CD20"]
+    sdata.tables[contract.PROTEINS] = contract.annotate(table, region=contract.SPOTS)
+    tl.evaluate(sdata, against="proteins", names={"G0": "CD20"})
+    observed, _ = pl.prediction(sdata, "G0")
+    np.testing.assert_allclose(observed.collections[0].get_array(), np.log1p(counts[:, 2]))
+    assert [ax.get_xlabel() for ax in observed.figure.axes if "CD20" in ax.get_xlabel()] == [
+        "log(1 + intensity of CD20)"
+    ]
+    assert len(pl.prediction(sdata, "G1")) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import anndata as ad
 import esda
 import libpysal
 import numpy as np
@@ -163,7 +164,9 @@ def test_refusals(section: SpatialData, make_spots: Callable, planted: Callable)
     other = planted(("x",), n_side=N_SIDE, n_features=5, n_genes=6).sections["x"]
     other.tables["predictions"] = contract.predictions(section).copy()
     other.tables["counts"].var_names = [f"ENSG{number}" for number in range(6)]
-    with pytest.raises(ValueError, match=r"None of the 6 predicted genes was measured .* 'G0'; it measured \['ENSG0'"):
+    with pytest.raises(
+        ValueError, match=r"None of the 6 predicted genes .* 'G0'; its counts are \['ENSG0'"
+    ):
         tl.evaluate(other)
 
 
@@ -194,3 +197,65 @@ def test_units_on_no_lattice_have_no_iou(section: SpatialData) -> None:
     assert scores["iou"].isna().all()
     np.testing.assert_allclose(scores["pearson"], on_lattice["pearson"])
     assert scores["morans_i_predicted"].notna().any()
+
+
+# --------------------------------------------------------------------------------------------------
+# against proteins, and under other names
+
+
+@pytest.fixture
+def with_proteins(section: SpatialData) -> SpatialData:
+    """The section with proteins that follow two of its genes, one of them compensated below zero."""
+    counts = contract.counts(section)
+    values = counts[:, ["G0", "G1"]].X.toarray().astype(np.float32) * 0.7
+    values[:, 1] -= 3.0
+    table = ad.AnnData(
+        X=values,
+        obs=pd.DataFrame(index=counts.obs_names),
+        var=pd.DataFrame(index=["CD20", "G1"]),
+        obsm={"spatial": np.asarray(counts.obsm["spatial"]).copy()},
+    )
+    section.tables[contract.PROTEINS] = contract.annotate(table, region=contract.SPOTS)
+    return section
+
+
+def test_proteins_are_scored_under_the_names_given(with_proteins: SpatialData) -> None:
+    scores = tl.evaluate(with_proteins, against="proteins", names={"G0": "CD20"}).set_index("gene")
+    assert list(scores.index) == ["G0", "G1"]
+    predicted = np.log1p(contract.predictions(with_proteins)[:, "G0"].X[:, 0])
+    proteins = contract.proteins(with_proteins).X
+    expected = scipy.stats.pearsonr(predicted, np.log1p(proteins[:, 0])).statistic
+    assert scores.loc["G0", "pearson"] == pytest.approx(expected, abs=1e-5)
+    # below zero the logarithm keeps the sign
+    signed = np.sign(proteins[:, 1]) * np.log1p(np.abs(proteins[:, 1]))
+    predicted = np.log1p(contract.predictions(with_proteins)[:, "G1"].X[:, 0])
+    expected = scipy.stats.pearsonr(predicted, signed).statistic
+    assert scores.loc["G1", "pearson"] == pytest.approx(expected, abs=1e-5)
+    assert scores[["coverage", "nll", "nll_floor"]].isna().all(axis=None)
+    assert scores[["bivariate_morans_i", "iou", "spearman"]].notna().all(axis=None)
+    var = contract.predictions(with_proteins).var
+    assert list(var["measured"][:3]) == ["CD20", "G1", ""]
+    assert contract.predictions(with_proteins).uns["evaluation"]["against"] == "proteins"
+
+
+def test_counts_may_go_by_other_names(section: SpatialData) -> None:
+    plain = tl.evaluate(section)
+    crossed = tl.evaluate(section, names={"G0": "G1", "G1": "G0"})
+    predicted, measured = pair(section, "log1p")
+    expected = scipy.stats.pearsonr(predicted[:, 0], measured[:, 1]).statistic
+    assert crossed["pearson"][0] == pytest.approx(expected, abs=1e-5)
+    pd.testing.assert_frame_equal(plain.iloc[2:], crossed.iloc[2:])
+
+
+def test_names_that_lead_nowhere_are_listed(with_proteins: SpatialData) -> None:
+    with pytest.raises(KeyError, match=r"genes that were not predicted: \['G77'\]"):
+        tl.evaluate(with_proteins, against="proteins", names={"G77": "CD20"})
+    with pytest.raises(KeyError, match=r"what was not measured: \['CD3'\].*proteins of \['CD20', 'G1'\]"):
+        tl.evaluate(with_proteins, against="proteins", names={"G0": "CD3"})
+    with pytest.raises(ValueError, match='"counts" or "proteins", found \'lipids\''):
+        tl.evaluate(with_proteins, against="lipids")
+    with pytest.raises(ValueError, match='have no total to scale to: use `transform="log1p"`'):
+        tl.evaluate(with_proteins, against="proteins", transform="lognorm")
+    del with_proteins.tables[contract.PROTEINS]
+    with pytest.raises(KeyError, match=r"no table of proteins .*`stimage_sd.io.codex`"):
+        tl.evaluate(with_proteins, against="proteins")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import dask.array as da
 import numpy as np
@@ -16,13 +16,29 @@ from spatialdata.transformations import (
 )
 
 from stimage_sd.contract._elements import add_microns, annotate, build_image, is_rgb, levels
-from stimage_sd.contract._names import COUNTS, PREDICTIONS, TILE_SQUARES, TILES, TISSUE, single
+from stimage_sd.contract._instrument import instrument_elements
+from stimage_sd.contract._names import (
+    BINS,
+    CELLS,
+    COUNTS,
+    NUCLEI,
+    PREDICTIONS,
+    PROTEINS,
+    SPATIAL_UM,
+    SPOT_PROTEINS,
+    TILE_SQUARES,
+    TILES,
+    TISSUE,
+    single,
+)
 from stimage_sd.contract._section import info, sample
 
 if TYPE_CHECKING:
     from anndata import AnnData
 
-_OWN_TABLES = (TILES, PREDICTIONS)
+#: what a section's units were measured for
+Against = Literal["counts", "proteins"]
+_NOT_COUNTS = (TILES, PREDICTIONS, PROTEINS, SPOT_PROTEINS)
 
 
 def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
@@ -39,8 +55,9 @@ def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
     section = info(sdata)
     name = image_key if image_key is not None else section["image"]
     if name is None:
+        measured = instrument_elements(sdata)  # three channels of fluorescence are no colours
         name = single(
-            [name for name in sdata.images if is_rgb(levels(sdata, name)[0])],
+            [name for name in sdata.images if name not in measured and is_rgb(levels(sdata, name)[0])],
             what="RGB image",
             argument="image_key",
             found=sorted(sdata.images),
@@ -110,22 +127,51 @@ def derive_image(sdata: SpatialData, source: str, pyramid: list[da.Array]) -> xr
 
 def has_counts(sdata: SpatialData) -> bool:
     """Whether the section has a table of raw counts, or several to choose from."""
-    return any(name not in _OWN_TABLES for name in sdata.tables)
+    return any(name not in _NOT_COUNTS for name in sdata.tables)
+
+
+def has_units(sdata: SpatialData) -> bool:
+    """Whether the section has units that were measured: for counts or for proteins."""
+    return has_counts(sdata) or any(name in sdata.tables for name in (PROTEINS, SPOT_PROTEINS))
 
 
 def counts_name(sdata: SpatialData, table_key: str | None = None) -> str:
-    """Return the name of the table of raw counts."""
-    if table_key is None and COUNTS in sdata.tables:
-        return COUNTS
-    candidates = [table_key] if table_key is not None else [name for name in sdata.tables if name not in _OWN_TABLES]
-    name = single(
-        [candidate for candidate in candidates if candidate in sdata.tables],
-        what="table of counts",
-        argument="table_key",
-        found=sorted(sdata.tables),
+    """Return the name of the table of raw counts: the one that was made last, else the platform's own."""
+    return _table_name(
+        sdata,
+        "counts",
+        [name for name in sdata.tables if name not in _NOT_COUNTS],
+        table_key,
         mend="Read the section with a reader that has molecules, such as `stimage_sd.io.visium`.",
     )
-    return name
+
+
+def proteins_name(sdata: SpatialData, table_key: str | None = None) -> str:
+    """Return the name of the table of protein intensities: the one that was made last, else the platform's own."""
+    return _table_name(
+        sdata,
+        "proteins",
+        [name for name in (PROTEINS, SPOT_PROTEINS) if name in sdata.tables],
+        table_key,
+        mend="Read the section with a reader that has proteins, such as `stimage_sd.io.codex`.",
+    )
+
+
+def _table_name(sdata: SpatialData, against: Against, candidates: list[str], table_key: str | None, mend: str) -> str:
+    if table_key is None:
+        preferred = (info(sdata).get(against), COUNTS if against == "counts" else PROTEINS)
+        for name in preferred:
+            if name in sdata.tables:
+                return str(name)
+    else:
+        candidates = [name for name in sdata.tables if name == table_key]
+    what = "table of counts" if against == "counts" else "table of proteins"
+    return single(candidates, what=what, argument="table_key", found=sorted(sdata.tables), mend=mend)
+
+
+def activate(sdata: SpatialData, against: Against, name: str) -> None:
+    """Make a table the one that later steps take for the section's counts, or proteins."""
+    info(sdata)[against] = name
 
 
 def counts(sdata: SpatialData, table_key: str | None = None) -> AnnData:
@@ -140,12 +186,48 @@ def counts(sdata: SpatialData, table_key: str | None = None) -> AnnData:
     """
     name = counts_name(sdata, table_key)
     table = sdata.tables[name]
-    if "spatial" not in table.obsm:
-        raise ValueError(
-            f'Expected `sdata.tables["{name}"].obsm["spatial"]` (x, y in H&E pixels), found {list(table.obsm)}.'
-        )
+    _check_placed(sdata, name)
     check_counts(table.X, where=f"table {name!r} of section {sample(sdata)!r}")
     return table
+
+
+def proteins(sdata: SpatialData, table_key: str | None = None) -> AnnData:
+    """Return the table of protein intensities, ``obs`` = measured units, ``var`` = channels.
+
+    Raises
+    ------
+    KeyError
+        If there is none, or several and `table_key` names none of them.
+    ValueError
+        If the table has no ``obsm["spatial"]``.
+    """
+    name = proteins_name(sdata, table_key)
+    _check_placed(sdata, name)
+    return sdata.tables[name]
+
+
+def measured(sdata: SpatialData, against: Against | None = None, table_key: str | None = None) -> AnnData:
+    """Return the table of counts or of proteins; `None`: of counts where there are any, else of proteins."""
+    against = _default(sdata) if against is None else against
+    return counts(sdata, table_key) if against == "counts" else proteins(sdata, table_key)
+
+
+def _default(sdata: SpatialData) -> Against:
+    return "counts" if has_counts(sdata) or not has_units(sdata) else "proteins"
+
+
+def _check_placed(sdata: SpatialData, name: str) -> None:
+    table = sdata.tables[name]
+    if "spatial" in table.obsm:
+        return
+    if SPATIAL_UM in table.obsm:
+        raise ValueError(
+            f"The units of section {sample(sdata)!r} are not placed on its H&E yet. Run `stimage_sd.pp.register(sdata)`"
+            ", or pass the reader the alignment."
+        )
+    raise ValueError(
+        f'Expected `sdata.tables["{name}"].obsm["spatial"]` (x, y in H&E pixels), found {list(table.obsm)}.'
+    )
 
 
 def check_counts(values: Any, *, where: str) -> None:
@@ -165,12 +247,13 @@ def check_counts(values: Any, *, where: str) -> None:
 
 
 def units_name(sdata: SpatialData, shapes_key: str | None = None, table_key: str | None = None) -> str:
-    """Return the name of the shapes that the counts annotate."""
+    """Return the name of the shapes that the counts, or else the proteins, annotate."""
     if shapes_key is not None:
         if shapes_key not in sdata.shapes:
             raise KeyError(f"No shapes {shapes_key!r}; this section's shapes: {sorted(sdata.shapes)}.")
         return shapes_key
-    table = sdata.tables[counts_name(sdata, table_key)]
+    find = counts_name if _default(sdata) == "counts" else proteins_name
+    table = sdata.tables[find(sdata, table_key)]
     region = table.uns.get(TableModel.ATTRS_KEY, {}).get(TableModel.REGION_KEY)
     candidates = [region] if isinstance(region, str) else list(region or [])
     return single(
@@ -179,6 +262,16 @@ def units_name(sdata: SpatialData, shapes_key: str | None = None, table_key: str
         argument="shapes_key",
         found=sorted(sdata.shapes),
     )
+
+
+def stands_on_spots(sdata: SpatialData, shapes_key: str | None = None, table_key: str | None = None) -> bool:
+    """Whether the section's units are spots, not cells or bins, which are smaller than a tile."""
+    if not has_units(sdata):
+        return False
+    try:
+        return units_name(sdata, shapes_key, table_key) not in (CELLS, NUCLEI, BINS)
+    except KeyError:
+        return True  # a table without shapes: its own positions are what there is
 
 
 def write_tissue(sdata: SpatialData, mask: np.ndarray, *, downsample: tuple[float, float]) -> None:
@@ -282,7 +375,9 @@ def write_predictions(sdata: SpatialData, table: AnnData) -> None:
     sdata.tables[PREDICTIONS] = parsed
 
 
-def align_to_spots(sdata: SpatialData, table: AnnData, table_key: str | None = None) -> tuple[np.ndarray, AnnData]:
+def align_to_spots(
+    sdata: SpatialData, table: AnnData, table_key: str | None = None, *, against: Against | None = "counts"
+) -> tuple[np.ndarray, AnnData]:
     """Match rows of a table over tiles with the spots they sit on.
 
     Parameters
@@ -292,25 +387,31 @@ def align_to_spots(sdata: SpatialData, table: AnnData, table_key: str | None = N
     table
         A table over tiles with ``obs["spot_id"]``.
     table_key
-        Name of the table of counts.
+        Name of the table of counts or proteins.
+    against
+        Which of them; `None`: counts where there are any.
 
     Returns
     -------
-    Row numbers of `table` that have a measured spot, and the counts in that order.
+    Row numbers of `table` that have a measured spot, and what was measured in that order.
 
     Raises
     ------
     KeyError
         If tiles sit on no spots, as those of a grid do.
     """
-    measured = counts(sdata, table_key)
+    units = measured(sdata, against, table_key)
     if "spot_id" not in table.obs:
         raise KeyError(
-            f"The tiles of section {sample(sdata)!r} do not sit on spots, so they cannot be compared with counts. "
-            'Tile with `stimage_sd.pp.tile(sdata, layout="spots")`.'
+            f"The tiles of section {sample(sdata)!r} do not sit on spots, so they cannot be compared with what was "
+            'measured. Tile with `stimage_sd.pp.tile(sdata, layout="spots")`; where the units are cells or bins, make '
+            "spots of them first with `stimage_sd.pp.aggregate(sdata)`."
         )
-    where = measured.obs_names.get_indexer(table.obs["spot_id"].astype(str))
+    where = units.obs_names.get_indexer(table.obs["spot_id"].astype(str))
     rows = np.flatnonzero(where >= 0)
     if rows.size == 0:
-        raise KeyError(f"No tile of section {sample(sdata)!r} sits on a spot of its counts.")
-    return rows, measured[where[rows]]
+        raise KeyError(
+            f"No tile of section {sample(sdata)!r} sits on one of its measured units. Tile again with "
+            '`stimage_sd.pp.tile(sdata, layout="spots")` after they were read or aggregated.'
+        )
+    return rows, units[where[rows]]

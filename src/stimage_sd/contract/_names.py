@@ -9,14 +9,28 @@ from spatialdata import SpatialData
 ATTRIBUTE = "stimage_sd"
 IMAGE = "he"
 NORMALIZED = "he_normalized"
+MULTIPLEX = "multiplex"
+DAPI = "dapi"
 SPOTS = "spots"
+BINS = "bins"
+CELLS = "cells"
+NUCLEI = "nuclei"
+TRANSCRIPTS = "transcripts"
 COUNTS = "counts"
+PROTEINS = "proteins"
+#: what `stimage_sd.pp.aggregate` makes; the tables of the cells stay beside them
+SPOT_COUNTS = "spot_counts"
+SPOT_PROTEINS = "spot_proteins"
 TISSUE = "tissue"
 TILES = "tiles"
 #: the tiles' geometry; SpatialData wants every element's name unique, so it cannot be "tiles" as well
 TILE_SQUARES = "tile_squares"
 PREDICTIONS = "predictions"
-_OWN_TABLES = (TILES, PREDICTIONS)
+
+#: coordinate system of the instrument that measured: micrometres, before they are placed on the H&E
+INSTRUMENT = "instrument"
+#: key in ``obsm`` of positions in it
+SPATIAL_UM = "spatial_um"
 
 REGION_KEY = "region"
 INSTANCE_KEY = "instance_id"

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from spatialdata import SpatialData
+from spatialdata.transformations import get_transformation
 
 from stimage_sd import __version__
 from stimage_sd.contract._elements import add_microns
 from stimage_sd.contract._names import ATTRIBUTE, Cohort
 
-if TYPE_CHECKING:
-    pass
 
-
-def register(sdata: SpatialData, *, sample: str, platform: str, image: str, mpp: float | None) -> SpatialData:
+def register(sdata: SpatialData, *, sample: str, platform: str, image: str | None, mpp: float | None) -> SpatialData:
     """Write what belongs to a section into ``sdata.attrs`` and give every element its coordinate systems.
 
     Parameters
@@ -29,9 +27,10 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str, mpp:
     platform
         Name of the measuring platform, such as ``"visium"``.
     image
-        Name of the H&E image element.
+        Name of the H&E image element; `None` for a section without one.
     mpp
-        Micrometres a pixel of the H&E at full resolution; `None` where unknown.
+        Micrometres a pixel of the H&E at full resolution; `None` where unknown. Without an H&E that of the
+        instrument's own image, whose pixels are then ``"global"``.
 
     Returns
     -------
@@ -46,7 +45,7 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str, mpp:
         raise ValueError(f"Expected `mpp` to be a positive number of micrometres a pixel, found {mpp!r}.")
     if not str(sample) or "/" in str(sample):
         raise ValueError(f"Expected a sample id without a slash, which zarr stores cannot hold, found {sample!r}.")
-    if image not in sdata.images:
+    if image is not None and image not in sdata.images:
         raise ValueError(f"Expected an image named {image!r}, found {sorted(sdata.images)}.")
     sdata.attrs[ATTRIBUTE] = {
         "sample": str(sample),
@@ -57,7 +56,8 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str, mpp:
     }
     if mpp is not None:
         for _, _, element in sdata.gen_spatial_elements():
-            add_microns(element, mpp)
+            if "global" in get_transformation(element, get_all=True):
+                add_microns(element, mpp)
     return sdata
 
 

@@ -7,17 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
-import h5py
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
 import tifffile
 
+from stimage_sd.datasets._tenx_matrix import write_10x_h5
 from stimage_sd.datasets._tissue_painter import Tissue, make_stain, paint
+from stimage_sd.datasets._truth import check_folder, draw_genes, draw_spot_counts
 
 #: micrometres a pixel
 MPP = 0.5
-SPOT_UM = 55.0
 PITCH_UM = 100.0
 #: what Space Ranger's ``spot_diameter_fullres`` stands for, µm
 NOMINAL_SPOT_UM = 65.0
@@ -26,7 +25,6 @@ FIDUCIAL_UM = 105.0
 HIRES, LOWRES = 2000, 600
 #: side of the tiles of the full-resolution TIFF, and rows painted at a time, px
 TILE = 512
-FIELDS = ("density", "size", "stroma")
 #: the largest tissue leaves this part of the way to the image's border free
 MARGIN = 0.04
 
@@ -91,20 +89,24 @@ def synthetic_visium(
     >>> sorted(entry.name for entry in run.iterdir())[:3]
     ['filtered_feature_bc_matrix.h5', 'image.tif', 'spatial']
     """
-    path = Path(path).expanduser()
     if n_spots < 1 or n_genes < 3:
         raise ValueError(f"Expected `n_spots` >= 1 and `n_genes` >= 3, found {n_spots} and {n_genes}.")
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(
-            f"Expected an empty or new folder, found something at {path}. Choose another, or empty it."
-        )
+    path = check_folder(path)
     tissue, positions, reach = _place(n_spots, image_size, seed)
-    genes = _draw_genes(n_genes, gene_seed)
-    spots, counts = _draw_counts(tissue, positions[positions["in_tissue"] == 1], genes, seed)
+    genes = draw_genes(n_genes, gene_seed)
+    inside = positions[positions["in_tissue"] == 1]
+    centres = inside[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=float)
+    spots, counts = draw_spot_counts(tissue, centres, inside.index, genes, seed)
 
     spatial = path / "spatial"
     spatial.mkdir(parents=True, exist_ok=True)
-    _write_matrix(path / "filtered_feature_bc_matrix.h5", counts, spots.index, genes.index, sample)
+    about = {
+        "chemistry_description": "Spatial 3' v1",
+        "software_version": "spaceranger-2.0.0",
+        "library_ids": np.array([sample.encode()]),
+        "original_gem_groups": np.array([1]),
+    }
+    write_10x_h5(path / "filtered_feature_bc_matrix.h5", counts, spots.index, genes.index, attributes=about)
     positions.to_csv(spatial / "tissue_positions.csv")
     spots.to_csv(path / "truth_spots.csv")
     genes.to_csv(path / "truth_genes.csv")
@@ -160,69 +162,6 @@ def _barcodes(number: int) -> list[str]:
         letters = generator.integers(0, 4, 16)
         codes["".join("ACGT"[letter] for letter in letters) + "-1"] = None
     return list(codes)
-
-
-def _draw_genes(n_genes: int, seed: int) -> pd.DataFrame:
-    generator = np.random.default_rng([seed, 20])
-    n_noise = n_genes // 3
-    n_signal = n_genes - n_noise
-    # One field leads in each gene, in turn, and the others have a minor part.
-    coefficients = generator.normal(0.0, 0.15, (n_signal, len(FIELDS)))
-    leading = np.arange(n_signal) % len(FIELDS)
-    signs = generator.choice([-1.0, 1.0], n_signal)
-    coefficients[np.arange(n_signal), leading] = signs * generator.uniform(0.5, 1.0, n_signal)
-    names = [f"SIGNAL{number:03d}" for number in range(1, n_signal + 1)]
-    names += [f"NOISE{number:03d}" for number in range(1, n_noise + 1)]
-    frame = pd.DataFrame(
-        np.vstack([coefficients, np.zeros((n_noise, len(FIELDS)))]),
-        columns=list(FIELDS),
-        index=pd.Index(names, name="gene"),
-    )
-    frame.insert(0, "intercept", generator.uniform(1.0, 3.5, n_genes))
-    frame["dispersion"] = generator.uniform(4.0, 20.0, n_genes)
-    return frame
-
-
-def _draw_counts(
-    tissue: Tissue, positions: pd.DataFrame, genes: pd.DataFrame, seed: int
-) -> tuple[pd.DataFrame, sp.csr_matrix]:
-    """Return the truth a spot, and its counts, spots × genes."""
-    generator = np.random.default_rng([seed, 21])
-    centres = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=float)
-    spots = pd.DataFrame({name: tissue.at(name, centres) for name in FIELDS}, index=positions.index)
-    spots["size_factor"] = np.exp(generator.normal(0.0, 0.15, len(spots)))
-    # A field is uniform on 0 to 1: its standard deviation is the root of 1 / 12.
-    standardised = (spots[list(FIELDS)].to_numpy() - 0.5) * np.sqrt(12.0)
-    log_mean = genes["intercept"].to_numpy() + standardised @ genes[list(FIELDS)].to_numpy().T
-    mean = spots["size_factor"].to_numpy()[:, None] * np.exp(log_mean)
-    dispersion = genes["dispersion"].to_numpy()
-    return spots, sp.csr_matrix(
-        generator.negative_binomial(dispersion, dispersion / (dispersion + mean)), dtype=np.int32
-    )
-
-
-def _write_matrix(path: Path, counts: sp.csr_matrix, barcodes: pd.Index, genes: pd.Index, sample: str) -> None:
-    """Write a feature-barcode matrix of version 3: genes × spots by columns, which is spots × genes by rows."""
-    counts.sort_indices()
-    with h5py.File(path, "w") as file:
-        file.attrs["filetype"] = "matrix"
-        file.attrs["version"] = 2
-        file.attrs["chemistry_description"] = "Spatial 3' v1"
-        file.attrs["software_version"] = "spaceranger-2.0.0"
-        file.attrs["library_ids"] = np.array([sample.encode()])
-        file.attrs["original_gem_groups"] = np.array([1])
-        matrix = file.create_group("matrix")
-        matrix["barcodes"] = barcodes.to_numpy().astype("S")
-        matrix["data"] = counts.data.astype(np.int32)
-        matrix["indices"] = counts.indices.astype(np.int64)
-        matrix["indptr"] = counts.indptr.astype(np.int64)
-        matrix["shape"] = np.array([counts.shape[1], counts.shape[0]], dtype=np.int32)
-        features = matrix.create_group("features")
-        features["_all_tag_keys"] = np.array([b"genome"])
-        features["feature_type"] = np.full(len(genes), b"Gene Expression")
-        features["genome"] = np.full(len(genes), b"synthetic")
-        features["id"] = np.array([f"SYNG{number:011d}".encode() for number in range(1, len(genes) + 1)])
-        features["name"] = genes.to_numpy().astype("S")
 
 
 def _write_images(path: Path, tissue: Tissue, reach: float, stain_seed: int | None) -> None:

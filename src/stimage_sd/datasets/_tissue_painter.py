@@ -139,7 +139,7 @@ class _Painter:
         self.inside = inside.reshape(GRID, GRID).astype(np.float32)
         self.stroma = tissue.field("stroma")
         self.reach = reach
-        self.nuclei = _scatter_nuclei(tissue, reach)
+        self.nuclei = scatter_nuclei(tissue, reach)
         self.fibres, self.grain = (_texture(tissue.seed, number) for number in (0, 1))
         concentration = np.arange(256)[:, None] / 128.0
         self.haematoxylin = (255.0 * np.exp(-concentration * stain.haematoxylin)).round().astype(np.uint8)
@@ -194,7 +194,7 @@ class _Painter:
         return cv2.addWeighted(pieces[0], 0.5, pieces[1], 0.5, 0.0).astype(np.float32)
 
 
-def _scatter_nuclei(tissue: Tissue, reach: float) -> np.ndarray:
+def scatter_nuclei(tissue: Tissue, reach: float) -> np.ndarray:
     """Place nuclei: ``(n, 6)`` x, y, half axes (px), angle (degrees) and darkness, sorted from top to bottom."""
     generator = np.random.default_rng([tissue.seed, 6])
     spacing = CANDIDATE_UM / tissue.mpp

@@ -23,7 +23,10 @@ def prediction(
     table_key: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
 ) -> np.ndarray:
-    """Draw a gene over the H&E: log1p of its counts, and of its predicted mean.
+    """Draw a gene over the H&E: log1p of what was measured, and of its predicted mean.
+
+    What was measured are the section's counts, or what `stimage_sd.tl.evaluate` compared with last: the gene's
+    protein, where it was ``against="proteins"``.
 
     Each map has its own range of colours, the 1st to the 99th percentile, named by its colour bar: a predicted
     mean varies less than counts do. The title of the prediction has their correlation.
@@ -41,14 +44,14 @@ def prediction(
     image_key
         The image to draw on; by default the section's H&E.
     table_key
-        Name of the table of counts.
+        Name of the table of counts, or proteins.
     ax
         Two axes to draw on (one, where there is nothing measured); a new figure by default.
 
     Returns
     -------
-    The axes: observed and predicted; the prediction alone where the section has no counts, its tiles do not
-    sit on spots, or the gene was not measured.
+    The axes: observed and predicted; the prediction alone where nothing was measured on the section, its tiles
+    do not sit on spots, or the gene was not measured.
 
     Raises
     ------
@@ -78,11 +81,11 @@ def prediction(
     predicted = np.log1p(column(table, gene))
     title = f"{gene}, predicted"
     if measured is not None:
-        rows, observed = measured
+        rows, observed, unit = measured
         correlation = float(pearson(predicted[rows, None], observed[:, None])[0])
         title += f" (Pearson r = {correlation:.2f})" if np.isfinite(correlation) else " (r undefined: constant)"
         _map(axes[0], sdata, positions[rows], observed, positions, cmap=cmap, fade=fade, image_key=image_key)
-        add_colour_bar(axes[0], axes[0].collections[0], "log(1 + count)")
+        add_colour_bar(axes[0], axes[0].collections[0], f"log(1 + {unit})")
         axes[0].set_title(f"{gene}, observed", fontsize=11)
     _map(axes[-1], sdata, positions, predicted, positions, cmap=cmap, fade=fade, image_key=image_key)
     add_colour_bar(axes[-1], axes[-1].collections[0], "log(1 + predicted mean count)")
@@ -90,13 +93,21 @@ def prediction(
     return axes
 
 
-def _measured(sdata: SpatialData, gene: str, table_key: str | None) -> tuple[np.ndarray, np.ndarray] | None:
-    """Rows of the predictions that sit on a spot, and log1p of the gene's counts there."""
+def _measured(sdata: SpatialData, gene: str, table_key: str | None) -> tuple[np.ndarray, np.ndarray, str] | None:
+    """Rows of the predictions that sit on a unit, log1p of what was measured there, and what that is."""
     table = contract.predictions(sdata)
-    if (table_key is None and contract.COUNTS not in sdata.tables) or "spot_id" not in table.obs:
+    if "spot_id" not in table.obs or not (contract.has_units(sdata) or table_key is not None):
         return None
-    rows, counts = contract.align_to_spots(sdata, table, table_key)
-    return (rows, np.log1p(column(counts, gene))) if gene in counts.var_names else None
+    against = table.uns.get("evaluation", {}).get("against")
+    if against is None:
+        against = "counts" if contract.has_counts(sdata) else "proteins"
+    rows, units = contract.align_to_spots(sdata, table, table_key, against=against)
+    name = str(table.var["measured"][gene]) if against == "proteins" and "measured" in table.var else gene
+    if name not in units.var_names:
+        return None
+    values = column(units, name)
+    signed = np.sign(values) * np.log1p(np.abs(values))
+    return rows, signed, "count" if against == "counts" else f"intensity of {name}"
 
 
 def _map(

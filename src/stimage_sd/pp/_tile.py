@@ -42,9 +42,11 @@ def tile(
         A section, or a cohort of them. The tissue is found first where no one has.
     layout
         ``"spots"``: a tile centred on each spot. ``"grid"``: side by side over the tissue; those that touch
-        none are left out. By default spots where the section has counts, a grid where it has not.
+        none are left out. By default spots where the section has any, measured or made by
+        `stimage_sd.pp.aggregate`; a grid where it has none, or cells or bins only.
     size_um
-        Side of a tile in micrometres. By default the spot's own diameter, as in the paper.
+        Side of a tile in micrometres. By default the spot's own diameter, as in the paper. A model of another
+        platform's tiles wants theirs here: 55 for one trained on Visium, 100 for one trained on legacy ST.
     stride_um
         Distance of neighbouring tiles of a grid in micrometres; by default their side.
     target_px
@@ -65,7 +67,7 @@ def tile(
         If micrometres are asked for and the resolution is unknown, spots lie outside the image, or no
         tile has enough tissue.
     KeyError
-        If the layout is ``"spots"`` and the section has no counts.
+        If the layout is ``"spots"`` and nothing was measured on the section.
 
     Notes
     -----
@@ -88,7 +90,7 @@ def tile(
         raise ValueError(f"Expected `stride_um` to be positive, found {stride_um}.")
     for sdata in contract.sections(data).values():
         name = contract.image_name(sdata, image_key)
-        chosen = layout or ("spots" if contract.has_counts(sdata) else "grid")
+        chosen = layout or ("spots" if contract.stands_on_spots(sdata, shapes_key, table_key) else "grid")
         if chosen not in ("spots", "grid"):
             raise ValueError(f'Expected `layout` to be "spots" or "grid", found {layout!r}.')
         mpp = contract.require_mpp(sdata, purpose="`size_um=`") if size_um is not None else None
@@ -174,17 +176,17 @@ def _spot_diameter(sdata: SpatialData, shapes_key: str | None, table_key: str | 
 
 
 def _on_spots(sdata: SpatialData, table_key: str | None, *, width: int, height: int) -> pd.DataFrame:
-    counts = contract.counts(sdata, table_key)
-    centers = np.asarray(counts.obsm["spatial"], dtype=np.float64)
+    units = contract.measured(sdata, table_key=table_key)
+    centers = np.asarray(units.obsm["spatial"], dtype=np.float64)
     inside = (centers >= 0) & (centers < [width, height])
     outside = np.logical_not(inside.all(axis=1))  # so that NaN is outside too
     if outside.any():
         raise ValueError(
             f"{int(outside.sum())} of {len(outside)} spots lie outside the image of {width} x {height} px, such as "
-            f"{counts.obs_names[np.argmax(outside)]!r} at {centers[np.argmax(outside)].round(1).tolist()}. "
+            f"{units.obs_names[np.argmax(outside)]!r} at {centers[np.argmax(outside)].round(1).tolist()}. "
             "Do the coordinates belong to another image or resolution?"
         )
-    return pd.DataFrame({"x": centers[:, 0], "y": centers[:, 1], "spot_id": counts.obs_names.astype(str)})
+    return pd.DataFrame({"x": centers[:, 0], "y": centers[:, 1], "spot_id": units.obs_names.astype(str)})
 
 
 def _grid(width: int, height: int, *, side: float, stride: float) -> pd.DataFrame:

@@ -1,8 +1,9 @@
-"""Score predictions against measured counts: accuracy, spatial pattern, calibration."""
+"""Score predictions against measured counts or proteins: accuracy, spatial pattern, calibration."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Literal
 
 import anndata as ad
@@ -33,24 +34,33 @@ METRICS = (
 def evaluate(
     data: SpatialData | contract.Cohort,
     *,
+    against: contract.Against = "counts",
+    names: Mapping[str, str] | None = None,
     transform: Transform = "log1p",
     graph: sp.spmatrix | None = None,
     table_key: str | None = None,
 ) -> pd.DataFrame:
-    """Compare predictions with the counts of the spots that the tiles sit on.
+    """Compare predictions with what was measured on the spots that the tiles sit on.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them, with predictions and counts.
+        A section, or a cohort of them, with predictions and counts (or proteins).
+    against
+        ``"counts"``: RNA, of any platform. ``"proteins"``: intensities of the gene's protein, as CODEX measures
+        them; coverage and likelihood, which are of counts, are then NaN.
+    names
+        Where a gene has another name among what was measured, such as ``{"MS4A1": "CD20"}``; genes that are not
+        named here go by their own.
     transform
-        What correlations, Moran's I and IoU are computed on: ``"log1p"`` of counts and means; ``"raw"``;
-        ``"lognorm"``: scaled to the median total over the predicted genes, then log1p.
+        What correlations, Moran's I and IoU are computed on: ``"log1p"`` of counts and means (of intensities below
+        zero, which compensation leaves, with the sign kept); ``"raw"``; ``"lognorm"``: scaled to the median total
+        over the predicted genes, then log1p (counts only).
     graph
         Spatial weights, sparse ``(n, n)`` over the predicted tiles that sit on a measured spot; by default
         the eight neighbours of a square lattice or the six of a hexagonal one. Rows are standardised.
     table_key
-        Name of the table of counts.
+        Name of the table of counts, or proteins.
 
     Returns
     -------
@@ -65,12 +75,14 @@ def evaluate(
       variance; ``nll_floor``: the same by the mean-only fit to the training counts.
 
     A gene that is constant where it is measured, or predicted, scores NaN where that leaves a score without
-    meaning. The scores are written to ``tables["predictions"].var`` too.
+    meaning. The scores are written to ``tables["predictions"].var`` too, with the name of what each gene was
+    compared with (``measured``).
 
     Raises
     ------
     KeyError
-        If the section has no predictions or counts, or its tiles do not sit on spots.
+        If the section has no predictions, counts or proteins, or its tiles do not sit on spots; or `names` names
+        what was not predicted or measured.
     ValueError
         If no predicted gene was measured.
 
@@ -92,35 +104,66 @@ def evaluate(
     """
     if transform not in ("log1p", "raw", "lognorm"):
         raise ValueError(f'Expected `transform` to be "log1p", "raw" or "lognorm", found {transform!r}.')
+    if against not in ("counts", "proteins"):
+        raise ValueError(f'Expected `against` to be "counts" or "proteins", found {against!r}.')
+    if against == "proteins" and transform == "lognorm":
+        raise ValueError('Intensities of proteins have no total to scale to: use `transform="log1p"` or "raw".')
     tables = []
     for name, sdata in contract.sections(data).items():
         predictions = contract.predictions(sdata)
-        rows, counts = contract.align_to_spots(sdata, predictions, table_key)
-        genes = [gene for gene in predictions.var_names if gene in counts.var_names]
-        if not genes:
-            raise ValueError(
-                f"None of the {predictions.n_vars} predicted genes was measured in section {name!r}, such as "
-                f"{predictions.var_names[0]!r}; it measured {list(counts.var_names[:3])} and others."
-            )
-        scores = _scores(predictions[rows, genes], counts[:, genes], transform, graph)
+        rows, units = contract.align_to_spots(sdata, predictions, table_key, against=against)
+        measured = _measured_names(predictions, units, names or {}, section=name, against=against)
+        compared = predictions[rows, list(measured)]
+        observed = _dense(units[:, list(measured.values())])
+        scores = _agreement(compared, observed, transform, graph)
+        scores = scores.join(_calibration(compared, observed) if against == "counts" else pd.DataFrame())
+        scores = scores.reindex(columns=list(METRICS))
         for metric in METRICS:
             predictions.var[metric] = scores[metric].reindex(predictions.var_names)
-        predictions.uns["evaluation"] = {"transform": transform, "n_tiles": len(rows)}
-        contract.record(sdata, "tl.evaluate", transform=transform, n_genes=len(genes), n_tiles=len(rows))
+        predictions.var["measured"] = [measured.get(gene, "") for gene in predictions.var_names]
+        predictions.uns["evaluation"] = {"against": against, "transform": transform, "n_tiles": len(rows)}
+        contract.record(
+            sdata, "tl.evaluate", against=against, transform=transform, n_genes=len(measured), n_tiles=len(rows)
+        )
         tables.append(scores.rename_axis("gene").reset_index().assign(section=name, n_tiles=len(rows)))
     return pd.concat(tables, ignore_index=True)[["section", "gene", "n_tiles", *METRICS]]
 
 
-def _scores(
-    predictions: ad.AnnData, counts: ad.AnnData, transform: Transform, graph: sp.spmatrix | None
+def _measured_names(
+    predictions: ad.AnnData, units: ad.AnnData, names: Mapping[str, str], *, section: str, against: str
+) -> dict[str, str]:
+    """Return, for the predicted genes that were measured, the names they were measured under."""
+    unknown = [gene for gene in names if gene not in predictions.var_names]
+    absent = [name for name in names.values() if name not in units.var_names]
+    if unknown or absent:
+        what = f"genes that were not predicted: {unknown}" if unknown else f"what was not measured: {absent}"
+        raise KeyError(
+            f"`names` has {what}. Section {section!r} has predictions of {list(predictions.var_names[:5])} and others, "
+            f"{against} of {list(units.var_names[:40])}."
+        )
+    measured = {gene: names.get(gene, gene) for gene in predictions.var_names}
+    measured = {gene: name for gene, name in measured.items() if name in units.var_names}
+    if not measured:
+        raise ValueError(
+            f"None of the {predictions.n_vars} predicted genes was measured in section {section!r}, such as "
+            f"{predictions.var_names[0]!r}; its {against} are {list(units.var_names[:5])} and others. Where they go by "
+            'other names, pass `names={"GENE": "NAME"}`.'
+        )
+    return measured
+
+
+def _dense(units: ad.AnnData) -> np.ndarray:
+    return np.asarray(units.X.toarray() if sp.issparse(units.X) else units.X, dtype=np.float64)
+
+
+def _agreement(
+    predictions: ad.AnnData, observed: np.ndarray, transform: Transform, graph: sp.spmatrix | None
 ) -> pd.DataFrame:
-    observed = counts.X.toarray() if sp.issparse(counts.X) else np.asarray(counts.X)
-    observed = observed.astype(np.float64)
+    """How well the predicted means follow what was measured, over tiles and in space."""
     mean = np.asarray(predictions.X, dtype=np.float64)
     coordinates = np.asarray(predictions.obsm["spatial"])
     weights = neighbour_graph(coordinates) if graph is None else sp.csr_matrix(graph)
     predicted, measured = _transformed(mean, transform), _transformed(observed, transform)
-    inside = (observed >= predictions.layers["lower"]) & (observed <= predictions.layers["upper"])
     return pd.DataFrame(
         {
             "pearson": pearson(predicted, measured),
@@ -129,6 +172,17 @@ def _scores(
             "morans_i_predicted": morans_i(predicted, weights),
             "bivariate_morans_i": morans_i(predicted, weights, measured),
             "iou": _iou(predicted, measured, coordinates),
+        },
+        index=predictions.var_names,
+    )
+
+
+def _calibration(predictions: ad.AnnData, observed: np.ndarray) -> pd.DataFrame:
+    """How well the predicted distributions hold the counts."""
+    mean = np.asarray(predictions.X, dtype=np.float64)
+    inside = (observed >= predictions.layers["lower"]) & (observed <= predictions.layers["upper"])
+    return pd.DataFrame(
+        {
             "coverage": inside.mean(axis=0),
             "nll": _nll(observed, mean, np.asarray(predictions.layers["total_variance"], dtype=np.float64)),
             "nll_floor": _floor_nll(observed, predictions),
@@ -153,7 +207,7 @@ def _transformed(values: np.ndarray, transform: Transform) -> np.ndarray:
     if transform == "lognorm":
         totals = values.sum(axis=1, keepdims=True)
         values = values / np.maximum(totals, 1e-12) * np.median(totals)
-    return np.log1p(values)
+    return np.sign(values) * np.log1p(np.abs(values))
 
 
 def _nll(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
