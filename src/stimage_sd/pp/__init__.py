@@ -7,10 +7,13 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "_aggregate": ["aggregate"],
         "_augment": ["augment"],
         "_context": ["spatial_context"],
         "_embed": ["embed"],
         "_genes": ["select_genes"],
+        "_register": ["Registration", "register"],
+        "_slide_qc": ["slide_qc"],
         "_stain": ["StainReference", "stain_normalize"],
         "_tile": ["tile"],
         "_tissue": ["tissue_mask"],

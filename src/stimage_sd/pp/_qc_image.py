@@ -1,0 +1,91 @@
+"""Light and stain of a slide by squidpy: the one file that knows squidpy's `experimental.im.qc_image`.
+
+It computes one figure a tile, which serves for light and stain. What HistoQC measures it does not have: its
+outliers are the worst tenth of every slide's tiles, however sharp, its tissue mask is as large as the slide,
+and nothing looks for pen marks, bubbles or specks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import squidpy as sq
+from spatialdata import SpatialData
+from spatialdata.models import Image2DModel
+from squidpy.experimental.im import QCMetric
+
+#: the logger that squidpy speaks through
+LOGGER = "spatialdata._logging"
+#: side of squidpy's tiles, map px
+TILE = 32
+#: squidpy's figures and what they are called here
+FIGURES = {
+    QCMetric.BRIGHTNESS_MEAN: "brightness",
+    QCMetric.BRIGHTNESS_STD: "contrast",
+    QCMetric.HEMATOXYLIN_MEAN: "haematoxylin",
+    QCMetric.EOSIN_MEAN: "eosin",
+    QCMetric.FOLD_FRACTION: "dark_fraction",
+}
+
+
+def light_and_stain(rgb: np.ndarray, usable: np.ndarray) -> dict[str, float]:
+    """Summarise squidpy's figures over the tiles that lie wholly on usable tissue.
+
+    Parameters
+    ----------
+    rgb
+        ``uint8 (y, x, 3)``, the map picture.
+    usable
+        ``bool (y, x)``, `True` on usable tissue.
+
+    Returns
+    -------
+    ``brightness`` and ``contrast`` (mean and standard deviation of grey values, 0 to 255), ``haematoxylin`` and
+    ``eosin`` (concentrations after Ruifrok and Johnston), medians over tiles; ``dark_fraction``, the mean share of dark
+    and saturated pixels, as folds are. NaN where no tile lies wholly on usable tissue.
+    """
+    height, width = (side // TILE for side in usable.shape)
+    names = list(FIGURES.values())
+    inside = _tiles(usable, height, width).all(axis=(1, 2))
+    if not inside.any():
+        return dict.fromkeys(names, float("nan"))
+    # squidpy computes every tile of an image: it is given one of the tiles that count, below one another
+    column = _tiles(rgb, height, width)[inside].reshape(-1, TILE, 3)
+    small = SpatialData(images={"tiles": Image2DModel.parse(np.moveaxis(column, -1, 0), dims=("c", "y", "x"))})
+    with _quiet():
+        sq.experimental.im.qc_image(
+            small,
+            "tiles",
+            metrics=list(FIGURES),
+            tile_size=(TILE, TILE),
+            detect_outliers=False,
+            detect_tissue=False,
+            progress=False,
+            preview=False,
+        )
+    figures = np.asarray(small.tables["qc_img_tiles"].X)
+    return {
+        name: float(figures[:, number].mean() if name == "dark_fraction" else np.median(figures[:, number]))
+        for number, name in enumerate(names)
+    }
+
+
+def _tiles(array: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    """Cut an array ``(y, x, ...)`` into ``(rows * columns, TILE, TILE, ...)``, row by row; a remainder is left out."""
+    cut = array[: rows * TILE, : columns * TILE].reshape(rows, TILE, columns, TILE, *array.shape[2:])
+    return cut.swapaxes(1, 2).reshape(-1, TILE, TILE, *array.shape[2:])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what squidpy says of each slide's size and figures; its warnings stay."""
+    logger = logging.getLogger(LOGGER)
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
