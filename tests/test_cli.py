@@ -317,6 +317,26 @@ def test_evaluate_refuses(stores: Path, tmp_path: Path) -> None:
     assert not csv.exists()
 
 
+def test_evaluate_against_proteins(predicted: Path, tmp_path: Path) -> None:
+    sdata = spatialdata.read_zarr(predicted)
+    gene = contract.predictions(sdata).var_names[0]
+    table = contract.counts(sdata)[:, [gene]].copy()
+    table.var_names = ["CD20"]
+    sdata.tables[contract.PROTEINS] = contract.annotate(table, region=contract.SPOTS)
+    sdata.write(tmp_path / "s.zarr")
+    names = tmp_path / "names.csv"
+    names.write_text(f"gene,channel\n{gene},CD20\n")
+    outcome = run("evaluate", tmp_path / "s.zarr", "--against", "proteins", "--names", names)
+    assert outcome.exit_code == 0, outcome.output
+    scores = tl.evaluate(sdata, against="proteins", names={gene: "CD20"})
+    assert f"best predicted: {gene} {scores['pearson'][0]:.2f}" in outcome.output
+    assert "NLL" not in outcome.output
+    names.write_text("A B C\n")
+    assert "a gene and its other name a line" in refused(
+        "evaluate", tmp_path / "s.zarr", "--against", "proteins", "--names", names
+    )
+
+
 def test_info_tells_what_to_run_next(stores: Path, predicted: Path) -> None:
     raw = run("info", stores / "test.zarr")
     assert raw.exit_code == 0, raw.output

@@ -39,12 +39,14 @@ def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
     """
     columns = {}
     for section, part in scores.groupby("section", sort=False):
-        means = {label: f"{part[name].mean():.3f}" for name, label in SCORES.items()}
+        # against proteins there is no likelihood of counts to report
+        known = {name: label for name, label in SCORES.items() if part[name].notna().any()}
+        means = {label: f"{part[name].mean():.3f}" for name, label in known.items()}
         top = f"{part['pearson'].nlargest(TOP).mean():.3f}" if len(part) > TOP else "-"
         rows = {"genes": str(len(part)), "tiles": str(int(part["n_tiles"].iloc[0]))}
-        first = {"Pearson (log1p)": means.pop("Pearson (log1p)"), f"  of the best {TOP} genes": top}
+        first = {"Pearson (log1p)": means.pop("Pearson (log1p)", "-"), f"  of the best {TOP} genes": top}
         columns[str(section)] = {**rows, **first, **means}
-    text = pd.DataFrame(columns).to_string()
+    text = pd.DataFrame(columns).to_string(na_rep="-")
     best = scores.nlargest(n_best, "pearson")
     named = ", ".join(f"{gene} {r:.2f}" for gene, r in zip(best["gene"], best["pearson"], strict=True))
     return f"{text}\nbest predicted: {named}"
@@ -65,11 +67,9 @@ def section_report(sdata: SpatialData, path: Path) -> str:
     Lines of text.
     """
     section = contract.info(sdata)
-    height, width = contract.levels(sdata, contract.image_name(sdata))[0].shape[1:]
-    mpp = "resolution unknown" if section["mpp"] is None else f"{section['mpp']:.4g} µm a pixel"
     lines = [
         f"section      {section['sample']} ({section['platform']})",
-        f"H&E          {section['image']}, {width} x {height} px, {mpp}",
+        f"H&E          {_image_line(sdata)}",
         f"images       {', '.join(sorted(sdata.images))}",
         f"tables       {', '.join(f'{name} {table.n_obs} x {table.n_vars}' for name, table in sdata.tables.items())}",
     ]
@@ -87,6 +87,17 @@ def section_report(sdata: SpatialData, path: Path) -> str:
     return "\n".join([*lines, f"next         {_next(sdata, path)}"])
 
 
+def _image_line(sdata: SpatialData) -> str:
+    mpp = contract.info(sdata)["mpp"]
+    resolution = "resolution unknown" if mpp is None else f"{mpp:.4g} µm a pixel"
+    try:
+        name = contract.image_name(sdata)
+    except KeyError:
+        return f"none; pixels are the instrument's, {resolution}"
+    height, width = contract.levels(sdata, name)[0].shape[1:]
+    return f"{name}, {width} x {height} px, {resolution}"
+
+
 def _tiles_lines(sdata: SpatialData) -> list[str]:
     table, tiling = contract.tiles(sdata), contract.tiling(sdata)
     size = f"{tiling['size_um']:.4g} µm" if "size_um" in tiling else f"{tiling['side_px']:.0f} px"
@@ -102,6 +113,8 @@ def _tiles_lines(sdata: SpatialData) -> list[str]:
 
 def _next(sdata: SpatialData, path: Path) -> str:
     has_counts = contract.has_counts(sdata)
+    if contract.has_units(sdata) and not contract.stands_on_spots(sdata):
+        return f'in Python: stimage_sd.pp.aggregate(spatialdata.read_zarr("{path}")), spots of its cells or bins'
     if contract.PREDICTIONS in sdata.tables:
         if has_counts and "pearson" not in contract.predictions(sdata).var:
             return f"stimage-sd evaluate {path}"

@@ -45,6 +45,13 @@ class Head(StrEnum):
     dispersion = "dispersion"
 
 
+class Against(StrEnum):
+    """What predictions are compared with."""
+
+    counts = "counts"
+    proteins = "proteins"
+
+
 class Standardize(StrEnum):
     """What embeddings are standardised by."""
 
@@ -245,17 +252,23 @@ def predict(
 @app.command()
 def evaluate(
     section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store with predictions and counts.")],
+    against: Annotated[Against, typer.Option(help="What the predictions are compared with.")] = Against.counts,
+    names: Annotated[
+        Path | None, typer.Option(help="Table of genes and the names they were measured under, a pair a line.")
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="File for the scores of each gene.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare predictions with counts and print the scores; the store is only read."""
+    """Compare predictions with counts, or proteins, and print the scores; the store is only read."""
     from stimage_sd import tl
     from stimage_sd._report import score_report
     from stimage_sd._store import check_free, read_section, staged
 
     if csv is not None:
         check_free(csv, overwrite=overwrite)
-    scores = tl.evaluate(read_section(section))
+    scores = tl.evaluate(
+        read_section(section), against=against.value, names=None if names is None else _read_names(names)
+    )
     typer.echo(score_report(scores))
     if csv is not None:
         with staged(csv, overwrite=overwrite) as path:
@@ -290,6 +303,16 @@ def _read_genes(path: Path) -> list[str]:
     if not genes:
         raise ValueError(f"Expected genes in {path}, one a line, found none.")
     return genes
+
+
+def _read_names(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise FileNotFoundError(f"No table of names at {path}.")
+    lines = [line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip()]
+    if any(len(line) != 2 for line in lines):
+        wrong = next(line for line in lines if len(line) != 2)
+        raise ValueError(f"Expected a gene and its other name a line in {path}, found {' '.join(wrong)!r}.")
+    return dict(line for line in lines if line != ["gene", "channel"])
 
 
 def _name_sections(paths: Sequence[Path], sections: Sequence[SpatialData]) -> dict[str, SpatialData]:

@@ -164,9 +164,7 @@ def test_refusals(section: SpatialData, make_spots: Callable, planted: Callable)
     other = planted(("x",), n_side=N_SIDE, n_features=5, n_genes=6).sections["x"]
     other.tables["predictions"] = contract.predictions(section).copy()
     other.tables["counts"].var_names = [f"ENSG{number}" for number in range(6)]
-    with pytest.raises(
-        ValueError, match=r"None of the 6 predicted genes .* 'G0'; its counts are \['ENSG0'"
-    ):
+    with pytest.raises(ValueError, match=r"None of the 6 predicted genes .* 'G0'; its counts are \['ENSG0'"):
         tl.evaluate(other)
 
 
