@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import pickle
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
 import dask.array as da
+import imagecodecs
 import numpy as np
 import openslide
 import pytest
@@ -121,6 +123,163 @@ def test_large_tiled_tiff_of_one_level_gets_a_pyramid(tmp_path: Path) -> None:
     assert [level.shape[2] for level in levels] == [5000, 2500, 1250, 625]
 
 
+@pytest.mark.parametrize("compression", ["webp", "lzma", "jpeg2000", "png", "zstd", "packbits"])
+def test_tiles_of_every_compression(tmp_path: Path, compression: str) -> None:
+    """OpenSlide reads some, tifffile the others; all of these are without loss."""
+    image = picture(600, 700)
+    path = tmp_path / "a.tif"
+    options = {"compressionargs": {"lossless": True}} if compression == "webp" else {}
+    tifffile.imwrite(path, image, photometric="rgb", tile=(256, 256), compression=compression, **options)
+    np.testing.assert_array_equal(pixels(open_raster(path)[0][0]), image)
+
+
+def test_aperios_jpeg_2000(tmp_path: Path) -> None:
+    image = picture(600, 700)
+    path = tmp_path / "a.svs"
+    about = "Aperio Image Library v12.0.5 \r\n700x600 [0,0 700x600] (256x256) J2K/KDU Q=70|AppMag = 20|MPP = 0.4990"
+    tifffile.imwrite(
+        path, image, photometric="rgb", tile=(256, 256), compression=33005, description=about, metadata=None
+    )
+    levels, mpp = open_raster(path)
+    assert mpp == pytest.approx(0.499)
+    np.testing.assert_array_equal(pixels(levels[0]), image)
+
+
+# --------------------------------------------------------------------------------------------------
+# colours that lie apart
+
+
+def write_planes(path: Path, image: np.ndarray, *, names: list[str] | None = None, levels: int = 1, **options) -> Path:
+    """Write three grey planes as an OME-TIFF, as converters write H&E and microscopes write three markers."""
+    metadata = {"axes": "CYX", "PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"}
+    if names is not None:
+        metadata["Channel"] = {"Name": names}
+    with tifffile.TiffWriter(path, ome=True) as writer:
+        for number in range(levels):
+            planes = np.ascontiguousarray(np.moveaxis(image[:: 2**number, :: 2**number], -1, 0))
+            first = {"metadata": metadata, "subifds": levels - 1} if number == 0 else {"subfiletype": 1}
+            writer.write(planes, photometric="minisblack", **first, **options)
+    return path
+
+
+def test_planes_named_by_their_colours(tmp_path: Path) -> None:
+    image = picture(1500, 2100) // 4  # dark, but named
+    path = write_planes(tmp_path / "a.ome.tif", image, names=["Red", "Green", "Blue"], levels=3, tile=(256, 256))
+    levels, mpp = open_raster(path)
+    assert mpp == pytest.approx(0.25)
+    for number, level in enumerate(levels[:3]):
+        np.testing.assert_array_equal(pixels(level), image[:: 2**number, :: 2**number])
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{"tile": (256, 256)}, {"rowsperstrip": 32, "compression": "zlib"}, {}],
+    ids=["tiles", "strips", "one piece"],
+)
+def test_unnamed_planes_that_are_light_are_colours(tmp_path: Path, layout: dict) -> None:
+    image = np.maximum(picture(1100, 1300), 90)
+    path = write_planes(tmp_path / "a.ome.tif", image, **layout)
+    with pytest.warns(UserWarning, match=r"a.ome.tif has three planes .* taken for red, green and blue"):
+        levels, _ = open_raster(path)
+    np.testing.assert_array_equal(pixels(levels[0]), image)
+
+
+@pytest.mark.parametrize("names", [None, ["DAPI", "CD8", "PanCK"]])
+def test_planes_of_markers_are_refused(tmp_path: Path, names: list[str] | None) -> None:
+    image = picture(600, 700) // (4 if names is None else 1)
+    path = write_planes(tmp_path / "a.ome.tif", image, names=names, tile=(256, 256))
+    with pytest.raises(ValueError, match=r"found 3 channel\(s\) of uint8 .*a.ome.tif.*`stimage_sd.io.codex"):
+        open_raster(path)
+
+
+@pytest.mark.parametrize("layout", [{"tile": (256, 256)}, {}], ids=["tiles", "strips"])
+def test_planar_samples(tmp_path: Path, layout: dict) -> None:
+    image = picture(900, 1300)
+    path = tmp_path / "a.tif"
+    planes = np.ascontiguousarray(np.moveaxis(image, -1, 0))
+    tifffile.imwrite(path, planes, photometric="rgb", planarconfig="separate", **layout)
+    np.testing.assert_array_equal(pixels(open_raster(path)[0][0]), image)
+
+
+# --------------------------------------------------------------------------------------------------
+# slides
+
+
+def write_ndpi(path: Path, image: np.ndarray, *, mpp: float) -> Path:
+    """Write a slide as Hamamatsu's scanners do: a TIFF with offsets of 64 bit, a level one JPEG."""
+    jpeg = imagecodecs.jpeg_encode(image, level=95)
+    body = bytearray(struct.pack("<2sHQ", b"II", 42, 0)) + jpeg + bytes(len(jpeg) % 2)
+    places = {}
+    values = {
+        "bits": struct.pack("<HHH", 8, 8, 8),
+        "make": b"Hamamatsu\0",
+        "mpp": struct.pack("<II", int(1e4 / mpp), 1),
+    }
+    for name, value in values.items():
+        places[name] = len(body)
+        body += value
+    height, width = image.shape[:2]
+    lens = struct.unpack("<I", struct.pack("<f", 20.0))[0]
+    tags = [
+        (254, 4, 1, 0),
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 3, places["bits"]),
+        (259, 3, 1, 7),
+        (262, 3, 1, 6),
+        (271, 2, 10, places["make"]),
+        (273, 4, 1, 12),
+        (277, 3, 1, 3),
+        (278, 4, 1, height),
+        (279, 4, 1, len(jpeg)),
+        (282, 5, 1, places["mpp"]),
+        (283, 5, 1, places["mpp"]),
+        (296, 3, 1, 3),
+        (65420, 4, 1, 1),
+        (65421, 11, 1, lens),
+        *((code, 9, 1, 0) for code in (65422, 65423, 65424)),
+    ]
+    struct.pack_into("<Q", body, 4, len(body))
+    body += struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    path.write_bytes(body + struct.pack("<Q", 0) + bytes(4 * len(tags)))
+    return path
+
+
+def test_ndpi_is_read_where_it_lies(tmp_path: Path) -> None:
+    image = picture(1104, 1504)
+    path = write_ndpi(tmp_path / "a.ndpi", image, mpp=0.46)
+    levels, mpp = open_raster(path)
+    assert mpp == pytest.approx(0.46, rel=1e-4)
+    assert [level.shape for level in levels] == [(3, 1104, 1504), (3, 552, 752), (3, 276, 376), (3, 138, 188)]
+    assert np.abs(pixels(levels[0]).astype(int) - image).mean() < 1.5
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=r"a.ndpi is truncated, damaged or no image"):
+        open_raster(path)
+
+
+def test_mirax_without_its_folder(tmp_path: Path) -> None:
+    """The file itself is a thumbnail, which would pass for the slide."""
+    path = save(tmp_path / "a.jpg", picture(200, 300)).rename(tmp_path / "a.mrxs")
+    with pytest.raises(ValueError, match=r"Expected the folder of a.mrxs beside it"):
+        open_raster(path)
+
+
+def test_damage_that_only_reading_finds(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(1500, 1500), photometric="rgb", tile=(256, 256), compression="zlib")
+    with tifffile.TiffFile(path) as tiff:
+        offset = tiff.pages[0].dataoffsets[8]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + 400] = bytes(400)
+    path.write_bytes(data)
+    levels, _ = open_raster(path)
+    with pytest.raises(ValueError, match=r"level 0 of .*a.tif is damaged"):
+        levels[0].compute()
+    path.unlink()
+    with pytest.raises(ValueError, match=r"level 0 of .*a.tif is damaged, or the file gone"):
+        levels[0].compute()
+
+
 def test_slide_regions_equal_openslide(data_dir: Path) -> None:
     path = data_dir / "slides" / "CMU-1-Small-Region.svs"
     levels, mpp = open_raster(path)
@@ -203,6 +362,17 @@ def test_not_8_bit_rgb(tmp_path: Path, name: str, image: np.ndarray, found: str)
 def test_fluorescence_is_not_taken_for_colours(data_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"found 3 channel\(s\) of uint8 \(MINISBLACK\)"):
         open_raster(data_dir / "slides" / "small_vectra.qptiff")
+
+
+@pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "CropBreastSlide.tiff"])
+def test_real_slides_cut_anywhere(data_dir: Path, tmp_path: Path, name: str) -> None:
+    """Also where all pixels of the finest level are left and only a coarser one, or the label, is gone."""
+    data = (data_dir / "slides" / name).read_bytes()
+    path = tmp_path / name
+    for size in {0, 4, 9, 300, *np.linspace(0, len(data), 12).astype(int)[1:-1].tolist(), len(data) - 1}:
+        path.write_bytes(data[:size])
+        with pytest.raises(ValueError, match=rf"{name} is truncated, damaged or no image"):
+            open_raster(path)
 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "tiled.tif", "striped.tif"])

@@ -7,11 +7,14 @@ from pathlib import Path
 import cv2
 import dask.array as da
 import numpy as np
+import openslide
 import pytest
 import spatialdata
 
 from stimage_sd import contract
+from stimage_sd.datasets import synthetic_slide
 from stimage_sd.io import slide
+from stimage_sd.stream import run_over_tiles
 
 
 def test_svs_states_its_resolution(data_dir: Path) -> None:
@@ -22,6 +25,8 @@ def test_svs_states_its_resolution(data_dir: Path) -> None:
     assert contract.levels(sdata, "he")[0].shape == (3, 2967, 2220)
     assert set(sdata.coordinate_systems) == {"global", "microns"}
     assert not sdata.tables
+    recorded = contract.info(sdata)["history"][0]["parameters"]
+    assert (recorded["vendor"], recorded["objective_power"], recorded["mpp_source"]) == ("aperio", 20.0, "file")
 
 
 def test_pyramid_of_a_file_is_kept_as_it_is(data_dir: Path) -> None:
@@ -40,6 +45,33 @@ def test_unknown_resolution_is_not_guessed(data_dir: Path) -> None:
     given = slide(data_dir / "slides" / "CropBreastSlide.tiff", mpp=0.25, sample="crop")
     assert contract.info(given)["mpp"] == 0.25
     assert contract.sample(given) == "crop"
+
+
+def test_fluorescence_is_sent_to_its_reader(data_dir: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"small_vectra.qptiff. An image of fluorescence belongs to `stimage_sd.io.codex"
+    ):
+        slide(data_dir / "slides" / "small_vectra.qptiff")
+
+
+def test_wide_fields_are_cut_from_the_level_that_suffices(tmp_path: Path) -> None:
+    """Four tiles' sides of 256 px are 256 px of the level that is a fourth, and no pixel of the finest is read."""
+    path = synthetic_slide(tmp_path / "slide", size=4096) / "slide.svs"
+    centre = np.array([[2200.0, 1900.0]])
+    levels = contract.levels(slide(path), "he")
+    assert [level.shape[2] for level in levels[:2]] == [4096, 1024]
+    unreadable = levels[0].copy(
+        data=da.map_blocks(refuse, levels[0].data, dtype=np.uint8, meta=np.empty((0, 0, 0), "u1"))
+    )
+    cut = run_over_tiles([unreadable, *levels[1:]], centre, np.asarray, sides=[1024.0], target=256, key="pixels")
+    with openslide.OpenSlide(path) as opened:
+        expected = np.asarray(opened.read_region((2200 - 512, 1900 - 512), 1, (256, 256)))[..., :3]
+    # OpenSlide resamples where a region does not begin at a pixel of the level; this one does.
+    np.testing.assert_array_equal(cut[0, 0], expected)
+
+
+def refuse(block: np.ndarray) -> np.ndarray:
+    raise RuntimeError("the finest level was read")
 
 
 def test_round_trip(data_dir: Path, tmp_path: Path) -> None:

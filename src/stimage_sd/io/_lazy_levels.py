@@ -21,6 +21,8 @@ from dask.base import tokenize
 from stimage_sd.contract import CHUNK
 
 Index = tuple[slice, slice, slice]
+#: what reading a chunk of a damaged file raises
+BROKEN = (openslide.OpenSlideError, RuntimeError, ValueError, OSError)
 
 
 @dataclass(frozen=True)
@@ -41,13 +43,19 @@ class OpenSlideLevel:
         top, bottom, _ = rows.indices(self.shape[1])
         left, right, _ = columns.indices(self.shape[2])
         corner = (round(left * self.downsample), round(top * self.downsample))
-        region = _open_openslide(self.path, self.changed).read_region(corner, self.level, (right - left, bottom - top))
+        size = (right - left, bottom - top)
+        try:
+            region = _open_openslide(self.path, self.changed).read_region(corner, self.level, size)
+        except BROKEN as error:
+            # OpenSlide answers nothing any more after an error: the next attempt opens the file again.
+            _open_openslide.cache_clear()
+            raise ValueError(_damaged(self.path, self.level, error)) from error
         return np.moveaxis(_on_white(np.asarray(region)), -1, 0)[channels]
 
 
 @dataclass(frozen=True)
 class TiffLevel:
-    """One level of a tiled RGB TIFF; `colour_axis` is where its three colours lie."""
+    """One level of a tiled RGB TIFF; `colour_axis` is where its three colours lie: 0 where each has a plane."""
 
     path: str
     changed: int
@@ -59,11 +67,14 @@ class TiffLevel:
 
     def __getitem__(self, index: Index) -> np.ndarray:
         """Read a region."""
-        array = _open_tiff_level(self.path, self.changed, self.level)
-        if self.colour_axis == 0:
-            return np.asarray(array[index])
         channels, rows, columns = index
-        return np.moveaxis(np.asarray(array[rows, columns, channels]), -1, 0)
+        try:
+            array = _open_tiff_level(self.path, self.changed, self.level)
+            if self.colour_axis == 0:
+                return np.asarray(array[index])
+            return np.moveaxis(np.asarray(array[rows, columns, channels]), -1, 0)
+        except BROKEN as error:
+            raise ValueError(_damaged(self.path, self.level, error)) from error
 
 
 def as_dask(level: OpenSlideLevel | TiffLevel) -> da.Array:
@@ -84,9 +95,19 @@ def openslide_levels(path: Path) -> tuple[list[da.Array], openslide.OpenSlide]:
     return levels, slide
 
 
+def scanner(path: Path) -> dict[str, str | float | None]:
+    """Return the scanner's ``vendor`` and ``objective_power`` where a slide states them, through OpenSlide."""
+    vendor = openslide.OpenSlide.detect_format(str(path))
+    if vendor in (None, "generic-tiff"):
+        return {"vendor": None, "objective_power": None}
+    properties = _open_openslide(str(path), path.stat().st_mtime_ns).properties
+    power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
+    return {"vendor": vendor, "objective_power": None if power is None else float(power)}
+
+
 def tiff_levels(path: Path, series: tifffile.TiffPageSeries) -> list[da.Array]:
     """Return the levels tifffile finds in the first series of a tiled RGB TIFF, finest first."""
-    colour_axis = series.axes.index("S")
+    colour_axis = next(series.axes.index(axis) for axis in "SC" if axis in series.axes)
     changed = path.stat().st_mtime_ns
     levels = []
     for number, level in enumerate(series.levels):
@@ -107,6 +128,13 @@ def _open_openslide(path: str, changed: int) -> openslide.OpenSlide:
 @lru_cache(maxsize=64)
 def _open_tiff_level(path: str, changed: int, level: int) -> zarr.Array:
     return zarr.open_array(tifffile.imread(path, aszarr=True, series=0, level=level), mode="r")
+
+
+def _damaged(path: str, level: int, error: Exception) -> str:
+    return (
+        f"Expected a readable image, found that level {level} of {path} is damaged, or the file gone "
+        f"({' '.join(str(error).split())}). Copy or export it again."
+    )
 
 
 def _on_white(rgba: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Opening an H&E image of any format as a lazy pyramid.
 
-Tiled slides are read where they lie, through OpenSlide, or through tifffile where OpenSlide does not know
-the file or misses its levels. All else (JPEG, PNG, striped TIFF) has no random access and is streamed once,
+Slides are read where they lie, through OpenSlide, or through tifffile where OpenSlide does not know the file,
+its compression or its layout. All else (JPEG, PNG, striped TIFF) has no random access and is streamed once,
 through libvips, into a pyramid in the cache folder (`stimage_sd._cache.cache_dir`). The same is done with
 a large tiled TIFF of one level, and from the coarsest level of a slide where that one is still large, since
 every thumbnail would otherwise read it through. Measured on a tiled JPEG-in-TIFF of 4,608 × 4,608 px, two
@@ -13,6 +13,7 @@ stored pixels in some tools and turned ones in others; the user is warned of it 
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ import pyvips
 import tifffile
 
 from stimage_sd.contract import CHUNK
-from stimage_sd.io._lazy_levels import openslide_levels, tiff_levels
+from stimage_sd.io._colour_planes import are_colours, read_whole
+from stimage_sd.io._lazy_levels import BROKEN, openslide_levels, tiff_levels
 from stimage_sd.io._pyramid import ReadRows, cached_pyramid, extend_lazily
+from stimage_sd.io._tiff_complete import missing_part
 
 #: a coarsest level with a longer side than this gets a pyramid in the cache, px
 LARGE = 4096
@@ -34,6 +37,10 @@ LARGE = 4096
 PLAUSIBLE_MPP = (0.05, 10.0)
 #: compressions that libvips need not have been built with
 JPEG_2000 = (33003, 33004, 33005, 34712)
+#: what OpenSlide's own libtiff reads: none, LZW, JPEG, deflate, PackBits, Aperio's JPEG 2000, zstd
+OPENSLIDE_READS = (1, 5, 7, 8, 32946, 32773, 33003, 33005, 50000)
+#: slides whose file is but a thumbnail or an index of a folder of data
+PARTED = (".mrxs", ".vms", ".vmu")
 #: micrometres in the units an OME-TIFF and a TIFF tag (2: inch, 3: centimetre) may state
 MICROMETRES = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, 2: 25_400.0, 3: 10_000.0}
 
@@ -62,7 +69,8 @@ def open_raster(path: str | Path) -> tuple[list[da.Array], float | None]:
     Warns
     -----
     UserWarning
-        If the image has an alpha channel, which is laid on white and dropped, or states an orientation.
+        If the image has an alpha channel, which is laid on white and dropped, states an orientation, or has three
+        planes that are taken for colours because they are light.
 
     Examples
     --------
@@ -80,9 +88,16 @@ def open_raster(path: str | Path) -> tuple[list[da.Array], float | None]:
     try:
         with tifffile.TiffFile(path) as tiff:
             return _open_tiff(path, tiff)
+    except (struct.error, IndexError) as error:
+        raise ValueError(_unreadable(path, error)) from error
     except tifffile.TiffFileError:
         if _openslide_format(path) is not None:
             return _open_with_openslide(path)
+        if path.suffix.lower() in PARTED:
+            raise ValueError(
+                f"Expected the folder of {path.name} beside it, found that OpenSlide does not know {path} without. "
+                f"Put the folder {path.with_suffix('')} with the slide's data there."
+            ) from None
         return _stream_with_vips(path), None
 
 
@@ -138,29 +153,49 @@ def raster_from_array(array: np.ndarray | da.Array) -> list[da.Array]:
 
 
 def _open_tiff(path: Path, tiff: tifffile.TiffFile) -> tuple[list[da.Array], float | None]:
+    missing = missing_part(path, tiff)
+    if missing is not None:
+        raise ValueError(_unreadable(path, missing))
     series = tiff.series[0]
     page = series.keyframe
-    _check_colours(path, series, page)
-    _check_complete(path, series)
+    planes = are_colours(path, tiff, series)
+    if not planes:
+        _check_colours(path, series, page)
+        planes = series.ndim == 3 and series.axes.startswith("S")
     mpp = _tiff_mpp(tiff, page)
-    if not page.is_tiled:
-        return _stream_with_vips(path), mpp
     known = _openslide_format(path)
-    if known is not None:
-        slide_levels, stated = _open_with_openslide(path, whole=False)
+    levels: list[da.Array] | None
+    if known in (None, "generic-tiff"):
+        levels = _generic_levels(path, series, known, planes=planes)
+    else:
+        levels, stated = _open_with_openslide(path, whole=False)
         mpp = stated if stated is not None else mpp
-        # OpenSlide takes a pyramid it does not know the layout of for a plain tiled TIFF of one level.
-        if known == "generic-tiff" and len(slide_levels) < len(series.levels):
-            known = None
-    if len(series.levels) == 1 and max(page.shape) > LARGE and page.compression not in JPEG_2000:
-        return _stream_with_vips(path), mpp
-    if known is not None:
+        if known != "aperio":
+            # Scanners' own layouts: one huge JPEG (NDPI), overlapping tiles (BIF), tiles left out (Philips).
+            return _complete(path, levels), mpp
+    single = len(series.levels) == 1 and max(page.shape) > LARGE and page.compression not in JPEG_2000
+    if levels and not (single and not planes):
         if page.samplesperpixel == 4:
             _warn_of_alpha(path.name)
-        return _complete(path, slide_levels), mpp
-    if series.ndim == 3 and series.shape[series.axes.find("S")] == 3:
-        return _complete(path, tiff_levels(path, series)), mpp
-    return _stream_with_vips(path), mpp
+        return _complete(path, levels), mpp
+    return _stream_planes(path, series) if planes else _stream_with_vips(path), mpp
+
+
+def _generic_levels(
+    path: Path, series: tifffile.TiffPageSeries, known: str | None, *, planes: bool
+) -> list[da.Array] | None:
+    """Return the levels of a TIFF that is no scanner's own; `None` where it has no tiles and so no random access."""
+    page = series.keyframe
+    if not page.is_tiled:
+        return None
+    if known is not None and not planes and page.compression in OPENSLIDE_READS:
+        levels, _ = _open_with_openslide(path, whole=False)
+        # OpenSlide takes a pyramid it does not know the layout of for a plain tiled TIFF of one level.
+        if len(levels) >= len(series.levels):
+            return levels
+    if planes or (series.ndim == 3 and series.shape[series.axes.find("S")] == 3):
+        return tiff_levels(path, series)
+    return None
 
 
 def _open_with_openslide(path: Path, *, whole: bool = True) -> tuple[list[da.Array], float | None]:
@@ -202,6 +237,20 @@ def _stream_with_vips(path: Path) -> list[da.Array]:
     return cached_pyramid(path, part="image", height=image.height, width=image.width, open_rows=open_rows)
 
 
+def _stream_planes(path: Path, series: tifffile.TiffPageSeries) -> list[da.Array]:
+    """Stream colours that lie apart and in strips, which libvips does not read side by side."""
+
+    def open_rows() -> ReadRows:
+        try:
+            planes = read_whole(path)
+        except BROKEN as error:
+            raise ValueError(_unreadable(path, error)) from error
+        return lambda start, stop: np.ascontiguousarray(np.moveaxis(planes[:, start:stop], 0, -1))
+
+    height, width = series.shape[1:]
+    return cached_pyramid(path, part="planes", height=height, width=width, open_rows=open_rows)
+
+
 def _open_with_vips(path: Path) -> pyvips.Image:
     try:
         # `revalidate`: libvips remembers files by name, and would show an overwritten one as it was.
@@ -236,26 +285,11 @@ def _openslide_format(path: Path) -> str | None:
 
 
 def _check_colours(path: Path, series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> None:
-    # Three grey planes are refused, however likely to be colours: those of a fluorescence image look the same.
     colours = page.samplesperpixel in (3, 4) or page.photometric == tifffile.PHOTOMETRIC.PALETTE
     if page.dtype != np.uint8 or not colours:
         channels = series.shape[0] if series.axes[0] == "C" else page.samplesperpixel
-        raise ValueError(
-            _not_rgb(path, f"{channels} channel(s) of {page.dtype} ({tifffile.PHOTOMETRIC(page.photometric).name})")
-        )
-
-
-def _check_complete(path: Path, series: tifffile.TiffPageSeries) -> None:
-    size = path.stat().st_size
-    needed = max(
-        offset + count
-        for level in series.levels
-        for page in level.pages
-        if page is not None
-        for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True)
-    )
-    if needed > size:
-        raise ValueError(_unreadable(path, f"its directory needs {needed} bytes, it has {size}"))
+        found = f"{channels} channel(s) of {page.dtype} ({tifffile.PHOTOMETRIC(page.photometric).name})"
+        raise ValueError(_not_rgb(path, found, fluorescence=not colours))
 
 
 def _openslide_mpp(slide: openslide.OpenSlide) -> float | None:
@@ -303,10 +337,11 @@ def _warn_of_alpha(what: str) -> None:
     warnings.warn(f"{what} has an alpha channel: it was laid on white and dropped.", UserWarning, stacklevel=4)
 
 
-def _not_rgb(path: Path, found: str) -> str:
+def _not_rgb(path: Path, found: str, *, fluorescence: bool = False) -> str:
+    mend = "An image of fluorescence belongs to `stimage_sd.io.codex(cells, image=...)`. " if fluorescence else ""
     return (
         f"Expected an 8-bit RGB H&E image, found {found} in {path}. "
-        "Pass the brightfield image, or convert this one to 8-bit RGB."
+        f"{mend}Pass the brightfield image, or convert this one to 8-bit RGB."
     )
 
 

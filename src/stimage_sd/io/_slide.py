@@ -7,6 +7,7 @@ from pathlib import Path
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.io._lazy_levels import scanner
 from stimage_sd.io._raster import open_raster
 from stimage_sd.io._section import check_mpp
 
@@ -17,7 +18,8 @@ def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = No
     Parameters
     ----------
     path
-        A JPEG, PNG or TIFF file, or a slide in a format that OpenSlide knows (SVS, NDPI, MRXS, SCN, ...).
+        A slide in a format that OpenSlide knows (SVS, NDPI, MRXS, SCN, BIF, ...), a TIFF or OME-TIFF with or without
+        levels, a JPEG or a PNG. Colours may lie apart, a plane each.
     mpp
         Micrometres a pixel at full resolution. Unless given, what the file states; it is not guessed.
     sample
@@ -25,7 +27,8 @@ def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = No
 
     Returns
     -------
-    A section with the image ``he`` alone.
+    A section with the image ``he`` alone, its levels those of the file, and coarser ones where it has too few. The
+    scanner's vendor and objective are in its history.
 
     Raises
     ------
@@ -33,6 +36,12 @@ def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = No
         If there is no such file.
     ValueError
         If it is no image, is truncated, or is not 8-bit RGB.
+
+    Warns
+    -----
+    UserWarning
+        If the image has an alpha channel or states an orientation, or three planes are taken for colours because
+        they are light.
 
     Examples
     --------
@@ -56,5 +65,7 @@ def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = No
         mpp=mpp if mpp is not None else stated,
     )
     source = "given" if mpp is not None else "file" if stated is not None else "unknown"
-    contract.record(sdata, "io.slide", path=path, mpp=mpp if mpp is not None else stated, mpp_source=source)
+    contract.record(
+        sdata, "io.slide", path=path, mpp=mpp if mpp is not None else stated, mpp_source=source, **scanner(path)
+    )
     return sdata
