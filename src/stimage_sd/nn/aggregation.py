@@ -255,8 +255,8 @@ def count(
     Examples
     --------
     >>> shifted = np.array([[1.0, 0.0, 100.0], [0.0, 1.0, 0.0]])
-    >>> count(circles([[100.0, 0.0]], 1.0), [0.0, 100.0], [0.0, 0.0], [0, 0], n_labels=1, matrix=shifted).sum()
-    np.int32(1)
+    >>> count(circles([[100.0, 0.0]], 1.0), [0.0, 100.0], [0.0, 0.0], [0, 0], n_labels=1, matrix=shifted).toarray()
+    array([[1]], dtype=int32)
     """
     x, y, labels = np.asarray(x), np.asarray(y), np.asarray(labels)
     if not len(x) == len(y) == len(labels):

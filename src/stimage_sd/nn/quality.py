@@ -8,7 +8,7 @@ Examples
 --------
 >>> noise = np.random.default_rng(0).uniform(0, 1, (64, 64)).astype(np.float32)
 >>> everywhere = np.ones((16, 16), bool)
->>> blurry(*edge_energy(noise), everywhere).mean(), blurry(*edge_energy(cv2.blur(noise, (9, 9))), everywhere).mean()
+>>> blurry(*edge_energy(noise), everywhere).mean(), blurry(*edge_energy(cv2.GaussianBlur(noise, (0, 0), 2)), everywhere).mean()
 (np.float64(0.0), np.float64(1.0))
 """
 
