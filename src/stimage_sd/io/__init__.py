@@ -8,8 +8,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_anndata": ["from_anndata"],
+        "_codex": ["codex"],
         "_legacy_st": ["legacy_st"],
         "_slide": ["slide"],
         "_visium": ["visium"],
+        "_visium_hd": ["visium_hd"],
+        "_xenium": ["xenium"],
     },
 )

@@ -1,0 +1,176 @@
+"""Cells of a synthetic Xenium section: the painter's nuclei, expanded as the instrument expands them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import scipy.sparse as sp
+import shapely
+import zarr
+from scipy.spatial import cKDTree
+
+#: the most that a cell reaches beyond its nucleus, µm
+EXPANSION_UM = 5.0
+#: directions in which an outline has a vertex; the first one is repeated at its end
+DIRECTIONS = np.arange(12) * 2.0 * np.pi / 12
+#: neighbours that limit a cell, and cells in which a transcript may lie
+NEIGHBOURS, NEAREST = 8, 4
+
+GENE = "Gene Expression"
+#: types of features, and what the transcripts' table calls them
+CATEGORIES = {
+    GENE: "predesigned_gene",
+    "Negative Control Probe": "negative_control_probe",
+    "Negative Control Codeword": "negative_control_codeword",
+    "Unassigned Codeword": "unassigned_codeword",
+}
+
+
+class Cells:
+    """Nuclei expanded to cells, in the instrument's micrometres.
+
+    A cell reaches as far beyond its nucleus as `EXPANSION_UM`, or half the way to the next nucleus.
+
+    Parameters
+    ----------
+    nuclei
+        ``(n, 6)`` as `scatter_nuclei` places them, pixels of the H&E.
+    to_um
+        ``(3, 3)``, a similarity from there to the instrument's micrometres.
+    version
+        Version of the format.
+    """
+
+    def __init__(self, nuclei: np.ndarray, to_um: np.ndarray, version: str) -> None:
+        self.version = version
+        self.to_um = to_um
+        scale = float(np.sqrt(np.linalg.det(to_um[:2, :2])))
+        self.centres = nuclei[:, :2] @ to_um[:2, :2].T + to_um[:2, 2]
+        self.angles = np.radians(nuclei[:, 4]) + np.arctan2(to_um[1, 0], to_um[0, 0])
+        self.axes = nuclei[:, 2:4] * scale
+        self.tree = cKDTree(self.centres)
+        self.radii = self._radii()
+        numbers = np.arange(1, len(nuclei) + 1)
+        self.ids = numbers.astype(np.int32)
+        if version != "1.0":
+            self.ids = np.array([_cell_id(int(number)) for number in numbers])
+        self.barcodes = pd.Index(self.ids.astype(str), name="cell_id")
+
+    def _radii(self) -> np.ndarray:
+        """Return how far each cell reaches from its nucleus' centre in `DIRECTIONS`, µm."""
+        turned = DIRECTIONS - self.angles[:, None]
+        long, short = self.axes[:, :1], self.axes[:, 1:]
+        nucleus = long * short / np.hypot(short * np.cos(turned), long * np.sin(turned))
+        distances, neighbours = self.tree.query(self.centres, k=range(2, NEIGHBOURS + 2))
+        away = self.centres[np.minimum(neighbours, len(self.centres) - 1)] - self.centres[:, None]
+        towards = np.arctan2(away[..., 1], away[..., 0])
+        facing = np.cos(DIRECTIONS - towards[..., None])
+        # Where the ray meets the line halfway to a neighbour; never for one behind, or where there is none.
+        halfway = distances[..., None] / 2.0 / np.maximum(facing, 1e-6)
+        return np.maximum(nucleus, np.minimum(nucleus + EXPANSION_UM, halfway.min(axis=1)))
+
+    def owners(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the cell in which each point lies, -1 for none, and whether it lies in its nucleus."""
+        owners = np.full(len(points), -1)
+        _, candidates = self.tree.query(points, k=range(1, NEAREST + 1), distance_upper_bound=40.0)
+        for nth in range(NEAREST):
+            open_ = np.flatnonzero((owners < 0) & (candidates[:, nth] < len(self.centres)))
+            cells = candidates[open_, nth]
+            inside = self._inside(points[open_] - self.centres[cells], cells)
+            owners[open_[inside]] = cells[inside]
+        away = points - self.centres[owners]
+        cosine, sine = np.cos(self.angles[owners]), np.sin(self.angles[owners])
+        along = np.column_stack([away[:, 0] * cosine + away[:, 1] * sine, away[:, 1] * cosine - away[:, 0] * sine])
+        in_nucleus = ((along / self.axes[owners]) ** 2).sum(axis=1) <= 1.0
+        return owners, in_nucleus & (owners >= 0)
+
+    def _inside(self, away: np.ndarray, cells: np.ndarray) -> np.ndarray:
+        """Whether points, seen from their cell's nucleus, lie within its outline: left of the edge in their sector."""
+        step = 2.0 * np.pi / len(DIRECTIONS)
+        sector = (np.arctan2(away[:, 1], away[:, 0]) % (2.0 * np.pi) // step).astype(int) % len(DIRECTIONS)
+        following = (sector + 1) % len(DIRECTIONS)
+        start, end = (
+            self.radii[cells, number, None] * np.column_stack([np.cos(DIRECTIONS[number]), np.sin(DIRECTIONS[number])])
+            for number in (sector, following)
+        )
+        edge, to_point = end - start, away - start
+        return edge[:, 0] * to_point[:, 1] - edge[:, 1] * to_point[:, 0] >= 0.0
+
+    def write(self, path: Path, counts: sp.csr_matrix, features: pd.Series) -> None:
+        """Write the table of cells, their outlines and their archive."""
+        sums = {
+            kind: np.asarray(counts[:, np.flatnonzero(features == kind)].sum(axis=1)).ravel() for kind in CATEGORIES
+        }
+        waves = np.stack([np.cos(DIRECTIONS), np.sin(DIRECTIONS)], axis=-1)
+        outlines = self.centres[:, None] + self.radii[..., None] * waves
+        polygons = shapely.polygons(outlines)
+        middles = shapely.get_coordinates(shapely.centroid(polygons))
+        columns: dict[str, np.ndarray] = {
+            "cell_id": self.ids,
+            "x_centroid": middles[:, 0],
+            "y_centroid": middles[:, 1],
+            "transcript_counts": sums[GENE],
+            "control_probe_counts": sums["Negative Control Probe"],
+            "control_codeword_counts": sums["Negative Control Codeword"],
+            "unassigned_codeword_counts": sums["Unassigned Codeword"],
+            "total_counts": np.asarray(counts.sum(axis=1)).ravel(),
+            "cell_area": shapely.area(polygons),
+            "nucleus_area": np.pi * self.axes.prod(axis=1),
+        }
+        if self.version != "1.0":
+            columns["nucleus_count"] = np.ones(len(self.ids), dtype=np.int64)
+            columns["segmentation_method"] = np.full(len(self.ids), "Segmented by nucleus expansion of 5.0µm")
+        pq.write_table(pa.table(columns), path / "cells.parquet")
+        self._write_zarr(path / "cells.zarr.zip", columns)
+        self._write_outlines(path / "cell_boundaries.parquet", outlines)
+        cosine, sine = np.cos(self.angles)[:, None], np.sin(self.angles)[:, None]
+        along = self.axes[:, None] * waves
+        turned = [along[..., 0] * cosine - along[..., 1] * sine, along[..., 0] * sine + along[..., 1] * cosine]
+        self._write_outlines(path / "nucleus_boundaries.parquet", self.centres[:, None] + np.stack(turned, axis=-1))
+
+    def _write_zarr(self, path: Path, columns: dict[str, np.ndarray]) -> None:
+        """Write what other readers take of the cells' archive: their ids and which outline is whose, no masks."""
+        summary = {
+            "cell_centroid_x": columns["x_centroid"],
+            "cell_centroid_y": columns["y_centroid"],
+            "cell_area": columns["cell_area"],
+            "nucleus_centroid_x": self.centres[:, 0],
+            "nucleus_centroid_y": self.centres[:, 1],
+            "nucleus_area": columns["nucleus_area"],
+            "z_level": np.zeros(len(self.ids)),
+        }
+        numbers = np.arange(1, len(self.ids) + 1, dtype=np.uint32)
+        ids = numbers
+        if self.version != "1.0":
+            summary["nucleus_count"] = columns["nucleus_count"]
+            ids = np.column_stack([numbers, np.ones_like(numbers)])
+        with zarr.storage.ZipStore(path, mode="w") as store:
+            group = zarr.create_group(store, zarr_format=2)
+            group.create_array("cell_id", data=ids)
+            about = {"column_names": list(summary)}
+            group.create_array("cell_summary", data=np.column_stack(list(summary.values())), attributes=about)
+            if self.version != "1.0":
+                for kind in ("0", "1"):
+                    outlines = group.create_group(f"polygon_sets/{kind}")
+                    outlines.create_array("cell_index", data=numbers - 1)
+
+    def _write_outlines(self, path: Path, outlines: np.ndarray) -> None:
+        closed = np.concatenate([outlines, outlines[:, :1]], axis=1).astype(np.float32)
+        n_vertices = closed.shape[1]
+        columns = {
+            "cell_id": np.repeat(self.ids, n_vertices),
+            "vertex_x": closed[..., 0].ravel(),
+            "vertex_y": closed[..., 1].ravel(),
+        }
+        if self.version != "1.0":
+            columns["label_id"] = np.repeat(np.arange(1, len(self.ids) + 1, dtype=np.uint32), n_vertices)
+        pq.write_table(pa.table(columns), path)
+
+
+def _cell_id(number: int) -> str:
+    """Return a cell's number as 10x Genomics writes it: eight letters, a for 0 to p for 15, and the data set's 1."""
+    return "".join(chr(ord("a") + int(digit, 16)) for digit in f"{number:08x}") + "-1"

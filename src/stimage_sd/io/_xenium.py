@@ -1,0 +1,326 @@
+"""10x Xenium: what the instrument's onboard analysis wrote, versions 1 to 4, and the H&E of the section."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd._squidpy import attach_spatial
+from stimage_sd.io._section import as_counts, check_mpp, unique_genes
+from stimage_sd.io._xenium_images import build_dapi, check_covered, open_he, open_morphology, pixel_size, pixels_to_um
+from stimage_sd.io._xenium_parts import (
+    Matrix,
+    check_same_cells,
+    read_cell_boundaries,
+    read_cells,
+    read_matrix,
+    read_nucleus_boundaries,
+)
+from stimage_sd.io._xenium_transcripts import read_transcripts
+
+#: the newest version whose bundles this reader was written for
+NEWEST = 4
+
+EXPERIMENT = "experiment.xenium"
+FOCUS = "morphology_focus"
+FORMS = (".parquet", ".csv.gz", ".csv")
+#: parts of a bundle, and the forms in which each may be there, the first preferred
+PARTS = {
+    "cell_feature_matrix": (".h5", ""),
+    "cells": FORMS,
+    "cell_boundaries": FORMS,
+    "nucleus_boundaries": FORMS,
+    "transcripts": FORMS,
+}
+
+
+def xenium(
+    path: str | Path,
+    *,
+    he_image: str | Path | None = None,
+    alignment: str | Path | np.ndarray | None = None,
+    sample: str | None = None,
+    dapi: bool = True,
+    pixel_size_um: float | None = None,
+    origin_um: tuple[float, float] = (0.0, 0.0),
+) -> SpatialData:
+    """Read a Xenium section from its output bundle, with its H&E where there is one.
+
+    Parameters
+    ----------
+    path
+        The bundle's folder: ``experiment.xenium``, ``cell_feature_matrix`` (``.h5``, or the folder of that name),
+        ``cells``, ``cell_boundaries``, ``nucleus_boundaries`` and ``transcripts`` (``.parquet``, ``.csv.gz`` or
+        ``.csv``), and the morphology image: the folder ``morphology_focus`` of version 2 and later, or
+        ``morphology_focus.ome.tif`` or ``morphology_mip.ome.tif`` of version 1. File names may have a prefix.
+    he_image
+        The H&E of the section: OME-TIFF or whatever `stimage_sd.io.slide` reads.
+    alignment
+        10x Genomics' alignment of the H&E, as a CSV file of 3 × 3 numbers or an array (3 × 3, or 2 × 3 without
+        the last row): from pixels of the H&E to pixels of the morphology image, both at full resolution.
+        Looked for beside `he_image` and in the bundle unless given (``*_imagealignment.csv``). Pass
+        `numpy.linalg.inv` of a matrix that maps the other way.
+    sample
+        Sample id; the name of the bundle's folder unless given.
+    dapi
+        Whether to read the morphology image; `False` for a bundle that was copied without it.
+    pixel_size_um
+        Micrometres a pixel of the morphology image; as ``experiment.xenium`` says unless given.
+    origin_um
+        Where the morphology image's corner lies (x, y), µm, in a bundle that was cut out of another.
+
+    Returns
+    -------
+    A section with the shapes ``cells`` and ``nuclei`` (polygons), the points ``transcripts`` (lazy; ``x``, ``y``,
+    ``z``, ``feature_name``, ``qv``, ``cell_id``, which is ``UNASSIGNED`` outside all cells, ``overlaps_nucleus``,
+    controls included), the image ``dapi`` (lazy; all stains of the morphology image), the image ``he`` and the
+    table ``counts``: ``X`` CSR of int32, cells × genes; ``obs`` what ``cells`` has and ``control_counts``, the
+    counts of all features that are no genes; ``obsm["spatial_um"]`` in the instrument's micrometres. Proteins of
+    version 4 are the table ``proteins``. All but the H&E have the coordinate system ``"instrument"``; with an H&E
+    and its alignment, or without any H&E, they are placed (``"global"``, ``obsm["spatial"]``), else after
+    `stimage_sd.pp.register`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is missing.
+    ValueError
+        If a file is truncated, empty, or not of the same run as the others, if the cells do not lie on the
+        morphology image or the H&E, or if the pixel size cannot be told.
+
+    Warns
+    -----
+    UserWarning
+        If ``experiment.xenium`` is missing, newer than version 4 or of another number of cells, cells have no
+        outline, gene names are repeated, the H&E states another resolution than its alignment, or most cells lie
+        off the H&E.
+
+    Notes
+    -----
+    Formats after 10x Genomics' pages on the outputs of Xenium Onboard Analysis, the direction of the alignment
+    after their article on converting coordinates between H&E and Xenium data. A cell's second outline or nucleus
+    (version 2 and later) becomes part of a multipolygon, and a nucleus of its own. Versions tell little about
+    the layout, which is recognised by the files that are there.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import stimage_sd as sti
+    >>> run = sti.datasets.synthetic_xenium(Path(tempfile.mkdtemp()) / "run", size_um=300.0, n_genes=9)
+    >>> sdata = sti.io.xenium(run, he_image=run / "he_image.ome.tif")
+    >>> sdata.tables["counts"].n_vars, sorted(sdata.images), sorted(sdata.shapes)
+    (9, ['dapi', 'he'], ['cells', 'nuclei'])
+    """
+    check_mpp(pixel_size_um)
+    if np.shape(origin_um) != (2,) or not np.isfinite(origin_um).all():
+        raise ValueError(f"Expected two finite numbers, x and y in µm, as `origin_um`, found {origin_um!r}.")
+    if alignment is not None and he_image is None:
+        raise ValueError("Expected `he_image=` with `alignment=`, found no H&E. Pass the image that is aligned.")
+    bundle = _Bundle.find(Path(path).expanduser())
+    experiment = _read_experiment(bundle)
+    # First what everything else has to agree with.
+    matrix_path, cells_path = bundle.part("cell_feature_matrix"), bundle.part("cells")
+    cells, matrix = read_cells(cells_path), read_matrix(matrix_path)
+    check_same_cells(matrix, cells, matrix_path=matrix_path, cells_path=cells_path)
+    cells = cells.loc[matrix.cells]
+    stated = experiment.get("num_cells", len(cells))
+    if stated != len(cells):
+        warnings.warn(
+            f"{EXPERIMENT} of {bundle.folder} speaks of {stated} cells, {cells_path.name} has {len(cells)}. Check that "
+            "both are of one run, unless the run was cut.",
+            UserWarning,
+            stacklevel=2,
+        )
+    centres = cells[["x_centroid", "y_centroid"]].to_numpy(dtype=np.float64)
+    others = {name: bundle.part(name) for name in ("cell_boundaries", "nucleus_boundaries", "transcripts")}
+
+    morphology = open_morphology(bundle.morphology()) if dapi else None
+    pixel_um, pixel_source = pixel_size(pixel_size_um, experiment, morphology)
+    if morphology is not None:
+        check_covered(morphology, centres, pixel_um, origin_um)
+    to_um = pixels_to_um(pixel_um, origin_um)
+    he = None
+    if he_image is not None:
+        he = open_he(Path(he_image).expanduser(), alignment, bundle=bundle.folder, to_um=to_um, centres=centres)
+
+    outlines = read_cell_boundaries(others["cell_boundaries"], cells)
+    tables = _build_tables(matrix, cells, centres, where=str(matrix_path))
+    sdata = SpatialData(
+        images={
+            **({} if he is None else {contract.IMAGE: contract.build_image(he.levels)}),
+            **({} if morphology is None else {contract.DAPI: build_dapi(morphology, pixel_um, origin_um)}),
+        },
+        shapes={
+            contract.CELLS: outlines,
+            contract.NUCLEI: read_nucleus_boundaries(others["nucleus_boundaries"], cells),
+        },
+        points={contract.TRANSCRIPTS: read_transcripts(others["transcripts"], outlines, matrix.features.index)},
+    )
+    contract.register(
+        sdata,
+        sample=sample if sample is not None else bundle.sample,
+        platform="xenium",
+        image=None if he is None else contract.IMAGE,
+        mpp=pixel_um if he is None else he.mpp,
+    )
+    for name, table in tables.items():
+        sdata.tables[name] = contract.annotate(table, region=contract.CELLS)
+    placing = np.linalg.inv(to_um) if he is None else he.from_um
+    if placing is not None:
+        contract.place_instrument(sdata, placing)
+        attach_spatial(sdata)
+    contract.record(
+        sdata,
+        "io.xenium",
+        path=path,
+        he_image=he_image,
+        alignment=None if he is None else he.alignment,
+        version=experiment.get("version"),
+        pixel_size_um=pixel_um,
+        pixel_size_source=pixel_source,
+        origin_um=origin_um,
+        n_cells=len(cells),
+        features=matrix.features["feature_types"].value_counts().to_dict(),
+    )
+    return sdata
+
+
+# --------------------------------------------------------------------------------------------------
+# the bundle
+
+
+@dataclass(frozen=True)
+class _Bundle:
+    """Where a bundle lies, and its parts."""
+
+    folder: Path
+    sample: str
+    prefix: str
+
+    @classmethod
+    def find(cls, path: Path) -> _Bundle:
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"Expected the folder of a Xenium output bundle at {path}, found no folder. Check the path, and unpack "
+                "an archive first."
+            )
+        folder = path / "outs" if (path / "outs").is_dir() else path
+        resolved = folder.resolve()
+        sample = resolved.parent.name if resolved.name == "outs" else resolved.name
+        return cls(folder, sample, _find_prefix(folder))
+
+    def entry(self, name: str) -> Path | None:
+        """Return the file or folder of a name, with the bundle's prefix or without."""
+        places = (self.folder / f"{self.prefix}{name}", self.folder / name)
+        return next((place for place in places if place.exists()), None)
+
+    def part(self, stem: str) -> Path:
+        """Return the file of a part that has to be there."""
+        for form in PARTS[stem]:
+            found = self.entry(f"{stem}{form}")
+            if found is not None:
+                return found
+        forms = " or ".join(f"{stem}{form}" if form else f"{stem}/" for form in PARTS[stem])
+        here = sorted(entry.name for entry in self.folder.iterdir())
+        raise FileNotFoundError(
+            f"Expected {forms} in the Xenium bundle {self.folder}, found none of them. It holds: {here[:20]}. Pass the "
+            "folder that has `experiment.xenium` in it, complete."
+        )
+
+    def morphology(self) -> list[Path]:
+        """Return the files of the morphology image: one, or one a stain."""
+        folder = self.entry(FOCUS)
+        if folder is not None and folder.is_dir():
+            files = sorted(file for file in folder.glob("*.ome.tif*") if not file.name.startswith("."))
+            if files:
+                return files
+        for name in (f"{FOCUS}.ome.tif", "morphology_mip.ome.tif"):
+            file = self.entry(name)
+            if file is not None:
+                return [file]
+        raise FileNotFoundError(
+            f"Expected the morphology image in {self.folder}, the folder {FOCUS} with OME-TIFF files or {FOCUS}.ome.tif"
+            ", found neither. Pass `dapi=False` to read a bundle without it."
+        )
+
+
+def _find_prefix(folder: Path) -> str:
+    """Return what stands before the names of all files; the part that no other program writes tells it."""
+    for name in ("cell_feature_matrix.h5", "cell_feature_matrix", EXPERIMENT):
+        if (folder / name).exists():
+            return ""
+        # Hidden files are what other file systems left behind.
+        found = sorted(file.name for file in folder.glob(f"*_{name}") if not file.name.startswith("."))
+        if len(found) > 1:
+            raise ValueError(f"Expected one {name} in {folder}, found {found}. Give each run its own folder.")
+        if found:
+            return found[0].removesuffix(name)
+    return ""
+
+
+def _read_experiment(bundle: _Bundle) -> dict[str, Any]:
+    """Return what the run says about itself; empty where it says nothing."""
+    path = bundle.entry(EXPERIMENT)
+    if path is None:
+        warnings.warn(
+            f"No {EXPERIMENT} in {bundle.folder}: version and pixel size of the run are taken from its other files.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return {}
+    try:
+        experiment = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"Expected JSON in {path}, found something else ({error}). Copy it again.") from error
+    size = experiment.get("pixel_size") if isinstance(experiment, dict) else None
+    if not isinstance(size, int | float) or not size > 0:
+        raise ValueError(f"Expected a positive `pixel_size` in {path}, found {size!r}. Copy it again.")
+    # A run that was segmented anew has the layout of the program that did it.
+    ranger = experiment.get("xenium_ranger")
+    software = (isinstance(ranger, dict) and ranger.get("version")) or experiment.get("analysis_sw_version", "")
+    version = re.search(r"\d+(\.\d+)*", str(software))
+    if version is not None and int(version.group().split(".")[0]) > NEWEST:
+        warnings.warn(
+            f"{path.name} is of version {software!r}; this reader knows versions 1 to {NEWEST} and tries.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return {**experiment, "version": str(software)}
+
+
+# --------------------------------------------------------------------------------------------------
+# tables
+
+
+def _build_tables(matrix: Matrix, cells: pd.DataFrame, centres: np.ndarray, *, where: str) -> dict[str, AnnData]:
+    """Part the genes, and proteins, from the controls, whose counts are summed up a cell."""
+    kinds = matrix.features["feature_types"]
+    genes, proteins = (kinds == kind for kind in ("Gene Expression", "Protein Expression"))
+    if not genes.any():
+        raise ValueError(f"Expected features of the type 'Gene Expression' in {where}, found {sorted(set(kinds))}.")
+    controls = matrix.values[:, np.flatnonzero(~genes & ~proteins)]
+    obs = cells.drop(columns=["x_centroid", "y_centroid"])
+    obs["control_counts"] = np.asarray(controls.sum(axis=1)).ravel().astype(np.int64)
+    obs[contract.INSTANCE_KEY] = obs.index.to_numpy()
+    obs.index.name = None
+
+    def part(chosen: pd.Series, values: Any) -> AnnData:
+        var = matrix.features.loc[chosen.to_numpy(), ["gene_ids"]]
+        var.index = unique_genes(var.index, where=where)
+        return AnnData(X=values, obs=obs.copy(), var=var, obsm={contract.SPATIAL_UM: centres.copy()})
+
+    tables = {contract.COUNTS: part(genes, as_counts(matrix.values[:, np.flatnonzero(genes)], where=where))}
+    if proteins.any():
+        intensities = matrix.values[:, np.flatnonzero(proteins)].toarray().astype(np.float32)
+        tables[contract.PROTEINS] = part(proteins, intensities)
+    return tables

@@ -1,0 +1,286 @@
+"""The images of a Xenium section: its morphology image and its H&E, and where they lie in the instrument's µm."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import dask.array as da
+import numpy as np
+import pandas as pd
+import xarray as xr
+from spatialdata.transformations import Scale, Sequence, Translation, set_transformation
+
+from stimage_sd import contract
+from stimage_sd.io._multichannel import MultichannelImage, open_multichannel
+from stimage_sd.io._raster import open_raster
+from stimage_sd.io._section import require_file
+
+#: micrometres a pixel of every Xenium morphology image at full resolution
+PIXEL_UM = 0.2125
+#: more cells than this outside the morphology image mean that its pixel size or origin is wrong
+OUTSIDE = 0.1
+#: two ways to the same resolution may differ by this much
+TOLERANCE = 0.05
+#: how the file of an alignment is called: the H&E's name without its endings, or anything, and this
+SUFFIX = "alignment.csv"
+
+
+# --------------------------------------------------------------------------------------------------
+# the morphology image
+
+
+@dataclass(frozen=True)
+class Morphology:
+    """The morphology image, and the file that describes it."""
+
+    image: MultichannelImage
+    file: Path
+
+
+def open_morphology(files: list[Path]) -> Morphology:
+    """Open the morphology image.
+
+    Parameters
+    ----------
+    files
+        One file, or several, a stain each, of which the first describes them all or each only itself.
+
+    Raises
+    ------
+    ValueError
+        If the stains are of different sizes.
+    """
+    whole = open_multichannel(files[0])
+    if whole.levels[0].shape[0] >= len(files):
+        return Morphology(_name_dapi(whole), files[0])
+    stains = [whole, *(open_multichannel(file) for file in files[1:])]
+    sizes = {file.name: stain.levels[0].shape for file, stain in zip(files, stains, strict=True)}
+    if len({tuple(level.shape for level in stain.levels) for stain in stains}) > 1 or whole.levels[0].shape[0] > 1:
+        raise ValueError(
+            f"Expected stains of one size, one a file, in {files[0].parent}, found {sizes}. Take the files of one run."
+        )
+    names = [
+        stain.channels[0] if stain.named else re.sub(r"^ch\d+_", "", file.name.split(".")[0])
+        for file, stain in zip(files, stains, strict=True)
+    ]
+    levels = [da.concatenate(level) for level in zip(*(stain.levels for stain in stains), strict=True)]
+    return Morphology(_name_dapi(replace(whole, levels=levels, channels=names)), files[0])
+
+
+def _name_dapi(image: MultichannelImage) -> MultichannelImage:
+    # The first stain is that of the nuclei in every version; the first version's files do not say so.
+    unnamed = not image.named or image.channels[0].lower() == "dapi"
+    return replace(image, channels=["DAPI", *image.channels[1:]]) if unnamed else image
+
+
+def pixel_size(given: float | None, experiment: Mapping[str, Any], morphology: Morphology | None) -> tuple[float, str]:
+    """Return micrometres a pixel of the morphology image, and where that is from.
+
+    Raises
+    ------
+    ValueError
+        If the run's own description and the image disagree.
+    """
+    if given is not None:
+        return float(given), "given"
+    stated = None if morphology is None else morphology.image.pixel_um
+    if "pixel_size" in experiment:
+        size = float(experiment["pixel_size"])
+        if morphology is not None and stated is not None and abs(size / stated - 1.0) > TOLERANCE:
+            raise ValueError(
+                f"experiment.xenium and {morphology.file.name} disagree on the size of a pixel: {size} and {stated} "
+                f"µm, in {morphology.file.parent}. Pass `pixel_size_um=`."
+            )
+        return size, "experiment.xenium"
+    if stated is not None:
+        return stated, "morphology image"
+    # Right for the instrument's own images; that this is one of them is checked by where the cells lie.
+    return PIXEL_UM, "instrument"
+
+
+def check_covered(morphology: Morphology, centres: np.ndarray, pixel_um: float, origin_um: tuple[float, float]) -> None:
+    """Raise `ValueError` where the cells' ``(n, 2)`` centres, µm, do not lie on the morphology image."""
+    height, width = morphology.image.levels[0].shape[1:]
+    low = np.asarray(origin_um, dtype=np.float64)
+    high = low + np.array([width, height]) * pixel_um
+    outside = ((centres < low) | (centres > high)).any(axis=1).mean()
+    if outside > OUTSIDE:
+        first, last = centres.min(axis=0), centres.max(axis=0)
+        raise ValueError(
+            f"Expected the cells on {morphology.file.name} in {morphology.file.parent}, found {outside:.0%} outside. "
+            f"At {pixel_um} µm a pixel its {width} x {height} px span x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} "
+            f"to {high[1]:.0f} µm; the cells span x {first[0]:.0f} to {last[0]:.0f}, y {first[1]:.0f} to {last[1]:.0f} "
+            "µm. The image is a part of the run's, or reduced: pass `pixel_size_um=` and `origin_um=`, or `dapi=False`."
+        )
+
+
+def pixels_to_um(pixel_um: float, origin_um: tuple[float, float]) -> np.ndarray:
+    """Return the ``(3, 3)`` matrix from pixels of the morphology image to the instrument's micrometres."""
+    return np.array([[pixel_um, 0.0, origin_um[0]], [0.0, pixel_um, origin_um[1]], [0.0, 0.0, 1.0]])
+
+
+def build_dapi(morphology: Morphology, pixel_um: float, origin_um: tuple[float, float]) -> xr.DataTree:
+    """Build the image element, which lies where the instrument's micrometres say."""
+    image = contract.build_multichannel(morphology.image.levels, channels=morphology.image.channels, pixel_um=pixel_um)
+    if any(origin_um):
+        placed = Sequence([Scale([pixel_um] * 2, axes=("x", "y")), Translation(list(origin_um), axes=("x", "y"))])
+        set_transformation(image, placed, to_coordinate_system=contract.INSTRUMENT)
+    return image
+
+
+# --------------------------------------------------------------------------------------------------
+# the H&E
+
+
+@dataclass(frozen=True)
+class HE:
+    """The H&E and what is known of its place.
+
+    Parameters
+    ----------
+    levels
+        Its pyramid, finest first.
+    mpp
+        Micrometres a pixel; `None` where unknown.
+    alignment
+        ``(3, 3)`` from its pixels to those of the morphology image; `None` where there is none.
+    from_um
+        ``(3, 3)`` from the instrument's micrometres to its pixels; `None` likewise.
+    """
+
+    levels: list[da.Array]
+    mpp: float | None
+    alignment: np.ndarray | None
+    from_um: np.ndarray | None
+
+
+def open_he(
+    file: Path,
+    alignment: str | Path | np.ndarray | None,
+    *,
+    bundle: Path,
+    to_um: np.ndarray,
+    centres: np.ndarray,
+) -> HE:
+    """Open the H&E, and find and check its alignment.
+
+    Parameters
+    ----------
+    file
+        The H&E.
+    alignment
+        Its alignment; looked for beside it and in the bundle unless given.
+    bundle
+        Folder of the bundle.
+    to_um
+        ``(3, 3)`` from pixels of the morphology image to the instrument's micrometres.
+    centres
+        ``(n_cells, 2)`` x, y of the cells in them.
+    """
+    levels, stated = open_raster(file)
+    given = alignment if alignment is not None else find_alignment(file, bundle)
+    if given is None:
+        return HE(levels, stated, None, None)
+    source = Path(given).name if isinstance(given, str | Path) else "`alignment=`"
+    matrix = read_alignment(given)
+    from_um = np.linalg.inv(to_um @ matrix)
+    mpp, backwards = (
+        float(np.sqrt(abs(np.linalg.det((to_um @ way)[:2, :2])))) for way in (matrix, np.linalg.inv(matrix))
+    )
+    _check_placed(centres, from_um, levels[0].shape[1:], file=file, source=source)
+    if stated is not None and abs(backwards / stated - 1.0) <= TOLERANCE < abs(mpp / stated - 1.0):
+        raise ValueError(
+            f"Expected {source} to map pixels of {file.name} to pixels of the morphology image, found the other way: "
+            f"{file.name} states {stated:.4f} µm a pixel; by the matrix it has {mpp:.4f}, by its inverse "
+            f"{backwards:.4f}. Pass `np.linalg.inv` of it."
+        )
+    if stated is not None and abs(mpp / stated - 1.0) > TOLERANCE:
+        warnings.warn(
+            f"{file.name} states {stated:.4f} µm a pixel; by {source} it has {mpp:.4f}, which is used. Check that the "
+            "alignment is of this file.",
+            UserWarning,
+            stacklevel=3,
+        )
+    return HE(levels, mpp, matrix, from_um)
+
+
+def find_alignment(he_image: Path, bundle: Path) -> Path | None:
+    """Return the alignment that lies beside an H&E or in the bundle, `None` where there is none.
+
+    Raises
+    ------
+    ValueError
+        If several could be meant.
+    """
+    own = he_image.name
+    for ending in (".tif", ".tiff", ".btf", ".ome"):
+        own = own.removesuffix(ending)
+    for folder in (he_image.parent, bundle):
+        if (folder / f"{own}{SUFFIX}").is_file():
+            return folder / f"{own}{SUFFIX}"
+    found = sorted({file.resolve() for folder in (he_image.parent, bundle) for file in folder.glob(f"*image{SUFFIX}")})
+    # A run may have an immunofluorescence image beside it, with an alignment of its own.
+    found = [file for file in found if "if_image" not in file.name]
+    if len(found) > 1:
+        names = [file.name for file in found]
+        raise ValueError(f"Expected one alignment of {he_image.name}, found {names}. Pass one as `alignment=`.")
+    return found[0] if found else None
+
+
+def read_alignment(alignment: str | Path | np.ndarray) -> np.ndarray:
+    """Return a ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image, checked.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the file is not there.
+    ValueError
+        If the file has no 3 × 3 numbers, or the array no 3 × 3 or 2 × 3, or they make no invertible affine map.
+    """
+    if isinstance(alignment, str | Path):
+        path = require_file(alignment, what="an alignment (a CSV file of 3 x 3 numbers)")
+        # Two rows alone may be a file that was cut off in the middle of a number.
+        where, sizes = str(path), [(3, 3)]
+        try:
+            found = pd.read_csv(path, header=None).to_numpy(dtype=np.float64)
+        except (ValueError, pd.errors.ParserError) as error:
+            raise ValueError(f"Expected 3 x 3 numbers in {path}, found something else ({error}).") from error
+    else:
+        where, sizes = "`alignment`", [(3, 3), (2, 3)]
+        found = np.asarray(alignment, dtype=np.float64)
+    if found.shape not in sizes:
+        raise ValueError(f"Expected a matrix of {' or '.join(map(str, sizes))} in {where}, found {found.shape}.")
+    matrix = found if found.shape == (3, 3) else np.vstack([found, [0.0, 0.0, 1.0]])
+    affine = np.isfinite(matrix).all() and np.allclose(matrix[2], [0.0, 0.0, 1.0])
+    if not affine or abs(np.linalg.det(matrix[:2, :2])) < 1e-9:
+        raise ValueError(
+            f"Expected an invertible affine matrix in {where}, its last row 0, 0, 1, found {matrix.tolist()}. It maps "
+            "pixels of the H&E to pixels of the morphology image."
+        )
+    return matrix
+
+
+def _check_placed(centres: np.ndarray, from_um: np.ndarray, shape: tuple[int, int], *, file: Path, source: str) -> None:
+    """Raise where no cell, and warn where less than half of them, would lie on the H&E of ``(y, x)`` pixels."""
+    placed = centres @ from_um[:2, :2].T + from_um[:2, 2]
+    inside = ((placed >= 0) & (placed < (shape[1], shape[0]))).all(axis=1).mean()
+    if inside == 0:
+        low, high = placed.min(axis=0), placed.max(axis=0)
+        raise ValueError(
+            f"Expected cells on {file.name} ({shape[1]} x {shape[0]} px), found that {source} places them all outside: "
+            f"x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f}. It is to map pixels of the H&E to "
+            "pixels of the morphology image, both at full resolution; pass `np.linalg.inv` of one that maps the other "
+            "way, or read without it and run `stimage_sd.pp.register(sdata)`."
+        )
+    if inside < 0.5:
+        warnings.warn(
+            f"{source} places {inside:.0%} of the cells on {file.name}; the others lie beyond its border. Check that "
+            "the alignment is of this file.",
+            UserWarning,
+            stacklevel=4,
+        )
