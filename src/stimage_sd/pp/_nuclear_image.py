@@ -1,0 +1,141 @@
+"""The nuclei of an image of any kind, at a resolution to register at: never the full one, never whole channels."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import dask.array as da
+import numpy as np
+import xarray as xr
+from spatialdata import SpatialData
+from spatialdata.transformations import get_transformation
+
+from stimage_sd import contract
+from stimage_sd.nn.keypoints import Picture
+from stimage_sd.nn.nuclear_contrast import find_padding, haematoxylin, nuclear_contrast
+
+#: names of channels that show nuclei
+NUCLEAR = re.compile(r"dapi|hoechst|draq5|syto|histone|\bh3\b|\bdna", re.IGNORECASE)
+#: diameter of a nucleus, about, µm
+_NUCLEUS_UM = 8.0
+#: a working image is not smaller than this along its longer side, nor has more pixels than this
+_LEAST_SIDE, _MOST_PIXELS = 1024, 64_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class WorkingImage:
+    """An image at the resolution worked at.
+
+    Attributes
+    ----------
+    picture
+        The contrast of its nuclei.
+    to_full
+        ``(3, 3)``, from its pixels to those of the full resolution.
+    um
+        Micrometres a pixel, if those of the full resolution are as stated.
+    """
+
+    picture: Picture
+    to_full: np.ndarray
+    um: float
+
+
+def read_nuclei(
+    sdata: SpatialData, name: str, channel: str | None, *, pixel_um: float, working_um: float
+) -> WorkingImage:
+    """Read the nuclei of an image at about a working resolution, a chunk at a time.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    name
+        Name of the image.
+    channel
+        Name of the channel that shows nuclei; `None` finds it, or takes the haematoxylin of an H&E.
+    pixel_um
+        Micrometres a pixel of the image at full resolution.
+    working_um
+        Micrometres a pixel wanted. The coarsest level that is no coarser is read, and averaged over blocks. Less
+        is taken where the image would be small, more where it would be large.
+
+    Returns
+    -------
+    The image at that resolution.
+
+    Raises
+    ------
+    KeyError
+        If the channel is not there, or cannot be told.
+    ValueError
+        If the image shows nothing.
+    """
+    levels = contract.levels(sdata, name)
+    height, width = levels[0].shape[1:]
+    factor = min(working_um / pixel_um, max(height, width) / _LEAST_SIDE)
+    factor = max(1.0, factor, np.sqrt(height * width / _MOST_PIXELS))
+    steps = [_downsampling((height, width), level.shape[1:]) for level in levels]
+    number = max(index for index, step in enumerate(steps) if index == 0 or max(step) <= 1.001 * factor)
+    block = max(1, int(factor / max(steps[number]) + 1e-3))
+    if height * width / (max(steps[number]) * block) ** 2 > _MOST_PIXELS * 1.001:
+        block += 1
+    # three channels of fluorescence are no colours
+    coloured = contract.INSTRUMENT not in get_transformation(sdata.images[name], get_all=True)
+    nuclei = _nuclei(levels[number], channel, name, coloured=coloured)
+    values = np.empty(tuple(side // block for side in nuclei.shape), np.float16)
+    da.store(_block_means(nuclei, block).astype(np.float16), values, lock=False)
+    low, high = np.percentile(values[::4, ::4].astype(np.float32), [0.1, 99.8])
+    if high <= low:
+        raise ValueError(f"Expected nuclei in image {name!r}, found that it shows nothing: {low} nearly everywhere.")
+    intensity = _to_bytes(values, float(low), float(high))
+    del values
+    padding = find_padding(intensity)
+    along_y, along_x = (step * block for step in steps[number])
+    um = pixel_um * float(np.sqrt(along_y * along_x))
+    contrast = nuclear_contrast(intensity, padding, nucleus_px=max(_NUCLEUS_UM / um, 3.0))
+    return WorkingImage(Picture(contrast, padding), np.diag([along_x, along_y, 1.0]), um)
+
+
+def _downsampling(full: tuple[int, ...], level: tuple[int, ...]) -> tuple[float, ...]:
+    """Pixels of the full resolution to one of a level, along y and x; whole where a level is a rounded half."""
+    steps = []
+    for long, short in zip(full, level, strict=True):
+        whole = max(1, round(long / short))
+        steps.append(float(whole) if short in (long // whole, -(-long // whole)) else long / short)
+    return tuple(steps)
+
+
+def _nuclei(level: xr.DataArray, channel: str | None, name: str, *, coloured: bool) -> da.Array:
+    """Return the stain of nuclei, lazy ``float (y, x)``: haematoxylin, or the square root of a fluorescence channel."""
+    channels = [str(value) for value in level.coords["c"].values] if "c" in level.coords else []
+    named = [index for index, value in enumerate(channels) if NUCLEAR.search(value)]
+    if channel is not None and channel in channels:
+        named = [channels.index(channel)]
+    elif coloured and level.shape[0] == 3 and level.dtype == np.uint8 and not named:
+        whole = level.data.rechunk({0: -1})
+        return whole.map_blocks(haematoxylin, drop_axis=0, dtype=np.float32, meta=np.empty((0, 0), np.float32))
+    elif channel is not None or (not named and level.shape[0] > 1):
+        raise KeyError(
+            f"Found no channel {channel or 'of nuclei, such as DAPI or Hoechst,'} in image {name!r}; its channels: "
+            f"{channels}. Name one with `channel=`."
+        )
+    one = level.data[named[0] if named else 0].astype(np.float32)
+    return da.sqrt(da.clip(da.nan_to_num(one), 0.0, 4e9))
+
+
+def _block_means(image: da.Array, block: int) -> da.Array:
+    if block == 1:
+        return image
+    whole = image[: image.shape[0] // block * block, : image.shape[1] // block * block]
+    side = contract.CHUNK // block * block or block
+    return da.coarsen(np.mean, whole.rechunk((side, side)), {0: block, 1: block})
+
+
+def _to_bytes(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    out = np.empty(values.shape, np.uint8)
+    for start in range(0, len(values), contract.CHUNK):
+        rows = values[start : start + contract.CHUNK].astype(np.float32)
+        out[start : start + contract.CHUNK] = np.clip((rows - low) * (255 / (high - low)), 0, 255)
+    return out
