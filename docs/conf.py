@@ -1,4 +1,4 @@
-"""Sphinx configuration; the tutorials' notebooks are made from their sources and run during the build."""
+"""Sphinx configuration; the tutorials' notebooks are run anew during the build."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-import jupytext
+import nbformat
 import typer
 
 import stimage_sd
@@ -61,14 +61,16 @@ nb_merge_streams = True
 nb_output_stderr = "remove"
 
 
-def write_notebooks() -> None:
-    """Turn each `tutorials/*.py` into a notebook that MyST-NB runs."""
+def copy_notebooks() -> None:
+    """Lay each notebook of `tutorials/`, without its outputs, where MyST-NB runs it."""
     folder = DOCS / "tutorials"
     folder.mkdir(exist_ok=True)
-    for source in sorted((DOCS.parent / "tutorials").glob("[0-9]*.py")):
-        notebook = jupytext.read(source)
-        notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-        jupytext.write(notebook, folder / f"{source.stem}.ipynb")
+    for source in sorted((DOCS.parent / "tutorials").glob("[0-9]*.ipynb")):
+        notebook = nbformat.read(source, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "code":
+                cell.outputs, cell.execution_count = [], None
+        nbformat.write(notebook, folder / source.name)
 
 
 def write_help() -> None:
@@ -86,5 +88,5 @@ def write_help() -> None:
 beside = DOCS.parents[1] / "shared" / "data"
 if "STIMAGE_SD_DATA" not in os.environ and beside.is_dir():
     os.environ["STIMAGE_SD_DATA"] = str(beside)
-write_notebooks()
+copy_notebooks()
 write_help()

@@ -26,9 +26,9 @@ MAGNIFICATION_MPP = 10.0
 #: standard deviation of the blur where the scanner was out of focus, µm
 BLUR_UM = 5.0
 #: width of a felt-tip pen, µm, and the largest part of a small slide that it may be
-PEN_UM, PEN_SHARE = 700.0, 0.04
+PEN_UM, PEN_SHARE = 700.0, 0.08
 #: light that passes a pen's ink, in red, green and blue
-INKS = {"blue": (0.22, 0.30, 0.72), "green": (0.15, 0.52, 0.36), "black": (0.16, 0.16, 0.18)}
+INKS = {"blue": (0.14, 0.37, 0.63), "green": (0.15, 0.52, 0.36), "black": (0.16, 0.16, 0.18)}
 
 
 def synthetic_slide(

@@ -187,7 +187,8 @@ def _check_known(owners: np.ndarray, polygons: np.ndarray, cells: pd.DataFrame, 
 
 def in_boxes(points: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """Whether points ``(n, 2)`` lie in boxes ``(n, 4)``, or at most `NEAR_UM` outside."""
-    return ((points >= boxes[:, :2] - NEAR_UM) & (points <= boxes[:, 2:] + NEAR_UM)).all(axis=1)
+    inside = (points >= boxes[:, :2] - NEAR_UM) & (points <= boxes[:, 2:] + NEAR_UM)
+    return np.asarray(inside.all(axis=1))
 
 
 def _as_shapes(frame: geopandas.GeoDataFrame) -> geopandas.GeoDataFrame:
