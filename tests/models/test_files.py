@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 from stimage_sd import models
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import FORMAT_VERSION, write_model
-from stimage_sd.models._nb import NBModel, TileSpecification
+from stimage_sd.models._nb import NBModel
+from stimage_sd.models._specification import TileSpecification
 
 
 @pytest.fixture

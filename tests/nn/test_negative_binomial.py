@@ -260,3 +260,19 @@ def test_mean_only_fit_names_what_is_wrong():
         mean_only.fit_mean_only(np.array([[1.0], [0.5]]))
     with pytest.raises(ValueError, match=r"`size_factors` to be 2 positive numbers.* found shape \(3,\)"):
         mean_only.fit_mean_only(np.ones((2, 1)), np.ones(3))
+
+
+def test_the_interval_of_a_weighted_mixture_is_scipys() -> None:
+    random = np.random.default_rng(3)
+    r, p = random.uniform(0.3, 20, (4, 50)), random.uniform(0.05, 0.9, (4, 50))
+    # one cell of counts too large for the recurrence
+    r[:, 0], p[:, 0] = 40.0, 1e-3
+    weights = np.array([0.5, 0.3, 0.2, 0.0])
+    lower, upper = mixture_interval(r, p, coverage=0.8, weights=weights)
+    counts = np.arange(200_000)
+    for cell in range(50):
+        cdf = weights @ scipy.stats.nbinom.cdf(counts[None], r[:, cell, None], p[:, cell, None])
+        assert lower[cell] == (cdf < 0.1).sum()
+        assert upper[cell] == (cdf < 0.9).sum()
+    with pytest.raises(ValueError, match="Expected 4 `weights`"):
+        mixture_interval(r, p, weights=[0.5, 0.5])

@@ -11,43 +11,16 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 import pandas as pd
+from spatialdata import SpatialData
 
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import write_model
+from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.nn.negative_binomial_head import HEADS
 
 HeadName = Literal["paper", "dispersion"]
-
-
-@dataclass(frozen=True)
-class TileSpecification:
-    """What a section's tiles and embeddings must be for a model to predict on them.
-
-    Attributes
-    ----------
-    extractor, weights_hash
-        Name of the extractor and hash of its weights.
-    fields_of_view
-        Multiples of the tile's side that were embedded.
-    context_rings
-        Rings of neighbours whose embeddings are features too; 0: none.
-    input_px
-        Side of what the extractor saw, px.
-    side_px, size_um
-        Side of a tile in H&E pixels, and in micrometres where the resolution is known.
-    stain
-        Stain normalisation of the image that tiles were cut from (method, concentrations, reference), or
-        `None`.
-    """
-
-    extractor: str
-    weights_hash: str
-    fields_of_view: tuple[float, ...]
-    context_rings: int
-    input_px: int
-    side_px: float
-    size_um: float | None = None
-    stain: dict[str, Any] | None = None
+#: tiles from which on their number is not padded
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -97,6 +70,42 @@ class NBModel:
     def history(self) -> pd.DataFrame:
         """Losses, a row a member and epoch, with columns epoch, member, training_nll and validation_nll."""
         return pd.DataFrame(self.training["history"])
+
+    @property
+    def member_weights(self) -> np.ndarray:
+        """Weight of each member in the mixture: all alike, ``float64 (n_members,)``."""
+        return np.full(self.n_members, 1.0 / self.n_members)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What predictions say about their model."""
+        return {"extractor": self.tiles.extractor, "head": self.head, "n_members": self.n_members}
+
+    def open(self, sdata: SpatialData, *, section: str) -> NBSection:
+        """Check that a section is as the model expects, and bring its embeddings into the heads' space.
+
+        Parameters
+        ----------
+        sdata
+            The section.
+        section
+            Its name, for errors.
+
+        Returns
+        -------
+        The section, for `r_and_p`.
+
+        Raises
+        ------
+        KeyError
+            If the section was not tiled or embedded.
+        ValueError
+            If tiles, embeddings or staining are not those of the model; the error names the step to run again.
+        """
+        found = specification(sdata, self.tiles.extractor, context=self.tiles.context_rings > 0)
+        check_specification(found, self.tiles, section=section)
+        values = features(sdata, self.tiles)
+        return NBSection(self, self.features.reduce(values), self.features.strangeness(values))
 
     def r_and_p(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Parameters of the negative binomials.
@@ -179,6 +188,35 @@ class NBModel:
             f"on {self.tiles.extractor} (fields of view {list(self.tiles.fields_of_view)}, "
             f"context rings {self.tiles.context_rings}); trained on {sections}"
         )
+
+
+@dataclass(frozen=True)
+class NBSection:
+    """A section in the space of a model's heads.
+
+    Attributes
+    ----------
+    model
+        The model.
+    reduced
+        ``float32 (n_tiles, n_components)``.
+    strangeness
+        ``float32 (n_tiles,)``.
+    """
+
+    model: NBModel
+    reduced: np.ndarray
+    strangeness: np.ndarray
+
+    def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Parameters of the negative binomials of some tiles, each ``float32 (n_members, n_rows, n_genes)``."""
+        chosen = self.reduced[rows]
+        # padded to a few sizes, so that the head is compiled for these alone
+        size = min(_BLOCK, 1 << max(len(chosen) - 1, 1).bit_length())
+        padded = np.zeros((max(size, len(chosen)), chosen.shape[1]), dtype=np.float32)
+        padded[: len(chosen)] = chosen
+        r, p = self.model.r_and_p(padded)
+        return r[:, : len(chosen)], p[:, : len(chosen)]
 
 
 def _parameter_shapes(head: str, n_members: int, n_features: int, n_genes: int) -> dict[str, tuple[int, ...]]:

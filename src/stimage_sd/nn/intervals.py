@@ -15,8 +15,10 @@ import scipy.special
 from numpy.typing import ArrayLike
 
 
-def mixture_interval(r: ArrayLike, p: ArrayLike, *, coverage: float = 0.9) -> tuple[np.ndarray, np.ndarray]:
-    """Central interval of the equal-weight mixture of the members' negative binomials.
+def mixture_interval(
+    r: ArrayLike, p: ArrayLike, *, coverage: float = 0.9, weights: ArrayLike | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Central interval of the mixture of the members' negative binomials.
 
     Parameters
     ----------
@@ -26,6 +28,8 @@ def mixture_interval(r: ArrayLike, p: ArrayLike, *, coverage: float = 0.9) -> tu
         Probability of success, in (0, 1]; same shape as `r`.
     coverage
         Probability the interval should hold, in (0, 1).
+    weights
+        Weight of each member, (n_members,), no less than 0, their sum 1; equal unless given.
 
     Returns
     -------
@@ -54,6 +58,7 @@ def mixture_interval(r: ArrayLike, p: ArrayLike, *, coverage: float = 0.9) -> tu
     """
     successes, probability = _float_array(r), _float_array(p)
     _check_members(successes, probability)
+    share = _checked_weights(weights, successes.shape[0])
     if not 0 < coverage < 1:
         raise ValueError(f"Expected `coverage` to lie between 0 and 1, found {coverage}.")
     shape = successes.shape[1:]
@@ -67,7 +72,7 @@ def mixture_interval(r: ArrayLike, p: ArrayLike, *, coverage: float = 0.9) -> tu
     edges = np.linspace(0, bounds.shape[1], 8 * n_threads + 1).astype(int)
     with ThreadPoolExecutor(n_threads) as pool:
         runs = [
-            pool.submit(kernel, successes, probability, tail, bounds, start, stop)
+            pool.submit(kernel, successes, probability, share, tail, bounds, start, stop)
             for start, stop in itertools.pairwise(edges)
         ]
         for run in runs:
@@ -75,8 +80,8 @@ def mixture_interval(r: ArrayLike, p: ArrayLike, *, coverage: float = 0.9) -> tu
     left_out = np.flatnonzero(np.isnan(bounds[1]))
     if left_out.size:
         members = successes[:, left_out].astype(np.float64), probability[:, left_out].astype(np.float64)
-        bounds[0, left_out] = _mixture_quantile(*members, tail)
-        bounds[1, left_out] = _mixture_quantile(*members, 1 - tail)
+        bounds[0, left_out] = _mixture_quantile(*members, share, tail)
+        bounds[1, left_out] = _mixture_quantile(*members, share, 1 - tail)
     return bounds[0].reshape(shape), bounds[1].reshape(shape)
 
 
@@ -99,6 +104,15 @@ def _check_members(r: np.ndarray, p: np.ndarray) -> None:
         )
 
 
+def _checked_weights(weights: ArrayLike | None, n_members: int) -> np.ndarray:
+    if weights is None:
+        return np.full(n_members, 1.0 / n_members)
+    share = np.asarray(weights, dtype=np.float64)
+    if share.shape != (n_members,) or not (share >= 0).all() or abs(share.sum() - 1) > 1e-5:
+        raise ValueError(f"Expected {n_members} `weights`, none negative, that sum to 1, found {share}.")
+    return share / share.sum()
+
+
 @cache
 def _interval_kernel() -> Callable[..., None]:
     """Compile the recurrence on first use; numba is slow to import and not needed for likelihoods."""
@@ -110,17 +124,19 @@ def _interval_kernel() -> Callable[..., None]:
     # Threads of our own instead of numba's parallel loops: those may not be entered from two threads,
     # which is what dask does.
     @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-    def run(r: Any, p: Any, tail: float, bounds: Any, start: int, stop: int) -> None:  # pragma: no cover
+    def run(  # pragma: no cover
+        r: Any, p: Any, share: Any, tail: float, bounds: Any, start: int, stop: int
+    ) -> None:
         n_members = r.shape[0]
         term, slope, offset = np.empty(n_members), np.empty(n_members), np.empty(n_members)
-        low, high = tail * n_members, (1.0 - tail) * n_members
+        low, high = tail, 1.0 - tail
         for cell in range(start, stop):
             reachable: Any = True
             for member in range(n_members):
                 successes, success = np.float64(r[member, cell]), np.float64(p[member, cell])
                 log_zero = successes * math.log(success)
                 reachable &= log_zero > smallest_log
-                term[member] = math.exp(log_zero)
+                term[member] = share[member] * math.exp(log_zero)
                 # P(k) = P(k - 1) (k + r - 1) q / k = P(k - 1) (slope + offset / k)
                 slope[member] = 1.0 - success
                 offset[member] = (successes - 1.0) * (1.0 - success)
@@ -140,17 +156,17 @@ def _interval_kernel() -> Callable[..., None]:
     return run
 
 
-def _mixture_quantile(r: np.ndarray, p: np.ndarray, probability: float) -> np.ndarray:
+def _mixture_quantile(r: np.ndarray, p: np.ndarray, share: np.ndarray, probability: float) -> np.ndarray:
     """Smallest counts at which the mixture's distribution function reaches a probability."""
     means = r * (1 - p) / p
-    center = means.mean(axis=0)
-    spread = np.sqrt((means / p + means**2).mean(axis=0) - center**2)
+    center = share @ means
+    spread = np.sqrt(np.maximum(share @ (means / p + means**2) - center**2, 0))
     odds = np.sqrt(probability / (1 - probability))
     # Cantelli's inequality, for whatever distribution.
     low = np.floor(np.maximum(center - spread / odds, 0)) - 1
     high = np.ceil(center + spread * odds)
     while np.any(high - low > 1):
         middle = np.floor((low + high) / 2)
-        below = scipy.special.betainc(r, middle + 1, p).mean(axis=0) < probability
+        below = share @ scipy.special.betainc(r, middle + 1, p) < probability
         low, high = np.where(below, middle, low), np.where(below, high, middle)
     return high

@@ -16,10 +16,10 @@ from spatialdata import SpatialData
 from stimage_sd import __version__, contract
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._nb import HeadName, NBModel
+from stimage_sd.models._specification import common_specification, features
 from stimage_sd.nn.intervals import mixture_interval
 from stimage_sd.nn.mean_only import fit_mean_only
 from stimage_sd.nn.negative_binomial_head import HEADS
-from stimage_sd.tl._specification import common_specification, features
 from stimage_sd.tl._split import held_out_tiles
 from stimage_sd.tl._training import TrainingData, train
 

@@ -12,11 +12,10 @@ from tqdm.auto import tqdm
 
 from stimage_sd import contract
 from stimage_sd._squidpy import spatial_uns
-from stimage_sd.models._nb import NBModel
+from stimage_sd.models._predictor import OpenedSection, Predictor
 from stimage_sd.nn import negative_binomial
 from stimage_sd.nn.intervals import mixture_interval
 from stimage_sd.tl._fit_nb import COVERAGE
-from stimage_sd.tl._specification import check_specification, features, specification
 
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
 #: elements (members x tiles x genes) that are computed at a time
@@ -25,7 +24,7 @@ _BLOCK = 8_000_000
 
 def predict(
     data: SpatialData | contract.Cohort,
-    model: NBModel,
+    model: Predictor,
     *,
     size_factors: Literal["total"] | None = None,
     conformal: bool = True,
@@ -81,21 +80,15 @@ def predict(
     if size_factors is not None and model.total is None:
         raise ValueError('The model was fitted without size factors; `size_factors="total"` has no meaning for it.')
     cohort = contract.sections(data)
+    # all are checked before any is written
+    opened = {name: model.open(sdata, section=name) for name, sdata in cohort.items()}
     for name, sdata in cohort.items():
-        found = specification(sdata, model.tiles.extractor, context=model.tiles.context_rings > 0)
-        check_specification(found, model.tiles, section=name)
-    for sdata in cohort.values():
         table = contract.tiles(sdata)
         kept = table[table.obs["keep"].to_numpy()]
         factors = _size_factors(sdata, kept, model, size_factors, table_key)
-        values = features(sdata, model.tiles)
-        layers = _distribution(
-            model,
-            model.features.reduce(values),
-            factors,
-            level=model.interval_level if conformal else COVERAGE,
-            label=contract.sample(sdata),
-        )
+        level = model.interval_level if conformal else COVERAGE
+        section = opened[name]
+        layers = _distribution(model, section, factors, level=level, label=contract.sample(sdata))
         predictions = ad.AnnData(
             X=layers.pop("mean"),
             obs=kept.obs.drop(columns=contract.REGION_KEY).copy(),
@@ -105,23 +98,23 @@ def predict(
             layers=layers,
             obsm={"spatial": np.asarray(kept.obsm["spatial"]).copy()},
         )
-        predictions.obs["ood_score"] = model.features.strangeness(values)
+        predictions.obs["ood_score"] = section.strangeness
         predictions.obs["size_factor"] = factors
         predictions.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=contract.tiling(sdata)["side_px"])
         predictions.uns["prediction"] = {
-            "extractor": model.tiles.extractor,
-            "head": model.head,
-            "n_members": model.n_members,
+            **model.description,
             "coverage": COVERAGE,
-            "interval_level": model.interval_level if conformal else COVERAGE,
+            "interval_level": level,
             "trained_on": list(model.training.get("sections", [])),
         }
         contract.write_predictions(sdata, predictions)
-        contract.record(sdata, "tl.predict", n_genes=len(model.genes), n_members=model.n_members, conformal=conformal)
+        contract.record(
+            sdata, "tl.predict", n_genes=len(model.genes), n_members=len(model.member_weights), conformal=conformal
+        )
 
 
 def _size_factors(
-    sdata: SpatialData, kept: ad.AnnData, model: NBModel, size_factors: str | None, table_key: str | None
+    sdata: SpatialData, kept: ad.AnnData, model: Predictor, size_factors: str | None, table_key: str | None
 ) -> np.ndarray:
     factors = np.ones(kept.n_obs, dtype=np.float32)
     if size_factors == "total" and model.total is not None:
@@ -131,24 +124,23 @@ def _size_factors(
 
 
 def _distribution(
-    model: NBModel, reduced: np.ndarray, factors: np.ndarray, *, level: float, label: str
+    model: Predictor, section: OpenedSection, factors: np.ndarray, *, level: float, label: str
 ) -> dict[str, np.ndarray]:
-    """Mean, variances and interval, a block of tiles at a time."""
-    shape = (len(reduced), len(model.genes))
+    """Mean, variances and interval of the mixture, a block of tiles at a time."""
+    weights = np.asarray(model.member_weights, dtype=np.float32)
+    shape = (len(factors), len(model.genes))
     out = {name: np.empty(shape, dtype=np.float32) for name in ("mean", *LAYERS)}
-    step = max(1, _BLOCK // (model.n_members * shape[1]))
+    step = max(1, _BLOCK // (len(weights) * shape[1]))
     with tqdm(total=shape[0], desc=f"{label}: predicting", unit="tile") as bar:
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            block = np.zeros((step, reduced.shape[1]), dtype=np.float32)  # one shape, compiled once
-            block[: rows.stop - start] = reduced[rows]
-            r, p = (values[:, : rows.stop - start] for values in model.r_and_p(block))
+            r, p = section.r_and_p(rows)
             r = r * factors[rows][None, :, None]
             mean = np.asarray(negative_binomial.mean(r=r, p=p))
-            out["mean"][rows] = mean.mean(axis=0)
-            out["aleatoric"][rows] = np.asarray(negative_binomial.variance(r=r, p=p)).mean(axis=0)
-            out["epistemic"][rows] = mean.var(axis=0)
-            out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level)
+            out["mean"][rows] = np.tensordot(weights, mean, axes=1)
+            out["aleatoric"][rows] = np.tensordot(weights, np.asarray(negative_binomial.variance(r=r, p=p)), axes=1)
+            out["epistemic"][rows] = np.tensordot(weights, (mean - out["mean"][rows]) ** 2, axes=1)
+            out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level, weights=weights)
             bar.update(rows.stop - start)
     out["total_variance"] = out["aleatoric"] + out["epistemic"]
     return out

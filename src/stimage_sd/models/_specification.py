@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models._nb import TileSpecification
 
 #: tiles whose sides differ by less are the same to an extractor
 _TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class TileSpecification:
+    """What a section's tiles and embeddings must be for a model to predict on them.
+
+    Attributes
+    ----------
+    extractor, weights_hash
+        Name of the extractor and hash of its weights.
+    fields_of_view
+        Multiples of the tile's side that were embedded.
+    context_rings
+        Rings of neighbours whose embeddings are features too; 0: none.
+    input_px
+        Side of what the extractor saw, px.
+    side_px, size_um
+        Side of a tile in H&E pixels, and in micrometres where the resolution is known.
+    stain
+        Stain normalisation of the image that tiles were cut from (method, concentrations, reference), or
+        `None`.
+    """
+
+    extractor: str
+    weights_hash: str
+    fields_of_view: tuple[float, ...]
+    context_rings: int
+    input_px: int
+    side_px: float
+    size_um: float | None = None
+    stain: dict[str, Any] | None = None
 
 
 def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -> TileSpecification:
