@@ -268,11 +268,11 @@ def test_the_interval_of_a_weighted_mixture_is_scipys() -> None:
     # one cell of counts too large for the recurrence
     r[:, 0], p[:, 0] = 40.0, 1e-3
     weights = np.array([0.5, 0.3, 0.2, 0.0])
-    lower, upper = mixture_interval(r, p, coverage=0.8, weights=weights)
+    lower, upper = intervals.mixture_interval(r, p, coverage=0.8, weights=weights)
     counts = np.arange(200_000)
     for cell in range(50):
         cdf = weights @ scipy.stats.nbinom.cdf(counts[None], r[:, cell, None], p[:, cell, None])
         assert lower[cell] == (cdf < 0.1).sum()
         assert upper[cell] == (cdf < 0.9).sum()
     with pytest.raises(ValueError, match="Expected 4 `weights`"):
-        mixture_interval(r, p, weights=[0.5, 0.5])
+        intervals.mixture_interval(r, p, weights=[0.5, 0.5])
