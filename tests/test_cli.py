@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import os
 import shutil
 import subprocess
@@ -304,7 +305,7 @@ def test_evaluate_prints_and_writes_the_scores(predicted: Path, tmp_path: Path) 
     assert outcome.exit_code == 0, outcome.output
     scores = tl.evaluate(spatialdata.read_zarr(predicted))
     pd.testing.assert_frame_equal(pd.read_csv(csv), scores, check_dtype=False, rtol=1e-5)
-    assert f"Pearson (log1p)         {scores['pearson'].mean():.3f}" in outcome.output
+    assert re.search(rf"Pearson \(log1p\) +{scores['pearson'].mean():.3f}\n", outcome.output)
     best = scores.loc[scores["pearson"].idxmax()]
     assert f"best predicted: {best['gene']} {best['pearson']:.2f}" in outcome.output
     assert "pass --overwrite" in refused("evaluate", predicted, "--csv", csv)
