@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import re
 import subprocess
 import sys
 import types
@@ -16,13 +17,16 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from stimage_sd.models import _extractors, _weights
+from stimage_sd.models import _extractors, _pretrained, _weights
 from stimage_sd.models._extractors import extractors, get_extractor, register_extractor
+from stimage_sd.nn.densenet import DenseNet121
 from stimage_sd.nn.efficientnet import EfficientNetLite0
 from stimage_sd.nn.layers import ConvNorm, conv_norm, global_mean
 from stimage_sd.nn.resnet import ResNet50
+from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
-BUILT_IN = ("efficientnet_lite0", "resnet50")
+CONVOLUTIONAL = ("densenet121", "efficientnet_lite0", "resnet50")
+BUILT_IN = (*CONVOLUTIONAL, "vit_b_16", "vit_base_patch16_224")
 
 
 def torch_arrays(names: list[tuple[ConvNorm, str, str]]) -> dict[str, np.ndarray]:
@@ -49,7 +53,24 @@ def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arrays |= {"fc.weight": np.zeros((1000, 2048), np.float32), "fc.bias": np.zeros(1000, np.float32)}
     arrays["bn1.num_batches_tracked"] = np.array(3)
     safetensors.numpy.save_file(arrays, folder / "resnet50.safetensors")
+    safetensors.numpy.save_file(densenet121_arrays(), folder / "densenet121.safetensors")
     return folder
+
+
+def densenet121_arrays() -> dict[str, np.ndarray]:
+    """Random weights under the names of torchvision's released file, which differ from its network's."""
+    random = np.random.default_rng(6)
+    network = nnx.eval_shape(lambda: DenseNet121(rngs=nnx.Rngs(0)))
+    arrays = {}
+    for name, variable in _pretrained.densenet121_names(network).items():
+        shape = variable.shape
+        if len(shape) == 4:
+            array = random.normal(0, (2 / np.prod(shape[:3])) ** 0.5, shape).transpose(3, 2, 0, 1)
+        else:
+            array = random.uniform(0.5, 1.5, shape) if name.endswith(("weight", "var")) else np.zeros(shape)
+        released = re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", name)
+        arrays[released] = np.ascontiguousarray(array, np.float32)
+    return arrays
 
 
 @pytest.fixture
@@ -71,7 +92,7 @@ def random_tiles(count: int, size: int) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("_weights_found")
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_contract(name):
     extractor = get_extractor(name)
     tiles = random_tiles(5, 64)
@@ -93,7 +114,9 @@ def test_contract(name):
 
 
 @pytest.mark.usefixtures("_weights_found")
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize(
+    "name", ["efficientnet_lite0", "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)]
+)
 def test_module_is_the_same_network(name):
     extractor = get_extractor(name)
     tiles = random_tiles(2, 64)
@@ -154,7 +177,7 @@ def test_built_in_names():
 
 
 def test_unknown_name_lists_the_known():
-    with pytest.raises(KeyError, match=r"'resnet51'; there are efficientnet_lite0, resnet50\. Add one"):
+    with pytest.raises(KeyError, match=r"'resnet51'; there are densenet121, efficientnet_lite0, .*\. Add one"):
         get_extractor("resnet51")
 
 
@@ -271,6 +294,27 @@ def test_missing_resnet50_weights_say_where_was_looked(monkeypatch, tmp_path):
         get_extractor("resnet50")
     with pytest.raises(FileNotFoundError, match=r"absent\.safetensors, found none"):
         get_extractor("resnet50", weights=tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize("name", ["densenet121", "vit_base_patch16_224", "vit_b_16"])
+def test_other_missing_weights_say_where_was_looked(name, monkeypatch, tmp_path):
+    monkeypatch.setattr(_weights, "find_spec", lambda name: None)
+    monkeypatch.setenv("STIMAGE_SD_WEIGHTS", str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match=rf"no weights of {name}\. .*{name}\.safetensors \(no such file\)"
+    ) as found:
+        get_extractor(name)
+    # torchvision's are on no hub under that name
+    assert ("huggingface_hub" in str(found.value)) == (name != "vit_b_16")
+
+
+def test_vision_transformer_of_another_size_is_refused(tmp_path):
+    network = nnx.eval_shape(lambda: VisionTransformer(SIZES["tiny"], rngs=nnx.Rngs(0)))
+    names = _pretrained.vision_transformer_names(network, torchvision=False)
+    arrays = {name: np.zeros(variable.shape[::-1], np.float32) for name, variable in names.items()}
+    safetensors.numpy.save_file(arrays, tmp_path / "tiny.safetensors")
+    with pytest.raises(ValueError, match=r"'cls_token' to have the shape \(1, 1, 768\), found"):
+        get_extractor("vit_base_patch16_224", weights=tmp_path / "tiny.safetensors")
 
 
 def test_missing_efficientnet_package_is_named(monkeypatch):

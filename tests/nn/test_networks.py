@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,14 +10,23 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from stimage_sd.nn import layers, onnx_graph
+from stimage_sd.nn.densenet import Convolution, DenseNet121, Norm, halve
 from stimage_sd.nn.efficientnet import EfficientNetLite0, InvertedResidual
+from stimage_sd.nn.parts import parts_of, variables_of
 from stimage_sd.nn.resnet import ResNet50
+from stimage_sd.nn.vision_transformer import SIZES, Block, Size, VisionTransformer
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-NETWORKS = {"efficientnet_lite0": (EfficientNetLite0, 1280), "resnet50": (ResNet50, 2048)}
+NORM_RANGES = (("scale", 0.7, 1.3), ("bias", -0.3, 0.3), ("mean", -0.3, 0.3), ("variance", 0.7, 1.5))
+NETWORKS = {
+    "efficientnet_lite0": (EfficientNetLite0, 1280),
+    "resnet50": (ResNet50, 2048),
+    "densenet121": (DenseNet121, 1024),
+}
 
 
 def with_random_weights(network: type[nnx.Module]) -> nnx.Module:
@@ -23,6 +34,13 @@ def with_random_weights(network: type[nnx.Module]) -> nnx.Module:
     random = np.random.default_rng(7)
     built = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
     for _, layer in nnx.iter_modules(built):
+        if isinstance(layer, Convolution):
+            deviation = (2 / np.prod(layer.kernel.shape[:3])) ** 0.5
+            layer.kernel.set_value(jnp.asarray(random.normal(0, deviation, layer.kernel.shape), jnp.float32))
+        if isinstance(layer, Norm):
+            channels = layer.scale.shape
+            for name, low, high in NORM_RANGES:
+                getattr(layer, name).set_value(jnp.asarray(random.uniform(low, high, channels), jnp.float32))
         if isinstance(layer, layers.ConvNorm):
             shape = layer.kernel.shape
             fan_in = np.prod(shape[:2] if layer.depthwise else shape[:3])
@@ -39,7 +57,10 @@ def with_random_weights(network: type[nnx.Module]) -> nnx.Module:
     return built
 
 
-@pytest.fixture(scope="module", params=sorted(NETWORKS))
+@pytest.fixture(
+    scope="module",
+    params=["efficientnet_lite0", "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)],
+)
 def network(request: pytest.FixtureRequest) -> tuple[nnx.Module, onnxruntime.InferenceSession]:
     kind, size = NETWORKS[request.param]
     built = with_random_weights(kind)
@@ -113,6 +134,77 @@ def test_conv_norm_is_convolution_then_normalisation(kernel_size, stride):
     deviation = jnp.sqrt(layer.variance[...] + 1e-3)
     expected = (convolved - layer.mean[...]) / deviation * layer.scale[...] + layer.bias[...]
     np.testing.assert_allclose(layers.conv_norm(value, layer), expected, rtol=1e-5, atol=1e-5)
+
+
+SMALL_VIT = partial(VisionTransformer, Size(128, 5), patch_px=8, image_px=32)
+PARTED = {**{name: network for name, (network, _) in NETWORKS.items()}, "vit": SMALL_VIT}
+
+
+@pytest.mark.parametrize("name", sorted(PARTED))
+def test_parts_share_no_variable_and_have_all(name):
+    network = nnx.eval_shape(lambda: PARTED[name](rngs=nnx.Rngs(0)))
+    parts = parts_of(network)
+    each = [{id(variable) for variable in variables_of(part)} for part in parts]
+    together = {id(node) for _, node in nnx.iter_graph(network) if isinstance(node, nnx.Variable)}
+    assert len(parts) == 4
+    assert all(each)
+    assert sum(map(len, each)) == len(together)
+    assert set.union(*each) == together
+
+
+def test_halving_leaves_an_odd_row_out():
+    value = jnp.arange(15.0).reshape(1, 3, 5, 1)
+    expected = np.arange(15.0).reshape(3, 5)[:2, :4].reshape(1, 2, 2, 2).mean(axis=(1, 3))
+    np.testing.assert_allclose(halve(value)[0, :, :, 0], expected)
+
+
+def test_attention_is_a_weighted_mean_of_values():
+    random = np.random.default_rng(0)
+    block = Block(128, rngs=nnx.Rngs(1))
+    for layer in (block.queries_keys_values, block.project, block.expand, block.contract):
+        layer.bias.set_value(jnp.asarray(random.normal(0, 0.3, layer.bias.shape), jnp.float32))
+    tokens = random.normal(size=(2, 7, 128))
+
+    def normalised(value):
+        return (value - value.mean(axis=-1, keepdims=True)) / np.sqrt(value.var(axis=-1, keepdims=True) + 1e-6)
+
+    def dense(value, layer):
+        return value @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...], np.float64)
+
+    packed = dense(normalised(tokens), block.queries_keys_values)
+    heads = []
+    for head in range(2):
+        queries, keys, values = (packed[..., start + 64 * head :][..., :64] for start in (0, 128, 256))
+        weights = np.exp(queries @ keys.transpose(0, 2, 1) / 8)
+        heads.append(weights / weights.sum(axis=-1, keepdims=True) @ values)
+    middle = tokens + dense(np.concatenate(heads, axis=-1), block.project)
+    inner = dense(normalised(middle), block.expand)
+    expected = middle + dense(inner * stats.norm.cdf(inner), block.contract)
+    np.testing.assert_allclose(block(jnp.asarray(tokens, jnp.float32)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_vision_transformer_tells_where_a_patch_lies():
+    network = SMALL_VIT(rngs=nnx.Rngs(0))
+    network.positions.set_value(jax.random.normal(jax.random.key(1), network.positions.shape))
+    tiles = np.zeros((2, 32, 32, 3), np.float32)
+    tiles[0, :8, :8] = tiles[1, -8:, -8:] = 1
+    first, second = network(jnp.asarray(tiles))
+    assert np.abs(first - second).max() > 1e-3
+    with pytest.raises(ValueError, match="tiles of 32 px, found 40 by 32 px"):
+        network(jnp.zeros((1, 40, 32, 3)))
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "message"),
+    [
+        (Size(100, 12), {}, "multiple of 64, found 100"),
+        (Size(64, 2), {}, "at least 4 blocks"),
+        (SIZES["tiny"], {"image_px": 100}, "found 12 and 100 px in patches of 16 px"),
+    ],
+)
+def test_impossible_vision_transformers_are_refused(size, options, message):
+    with pytest.raises(ValueError, match=message):
+        VisionTransformer(size, rngs=nnx.Rngs(0), **options)
 
 
 @given(size=st.integers(1, 400), kernel_size=st.sampled_from([1, 3, 5, 7]), stride=st.integers(1, 3))

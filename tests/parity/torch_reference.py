@@ -1,9 +1,9 @@
-"""EfficientNet-Lite0 and ResNet-50 in plain torch: an independent reference for the Flax modules.
+"""torchvision's and timm's networks, and EfficientNet-Lite0 in plain torch: references for the Flax modules.
 
-Run in an environment with torch, numpy and safetensors: `python torch_reference.py LITE0_PTH FOLDER`. It
-writes to FOLDER the weights (`<network>.safetensors`), tiles and outputs (`<network>.npz`, with the
-gradient of the summed squared outputs by the stem's kernel), and a file in torch's old format
-(`legacy.pth`) with what torch itself reads from it (`legacy.npz`).
+Run in an environment with torch, torchvision, timm, numpy and safetensors:
+`python torch_reference.py LITE0_PTH FOLDER`. It writes to FOLDER the weights (`<network>.safetensors`), tiles and
+outputs (`<network>.npz`, with the gradient of the summed squared outputs by the first convolution's kernel), and a
+file in torch's old format (`legacy.pth`) with what torch itself reads from it (`legacy.npz`).
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
+import torchvision
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 SIZES = (224, 299)
+GRADIENT_SIZE = 224
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HALF = (0.5, 0.5, 0.5)
 
 
 class SamePadded(nn.Conv2d):
@@ -83,72 +88,50 @@ class Lite0(nn.Module):
         return functional.adaptive_avg_pool2d(value, 1).flatten(1)
 
 
-class ResBlock(nn.Module):
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(before, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.downsample = nn.Sequential()
-        if stride > 1 or before != 4 * width:
-            convolution = nn.Conv2d(before, 4 * width, 1, stride, bias=False)
-            self.downsample = nn.Sequential(convolution, nn.BatchNorm2d(4 * width))
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        inner = torch.relu(self.bn1(self.conv1(value)))
-        inner = torch.relu(self.bn2(self.conv2(inner)))
-        return torch.relu(self.bn3(self.conv3(inner)) + self.downsample(value))
-
-
-class Res50(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.layer1 = nn.Sequential(ResBlock(64, 64, 1), *(ResBlock(256, 64, 1) for _ in range(2)))
-        self.layer2 = nn.Sequential(ResBlock(256, 128, 2), *(ResBlock(512, 128, 1) for _ in range(3)))
-        self.layer3 = nn.Sequential(ResBlock(512, 256, 2), *(ResBlock(1024, 256, 1) for _ in range(5)))
-        self.layer4 = nn.Sequential(ResBlock(1024, 512, 2), *(ResBlock(2048, 512, 1) for _ in range(2)))
-        self.fc = nn.Linear(2048, 1000)
-
-    def forward(self, value: torch.Tensor) -> torch.Tensor:
-        value = functional.max_pool2d(torch.relu(self.bn1(self.conv1(value))), 3, 2, 1)
-        value = self.layer4(self.layer3(self.layer2(self.layer1(value))))
-        return value.mean((2, 3))
-
-
-def randomise_norms(network: nn.Module) -> None:
-    """Give batch norms scales, biases and statistics that are not the identity."""
+def randomise(network: nn.Module) -> None:
+    """Give norms, tokens and attention weights that are not those that networks start with."""
     for part in network.modules():
-        if isinstance(part, nn.BatchNorm2d):
+        if isinstance(part, nn.BatchNorm2d | nn.LayerNorm):
             nn.init.uniform_(part.weight, 0.5, 1.0)
             nn.init.normal_(part.bias, 0, 0.1)
+        if isinstance(part, nn.BatchNorm2d):
             nn.init.normal_(part.running_mean, 0, 0.1)
             nn.init.uniform_(part.running_var, 0.5, 1.5)
+    for name, parameter in network.named_parameters():
+        if name.endswith(("cls_token", "class_token")):
+            nn.init.normal_(parameter, 0, 0.5)
+        if name.endswith(("qkv.weight", "in_proj_weight", "qkv.bias", "in_proj_bias")):
+            nn.init.normal_(parameter, 0, 0.1)
 
 
-def write(network: nn.Module, name: str, folder: Path, *, mean: list[float], std: list[float]) -> None:
+def write(
+    network: nn.Module,
+    name: str,
+    folder: Path,
+    *,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+    sizes: tuple[int, ...] = SIZES,
+    classifier: str | None = None,
+) -> None:
     network.eval()
     save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / f"{name}.safetensors")
+    if classifier is not None:
+        setattr(network, classifier, nn.Identity())
     arrays = {}
-    stem = next(network.parameters())
-    for size in SIZES:
+    stem = next(parameter for parameter in network.parameters() if parameter.ndim == 4)
+    for size in sizes:
         tiles = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8)
         tiles[1] = 255
         tiles[2, :, : size // 2] = 0
         normalised = (tiles.permute(0, 3, 1, 2) / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
             :, None, None
         ]
-        outputs = network(normalised)
-        gradient = torch.autograd.grad(outputs.square().sum(), stem)[0]
-        arrays |= {
-            f"tiles_{size}": tiles.numpy(),
-            f"outputs_{size}": outputs.detach().numpy(),
-            f"gradient_{size}": gradient.numpy(),
-        }
+        with torch.set_grad_enabled(size == GRADIENT_SIZE):
+            outputs = network(normalised)
+        arrays |= {f"tiles_{size}": tiles.numpy(), f"outputs_{size}": outputs.detach().numpy()}
+        if size == GRADIENT_SIZE:
+            arrays["gradient"] = torch.autograd.grad(outputs.square().sum(), stem)[0].numpy()
     np.savez(folder / f"{name}.npz", **arrays)
 
 
@@ -173,11 +156,24 @@ def write_legacy(folder: Path) -> None:
 def main(lite0_weights: Path, folder: Path) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    lite0, res50 = Lite0(), Res50()
+    lite0 = Lite0()
     lite0.load_state_dict(torch.load(lite0_weights, weights_only=True))
-    randomise_norms(res50)
-    write(lite0, "efficientnet_lite0", folder, mean=[127 / 255] * 3, std=[128 / 255] * 3)
-    write(res50, "resnet50", folder, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    write(lite0, "efficientnet_lite0", folder, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    for name, classifier in (("resnet50", "fc"), ("densenet121", "classifier")):
+        network = torchvision.models.get_model(name)
+        randomise(network)
+        write(network, name, folder, classifier=classifier)
+    network = torchvision.models.vit_b_16()
+    randomise(network)
+    write(network, "vit_b_16", folder, sizes=(224,), classifier="heads")
+    for name in ("vit_base_patch16_224", "vit_tiny_patch16_224"):
+        network = timm.create_model(name)
+        randomise(network)
+        write(network, name, folder, mean=HALF, std=HALF, sizes=(224,), classifier="head")
+    for name in ("resnet50", "densenet121"):
+        network = timm.create_model(name)
+        randomise(network)
+        write(network, f"timm_{name}", folder, sizes=(224,), classifier="fc" if name == "resnet50" else "classifier")
     write_legacy(folder)
 
 

@@ -12,8 +12,8 @@ import pytest
 from matplotlib.text import Text
 from scipy import stats
 
-from stimage_sd import contract, pl
-from stimage_sd.pl._calibration import LEVELS, coverage
+from stimage_sd import contract, pl, tl
+from stimage_sd.pl._calibration import KEPT, LEVELS, coverage
 
 
 def line(ax: plt.Axes, label: str) -> np.ndarray:
@@ -138,7 +138,7 @@ def test_coverage_without_excess_variance_is_the_poissons() -> None:
 
 def test_calibration_marks_the_stored_interval(result) -> None:
     axes = pl.calibration(result.section)
-    assert len(axes) == 2
+    assert len(axes) == 3
     assert axes[0].get_xlabel() == "nominal coverage"
     (star,) = [drawn for drawn in axes[0].lines if drawn.get_marker() == "*"]
     assert star.get_xydata()[0] == pytest.approx([0.9, result.scores["coverage"].mean()])
@@ -157,6 +157,18 @@ def test_calibration_groups_errors_by_predicted_deviation(result) -> None:
     )
 
 
+def test_calibration_draws_the_risk_of_the_tiles_that_are_kept(result) -> None:
+    ax = pl.calibration(result.section)[2]
+    for kind in ("total", "epistemic"):
+        table = tl.risk_coverage(result.section, uncertainty=kind, coverages=KEPT)
+        expected = (table["risk"] / table["random"]).groupby(table["coverage"]).mean()
+        np.testing.assert_allclose(line(ax, f"least {kind} uncertainty")[:, 1], expected, rtol=1e-6)
+        assert line(ax, f"least {kind} uncertainty")[-1] == pytest.approx([1.0, 1.0])
+    best = line(ax, "least error")[:, 1]
+    assert (np.diff(best) >= 0).all()
+    assert (best <= line(ax, "least total uncertainty")[:, 1] + 1e-12).all()
+
+
 def test_calibration_of_chosen_genes(result) -> None:
     ax = pl.calibration(result.section, genes=["G0", "G2"])[0]
     assert ax.get_title() == "coverage, 200 counts"
@@ -172,5 +184,5 @@ def test_calibration_refuses(result, make_spots, make_slide) -> None:
         pl.calibration(result.section, genes=["G99"])
     with pytest.raises(KeyError, match=r"has no predictions\. Run"):
         pl.calibration(make_spots(n_side=4))
-    with pytest.raises(ValueError, match="Expected `ax` to be 2 axes"):
+    with pytest.raises(ValueError, match="Expected `ax` to be 3 axes"):
         pl.calibration(result.section, ax=[plt.subplots()[1]])

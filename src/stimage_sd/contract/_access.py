@@ -21,6 +21,7 @@ from stimage_sd.contract._names import (
     BINS,
     CELLS,
     COUNTS,
+    GENE_CLASSES,
     NUCLEI,
     PREDICTIONS,
     PROTEINS,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 #: what a section's units were measured for
 Against = Literal["counts", "proteins"]
-_NOT_COUNTS = (TILES, PREDICTIONS, PROTEINS, SPOT_PROTEINS)
+_NOT_COUNTS = (TILES, PREDICTIONS, GENE_CLASSES, PROTEINS, SPOT_PROTEINS)
 
 
 def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
@@ -369,10 +370,35 @@ def predictions(sdata: SpatialData) -> AnnData:
 
 def write_predictions(sdata: SpatialData, table: AnnData) -> None:
     """Write the table of predictions, which annotates the tiles; replaces an earlier one."""
+    _write_over_tiles(sdata, PREDICTIONS, table)
+
+
+def gene_classes(sdata: SpatialData) -> AnnData:
+    """Return the table of predicted classes of genes.
+
+    Raises
+    ------
+    KeyError
+        If none were predicted yet.
+    """
+    if GENE_CLASSES not in sdata.tables:
+        raise KeyError(
+            f"Section {sample(sdata)!r} has no predicted classes of genes. Run "
+            "`stimage_sd.tl.predict(sdata, classifier)` with a classifier of `stimage_sd.tl.fit_gene_classifier` first."
+        )
+    return sdata.tables[GENE_CLASSES]
+
+
+def write_gene_classes(sdata: SpatialData, table: AnnData) -> None:
+    """Write the table of predicted classes of genes, which annotates the tiles; replaces an earlier one."""
+    _write_over_tiles(sdata, GENE_CLASSES, table)
+
+
+def _write_over_tiles(sdata: SpatialData, name: str, table: AnnData) -> None:
     parsed = annotate(table, region=TILE_SQUARES)
-    if PREDICTIONS in sdata.tables:
-        del sdata.tables[PREDICTIONS]
-    sdata.tables[PREDICTIONS] = parsed
+    if name in sdata.tables:
+        del sdata.tables[name]
+    sdata.tables[name] = parsed
 
 
 def align_to_spots(

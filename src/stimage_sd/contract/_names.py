@@ -26,6 +26,8 @@ TILES = "tiles"
 #: the tiles' geometry; SpatialData wants every element's name unique, so it cannot be "tiles" as well
 TILE_SQUARES = "tile_squares"
 PREDICTIONS = "predictions"
+#: predicted classes of genes, High or Low
+GENE_CLASSES = "gene_classes"
 
 #: coordinate system of the instrument that measured: micrometres, before they are placed on the H&E
 INSTRUMENT = "instrument"

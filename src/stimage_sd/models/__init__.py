@@ -6,9 +6,14 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
+    submodules=["baselines"],
     submod_attrs={
+        "_baseline_model": ["BaselineModel"],
+        "_combined": ["CombinedModel"],
         "_extractors": ["Extractor", "extractors", "get_extractor", "register_extractor"],
         "_files": ["load"],
+        "_finetuned": ["FinetunedModel"],
+        "_gene_classifier": ["GeneClassifier"],
         "_nb": ["NBModel"],
     },
 )

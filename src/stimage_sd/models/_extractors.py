@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,16 @@ import onnxruntime
 from flax import nnx
 from numpy.typing import NDArray
 
-from stimage_sd.models._weights import load_efficientnet_lite0, load_resnet50, sha256_of_arrays
+from stimage_sd.models._foundation import FOUNDATION_MODELS, load_foundation
+from stimage_sd.models._pretrained import load_densenet121, load_vision_transformer
+from stimage_sd.models._weights import abstract, load_efficientnet_lite0, load_resnet50, sha256_of_arrays
 from stimage_sd.nn import onnx_graph
+from stimage_sd.nn.densenet import DenseNet121
+from stimage_sd.nn.efficientnet import EfficientNetLite0
+from stimage_sd.nn.parts import parts_of, run_parts
+from stimage_sd.nn.resnet import ResNet50
+from stimage_sd.nn.tissue_statistics import N_STATISTICS, tissue_statistics
+from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
 Tiles = NDArray[np.uint8]
 Embeddings = NDArray[np.float32]
@@ -28,6 +36,8 @@ Run = Callable[[Tiles], Any]
 # Tiles in one run of ONNX Runtime. From 8 on the activations leave the cache, which is slower, and they
 # take 20 MB a tile of 299 px.
 ONNX_BATCH = 2
+#: of red, green and blue: the normalisation that torchvision's weights were trained with
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +146,35 @@ class Extractor:
         graph, state = nnx.split(self._network)
         return nnx.merge(graph, jax.tree.map(jnp.array, state))
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether the network runs in ONNX Runtime here, recorded for its weights in a second."""
+        return self._entry.is_recordable and jax.default_backend() == "cpu"
+
+    def normalise(self, tiles: jax.Array) -> jax.Array:
+        """Bring uint8 tiles to what the network sees, in JAX; without `mean` and `std` they stay as they are."""
+        return _normalised(self._entry, tiles, jnp)
+
+    def first_parts(self, n_parts: int) -> Run:
+        """Give a function from uint8 tiles to what the network's first parts make of them, channels last.
+
+        It runs as the extractor does: on the calling thread alone where the network `is_recordable`.
+        """
+        if not isinstance(self._network, nnx.Module):
+            raise TypeError(f"The extractor {self.name!r} is a plain function, which has no parts.")
+        parts = parts_of(self._network)
+        if self.is_recordable and n_parts:
+            size = self.embedding_size if n_parts == len(parts) else None
+            run = _recorded(self._entry, partial(run_parts, parts[:n_parts]), embedding_size=size)
+            return lambda tiles: np.moveaxis(run(tiles), 1, -1)
+        graph, state = nnx.split(self._network)
+
+        @jax.jit
+        def compiled(state: Any, tiles: jax.Array) -> jax.Array:
+            return run_parts(parts_of(nnx.merge(graph, state))[:n_parts], self.normalise(tiles))
+
+        return partial(compiled, jax.device_put(state) if n_parts else state)
+
     def __reduce__(self) -> tuple[Callable[..., Extractor], tuple[Any, ...]]:
         """Pickle as what the registry knows: a process that reads it builds the extractor once."""
         return _rebuild, (self._entry, self.weights)
@@ -153,7 +192,8 @@ class _Entry:
     std: tuple[float, ...] | None
     licence: str
     token: str  # tells registrations under one name apart, in other processes too
-    is_recordable: bool = False  # whether the network is written in the primitives of nn.layers
+    is_recordable: bool = False  # whether the network is written in primitives that nn.onnx_graph records
+    architecture: Callable[..., nnx.Module] | None = None  # with rngs=, makes a built-in network without weights
 
 
 _BUILT_IN = (
@@ -168,20 +208,89 @@ _BUILT_IN = (
         licence="Apache-2.0",
         token="built-in",
         is_recordable=True,
+        architecture=EfficientNetLite0,
     ),
     _Entry(
         name="resnet50",
         load=load_resnet50,
         input_size=None,
         embedding_size=2048,
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
         licence="BSD-3-Clause",
         token="built-in",
         is_recordable=True,
+        architecture=ResNet50,
+    ),
+    _Entry(
+        name="densenet121",
+        load=load_densenet121,
+        input_size=None,
+        embedding_size=1024,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        licence="BSD-3-Clause",
+        token="built-in",
+        is_recordable=True,
+        architecture=DenseNet121,
+    ),
+    # one network, two released sets of weights, which were trained with different normalisations
+    _Entry(
+        name="vit_base_patch16_224",
+        load=partial(load_vision_transformer, name="vit_base_patch16_224"),
+        input_size=224,
+        embedding_size=768,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        licence="Apache-2.0",
+        token="built-in",
+        architecture=partial(VisionTransformer, SIZES["base"]),
+    ),
+    _Entry(
+        name="vit_b_16",
+        load=partial(load_vision_transformer, name="vit_b_16"),
+        input_size=224,
+        embedding_size=768,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        licence="BSD-3-Clause",
+        token="built-in",
+        architecture=partial(VisionTransformer, SIZES["base"]),
     ),
 )
-_entries: dict[str, _Entry] = {entry.name: entry for entry in _BUILT_IN}
+_FOUNDATION = tuple(
+    _Entry(
+        name=name,
+        load=partial(load_foundation, name),
+        input_size=model.input_size,
+        embedding_size=model.embedding_size,
+        mean=model.normalisation[0],
+        std=model.normalisation[1],
+        licence=model.licence,
+        token="built-in",
+    )
+    for name, model in FOUNDATION_MODELS.items()
+)
+
+
+def _load_tissue_statistics(weights: Path | None) -> tuple[Network, str]:
+    return _registered(weights, name="tissue_statistics", network=tissue_statistics, weights_hash="tissue-statistics-1")
+
+
+#: what is measured rather than learnt; the hash is of the definition, to be raised when that changes
+_CLASSICAL = (
+    _Entry(
+        name="tissue_statistics",
+        load=_load_tissue_statistics,
+        input_size=None,
+        embedding_size=N_STATISTICS,
+        mean=None,
+        std=None,
+        licence="",
+        token="built-in",
+    ),
+)
+_entries: dict[str, _Entry] = {entry.name: entry for entry in (*_BUILT_IN, *_FOUNDATION, *_CLASSICAL)}
 _built: dict[tuple[str, Path | None], Extractor] = {}
 # Threads of one process ask for the same extractor at once; the first builds it.
 _lock = threading.RLock()
@@ -197,8 +306,8 @@ def extractors() -> list[str]:
 
     Examples
     --------
-    >>> extractors()[:2]
-    ['efficientnet_lite0', 'resnet50']
+    >>> extractors()[:3]
+    ['conch', 'ctranspath', 'densenet121']
     """
     return sorted(_entries)
 
@@ -211,9 +320,9 @@ def get_extractor(name: str, *, weights: str | Path | None = None) -> Extractor:
     name
         One of `extractors()`.
     weights
-        A safetensors file of weights in place of the default; resnet50's may have torchvision's or timm's
-        names. By default efficientnet_lite0 is embedded, and resnet50 is looked for at
-        `$STIMAGE_SD_WEIGHTS/resnet50.safetensors` and on the Hugging Face hub.
+        A safetensors file of weights in place of the default, in torchvision's or timm's naming. By default
+        efficientnet_lite0 is embedded, and the others are looked for at `$STIMAGE_SD_WEIGHTS/<name>.safetensors`
+        and on the Hugging Face hub.
 
     Returns
     -------
@@ -291,7 +400,7 @@ def register_extractor(
     >>> get_extractor("colour")(np.full((1, 32, 32, 3), 7, np.uint8))
     array([[7., 7., 7.]], dtype=float32)
     """
-    if name in {entry.name for entry in _BUILT_IN}:
+    if name in {entry.name for entry in (*_BUILT_IN, *_FOUNDATION, *_CLASSICAL)}:
         raise ValueError(f"The extractor {name!r} is built in; register yours under another name.")
     if (input_size is not None and input_size < 1) or embedding_size < 1:
         raise ValueError(f"Expected positive sizes, found input_size={input_size} and embedding_size={embedding_size}.")
@@ -313,6 +422,49 @@ def register_extractor(
         token=uuid.uuid4().hex,
     )
     _enter(entry)
+
+
+def settings(name: str) -> dict[str, Any]:
+    """What a registered extractor wants of its tiles, and the length of its embeddings; its weights are not read.
+
+    Raises
+    ------
+    ValueError
+        If there is none of this name.
+    """
+    entry = _entry_of(name)
+    return {key: getattr(entry, key) for key in ("input_size", "embedding_size", "mean", "std")}
+
+
+def blank_module(name: str) -> nnx.Module:
+    """Give a new network of a registered extractor, its arrays yet to be set.
+
+    Raises
+    ------
+    ValueError
+        If there is none of this name, or it is a plain function.
+    """
+    entry = _entry_of(name)
+    if entry.architecture is not None:
+        return abstract(entry.architecture)
+    return get_extractor(name).module()
+
+
+def derived_extractor(name: str, network: nnx.Module, *, weights_hash: str) -> Extractor:
+    """Give an extractor like a registered one, with other weights; it is not entered into the registry."""
+    entry = _entry_of(name)
+    named = f"{name}-{weights_hash[:8]}"
+    load = partial(_registered, name=named, network=network, weights_hash=weights_hash)
+    return _build(replace(entry, name=named, load=load, token=weights_hash, architecture=None), None)
+
+
+def _entry_of(name: str) -> _Entry:
+    if name not in _entries:
+        raise ValueError(
+            f"The model's network is that of the extractor {name!r}, which is not registered here; there are "
+            f"{', '.join(extractors())}. Add it with stimage_sd.models.register_extractor, then load the model again."
+        )
+    return _entries[name]
 
 
 def _enter(entry: _Entry) -> None:
@@ -366,14 +518,18 @@ def _build(entry: _Entry, weights: Path | None) -> Extractor:
 
 def _onnx(entry: _Entry, network: nnx.Module) -> Run:
     """Run a network in ONNX Runtime, on the calling thread alone."""
+    return _recorded(entry, network, embedding_size=entry.embedding_size)
+
+
+def _recorded(entry: _Entry, network: Callable[[Any], Any], *, embedding_size: int | None) -> Run:
     mean, std = entry.mean or (0.0, 0.0, 0.0), entry.std or (1.0, 1.0, 1.0)
-    model = onnx_graph.record(network, mean=mean, std=std, embedding_size=entry.embedding_size)
+    model = onnx_graph.record(network, mean=mean, std=std, embedding_size=embedding_size)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def run(tiles: Tiles) -> Embeddings:
+    def run(tiles: Tiles) -> NDArray[np.float32]:
         parts = [tiles[start : start + ONNX_BATCH] for start in range(0, len(tiles), ONNX_BATCH)]
         return np.concatenate([session.run(["embedding"], {"tiles": part})[0] for part in parts])
 

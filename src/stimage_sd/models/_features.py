@@ -9,11 +9,15 @@ from typing import Any, Literal
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
 
+from stimage_sd.models._strangeness import Covariance, distances, fit_strangeness
+
 Standardize = Literal["section", "cohort"]
 #: tiles that principal components are found on; more hardly turn them
 _MOST_TILES = 20_000
 #: fewer tiles than this do not tell a section's mean and deviation
 LEAST_TILES = 20
+#: share of the median deviation that a feature's is taken to be at least, where distances are measured
+_LEAST_DEVIATION = 0.1
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,11 @@ class FeatureSpace:
         The components are not whitened: under one weight decay small components then count for little, as
         in ridge regression, which is measurably better (docs, "Design decisions").
     usual_distance
-        95th percentile of the training tiles' distance, the unit of `strangeness`.
+        ``float32 (1,)``: 95th percentile of training tiles' distance from the other sections' tiles, the unit of
+        `strangeness`.
+    directions, variances
+        ``float32 (n_features, n_directions)`` and ``(n_directions + 1,)``: the covariance of the training tiles,
+        standardised by the cohort, shrunk; the last variance is that of all other directions.
     standardize
         ``"section"``: a section's embeddings are standardised by its own mean and deviation, which takes out
         what staining and scanner add to all its tiles alike. ``"cohort"``: by the training tiles'.
@@ -39,6 +47,8 @@ class FeatureSpace:
     deviation: np.ndarray
     components: np.ndarray
     usual_distance: np.ndarray
+    directions: np.ndarray
+    variances: np.ndarray
     standardize: Standardize = "section"
 
     @classmethod
@@ -66,8 +76,9 @@ class FeatureSpace:
         mean = sum(values.sum(axis=0, dtype=np.float64) for values in sections.values()) / n_tiles
         square = sum(((values - mean) ** 2).sum(axis=0, dtype=np.float64) for values in sections.values())
         deviation = np.maximum(np.sqrt(square / n_tiles), 1e-6)
+        mean, deviation = mean.astype(np.float32), deviation.astype(np.float32)
         empty = np.zeros((0, 0), np.float32)
-        space = cls(mean.astype(np.float32), deviation.astype(np.float32), empty, np.ones(1, np.float32), standardize)
+        space = cls(mean, deviation, empty, empty, empty, empty, standardize)
         random = np.random.default_rng(seed)
         share = min(1.0, _MOST_TILES / n_tiles)
         sample = np.concatenate(
@@ -79,12 +90,15 @@ class FeatureSpace:
         rank = min(n_components, len(sample) - 1, sample.shape[1])
         _, singular, directions = randomized_svd(sample, rank, random_state=seed, n_iter=4)
         deviations = singular / np.sqrt(len(sample))
-        distances = np.concatenate([space._distance(values) for values in sections.values()])
+        by_cohort = {name: space._by_cohort(values) for name, values in sections.items()}
+        covariance, usual = fit_strangeness(by_cohort, seed=seed)
         return cls(
-            space.mean,
-            space.deviation,
+            mean,
+            deviation,
             (directions.T / max(deviations[0], 1e-6)).astype(np.float32),
-            np.array([np.percentile(distances, 95)], dtype=np.float32),
+            np.array([usual], dtype=np.float32),
+            covariance.directions,
+            covariance.variances,
             standardize,
         )
 
@@ -121,20 +135,28 @@ class FeatureSpace:
 
         Returns
         -------
-        ``float32 (n_tiles,)``: root mean square of the embeddings, standardised by the cohort, in units of
-        the training tiles' 95th percentile.
-        """
-        return (self._distance(values) / self.usual_distance[0]).astype(np.float32)
+        ``float32 (n_tiles,)``: Mahalanobis distance of the embeddings from the training tiles' mean, in units of the
+        95th percentile of training tiles, each measured by the other sections.
 
-    def _distance(self, values: np.ndarray) -> np.ndarray:
-        return np.sqrt((((values - self.mean) / self.deviation) ** 2).mean(axis=1))
+        Notes
+        -----
+        Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples", without classes.
+        Embeddings are standardised by the cohort here, whatever `standardize` is: a section that is strange as a
+        whole is to show.
+        """
+        found = distances(self._by_cohort(values), Covariance(self.directions, self.variances))
+        return (found / self.usual_distance[0]).astype(np.float32)
+
+    def _by_cohort(self, values: np.ndarray) -> np.ndarray:
+        # what was all but constant in training is measured by what others vary: any value of it would be far away
+        return (values - self.mean) / np.maximum(self.deviation, _LEAST_DEVIATION * np.median(self.deviation))
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The space's arrays by name, for a model file."""
-        return {f"features.{item.name}": getattr(self, item.name) for item in fields(self)[:4]}
+        return {f"features.{item.name}": getattr(self, item.name) for item in fields(self)[:-1]}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], *, standardize: Standardize) -> FeatureSpace:
         """The inverse of `arrays`."""
-        named: dict[str, Any] = {item.name: arrays[f"features.{item.name}"] for item in fields(cls)[:4]}
+        named: dict[str, Any] = {item.name: arrays[f"features.{item.name}"] for item in fields(cls)[:-1]}
         return cls(**named, standardize=standardize)

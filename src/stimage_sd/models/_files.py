@@ -103,19 +103,43 @@ def load(path: str | Path) -> Any:
     Traceback (most recent call last):
     FileNotFoundError: No model at no-such.stimage.
     """
-    from stimage_sd.models._nb import NBModel
-
     config, arrays = read_model(path)
-    readers = {"nb": NBModel.from_parts}
-    kind = config.pop("kind", None)
-    if kind not in readers:
-        raise ValueError(
-            f"{path} holds a model of kind {kind!r}; this version knows {sorted(readers)}. Update stimage-sd."
-        )
     try:
-        return readers[kind](config, arrays)
+        return model_from(config, arrays)
+    except NotImplementedError as error:
+        raise ValueError(f"{path} holds {error}. Update stimage-sd.") from error
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"The model at {path} is damaged: {error}. Save it again.") from error
+
+
+def model_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+    """Put a model of any kind together from what `read_model` read.
+
+    Raises
+    ------
+    NotImplementedError
+        If it is of a kind that this version does not know.
+    KeyError, TypeError, AttributeError
+        If something is missing or of another form.
+    """
+    from stimage_sd.models._baseline_model import BaselineModel
+    from stimage_sd.models._combined import CombinedModel
+    from stimage_sd.models._finetuned import FinetunedModel
+    from stimage_sd.models._gene_classifier import GeneClassifier
+    from stimage_sd.models._nb import NBModel
+
+    readers: dict[str, Any] = {
+        "baseline": BaselineModel.from_parts,
+        "combined": CombinedModel.from_parts,
+        "finetuned": FinetunedModel.from_parts,
+        "gene_classifier": GeneClassifier.from_parts,
+        "nb": NBModel.from_parts,
+    }
+    content = dict(config)
+    kind = content.pop("kind", None)
+    if kind not in readers:
+        raise NotImplementedError(f"a model of kind {kind!r}; this version knows {sorted(readers)}")
+    return readers[kind](content, arrays)
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

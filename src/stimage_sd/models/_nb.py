@@ -139,6 +139,11 @@ class NBModel:
         -------
         The path.
         """
+        config, arrays = self.parts()
+        return write_model(path, kind="nb", config=config, arrays=arrays)
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Take the model apart into what JSON holds and arrays: the inverse of `from_parts`."""
         config = {
             "genes": list(self.genes),
             "tiles": asdict(self.tiles),
@@ -149,9 +154,7 @@ class NBModel:
             "training": self.training,
         }
         arrays = {f"head.{name}": np.asarray(array) for name, array in self.parameters.items()}
-        return write_model(
-            path, kind="nb", config=config, arrays={**arrays, **self.features.arrays(), "floor": self.floor}
-        )
+        return config, {**arrays, **self.features.arrays(), "floor": self.floor}
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> NBModel:

@@ -25,6 +25,8 @@ Network = TypeVar("Network", bound=nnx.Module)
 
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 RESNET50_HUB = "timm/resnet50.tv_in1k"
+#: what the arrays of classifiers on top of the features are called, in torchvision and timm
+CLASSIFIERS = ("fc.", "_fc.", "classifier.", "head.", "heads.")
 
 
 def sha256_of_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
@@ -55,7 +57,8 @@ def sha256_of_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     return digest.hexdigest()
 
 
-def _sha256_of_file(path: Path) -> str:
+def sha256_of_file(path: Path) -> str:
+    """Compute the sha256 of a file: 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -188,6 +191,11 @@ def fill(layers: Iterable[tuple[ConvNorm, str, str]], arrays: Mapping[str, NDArr
     >>> float(layer.kernel[0, 0, 0, 0])
     1.0
     """
+    fill_variables(variables_by_name(layers), arrays)
+
+
+def variables_by_name(layers: Iterable[tuple[ConvNorm, str, str]]) -> dict[str, nnx.Variable]:
+    """Give the variables of convolutions with batch norm the names their arrays have in torch."""
     wanted: dict[str, nnx.Variable] = {}
     for layer, convolution, norm in layers:
         wanted[f"{convolution}.weight"] = layer.kernel
@@ -195,9 +203,20 @@ def fill(layers: Iterable[tuple[ConvNorm, str, str]], arrays: Mapping[str, NDArr
         wanted[f"{norm}.bias"] = layer.bias
         wanted[f"{norm}.running_mean"] = layer.mean
         wanted[f"{norm}.running_var"] = layer.variance
-    used = {
-        name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(("fc.", "_fc."))
-    }
+    return wanted
+
+
+def fill_variables(wanted: Mapping[str, nnx.Variable], arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Put arrays in torch's layout into variables, by name, in place; as `fill`, and with the same errors.
+
+    Parameters
+    ----------
+    wanted
+        Variables by the name of their array.
+    arrays
+        Kernels (out, in, height, width) or (out, in); what has another rank stays as it is.
+    """
+    used = {name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(CLASSIFIERS)}
     missing, superfluous = sorted(wanted.keys() - used), sorted(used - wanted.keys())
     if missing or superfluous:
         raise ValueError(
@@ -214,10 +233,14 @@ def _from_torch(name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -
     expected: tuple[int, ...]
     axes: tuple[int, ...]
     match shape:
+        case (1, _, _):  # a token or positions, in front of a batch
+            expected, axes = shape, (0, 1, 2)
         case (height, width, channels):  # depthwise
             expected, axes = (channels, 1, height, width), (2, 3, 0, 1)
         case (height, width, inputs, outputs):
             expected, axes = (outputs, inputs, height, width), (2, 3, 1, 0)
+        case (inputs, outputs):
+            expected, axes = (outputs, inputs), (1, 0)
         case _:
             expected, axes = shape, (0,)
     if array.shape != expected:
@@ -243,7 +266,7 @@ class Pretrained(NamedTuple):
     weights_hash: str
 
 
-def _abstract(network: Callable[..., Network]) -> Network:
+def abstract(network: Callable[..., Network]) -> Network:
     """Build a network without drawing weights: they are read next, and drawing compiles for seconds."""
     return nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
 
@@ -285,14 +308,21 @@ def load_efficientnet_lite0(weights: Path | None) -> Pretrained:
         file = Path(spec.origin).with_name("models") / f"efficientnet-lite0-{LITE0_SHA256[:8]}.pth"
         arrays, weights_hash = read_torch_legacy(file, sha256=LITE0_SHA256), LITE0_SHA256
     else:
-        arrays, weights_hash = read_safetensors(weights), _sha256_of_file(weights)
-    network = _abstract(EfficientNetLite0)
+        arrays, weights_hash = read_safetensors(weights), sha256_of_file(weights)
+    network = abstract(EfficientNetLite0)
     fill(efficientnet_lite0_names(network), arrays)
     return Pretrained(network, weights_hash)
 
 
-def find_resnet50_weights() -> Path:
-    """Look for ResNet-50's ImageNet weights: `$STIMAGE_SD_WEIGHTS`, then the Hugging Face hub.
+def find_weights(name: str, *, hub: str | None) -> Path:
+    """Look for a network's weights: `$STIMAGE_SD_WEIGHTS`, then the Hugging Face hub.
+
+    Parameters
+    ----------
+    name
+        The extractor's name, and that of the file without ``.safetensors``.
+    hub
+        Repository on the hub; None where there is none.
 
     Returns
     -------
@@ -306,30 +336,32 @@ def find_resnet50_weights() -> Path:
 
     Examples
     --------
-    >>> path = find_resnet50_weights()  # doctest: +SKIP
+    >>> path = find_weights("resnet50", hub=RESNET50_HUB)  # doctest: +SKIP
     """
     looked = []
     folder = os.environ.get("STIMAGE_SD_WEIGHTS")
     if folder:
-        file = Path(folder) / "resnet50.safetensors"
+        file = Path(folder) / f"{name}.safetensors"
         if file.is_file():
             return file
         looked.append(f"{file} (no such file)")
     else:
         looked.append("$STIMAGE_SD_WEIGHTS (not set)")
-    if find_spec("huggingface_hub") is None:
-        looked.append(f"the Hugging Face hub, {RESNET50_HUB} (huggingface_hub is not installed)")
-    else:
-        import huggingface_hub
+    remedy = ""
+    if hub is not None:
+        remedy = ", or `pip install huggingface_hub` and be online once"
+        if find_spec("huggingface_hub") is None:
+            looked.append(f"the Hugging Face hub, {hub} (huggingface_hub is not installed)")
+        else:
+            import huggingface_hub
 
-        try:
-            return Path(huggingface_hub.hf_hub_download(RESNET50_HUB, "model.safetensors"))
-        except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
-            looked.append(f"the Hugging Face hub, {RESNET50_HUB} ({error})")
+            try:
+                return Path(huggingface_hub.hf_hub_download(hub, "model.safetensors"))
+            except (OSError, huggingface_hub.errors.HfHubHTTPError) as error:
+                looked.append(f"the Hugging Face hub, {hub} ({error})")
     raise FileNotFoundError(
-        f"Found no weights of resnet50. Looked in: {'; '.join(looked)}. Pass weights= a safetensors file "
-        "with torchvision's or timm's names, or put it at $STIMAGE_SD_WEIGHTS/resnet50.safetensors, or "
-        "`pip install huggingface_hub` and be online once."
+        f"Found no weights of {name}. Looked in: {'; '.join(looked)}. Pass weights= a safetensors file "
+        f"with torchvision's or timm's names, or put it at $STIMAGE_SD_WEIGHTS/{name}.safetensors{remedy}."
     )
 
 
@@ -339,7 +371,7 @@ def load_resnet50(weights: Path | None) -> Pretrained:
     Parameters
     ----------
     weights
-        A safetensors file; None to look for one (`find_resnet50_weights`).
+        A safetensors file; None to look for one (`find_weights`).
 
     Returns
     -------
@@ -358,8 +390,8 @@ def load_resnet50(weights: Path | None) -> Pretrained:
     >>> load_resnet50(Path("resnet50.safetensors")).network.stem.kernel.shape  # doctest: +SKIP
     (7, 7, 3, 64)
     """
-    file = find_resnet50_weights() if weights is None else weights
+    file = find_weights("resnet50", hub=RESNET50_HUB) if weights is None else weights
     arrays = read_safetensors(file)
-    network = _abstract(ResNet50)
+    network = abstract(ResNet50)
     fill(resnet50_names(network), arrays)
-    return Pretrained(network, _sha256_of_file(file))
+    return Pretrained(network, sha256_of_file(file))

@@ -7,17 +7,23 @@ batch-norm epsilon 1e-3, 224-pixel input normalised by mean 127 and deviation 12
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
 
 from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, relu6
+from stimage_sd.nn.parts import Part, run_parts
 
 Value = TypeVar("Value")
 
 BATCH_NORM_EPSILON = 1e-3
 STEM_CHANNELS = 32
 EMBEDDING_SIZE = 1280
+#: blocks that halve the image, after the second: a part of the network starts there
+PART_STARTS = (3, 5, 11)
 
 
 class Stage(NamedTuple):
@@ -131,7 +137,19 @@ class EfficientNetLite0(nnx.Module):
         self.blocks = nnx.List(blocks)
         self.head = ConvNorm(channels, EMBEDDING_SIZE, 1, **common)
 
-    def __call__(self, tiles: Value) -> Value:
+    def parts(self) -> list[Part]:
+        """Give the blocks of each resolution; the first with the stem, the last with the head and pooling."""
+        cuts = [0, *PART_STARTS, len(self.blocks)]
+        groups = [list(self.blocks[start:stop]) for start, stop in pairwise(cuts)]
+        middle = [Part(tuple(group), partial(_through, group)) for group in groups[1:-1]]
+        first = Part((self.stem, *groups[0]), lambda tiles: _through(groups[0], relu6(conv_norm(tiles, self.stem))))
+        last = Part(
+            (*groups[-1], self.head),
+            lambda value: global_mean(relu6(conv_norm(_through(groups[-1], value), self.head))),
+        )
+        return [first, *middle, last]
+
+    def __call__(self, tiles: Any) -> Any:
         """Embed tiles.
 
         Parameters
@@ -144,7 +162,10 @@ class EfficientNetLite0(nnx.Module):
         embeddings
             float32 (batch, 1280), or the graph's value.
         """
-        value = relu6(conv_norm(tiles, self.stem))
-        for block in self.blocks:
-            value = block(value)
-        return global_mean(relu6(conv_norm(value, self.head)))
+        return run_parts(self.parts(), tiles)
+
+
+def _through(blocks: Sequence[InvertedResidual], value: Any) -> Any:
+    for block in blocks:
+        value = block(value)
+    return value

@@ -16,6 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from stimage_sd.nn.densenet import Convolution, Norm, concatenate, convolution, halve, norm
 from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, max_pool, relu, relu6
 
 # Old enough for runtimes of several years, new enough for every operator used here.
@@ -121,12 +122,34 @@ def _(value: Symbol) -> Symbol:
     return value.then("GlobalAveragePool").then("Flatten", axis=1)
 
 
+@norm.register
+def _(value: Symbol, layer: Norm) -> Symbol:
+    gain, shift = (np.asarray(array, np.float32).reshape(1, -1, 1, 1) for array in layer.folded())
+    return value.then("Mul", value.graph.constant(gain)).then("Add", value.graph.constant(shift))
+
+
+@convolution.register
+def _(value: Symbol, layer: Convolution) -> Symbol:
+    kernel = value.graph.constant(np.asarray(layer.kernel[...], np.float32).transpose(3, 2, 0, 1))
+    return value.then("Conv", kernel, kernel_shape=[layer.kernel_size] * 2, pads=[layer.kernel_size // 2] * 4)
+
+
+@concatenate.register
+def _(value: Symbol, others: Sequence[Symbol]) -> Symbol:
+    return value.then("Concat", *(other.name for other in others), axis=1)
+
+
+@halve.register
+def _(value: Symbol) -> Symbol:
+    return value.then("AveragePool", kernel_shape=[2, 2], strides=[2, 2])
+
+
 def record(
     network: Callable[[Symbol], Symbol],
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    embedding_size: int,
+    embedding_size: int | None,
 ) -> onnx.ModelProto:
     """Record a network as an ONNX model that takes uint8 tiles.
 
@@ -141,13 +164,13 @@ def record(
     mean, std
         Of red, green and blue on the scale 0 … 1: the network sees (tiles / 255 − mean) / std.
     embedding_size
-        Length of an embedding.
+        Length of an embedding; None where the network gives an image, as the first parts of one do.
 
     Returns
     -------
     onnx.ModelProto
         Input `tiles`, uint8 (batch, height, width, 3), all three sizes free; output `embedding`, float32
-        (batch, embedding_size).
+        (batch, embedding_size), or (batch, channels, height, width).
 
     Examples
     --------
@@ -171,7 +194,10 @@ def record(
     result = network(Symbol(graph, centred, scale))
     graph.nodes.append(helper.make_node("Identity", [result.name], ["embedding"]))
     tiles = helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["batch", "height", "width", 3])
-    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, ["batch", embedding_size])
+    shape: list[str | int | None] = ["batch", embedding_size]
+    if embedding_size is None:
+        shape = ["batch", "channels", "rows", "columns"]
+    embedding = helper.make_tensor_value_info("embedding", TensorProto.FLOAT, shape)
     model = helper.make_model(
         helper.make_graph(graph.nodes, "extractor", [tiles], [embedding], graph.constants),
         opset_imports=[helper.make_opsetid("", OPSET)],

@@ -6,11 +6,14 @@ place the stride where this one does.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from flax import nnx
 
 from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, max_pool, relu
+from stimage_sd.nn.parts import Part, run_parts
 
 Value = TypeVar("Value")
 
@@ -90,7 +93,17 @@ class ResNet50(nnx.Module):
             stages.append(nnx.List(blocks))
         self.stages = nnx.List(stages)
 
-    def __call__(self, tiles: Value) -> Value:
+    def parts(self) -> list[Part]:
+        """Give the four stages; the first with the stem, the last with pooling."""
+        middle = [Part((stage,), partial(_through, stage)) for stage in self.stages[1:-1]]
+        first = Part((self.stem, self.stages[0]), lambda tiles: _through(self.stages[0], self._stem(tiles)))
+        last = Part((self.stages[-1],), lambda value: global_mean(_through(self.stages[-1], value)))
+        return [first, *middle, last]
+
+    def _stem(self, tiles: Any) -> Any:
+        return max_pool(relu(conv_norm(tiles, self.stem)), window=3, stride=2, padding=1)
+
+    def __call__(self, tiles: Any) -> Any:
         """Embed tiles.
 
         Parameters
@@ -103,9 +116,10 @@ class ResNet50(nnx.Module):
         embeddings
             float32 (batch, 2048), or the graph's value.
         """
-        value = relu(conv_norm(tiles, self.stem))
-        value = max_pool(value, window=3, stride=2, padding=1)
-        for stage in self.stages:
-            for block in stage:
-                value = block(value)
-        return global_mean(value)
+        return run_parts(self.parts(), tiles)
+
+
+def _through(blocks: Sequence[Bottleneck], value: Any) -> Any:
+    for block in blocks:
+        value = block(value)
+    return value

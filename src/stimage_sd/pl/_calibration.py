@@ -12,11 +12,13 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.nn import negative_binomial
+from stimage_sd.nn import negative_binomial, selective
 from stimage_sd.pl._canvas import MEASURED, PREDICTED, WARNING, check_gene, finish, panels
 
 #: nominal coverage of the intervals that are measured
 LEVELS = np.round(np.arange(0.1, 1.0, 0.1), 2)
+#: shares of the tiles that are kept in selective prediction
+KEPT = np.round(np.arange(0.05, 1.001, 0.05), 2)
 #: counts that are compared; of a larger section, as many tiles as have so many, drawn at random
 _MOST = 2_000_000
 
@@ -27,6 +29,7 @@ class _Measured(NamedTuple):
     counts: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
+    epistemic: np.ndarray
     stored: float
 
 
@@ -37,14 +40,17 @@ def calibration(
     table_key: str | None = None,
     ax: Sequence[Axes] | np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw how often counts fall inside the predicted intervals, and how large errors are beside their prediction.
+    """Draw whether counts fall inside the predicted intervals, and whether errors are where they are predicted.
 
     The first panel has, for central intervals of 10 % to 90 % of the negative binomials of the predicted mean and
     total variance, the share of counts inside. Intervals of whole counts cover more than their nominal share, the
     more so the lower the counts; the second line takes that out, a count that lies on an interval's end being
     counted for the part of its probability that lies inside (the probability integral transform). A star marks
     the stored interval. The second panel has ten equal groups of predictions, by predicted standard deviation,
-    and the root mean square of their errors.
+    and the root mean square of their errors. The third panel leaves out each gene's most uncertain tiles: the error
+    of those kept, as a share of the error of all, mean over genes; error and uncertainty are of log(1 + count), where
+    a high count is not uncertain for that alone. With no use in the uncertainty the line stays at 1; no uncertainty
+    gets below the last one (`stimage_sd.tl.risk_coverage`).
 
     Parameters
     ----------
@@ -55,11 +61,11 @@ def calibration(
     table_key
         Name of the table of counts.
     ax
-        Two axes to draw on; a new figure by default.
+        Three axes to draw on; a new figure by default.
 
     Returns
     -------
-    The two axes. Of sections with more than two million counts, tiles are drawn at random, always the same.
+    The three axes. Of sections with more than two million counts, tiles are drawn at random, always the same.
 
     Raises
     ------
@@ -67,7 +73,7 @@ def calibration(
         If the section has no predictions or no counts, its tiles do not sit on spots, or a gene was not predicted
         or not measured.
     ValueError
-        If `ax` is not two axes, or no predicted gene was measured.
+        If `ax` is not three axes, or no predicted gene was measured.
 
     Notes
     -----
@@ -83,14 +89,15 @@ def calibration(
     >>> model = sti.tl.fit_nb(section, genes=sti.pp.select_genes(section, n_top=5), n_members=2, max_epochs=2)
     >>> sti.tl.predict(section, model)
     >>> len(sti.pl.calibration(section))
-    2
+    3
     """
     table = contract.predictions(sdata)
     measured = _measured(sdata, table, genes, table_key)
-    axes = panels(ax, 2, size=(4.6, 4.4))
+    axes = panels(ax, 3, size=(4.6, 4.4))
     nominal = float(table.uns["prediction"]["coverage"])
     _draw_coverage(axes[0], measured, nominal)
     _draw_errors(axes[1], measured)
+    _draw_selective(axes[2], measured)
     return axes
 
 
@@ -116,6 +123,7 @@ def _measured(sdata: SpatialData, table: AnnData, genes: Sequence[str] | None, t
         counts=observed,
         mean=np.maximum(np.asarray(predicted.X, dtype=np.float64), 1e-8),
         variance=np.asarray(predicted.layers["total_variance"], dtype=np.float64),
+        epistemic=np.asarray(predicted.layers["epistemic"], dtype=np.float64),
         stored=float(inside.mean()),
     )
 
@@ -198,4 +206,25 @@ def _draw_errors(ax: Axes, measured: _Measured) -> None:
     ax.set_ylabel("root mean square error, counts")
     ax.set_title("error by predicted uncertainty", fontsize=11)
     ax.legend(frameon=False, fontsize=8, loc="upper left")
+    finish(ax)
+
+
+def _draw_selective(ax: Axes, measured: _Measured) -> None:
+    error, total = selective.log_scale(measured.counts, measured.mean, measured.variance)
+    _, epistemic = selective.log_scale(measured.counts, measured.mean, measured.epistemic)
+    # a gene without any error has no share of it
+    genes = [gene for gene in range(error.shape[1]) if error[:, gene].mean() > 0]
+    ax.axhline(1.0, color="grey", linestyle="--", linewidth=1.0, label="random tiles kept")
+    for label, uncertainty, colour in (
+        ("least total uncertainty", total, MEASURED),
+        ("least epistemic uncertainty", epistemic, PREDICTED),
+        ("least error", error, "grey"),
+    ):
+        curves = [selective.risk_coverage(error[:, gene], uncertainty[:, gene]) for gene in genes]
+        relative = np.mean([selective.kept(curve.risk, KEPT) / curve.random for curve in curves], axis=0)
+        ax.plot(KEPT, relative, color=colour, linewidth=1.8 if colour != "grey" else 1.0, label=label)
+    ax.set(xlim=(0, 1), xlabel="share of tiles kept", ylabel="error of those, over that of all")
+    ax.set_ylim(bottom=0)
+    ax.set_title(f"selective prediction, {len(genes):,} genes", fontsize=11)
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
     finish(ax)

@@ -1,61 +1,79 @@
-"""How well each gene is predicted, section by section."""
+"""How well each gene is predicted, section by section, or model by model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 
-from stimage_sd.pl._canvas import MEASURED, WARNING, finish, panels, require_columns
-
-
-class _Panel(NamedTuple):
-    """A score: its title, what its axis says, a line to compare with, whether its best genes are named."""
-
-    title: str
-    label: str
-    line: float | None
-    named: bool
-
+from stimage_sd.pl._canvas import WARNING, finish, panels, require_columns
+from stimage_sd.pl._model_scores import By, Panel, draw_group, draw_models, group_label, wide, with_gain
 
 PANELS = {
-    "pearson": _Panel("Pearson correlation", "r, predicted and observed", 0.0, named=True),
-    "bivariate_morans_i": _Panel("bivariate Moran's I", "I, predicted and neighbours", 0.0, named=True),
-    "iou": _Panel("pattern overlap", "IoU of the smoothed patterns", None, named=True),
-    "coverage": _Panel("interval coverage", "share of counts in the 90% interval", 0.9, named=False),
-    "nll_gain": _Panel("gain over the floor", "log-likelihood a count over mean-only", 0.0, named=True),
+    "pearson": Panel("Pearson correlation", "r, predicted and observed", 0.0, named=True),
+    "spearman": Panel("Spearman correlation", "rank correlation, predicted and observed", 0.0, named=True),
+    "bivariate_morans_i": Panel("bivariate Moran's I", "I, predicted and neighbours", 0.0, named=True),
+    "iou": Panel("pattern overlap", "IoU of the smoothed patterns", None, named=True),
+    "coverage": Panel("interval coverage", "share of counts in the 90% interval", 0.9, named=False),
+    "nll_gain": Panel("gain over the floor", "log-likelihood a count over mean-only", 0.0, named=True),
 }
+DEFAULT = ("pearson", "bivariate_morans_i", "iou", "coverage", "nll_gain")
+#: columns that a metric is made of, where it is not one itself
+SOURCES = {"nll_gain": ("nll", "nll_floor")}
 #: size of a gene's name, points
 NAME_SIZE = 7.0
 
 
 def scores(
-    frame: pd.DataFrame, *, n_named: int = 5, ax: Axes | Sequence[Axes] | np.ndarray | None = None
+    frame: pd.DataFrame,
+    *,
+    metrics: Sequence[str] | None = None,
+    by: By = "model",
+    reference: str | None = None,
+    n_named: int = 5,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw how the scores of `stimage_sd.tl.evaluate` are distributed over genes, a violin a section.
+    """Draw how scores are distributed over genes: a violin a section, or the models of a cross-validation.
 
     Parameters
     ----------
     frame
-        What `stimage_sd.tl.evaluate` returned: a row a section and gene.
+        What `stimage_sd.tl.evaluate` returned, a row a section and gene; or `stimage_sd.tl.cross_validate`, a row a
+        section, model, gene and metric.
+    metrics
+        Which panels: ``"pearson"``, ``"spearman"``, ``"bivariate_morans_i"``, ``"iou"``, ``"coverage"`` of the 90 %
+        interval, and ``"nll_gain"``, the gain in log-likelihood a count over the mean-only model. All but Spearman
+        by default.
+    by
+        Of a cross-validation. ``"model"``: a violin a model, of each gene's mean over sections, with paired tests.
+        ``"section"``: for each section a box a model, as in the paper's figure.
+    reference
+        The model that others are tested against; the one with the best mean by default.
     n_named
-        How many of a section's best genes to name in each panel.
+        How many of a section's best genes to name in each panel, for the scores of `evaluate`.
     ax
-        Five axes to draw on; a new figure by default.
+        Axes to draw on, one a metric; a new figure by default.
 
     Returns
     -------
-    The five axes: Pearson correlation, bivariate Moran's I, IoU, coverage of the 90 % interval, and the gain in
-    log-likelihood a count over the mean-only model. Under each section stands its median, and how many genes
-    have no score, where there are any.
+    The axes, one a metric. Under each section or model stands its median, and how many genes have no score,
+    where there are any; under a model also the p-value against the reference.
 
     Raises
     ------
     ValueError
-        If the table is not one of scores, or `ax` is not five axes.
+        If the table is not one of scores, `ax` are fewer or more axes than metrics, or an option is out of range.
+
+    Notes
+    -----
+    Tests are Wilcoxon's signed-rank, two-sided, on genes: a gene's mean over those sections where both models have
+    a score; of coverage, its distance from 90 %. Holm's correction is over the tests of a panel: all pairs of
+    models where the reference is chosen by the scores, those with it where the user names it. Genes of the same
+    sections are not independent, so that a small p-value is about these sections, not about the next patient.
+    Paper, Figure 2e.
 
     Examples
     --------
@@ -66,20 +84,42 @@ def scores(
     >>> len(sti.pl.scores(table))
     5
     """
-    require_columns(frame, ["section", "gene", "pearson", "bivariate_morans_i", "iou", "coverage", "nll", "nll_floor"])
-    table = frame.assign(nll_gain=frame["nll_floor"] - frame["nll"])
+    if by not in get_args(By):
+        raise ValueError(f"Expected `by` to be one of {list(get_args(By))}, found {by!r}.")
+    chosen = list(DEFAULT if metrics is None else metrics)
+    unknown = [name for name in chosen if name not in PANELS]
+    if unknown or not chosen:
+        raise ValueError(f"Expected `metrics` to be of {list(PANELS)}, found {unknown or 'none'}.")
+    if {"model", "metric", "value"} <= set(frame.columns):
+        table = wide(frame)
+        _require(table, chosen)
+        looks = {name: PANELS[name] for name in chosen}
+        return draw_models(with_gain(table), looks, by=by, reference=reference, ax=ax)
+    _require(frame, chosen)
+    return _draw_sections(with_gain(frame), chosen, n_named=n_named, ax=ax)
+
+
+def _require(frame: pd.DataFrame, metrics: Sequence[str]) -> None:
+    require_columns(frame, ["section", "gene", *(column for name in metrics for column in SOURCES.get(name, (name,)))])
+
+
+def _draw_sections(
+    table: pd.DataFrame, metrics: list[str], *, n_named: int, ax: Axes | Sequence[Axes] | np.ndarray | None
+) -> np.ndarray:
+    """A violin a section, its best genes named."""
     sections = list(dict.fromkeys(table["section"]))
     # in one row while a row is no wider than a page
-    columns = len(PANELS) if len(sections) <= 2 else 3 if len(sections) <= 6 else 1
-    axes = panels(ax, len(PANELS), size=(1.7 + 1.1 * len(sections), 4.2), columns=columns)
-    for panel, (name, look) in zip(axes, PANELS.items(), strict=True):
+    columns = len(metrics) if len(sections) <= 2 else 3 if len(sections) <= 6 else 1
+    axes = panels(ax, len(metrics), size=(1.7 + 1.1 * len(sections), 4.2), columns=columns)
+    for panel, name in zip(axes, metrics, strict=True):
+        look = PANELS[name]
         groups = [table.loc[table["section"] == section].set_index("gene")[name] for section in sections]
         if look.line is not None:
             panel.axhline(look.line, color=WARNING, linestyle="--", linewidth=1.0, zorder=0)
-        across = [_draw_group(panel, position, values) for position, values in enumerate(groups)]
+        across = [draw_group(panel, position, values) for position, values in enumerate(groups)]
         panel.set_title(look.title, fontsize=11)
         panel.set_ylabel(look.label, fontsize=9)
-        panel.set_xticks(range(len(sections)), [_label(*pair) for pair in zip(sections, groups, strict=True)])
+        panel.set_xticks(range(len(sections)), [group_label(*pair) for pair in zip(sections, groups, strict=True)])
         panel.set_xlim(-0.6, len(sections) - 0.2 if look.named else len(sections) - 0.4)
         finish(panel)
         if look.named:
@@ -87,30 +127,6 @@ def scores(
                 best = np.argsort(-values.to_numpy(dtype=float), kind="stable")[: min(n_named, values.count())]
                 _name_best(panel, position, values.iloc[best], x[best])
     return axes
-
-
-def _draw_group(ax: Axes, position: int, values: pd.Series) -> np.ndarray:
-    """Draw a violin, its points, its quartiles; return where across each value was drawn."""
-    across = position + np.random.default_rng(0).uniform(-0.14, 0.14, len(values))
-    defined = values.notna().to_numpy()
-    numbers = values.to_numpy(dtype=float)[defined]
-    if len(numbers) > 1 and np.ptp(numbers) > 0:
-        parts: dict[str, Any] = ax.violinplot(numbers, positions=[position], widths=0.7, showextrema=False)
-        parts["bodies"][0].set(facecolor=MEASURED, alpha=0.25, edgecolor="none")
-    ax.scatter(across[defined], numbers, s=5, color=MEASURED, alpha=0.5, linewidth=0, rasterized=True)
-    if len(numbers):
-        low, middle, high = np.percentile(numbers, [25, 50, 75])
-        ax.vlines(position, low, high, color="black", linewidth=3.5, zorder=3)
-        ax.plot(position, middle, "o", color="white", markeredgecolor="black", markersize=5, zorder=4)
-    return across
-
-
-def _label(section: str, values: pd.Series) -> str:
-    undefined = int(values.isna().sum())
-    if undefined == len(values):
-        return f"{section}\nno scores"
-    label = f"{section}\nmedian {values.median():.2f}"
-    return f"{label}\n{undefined} undefined" if undefined else label
 
 
 def _name_best(ax: Axes, position: int, best: pd.Series, across: np.ndarray) -> None:

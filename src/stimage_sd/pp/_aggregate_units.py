@@ -69,7 +69,7 @@ class Units:
 
 def unit_tables(sdata: SpatialData) -> list[str]:
     """Return the names of a section's tables that may be of cells or bins."""
-    others = (contract.SPOT_COUNTS, contract.SPOT_PROTEINS, contract.TILES, contract.PREDICTIONS)
+    others = (contract.SPOT_COUNTS, contract.SPOT_PROTEINS, contract.TILES, contract.PREDICTIONS, contract.GENE_CLASSES)
     return sorted(set(sdata.tables) - set(others))
 
 

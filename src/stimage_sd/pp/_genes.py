@@ -5,13 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-import anndata as ad
-import numpy as np
-import pandas as pd
-import scanpy as sc
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.models._genes import most_variable, shared_genes
 
 
 def select_genes(
@@ -68,37 +65,12 @@ def select_genes(
     if genes is not None and not len(genes):
         raise ValueError("Expected `genes` as a list of names, found none. Leave it out for highly variable genes.")
     tables = {name: contract.counts(sdata, table_key) for name, sdata in contract.sections(data).items()}
-    shared = _shared_genes(tables)
+    shared = shared_genes(tables)
     if genes is not None:
         return _present(genes, shared)
     included = _present(include, shared) if include else []
-    joint = ad.concat(
-        {
-            name: ad.AnnData(table[:, shared].X.astype(np.float32), var=pd.DataFrame(index=shared))
-            for name, table in tables.items()
-        },
-        label="section",
-        index_unique="-",
-    )
-    expressed = np.asarray((joint.X > 0).mean(axis=0)).ravel() >= min_spots
-    if not expressed.any():
-        raise ValueError(f"Expected genes in at least {min_spots:.0%} of the spots, found none. Lower `min_spots=`.")
-    joint = joint[:, expressed].copy()
-    ranked = sc.experimental.pp.highly_variable_genes(
-        joint, flavor="pearson_residuals", n_top_genes=min(n_top, joint.n_vars), batch_key="section", inplace=False
-    ).set_axis(joint.var_names)
-    top = ranked[ranked["highly_variable"]].sort_values("highly_variable_rank", kind="stable").index
-    return list(dict.fromkeys([*map(str, top), *included]))
-
-
-def _shared_genes(tables: dict[str, ad.AnnData]) -> list[str]:
-    """Genes that every section measured, in the first section's order."""
-    first, *others = tables.values()
-    shared = [str(gene) for gene in first.var_names if all(gene in table.var_names for table in others)]
-    if not shared:
-        examples = {name: list(map(str, table.var_names[:3])) for name, table in tables.items()}
-        raise ValueError(f"The sections share no gene; their names begin {examples}. Are they of one naming scheme?")
-    return shared
+    top = most_variable(tables, shared, n_top=n_top, min_spots=min_spots)
+    return list(dict.fromkeys([*top, *included]))
 
 
 def _present(genes: Sequence[str], shared: list[str]) -> list[str]:

@@ -6,5 +6,19 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"_evaluate": ["evaluate"], "_fit_nb": ["fit_nb"], "_predict": ["predict"]},
+    submod_attrs={
+        "_cluster": ["cluster"],
+        "_combine": ["combine"],
+        "_conformal": ["calibrate"],
+        "_cross_validate": ["cross_validate"],
+        "_evaluate": ["evaluate"],
+        "_evaluate_genes_high": ["evaluate_genes_high"],
+        "_fit_baseline": ["fit_baseline"],
+        "_finetune_nb": ["finetune_nb"],
+        "_fit_gene_classifier": ["fit_gene_classifier"],
+        "_fit_nb": ["fit_nb"],
+        "_predict": ["predict"],
+        "_predictable_genes": ["predictable_genes"],
+        "_risk_coverage": ["risk_coverage"],
+    },
 )

@@ -12,10 +12,12 @@ from tqdm.auto import tqdm
 
 from stimage_sd import contract
 from stimage_sd._squidpy import spatial_uns
+from stimage_sd.models._gene_classifier import GeneClassifier
 from stimage_sd.models._predictor import OpenedSection, Predictor
 from stimage_sd.nn import negative_binomial
 from stimage_sd.nn.intervals import mixture_interval
 from stimage_sd.tl._fit_nb import COVERAGE
+from stimage_sd.tl._predict_classes import predict_classes
 
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
 #: elements (members x tiles x genes) that are computed at a time
@@ -24,7 +26,7 @@ _BLOCK = 8_000_000
 
 def predict(
     data: SpatialData | contract.Cohort,
-    model: Predictor,
+    model: Predictor | GeneClassifier,
     *,
     size_factors: Literal["total"] | None = None,
     conformal: bool = True,
@@ -52,7 +54,8 @@ def predict(
     Nothing; ``tables["predictions"]`` is written: ``X`` = mean; layers ``aleatoric`` (mean of the members'
     variances), ``epistemic`` (variance of the members' means), ``total_variance`` (their sum), ``lower``
     and ``upper`` (central 90 % interval of the members' mixture), all ``float32 (n_tiles, n_genes)``;
-    ``obs["ood_score"]`` (above 1: farther from the training tiles than 95 % of those).
+    ``obs["ood_score"]`` (above 1: farther from the training tiles than 95 % of those). By a classifier of genes it is
+    ``tables["gene_classes"]``: ``X`` = probability of High, layer ``high`` = above one half, and the same ``obs``.
 
     Raises
     ------
@@ -77,6 +80,10 @@ def predict(
     >>> section.tables["predictions"].n_vars
     5
     """
+    if isinstance(model, GeneClassifier):
+        if size_factors is not None:
+            raise ValueError("A classifier of genes predicts no counts; `size_factors` has no meaning for it.")
+        return predict_classes(contract.sections(data), model)
     if size_factors is not None and model.total is None:
         raise ValueError('The model was fitted without size factors; `size_factors="total"` has no meaning for it.')
     cohort = contract.sections(data)
@@ -103,7 +110,7 @@ def predict(
         predictions.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=contract.tiling(sdata)["side_px"])
         predictions.uns["prediction"] = {
             **model.description,
-            "coverage": COVERAGE,
+            "coverage": model.training.get("calibration", {}).get("coverage", COVERAGE) if conformal else COVERAGE,
             "interval_level": level,
             "trained_on": list(model.training.get("sections", [])),
         }

@@ -1,0 +1,164 @@
+"""Every model on the same splits and genes: leave-one-section-out over her2st C2 to C5, the literature's 785 genes.
+
+Run as ``python -m benchmarks.cross_validation --data FOLDER`` (the folder with ``genes/her2st_785_hvg.txt``). Prints a
+Markdown table, a row a model, and writes ``benchmarks/results/cross_validation.json``.
+
+All spots are scored by default, as the literature does; ``--drop-sparse`` keeps what `pp.tile` keeps, spots of 70 %
+tissue. Scores are the mean over genes, and over the 50 genes of a held-out section that are most expressed. A model
+is fitted twice where its kind needs it: ``log1p`` is scored on log counts, ``lognorm`` on log counts per 100,000 of
+the listed genes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from spatialdata import SpatialData
+
+import stimage_sd as sti
+from benchmarks.measure import Steps, machine, report
+from stimage_sd import contract
+from stimage_sd.models.baselines import MeanOnly, NearestTiles, Retrieval, Ridge
+from stimage_sd.nn.spatial import pattern_iou, pearson
+
+SECTIONS = ("C2", "C3", "C4", "C5")
+EXTRACTORS = ("efficientnet_lite0", "tissue_statistics")
+PER = 1e5
+
+Fit = Callable[..., Any]
+
+
+def models(n_members: int) -> dict[str, dict[str, Fit]]:
+    """By name, how each model is fitted for scores on log counts and on log-normalised counts."""
+    recipes = {
+        "mean only": (MeanOnly, {}, EXTRACTORS[:1]),
+        "ridge, PCA 128": (Ridge, {"n_components": 128}, EXTRACTORS[:1]),
+        "ridge, PCA 256": (Ridge, {}, EXTRACTORS[:1]),
+        "nearest tiles": (NearestTiles, {}, EXTRACTORS[:1]),
+        "retrieval": (Retrieval, {}, EXTRACTORS[:1]),
+        "ridge of rank 8": (Ridge, {"n_components": 512, "rank": 8}, EXTRACTORS[:1]),
+        "ridge of rank 8, tissue statistics": (Ridge, {"n_components": 512, "rank": 8}, EXTRACTORS[1:]),
+        "ridge of rank 8, both": (Ridge, {"n_components": 512, "rank": 8}, EXTRACTORS),
+        "retrieval, both": (Retrieval, {}, EXTRACTORS),
+    }
+    found: dict[str, dict[str, Fit]] = {
+        name: {
+            target: partial(sti.tl.fit_baseline, recipe=recipe(target=target, **options), extractor=extractors)
+            for target in ("log1p", "lognorm")
+        }
+        for name, (recipe, options, extractors) in recipes.items()
+    }
+    found["STImage NB"] = {
+        "log1p": partial(sti.tl.fit_nb, n_members=n_members),
+        "lognorm": partial(sti.tl.fit_nb, n_members=n_members, size_factors="total"),
+    }
+    return found
+
+
+def prepare(steps: Steps, *, all_spots: bool) -> dict[str, SpatialData]:
+    """Read, stain, tile and embed the sections."""
+    sections = {}
+    reference = None
+    for name in SECTIONS:
+        with steps.step(f"{name}: read, stain, tile"):
+            sections[name] = sti.datasets.her2st(name)
+            reference = sti.pp.stain_normalize(sections[name], reference)
+            sti.pp.tile(sections[name], **({"min_tissue": 0.0} if all_spots else {}))
+        for extractor in EXTRACTORS:
+            with steps.step(f"{name}: embed, {extractor}"):
+                sti.pp.embed(sections[name], extractor)
+    return sections
+
+
+def lognorm(values: np.ndarray) -> np.ndarray:
+    """Log counts per 100,000."""
+    return np.log1p(values / np.maximum(values.sum(axis=1, keepdims=True), 1e-12) * PER)
+
+
+def scores(sdata: SpatialData, target: str) -> dict[str, float]:
+    """Of a section with predictions: mean Pearson, of all genes and the 50 most expressed, and mean IoU."""
+    predictions = contract.predictions(sdata)
+    rows, counts = contract.align_to_spots(sdata, predictions)
+    observed = counts[:, predictions.var_names].X.toarray().astype(np.float64)
+    mean = np.asarray(predictions.X, dtype=np.float64)[rows]
+    transform = np.log1p if target == "log1p" else lognorm
+    predicted, measured = transform(mean), transform(observed)
+    agreement = pearson(predicted, measured)
+    top = np.argsort(-observed.mean(axis=0), kind="stable")[:50]
+    overlap = pattern_iou(predicted, measured, np.asarray(predictions.obsm["spatial"])[rows])
+
+    def average(values: np.ndarray) -> float:
+        # a model that says the same of every spot has no correlation: 0
+        return float(np.nan_to_num(values[~np.isnan(measured.std(axis=0))]).mean())
+
+    inside = (observed >= predictions.layers["lower"][rows]) & (observed <= predictions.layers["upper"][rows])
+    return {
+        "pearson": average(agreement),
+        "pearson_top_50": float(np.nan_to_num(agreement[top]).mean()),
+        "iou": float(np.nanmean(overlap)) if np.isfinite(overlap).any() else float("nan"),
+        "coverage_90": float(inside.mean()),
+    }
+
+
+def run(*, data: Path, all_spots: bool, n_members: int, only: list[str] | None) -> dict[str, Any]:
+    """Fit and score all models, fold by fold."""
+    steps = Steps()
+    sections = prepare(steps, all_spots=all_spots)
+    listed = (data / "genes" / "her2st_785_hvg.txt").read_text().split()
+    measured = [set(sdata.tables[contract.COUNTS].var_names) for sdata in sections.values()]
+    genes = [gene for gene in listed if all(gene in names for names in measured)]
+    rows = []
+    for name, by_target in models(n_members).items():
+        if only and name not in only:
+            continue
+        for target, fit in by_target.items():
+            for held_out, section in sections.items():
+                with steps.step(f"{name}, {target}, {held_out}"):
+                    model = fit({key: sdata for key, sdata in sections.items() if key != held_out}, genes=genes)
+                    factors = "total" if model.total is not None else None
+                    sti.tl.predict(section, model, size_factors=factors)
+                cost = {key: steps.rows[-1][key] for key in ("seconds", "peak_mb_above_imports")}
+                rows.append({"model": name, "target": target, "section": held_out, **scores(section, target), **cost})
+            print(table(rows), flush=True)
+    return {
+        "machine": machine(), "all_spots": all_spots, "n_genes": len(genes), "n_members": n_members, "rows": rows,
+        "steps": steps.rows,
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Means over the sections, as Markdown."""
+    means = pd.DataFrame(rows).drop(columns="section").groupby(["model", "target"], sort=False).mean().reset_index()
+    lines = ["| " + " | ".join(means.columns) + " |", "|" + "---|" * means.shape[1]]
+    for row in means.itertuples(index=False):
+        lines.append(
+            "| " + " | ".join(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("STIMAGE_SD_DATA"), required="STIMAGE_SD_DATA" not in os.environ
+    )
+    parser.add_argument("--drop-sparse", action="store_true", help="leave out spots under 70 %% tissue")
+    parser.add_argument("--members", type=int, default=10)
+    parser.add_argument("--models", nargs="+", help="some of the models alone")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cross_validation.json"))
+    options = parser.parse_args()
+    result = run(data=options.data, all_spots=not options.drop_sparse, n_members=options.members, only=options.models)
+    print(table(result["rows"]))
+    report(options.out, result)
+
+
+if __name__ == "__main__":
+    main()

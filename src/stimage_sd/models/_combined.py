@@ -1,0 +1,189 @@
+"""Several fitted models as one: a mixture of all their members, and its file."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from spatialdata import SpatialData
+
+from stimage_sd.models._files import model_from, read_model, write_model
+from stimage_sd.models._predictor import OpenedSection, Predictor
+
+
+@dataclass(frozen=True)
+class CombinedModel:
+    """A mixture of fitted models, such as one for each of several extractors.
+
+    Made by `stimage_sd.tl.combine`, loaded by `stimage_sd.models.load`.
+
+    Attributes
+    ----------
+    genes
+        Genes that all models predict.
+    parts
+        The models.
+    weights
+        Weight of each model, none negative, their sum 1. A model's members share its weight, so that the mixture's
+        variance is the mean of the members' variances plus the variance of all their means: within models and
+        between them.
+    floor
+        ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit; of the models' own, weighted, where
+        they were trained on different counts.
+    total
+        The size factor 1, which is that of all models; `None` without size factors.
+    interval_level
+        Nominal level of the intervals. A mean of the models' own until `stimage_sd.tl.calibrate` sets it.
+    training
+        Names of the sections that any of the models was trained on, and how weights were found.
+    """
+
+    genes: tuple[str, ...]
+    parts: tuple[Predictor, ...]
+    weights: tuple[float, ...]
+    floor: np.ndarray
+    total: float | None = None
+    interval_level: float = 0.9
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def member_weights(self) -> np.ndarray:
+        """Weight of each member of each model in the mixture, ``float64 (n_members,)``."""
+        return np.concatenate(
+            [weight * np.asarray(part.member_weights) for weight, part in zip(self.weights, self.parts, strict=True)]
+        )
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What predictions say about their model."""
+        each = [part.description for part in self.parts]
+        return {
+            "extractor": " + ".join(dict.fromkeys(str(one.get("extractor", "none")) for one in each)),
+            "head": " + ".join(dict.fromkeys(str(one.get("head", "none")) for one in each)),
+            "n_members": len(self.member_weights),
+            "n_models": len(self.parts),
+            "weights": list(self.weights),
+        }
+
+    def open(self, sdata: SpatialData, *, section: str) -> CombinedSection:
+        """Open a section by each model.
+
+        Parameters
+        ----------
+        sdata
+            The section, tiled once and embedded by every model's extractor.
+        section
+            Its name, for errors.
+
+        Returns
+        -------
+        The section, for `r_and_p`.
+
+        Raises
+        ------
+        KeyError
+            If the section was not tiled, or not embedded by one of the extractors.
+        ValueError
+            If tiles, embeddings or staining are not those of one of the models; the error names the step to run.
+        """
+        opened = tuple(part.open(sdata, section=section) for part in self.parts)
+        counts = {len(one.strangeness) for one in opened}
+        if len(counts) > 1:
+            raise ValueError(
+                f"The models see {sorted(counts)} tiles in section {section!r}, expected the same: tile it once, then "
+                "embed it with every extractor."
+            )
+        columns = []
+        for part in self.parts:
+            place = {gene: number for number, gene in enumerate(part.genes)}
+            columns.append(np.array([place[gene] for gene in self.genes]))
+        strangeness = np.tensordot(self.weights, np.stack([one.strangeness for one in opened]), axes=1)
+        return CombinedSection(opened, tuple(columns), strangeness.astype(np.float32))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the combination with all its models: one file where the path ends in ``.stimage``, else a directory.
+
+        Parameters
+        ----------
+        path
+            Where to.
+
+        Returns
+        -------
+        The path.
+        """
+        configs, arrays = [], {"floor": self.floor}
+        with tempfile.TemporaryDirectory() as folder:
+            for number, part in enumerate(self.parts):
+                config, own = read_model(part.save(Path(folder) / f"part-{number}"))
+                configs.append(config)
+                arrays |= {f"part{number}.{name}": array for name, array in own.items()}
+        config = {
+            "genes": list(self.genes),
+            "parts": configs,
+            "weights": list(self.weights),
+            "total": self.total,
+            "interval_level": self.interval_level,
+            "training": self.training,
+        }
+        return write_model(path, kind="combined", config=config, arrays=arrays)
+
+    @classmethod
+    def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> CombinedModel:
+        """Put a combination together from what `save` wrote."""
+        parts = []
+        for number, part in enumerate(config["parts"]):
+            prefix = f"part{number}."
+            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+            parts.append(model_from(part, own))
+        genes, weights = tuple(config["genes"]), tuple(map(float, config["weights"]))
+        if len(weights) != len(parts) or arrays["floor"].shape != (2, len(genes)):
+            raise KeyError(f"{len(weights)} weights of {len(parts)} models, floor of shape {arrays['floor'].shape}")
+        absent = [gene for part in parts for gene in genes if gene not in set(part.genes)]
+        if not parts or absent:
+            raise KeyError(f"{len(parts)} models, of which some lack {absent[:5]}")
+        return cls(
+            genes=genes,
+            parts=tuple(parts),
+            weights=weights,
+            floor=arrays["floor"],
+            total=config["total"],
+            interval_level=config["interval_level"],
+            training=dict(config["training"]),
+        )
+
+    def __repr__(self) -> str:
+        parts = "; ".join(f"{weight:.2f} of {part!r}" for weight, part in zip(self.weights, self.parts, strict=True))
+        return f"CombinedModel: {len(self.genes)} genes, {len(self.member_weights)} members: {parts}"
+
+
+@dataclass(frozen=True)
+class CombinedSection:
+    """A section as each model of a combination sees it.
+
+    Attributes
+    ----------
+    opened
+        The section, opened by each model.
+    columns
+        Of each model, where the combination's genes lie among its own.
+    strangeness
+        ``float32 (n_tiles,)``: the models' own, weighted.
+    """
+
+    opened: Sequence[OpenedSection]
+    columns: Sequence[np.ndarray]
+    strangeness: np.ndarray
+
+    def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Parameters of all models' negative binomials of some tiles, each ``float32 (n_members, n_rows, n_genes)``."""
+        each = [one.r_and_p(rows) for one in self.opened]
+        r, p = (
+            np.concatenate([pair[which][:, :, chosen] for pair, chosen in zip(each, self.columns, strict=True)])
+            for which in (0, 1)
+        )
+        return r, p

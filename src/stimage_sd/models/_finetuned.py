@@ -1,0 +1,249 @@
+"""A network fine-tuned together with negative-binomial layers, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from flax import nnx
+from numpy.typing import NDArray
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.models._extractors import Extractor, blank_module, derived_extractor, settings
+from stimage_sd.models._features import FeatureSpace
+from stimage_sd.models._files import write_model
+from stimage_sd.models._nb import HeadName, NBModel, NBSection
+from stimage_sd.models._specification import TileSpecification, check_specification
+from stimage_sd.models._weights import sha256_of_arrays
+from stimage_sd.stream import run_over_tiles
+
+_PREFIX = "network/"
+
+
+@dataclass(frozen=True, eq=False)
+class FinetunedModel:
+    """A network and a head that predict a negative binomial for every gene from a tile's pixels.
+
+    Made by `stimage_sd.tl.finetune_nb`, loaded by `stimage_sd.models.load`. It needs no embeddings: `tl.predict`
+    has it embed the tiles by its own network.
+
+    Attributes
+    ----------
+    genes
+        Names of the genes, in the order of every array's last axis.
+    tiles
+        How tiles must be cut; `extractor` and `weights_hash` say what the network was before.
+    features
+        From the network's features to the head's inputs.
+    head
+        ``"paper"`` or ``"dispersion"``.
+    parameters
+        The head's arrays; the leading axis has one member.
+    floor
+        ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
+    network
+        The network, with the weights it was trained to.
+    total
+        The size factor 1: the training tiles' median total count; `None` without size factors.
+    interval_level
+        Nominal level at which the central intervals covered 90 % of held-out counts.
+    training
+        What was fitted, for the reader: sections, validation, seed, options, package versions, history.
+    """
+
+    genes: tuple[str, ...]
+    tiles: TileSpecification
+    features: FeatureSpace
+    head: HeadName
+    parameters: Mapping[str, np.ndarray]
+    floor: np.ndarray
+    network: nnx.Module = field(repr=False)
+    total: float | None = None
+    interval_level: float = 0.9
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def extractor(self) -> Extractor:
+        """The network as an extractor, for `stimage_sd.pp.embed`: its name ends in a part of its weights' hash."""
+        weights_hash = sha256_of_arrays(network_arrays(self.network))
+        return derived_extractor(self.tiles.extractor, self.network, weights_hash=weights_hash)
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """Losses, a row an epoch, with columns epoch, member, training_nll and validation_nll; epoch 0: the start."""
+        return pd.DataFrame(self.training["history"])
+
+    @property
+    def member_weights(self) -> np.ndarray:
+        """Weight of the one member, ``float64 (1,)``."""
+        return np.ones(1)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What predictions say about their model."""
+        unfrozen = self.training.get("options", {}).get("unfreeze")
+        return {
+            "extractor": self.extractor.name,
+            "head": self.head,
+            "n_members": 1,
+            "fine_tuned": "head alone" if unfrozen is None else str(unfrozen),
+        }
+
+    def open(self, sdata: SpatialData, *, section: str) -> NBSection:
+        """Check that a section was tiled as the model expects, and compute its features from the pixels.
+
+        Parameters
+        ----------
+        sdata
+            The section.
+        section
+            Its name, for errors.
+
+        Returns
+        -------
+        The section, for `r_and_p`.
+
+        Raises
+        ------
+        KeyError
+            If the section was not tiled.
+        ValueError
+            If tiles or staining are not those of the model; the error names the step to run again.
+        """
+        expected = self.tiles
+        check_specification(
+            tile_specification(
+                sdata, extractor=expected.extractor, weights_hash=expected.weights_hash, input_px=expected.input_px
+            ),
+            expected,
+            section=section,
+        )
+        table = contract.tiles(sdata)
+        keep = table.obs["keep"].to_numpy()
+        values = run_over_tiles(
+            contract.levels(sdata, contract.working_image_name(sdata)),
+            np.asarray(table.obsm["spatial"])[keep],
+            self.extractor,
+            sides=[contract.tiling(sdata)["side_px"]],
+            target=expected.input_px,
+            key=f"{self.extractor.name}-{self.extractor.weights_hash}",
+            description=f"{contract.sample(sdata)}: {self.extractor.name}",
+        )[:, 0]
+        return NBSection(self._heads(), self.features.reduce(values), self.features.strangeness(values))
+
+    def _heads(self) -> NBModel:
+        return NBModel(self.genes, self.tiles, self.features, self.head, self.parameters, self.floor, self.total)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+
+        Parameters
+        ----------
+        path
+            Where to.
+
+        Returns
+        -------
+        The path.
+        """
+        config, arrays = replace(self._heads(), interval_level=self.interval_level, training=self.training).parts()
+        config["network"] = {"extractor": self.tiles.extractor, **_plain(settings(self.tiles.extractor))}
+        weights = {_PREFIX + name: array for name, array in network_arrays(self.network).items()}
+        return write_model(path, kind="finetuned", config=config, arrays={**arrays, **weights})
+
+    @classmethod
+    def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> FinetunedModel:
+        """Put a model together from what `save` wrote; the network's class comes from the registry, by its name."""
+        described = dict(config["network"])
+        name = described.pop("extractor")
+        network = blank_module(name)
+        here = _plain(settings(name))
+        if described != here:
+            raise ValueError(
+                f"The model's network is that of the extractor {name!r} with {described}, but the one registered here "
+                f"has {here}. Register the one that the model was trained with."
+            )
+        weights = {key.removeprefix(_PREFIX): array for key, array in arrays.items() if key.startswith(_PREFIX)}
+        put_arrays(network, weights, name=name)
+        heads = NBModel.from_parts(config, {key: array for key, array in arrays.items() if key.count("/") == 0})
+        return cls(
+            network=network,
+            **{entry: getattr(heads, entry) for entry in heads.__dataclass_fields__},
+        )
+
+    def __repr__(self) -> str:
+        sections = ", ".join(self.training.get("sections", []))
+        return (
+            f"FinetunedModel: {len(self.genes)} genes, head {self.head!r}, on {self.tiles.extractor} at "
+            f"{self.tiles.input_px} px; trained on {sections}"
+        )
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def tile_specification(sdata: SpatialData, *, extractor: str, weights_hash: str, input_px: int) -> TileSpecification:
+    """Read off a section how its tiles are cut, for a network that embeds them itself.
+
+    Raises
+    ------
+    KeyError
+        If the section was not tiled.
+    """
+    tiling, about = contract.tiling(sdata), contract.info(sdata)
+    normalized = about.get("normalized_image")
+    is_normalized = normalized is not None and normalized == contract.working_image_name(sdata)
+    return replace(
+        TileSpecification(
+            extractor=extractor,
+            weights_hash=weights_hash,
+            fields_of_view=(1.0,),
+            context_rings=0,
+            input_px=input_px,
+            side_px=float(tiling["side_px"]),
+            size_um=float(tiling["size_um"]) if "size_um" in tiling else None,
+        ),
+        stain=about["stain"] if is_normalized else None,
+    )
+
+
+def network_arrays(network: nnx.Module) -> dict[str, NDArray[Any]]:
+    """A network's arrays by their path in it, such as ``stem/kernel``; states of random generators left out."""
+    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in _variables(network)}
+
+
+def put_arrays(network: nnx.Module, arrays: Mapping[str, NDArray[Any]], *, name: str) -> None:
+    """Put arrays into a network, in place.
+
+    Raises
+    ------
+    ValueError
+        If they are not of the same names, shapes and dtypes.
+    """
+    wanted = {"/".join(map(str, path)): variable for path, variable in _variables(network)}
+    expected = {key: tuple(variable.shape) for key, variable in wanted.items()}
+    found = {key: array.shape for key, array in arrays.items()}
+    if found != expected:
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise ValueError(
+            f"The model's weights are not of the network of the extractor {name!r}: {len(wrong)} arrays differ, such "
+            f"as {wrong[:3]}. Register the network that the model was trained with."
+        )
+    for key, variable in wanted.items():
+        variable.set_value(arrays[key])
+
+
+def _variables(network: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
+    return [
+        (path, node)
+        for path, node in nnx.iter_graph(network)
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState)
+    ]

@@ -1,0 +1,170 @@
+"""A fitted elastic-net classifier of genes, High or Low, and its file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import scipy.special
+from spatialdata import SpatialData
+
+from stimage_sd.models._features import FeatureSpace, Standardize
+from stimage_sd.models._files import write_model
+from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
+
+
+@dataclass(frozen=True)
+class GeneClassifier:
+    """The probability that a gene is High on a tile: one logistic regression a gene on the tile's embedding.
+
+    Made by `stimage_sd.tl.fit_gene_classifier`, loaded by `stimage_sd.models.load`. A gene is High on a tile where
+    the z-score of its log1p count is above zero.
+
+    Attributes
+    ----------
+    genes
+        Names of the genes, in the order of the coefficients' rows.
+    tiles
+        What tiles and embeddings must be.
+    features
+        Mean and deviation that embeddings are standardised by, and the principal components, where they are reduced
+        to them. ``features.standardize`` tells whose mean: for embeddings, and for the z-scores, alike.
+    coefficients
+        ``float32 (n_genes, n_features)``.
+    intercepts
+        ``float32 (n_genes,)``; minus infinity for a gene that was constant in training, hence never High.
+    thresholds
+        ``float64 (n_genes,)``: mean log1p count over the training tiles, above which a gene is High where the cohort
+        is standardised as one. Sections that are standardised by themselves have their own means as thresholds.
+    base_rates
+        ``float32 (n_genes,)``: share of the training tiles on which the gene is High.
+    training
+        What was fitted, for the reader: sections, solver, options, package versions, convergence.
+    """
+
+    genes: tuple[str, ...]
+    tiles: TileSpecification
+    features: FeatureSpace
+    coefficients: np.ndarray
+    intercepts: np.ndarray
+    thresholds: np.ndarray
+    base_rates: np.ndarray
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What predicted classes say about their model."""
+        return {"extractor": self.tiles.extractor, "standardize": self.features.standardize}
+
+    def probabilities(self, sdata: SpatialData, *, section: str) -> tuple[np.ndarray, np.ndarray]:
+        """Probability of High of every gene on the kept tiles of a section, and how strange these are.
+
+        Parameters
+        ----------
+        sdata
+            The section.
+        section
+            Its name, for errors.
+
+        Returns
+        -------
+        ``float32 (n_tiles, n_genes)``, and ``float32 (n_tiles,)``: above 1, farther from the training tiles than 95 %
+        of those.
+
+        Raises
+        ------
+        KeyError
+            If the section was not tiled or embedded.
+        ValueError
+            If tiles, embeddings or staining are not those of the model; the error names the step to run again.
+        """
+        found = specification(sdata, self.tiles.extractor, context=self.tiles.context_rings > 0)
+        check_specification(found, self.tiles, section=section)
+        values = features(sdata, self.tiles)
+        margins = brought(self.features, values) @ self.coefficients.T + self.intercepts
+        return scipy.special.expit(margins).astype(np.float32), self.features.strangeness(values)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+
+        Parameters
+        ----------
+        path
+            Where to.
+
+        Returns
+        -------
+        The path.
+        """
+        config = {
+            "genes": list(self.genes),
+            "tiles": asdict(self.tiles),
+            "standardize": self.features.standardize,
+            "training": self.training,
+        }
+        own = {name: getattr(self, name) for name in ("coefficients", "intercepts", "thresholds", "base_rates")}
+        return write_model(path, kind="gene_classifier", config=config, arrays={**own, **self.features.arrays()})
+
+    @classmethod
+    def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> GeneClassifier:
+        """Put a model together from what `save` wrote."""
+        tiles = dict(config["tiles"])
+        tiles["fields_of_view"] = tuple(tiles["fields_of_view"])
+        if config["standardize"] not in get_args(Standardize):
+            raise KeyError(f"standardize is {config['standardize']!r}, expected one of {get_args(Standardize)}")
+        space = FeatureSpace.from_arrays(arrays, standardize=config["standardize"])
+        n_genes = len(config["genes"])
+        n_features = space.components.shape[1] if space.components.size else len(space.mean)
+        expected = {
+            "coefficients": (n_genes, n_features),
+            "intercepts": (n_genes,),
+            "thresholds": (n_genes,),
+            "base_rates": (n_genes,),
+        }
+        found = {name: arrays[name].shape for name in expected}
+        if found != expected:
+            raise KeyError(f"arrays of the classifier are {found}, expected {expected}")
+        return cls(
+            genes=tuple(config["genes"]),
+            tiles=TileSpecification(**tiles),
+            features=space,
+            training=dict(config["training"]),
+            **{name: arrays[name] for name in expected},
+        )
+
+    def __repr__(self) -> str:
+        sections = ", ".join(self.training.get("sections", []))
+        return (
+            f"GeneClassifier: {len(self.genes)} genes, High or Low, {self.coefficients.shape[1]} features, "
+            f"on {self.tiles.extractor} (fields of view {list(self.tiles.fields_of_view)}, "
+            f"context rings {self.tiles.context_rings}); trained on {sections}"
+        )
+
+
+def brought(space: FeatureSpace, values: np.ndarray) -> np.ndarray:
+    """Embeddings of a whole section as the classifier takes them: standardised, and reduced where it was asked."""
+    return space.reduce(values) if space.components.size else np.asarray(space.standardized(values), dtype=np.float32)
+
+
+def is_high(counts: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:
+    """Where genes are High: log1p counts above thresholds, or above their own means (z-score above zero).
+
+    Parameters
+    ----------
+    counts
+        ``(n_tiles, n_genes)``.
+    thresholds
+        ``(n_genes,)`` of log1p counts; `None`: their means. A constant gene is above its mean nowhere.
+
+    Returns
+    -------
+    ``bool (n_tiles, n_genes)``.
+    """
+    logged = np.log1p(np.asarray(counts, dtype=np.float64))
+    if thresholds is not None:
+        return logged > thresholds
+    # a mean of equal numbers may be rounded to less than they are
+    return (logged > logged.mean(axis=0)) & (logged.max(axis=0) > logged.min(axis=0))

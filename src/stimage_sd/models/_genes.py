@@ -1,0 +1,70 @@
+"""Which genes vary most over a cohort."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scanpy as sc
+
+
+def shared_genes(tables: Mapping[str, ad.AnnData]) -> list[str]:
+    """Genes that every section measured, in the first section's order.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    first, *others = tables.values()
+    shared = [str(gene) for gene in first.var_names if all(gene in table.var_names for table in others)]
+    if not shared:
+        examples = {name: list(map(str, table.var_names[:3])) for name, table in tables.items()}
+        raise ValueError(f"The sections share no gene; their names begin {examples}. Are they of one naming scheme?")
+    return shared
+
+
+def most_variable(
+    tables: Mapping[str, ad.AnnData], shared: list[str], *, n_top: int, min_spots: float = 0.1
+) -> list[str]:
+    """Rank genes by the variance of their Pearson residuals, sections as batches.
+
+    Parameters
+    ----------
+    tables
+        Each section's raw counts.
+    shared
+        Genes to choose among; every table has them.
+    n_top
+        How many to choose at most.
+    min_spots
+        Least share of all spots that express a gene.
+
+    Returns
+    -------
+    Names, the most variable first.
+
+    Raises
+    ------
+    ValueError
+        If no gene is expressed in so many spots.
+    """
+    joint = ad.concat(
+        {
+            name: ad.AnnData(table[:, shared].X.astype(np.float32), var=pd.DataFrame(index=shared))
+            for name, table in tables.items()
+        },
+        label="section",
+        index_unique="-",
+    )
+    expressed = np.asarray((joint.X > 0).mean(axis=0)).ravel() >= min_spots
+    if not expressed.any():
+        raise ValueError(f"Expected genes in at least {min_spots:.0%} of the spots, found none. Lower `min_spots=`.")
+    joint = joint[:, expressed].copy()
+    ranked = sc.experimental.pp.highly_variable_genes(
+        joint, flavor="pearson_residuals", n_top_genes=min(n_top, joint.n_vars), batch_key="section", inplace=False
+    ).set_axis(joint.var_names)
+    top = ranked[ranked["highly_variable"]].sort_values("highly_variable_rank", kind="stable").index
+    return [str(gene) for gene in top]

@@ -1,0 +1,94 @@
+"""Principal components of tiles: of what was predicted on them, or of their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import anndata as ad
+import numpy as np
+from sklearn.decomposition import PCA
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.models._features import FeatureSpace, Standardize
+from stimage_sd.models._specification import common_specification, features
+
+Use = Literal["predictions", "embeddings"]
+
+
+def kept_table(sdata: SpatialData, use: Use) -> ad.AnnData:
+    """The table of predictions, or the rows of the tiles' table that are kept."""
+    if use == "predictions":
+        return contract.predictions(sdata)
+    table = contract.tiles(sdata)
+    return table[table.obs["keep"].to_numpy()]
+
+
+def components(
+    cohort: Mapping[str, SpatialData],
+    *,
+    use: Use,
+    extractor: str,
+    n_components: int,
+    standardize: Standardize,
+    seed: int,
+) -> dict[str, np.ndarray]:
+    """Bring the tiles of all sections into one space.
+
+    Parameters
+    ----------
+    cohort
+        Sections with predictions, or embeddings.
+    use
+        ``"predictions"``: log1p of the predicted means. ``"embeddings"``: those of `extractor`, with their context.
+    extractor
+        Whose embeddings.
+    n_components
+        How many components at most.
+    standardize
+        Whose mean and deviation genes, or embeddings, are standardised by: each section's own, or the cohort's.
+    seed
+        Seed of the decomposition.
+
+    Returns
+    -------
+    Of each section ``float32 (n_tiles, n_components)``.
+
+    Raises
+    ------
+    KeyError
+        If a section has no predictions or embeddings.
+    ValueError
+        If `use` or `standardize` is none of theirs, `n_components` is not positive, or the sections have fewer than
+        two genes in common.
+    """
+    if use not in ("predictions", "embeddings"):
+        raise ValueError(f'Expected `use` to be "predictions" or "embeddings", found {use!r}.')
+    if n_components < 1:
+        raise ValueError(f"Expected `n_components` of at least 1, found {n_components}.")
+    if standardize not in ("section", "cohort"):
+        raise ValueError(f'Expected `standardize` to be "section" or "cohort", found {standardize!r}.')
+    if use == "embeddings":
+        tiles = common_specification(dict(cohort), extractor)
+        embedded = {name: features(sdata, tiles) for name, sdata in cohort.items()}
+        space = FeatureSpace.fit(embedded, n_components=n_components, standardize=standardize, seed=seed)
+        return {name: space.reduce(values) for name, values in embedded.items()}
+    tables = [contract.predictions(sdata) for sdata in cohort.values()]
+    genes = [gene for gene in tables[0].var_names if all(gene in table.var_names for table in tables[1:])]
+    if len(genes) < 2:
+        raise ValueError(f"Expected two predicted genes or more that all sections have, found {genes}.")
+    logged = [np.log1p(np.asarray(table[:, genes].X, dtype=np.float64)) for table in tables]
+    if standardize == "section":
+        scaled = np.concatenate([_standardized(values) for values in logged])
+    else:
+        scaled = _standardized(np.concatenate(logged))
+    rank = min(n_components, len(genes), len(scaled) - 1)
+    reduced = PCA(rank, random_state=seed).fit_transform(scaled).astype(np.float32)
+    ends = np.cumsum([table.n_obs for table in tables])[:-1]
+    return dict(zip(cohort, np.split(reduced, ends), strict=True))
+
+
+def _standardized(values: np.ndarray) -> np.ndarray:
+    deviation = values.std(axis=0)
+    return (values - values.mean(axis=0)) / np.where(deviation > 1e-12, deviation, 1.0)

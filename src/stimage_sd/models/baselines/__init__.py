@@ -1,0 +1,16 @@
+"""Baselines: what a new model is to beat, each a recipe for `stimage_sd.tl.fit_baseline`."""
+
+from __future__ import annotations
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "_mean_only": ["MeanOnly"],
+        "_nearest_tiles": ["NearestTiles"],
+        "_recipe": ["Recipe", "SectionData", "TrainingSection"],
+        "_retrieval": ["Retrieval"],
+        "_ridge": ["Ridge"],
+    },
+)

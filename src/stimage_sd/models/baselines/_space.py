@@ -1,0 +1,80 @@
+"""Embeddings of one or several extractors in one space: standardised, weighed alike, reduced."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from sklearn.utils.extmath import randomized_svd
+
+from stimage_sd.models._features import LEAST_TILES
+from stimage_sd.models.baselines._recipe import Arrays, SectionData, TrainingSection
+
+Standardize = Literal["section", "cohort"]
+#: tiles, or features, up to which components are exact
+_EXACT = 1000
+
+
+def fit_space(
+    sections: Sequence[TrainingSection], *, n_components: int, standardize: Standardize, seed: int
+) -> dict[str, np.ndarray]:
+    """Find mean, deviation and principal components of the training tiles.
+
+    Parameters
+    ----------
+    sections
+        The training sections.
+    n_components
+        Components to keep, at most one less than tiles.
+    standardize
+        ``"section"``: each section by its own mean and deviation, over all its tiles; ``"cohort"``: by those of
+        the tiles that are learnt from.
+    seed
+        Seed of the decomposition.
+
+    Returns
+    -------
+    ``mean``, ``deviation``: ``float32 (n_features,)``; ``weight``: of each feature, so that every extractor's
+    features have the same share of the variance; ``centre``: ``(n_features,)``, ``components``:
+    ``(n_features, n_components)``.
+    """
+    joined = [np.concatenate(section.embeddings, axis=1)[section.rows] for section in sections]
+    together = np.concatenate(joined).astype(np.float64)
+    widths = [block.shape[1] for block in sections[0].embeddings]
+    weight = np.concatenate([np.full(width, np.sqrt(sum(widths) / (len(widths) * width))) for width in widths])
+    space = {
+        "mean": together.mean(axis=0).astype(np.float32),
+        "deviation": np.maximum(together.std(axis=0), 1e-6).astype(np.float32),
+        "weight": weight.astype(np.float32),
+    }
+    values = np.concatenate([standardized(space, section, standardize)[section.rows] for section in sections])
+    space["centre"] = values.mean(axis=0)
+    values = values - space["centre"]
+    rank = min(n_components, len(values) - 1, values.shape[1])
+    if min(values.shape) <= _EXACT:
+        _, _, directions = np.linalg.svd(values, full_matrices=False)
+    else:
+        _, _, directions = randomized_svd(values, rank, random_state=seed, n_iter=7)
+    space["components"] = np.ascontiguousarray(directions[:rank].T)
+    return space
+
+
+def standardized(space: Arrays, section: SectionData, standardize: Standardize) -> np.ndarray:
+    """Standardised, weighed embeddings of one whole section, ``float32 (n_tiles, n_features)``."""
+    values = np.concatenate(section.embeddings, axis=1).astype(np.float32)
+    if standardize == "cohort":
+        return (values - space["mean"]) / space["deviation"] * space["weight"]
+    if len(values) < LEAST_TILES:
+        raise ValueError(
+            f"The recipe standardises each section by itself, which takes at least {LEAST_TILES} tiles, found "
+            f'{len(values)}. Give it `standardize="cohort"` for sections that small.'
+        )
+    own = values.std(axis=0)
+    # a feature that is constant in the section says nothing about it
+    return np.where(own > 1e-6, (values - values.mean(axis=0)) / np.maximum(own, 1e-6), 0) * space["weight"]
+
+
+def reduce(space: Arrays, section: SectionData, standardize: Standardize) -> np.ndarray:
+    """Bring one whole section into the space, ``float32 (n_tiles, n_components)``."""
+    return (standardized(space, section, standardize) - space["centre"]) @ space["components"]

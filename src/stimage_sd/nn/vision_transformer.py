@@ -1,0 +1,157 @@
+"""Vision transformers: tiles cut into patches, a class token, blocks of attention; tiny, small and base.
+
+Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021. torchvision's `vit_b_16` and timm's
+`vit_base_patch16_224` are the same network.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stimage_sd.nn.parts import Part, run_parts
+
+LAYER_NORM_EPSILON = 1e-6
+#: width of one head of attention
+HEAD_WIDTH = 64
+#: parts that the blocks are divided into; the last is what fine-tuning's "last_stage" means
+N_PARTS = 4
+
+
+class Size(NamedTuple):
+    """Width and depth of a vision transformer.
+
+    Examples
+    --------
+    >>> SIZES["base"].width // HEAD_WIDTH
+    12
+    """
+
+    width: int
+    depth: int
+
+
+SIZES = {"tiny": Size(192, 12), "small": Size(384, 12), "base": Size(768, 12)}
+
+
+class Block(nnx.Module):
+    """Attention between the tokens, then a network of two layers on each; both add to their input.
+
+    Parameters
+    ----------
+    width
+        Length of a token.
+    rngs
+        Source of the initial weights.
+
+    Examples
+    --------
+    >>> Block(64, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 64))).shape
+    (1, 5, 64)
+    """
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs) -> None:
+        if width % HEAD_WIDTH:
+            raise ValueError(f"Expected `width` as a multiple of {HEAD_WIDTH}, found {width}.")
+        self.before_attention = _layer_norm(width, rngs)
+        self.queries_keys_values = nnx.Linear(width, 3 * width, rngs=rngs)
+        self.project = nnx.Linear(width, width, rngs=rngs)
+        self.before_expansion = _layer_norm(width, rngs)
+        self.expand = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.contract = nnx.Linear(4 * width, width, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Run the block on float32 (batch, n_tokens, width)."""
+        batch, n_tokens, width = tokens.shape
+        packed = self.queries_keys_values(self.before_attention(tokens))
+        packed = packed.reshape(batch, n_tokens, 3, width // HEAD_WIDTH, HEAD_WIDTH)
+        attended = jax.nn.dot_product_attention(packed[:, :, 0], packed[:, :, 1], packed[:, :, 2])
+        tokens = tokens + self.project(attended.reshape(batch, n_tokens, width))
+        inner = jax.nn.gelu(self.expand(self.before_expansion(tokens)), approximate=False)
+        return tokens + self.contract(inner)
+
+
+def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    # the fast variance, of squares less the squared mean, loses the digits that parity with torch needs
+    return nnx.LayerNorm(width, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, rngs=rngs)
+
+
+class VisionTransformer(nnx.Module):
+    """A vision transformer up to its class token's features.
+
+    Parameters
+    ----------
+    size
+        Width and depth; `SIZES` names three.
+    patch_px, image_px
+        Sides of a patch and of a tile, px.
+    rngs
+        Source of the initial weights.
+
+    Examples
+    --------
+    >>> tiny = lambda: VisionTransformer(SIZES["tiny"], rngs=nnx.Rngs(0))(jnp.zeros((2, 224, 224, 3)))
+    >>> nnx.eval_shape(tiny).shape
+    (2, 192)
+    """
+
+    def __init__(self, size: Size, *, patch_px: int = 16, image_px: int = 224, rngs: nnx.Rngs) -> None:
+        if size.depth < N_PARTS or image_px % patch_px:
+            raise ValueError(
+                f"Expected at least {N_PARTS} blocks and a tile of whole patches, found {size.depth} and "
+                f"{image_px} px in patches of {patch_px} px."
+            )
+        self.patch_px, self.image_px = patch_px, image_px
+        self.patches = nnx.Conv(
+            3, size.width, (patch_px, patch_px), strides=(patch_px, patch_px), padding="VALID", rngs=rngs
+        )
+        n_tokens = (image_px // patch_px) ** 2 + 1
+        self.class_token = nnx.Param(jnp.zeros((1, 1, size.width), jnp.float32))
+        positions = 0.02 * jax.random.normal(rngs.params(), (1, n_tokens, size.width), jnp.float32)
+        self.positions = nnx.Param(positions)
+        self.blocks = nnx.List([Block(size.width, rngs=rngs) for _ in range(size.depth)])
+        self.after = _layer_norm(size.width, rngs)
+
+    def parts(self) -> list[Part]:
+        """Give four parts of as many blocks; the first with the patches, the last with the class token's features."""
+        cuts = [len(self.blocks) * number // N_PARTS for number in range(N_PARTS + 1)]
+        groups = [list(self.blocks[start:stop]) for start, stop in pairwise(cuts)]
+        middle = [Part(tuple(group), partial(_through, group)) for group in groups[1:-1]]
+        begin = (self.patches, self.class_token, self.positions)
+        first = Part((*begin, *groups[0]), lambda tiles: _through(groups[0], self._tokens(tiles)))
+        last = Part((*groups[-1], self.after), lambda tokens: self.after(_through(groups[-1], tokens)[:, 0]))
+        return [first, *middle, last]
+
+    def _tokens(self, tiles: jax.Array) -> jax.Array:
+        if tiles.shape[1:3] != (self.image_px, self.image_px):
+            raise ValueError(f"Expected tiles of {self.image_px} px, found {tiles.shape[1]} by {tiles.shape[2]} px.")
+        patches = self.patches(tiles)
+        patches = patches.reshape(len(tiles), -1, patches.shape[-1])
+        token = jnp.broadcast_to(self.class_token[...], (len(tiles), 1, patches.shape[-1]))
+        return jnp.concatenate([token, patches], axis=1) + self.positions[...]
+
+    def __call__(self, tiles: Any) -> Any:
+        """Embed tiles.
+
+        Parameters
+        ----------
+        tiles
+            float32 (batch, image_px, image_px, 3), RGB, normalised.
+
+        Returns
+        -------
+        embeddings
+            float32 (batch, width).
+        """
+        return run_parts(self.parts(), tiles)
+
+
+def _through(blocks: list[Block], tokens: jax.Array) -> jax.Array:
+    for block in blocks:
+        tokens = block(tokens)
+    return tokens

@@ -1,0 +1,208 @@
+"""Scores of several models side by side, and whether they differ."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
+from matplotlib.patches import Patch
+from scipy.stats import wilcoxon
+
+from stimage_sd.pl._canvas import MEASURED, WARNING, finish, panels
+
+By = Literal["model", "section"]
+
+
+class Panel(NamedTuple):
+    """A score: its title, what its axis says, a line to compare with, whether its best genes are named."""
+
+    title: str
+    label: str
+    line: float | None
+    named: bool
+
+
+def wide(table: pd.DataFrame) -> pd.DataFrame:
+    """A row a section, model and gene, a column a metric, of the table of `stimage_sd.tl.cross_validate`."""
+    keys = ["section", "model", "gene"]
+    repeated = table.duplicated([*keys, "metric"])
+    if repeated.any():
+        first = table.loc[repeated, [*keys, "metric"]].iloc[0].to_dict()
+        raise ValueError(f"Expected one row a section, model, gene and metric, found several of {first}.")
+    return table.pivot(index=keys, columns="metric", values="value").rename_axis(columns=None).reset_index()
+
+
+def with_gain(table: pd.DataFrame) -> pd.DataFrame:
+    """The same with the gain in log-likelihood, where the table has what it is made of."""
+    if not {"nll", "nll_floor"} <= set(table.columns):
+        return table
+    return table.assign(nll_gain=table["nll_floor"] - table["nll"])
+
+
+def draw_models(
+    table: pd.DataFrame,
+    looks: Mapping[str, Panel],
+    *,
+    by: By,
+    reference: str | None,
+    ax: Axes | Sequence[Axes] | np.ndarray | None,
+) -> np.ndarray:
+    """Draw a panel a metric, the best model first."""
+    models = list(dict.fromkeys(table["model"]))
+    if reference is not None and reference not in models:
+        raise ValueError(f"Expected `reference` to be one of the models {models}, found {reference!r}.")
+    by_quality = {
+        name: _quality(name, table[name]).groupby(table["model"]).mean().sort_values(ascending=False, kind="stable")
+        for name in looks
+    }
+    # one order and one colour a model in all panels, by the first metric
+    models = [str(model) for model in by_quality[next(iter(looks))].index]
+    colours = {model: to_hex(mpl.colormaps["tab10"](number % 10)) for number, model in enumerate(models)}
+    n_sections = table["section"].nunique()
+    width = 1.2 + 1.15 * len(models) if by == "model" else 2.2 + n_sections * (0.3 + 0.22 * len(models))
+    columns = max(1, min(len(looks), int(18 // width)))
+    axes = panels(ax, len(looks), size=(width, 4.4), columns=columns)
+    for number, (panel, (name, look)) in enumerate(zip(axes, looks.items(), strict=True)):
+        if look.line is not None:
+            panel.axhline(look.line, color=WARNING, linestyle="--", linewidth=1.0, zorder=0)
+        if by == "section":
+            _draw_boxes(panel, table, name, models, colours)
+            if number == 0:
+                handles = [Patch(facecolor=colour, alpha=0.6, label=model) for model, colour in colours.items()]
+                panel.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="best")
+        else:
+            best = str(by_quality[name].index[0]) if reference is None else reference
+            _draw_violins(panel, table, name, models, colours, best, chosen=reference is None)
+        panel.set_title(look.title, fontsize=11)
+        panel.set_ylabel(look.label, fontsize=9)
+        finish(panel)
+    return axes
+
+
+def _quality(metric: str, values: pd.Series) -> pd.Series:
+    """The larger the better."""
+    return -(values - 0.9).abs() if metric == "coverage" else values
+
+
+def _draw_violins(
+    ax: Axes, table: pd.DataFrame, metric: str, models: list[str], colours: dict[str, str], best: str, *, chosen: bool
+) -> None:
+    p_values = paired_tests(table, metric, reference=None if chosen else best)
+    labels = []
+    for position, model in enumerate(models):
+        values = table[table["model"] == model].groupby("gene")[metric].mean()
+        draw_group(ax, position, values, colour=colours[model])
+        pair = frozenset((model, best))
+        test = "reference" if model == best else _p_label(p_values.get(pair, np.nan))
+        labels.append(f"{group_label(model, values)}\n{test}")
+    ax.set_xticks(range(len(models)), labels)
+    for text, model in zip(ax.get_xticklabels(), models, strict=True):
+        text.set_fontweight("bold" if model == best else "normal")
+    ax.set_xlim(-0.6, len(models) - 0.4)
+
+
+def _p_label(p_value: float) -> str:
+    if np.isnan(p_value):
+        return "no test"
+    return f"p = {p_value:.2g}" if p_value >= 1e-3 else f"p = {p_value:.0e}"
+
+
+def _draw_boxes(ax: Axes, table: pd.DataFrame, metric: str, models: list[str], colours: dict[str, str]) -> None:
+    """For each section a box a model, over genes."""
+    sections = list(dict.fromkeys(table["section"]))
+    step = 0.8 / len(models)
+    for number, model in enumerate(models):
+        own = table[table["model"] == model]
+        groups = [own.loc[own["section"] == section, metric].dropna().to_numpy() for section in sections]
+        parts = ax.boxplot(
+            groups, positions=[place - 0.4 + step * (number + 0.5) for place in range(len(sections))],
+            widths=0.85 * step, patch_artist=True, manage_ticks=False,
+            flierprops={"marker": ".", "markersize": 2, "markeredgecolor": "none", "markerfacecolor": colours[model]},
+            medianprops={"color": "black", "linewidth": 1.2},
+        )  # fmt: skip
+        for box in parts["boxes"]:
+            box.set(facecolor=colours[model], alpha=0.6, linewidth=0.6)
+        for line in (*parts["whiskers"], *parts["caps"]):
+            line.set(color="grey", linewidth=0.8)
+    ax.set_xticks(range(len(sections)), sections)
+    ax.set_xlim(-0.6, len(sections) - 0.4)
+
+
+# --------------------------------------------------------------------------------------------------
+# tests
+
+
+def paired_tests(table: pd.DataFrame, metric: str, *, reference: str | None = None) -> dict[frozenset[str], float]:
+    """Wilcoxon's signed-rank test of pairs of models on genes, corrected by Holm.
+
+    Parameters
+    ----------
+    table
+        As `wide` returns it.
+    metric
+        One of its columns.
+    reference
+        Test the others against this model alone; by default all pairs.
+
+    Returns
+    -------
+    Corrected p-values by pair; NaN where two models share no gene. Models that agree in every gene have 1.
+    """
+    scored = _quality(metric, table.set_index(["section", "gene", "model"])[metric]).unstack("model")
+    pairs = [
+        pair for pair in itertools.combinations(map(str, scored.columns), 2) if reference is None or reference in pair
+    ]
+    return dict(zip(map(frozenset, pairs), _holm([_signed_rank(scored[a], scored[b]) for a, b in pairs]), strict=True))
+
+
+def _signed_rank(one: pd.Series, other: pd.Series) -> float:
+    difference = (one - other).dropna().groupby("gene").mean().to_numpy()
+    if not len(difference):
+        return np.nan
+    return 1.0 if not difference.any() else float(wilcoxon(difference).pvalue)
+
+
+def _holm(p_values: list[float]) -> list[float]:
+    """Holm's step-down correction; NaN is no test."""
+    values = np.array(p_values, dtype=float)
+    order = [number for number in np.argsort(values, kind="stable") if not np.isnan(values[number])]
+    least = 0.0
+    for rank, number in enumerate(order):
+        least = max(least, min(1.0, values[number] * (len(order) - rank)))
+        values[number] = least
+    return values.tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# what a group of genes looks like
+
+
+def draw_group(ax: Axes, position: int, values: pd.Series, *, colour: str = MEASURED) -> np.ndarray:
+    """Draw a violin, its points, its quartiles; return where across each value was drawn."""
+    across = position + np.random.default_rng(0).uniform(-0.14, 0.14, len(values))
+    defined = values.notna().to_numpy()
+    numbers = values.to_numpy(dtype=float)[defined]
+    if len(numbers) > 1 and np.ptp(numbers) > 0:
+        parts: dict[str, Any] = ax.violinplot(numbers, positions=[position], widths=0.7, showextrema=False)
+        parts["bodies"][0].set(facecolor=colour, alpha=0.25, edgecolor="none")
+    ax.scatter(across[defined], numbers, s=5, color=colour, alpha=0.5, linewidth=0, rasterized=True)
+    if len(numbers):
+        low, middle, high = np.percentile(numbers, [25, 50, 75])
+        ax.vlines(position, low, high, color="black", linewidth=3.5, zorder=3)
+        ax.plot(position, middle, "o", color="white", markeredgecolor="black", markersize=5, zorder=4)
+    return across
+
+
+def group_label(name: str, values: pd.Series) -> str:
+    """What stands under a group: its name, its median, how many of it have no score."""
+    undefined = int(values.isna().sum())
+    if undefined == len(values):
+        return f"{name}\nno scores"
+    label = f"{name}\nmedian {values.median():.2f}"
+    return f"{label}\n{undefined} undefined" if undefined else label

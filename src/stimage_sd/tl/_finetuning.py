@@ -1,0 +1,296 @@
+"""The network and the head trained together: micro-batches, gradient checkpointing, early stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from os import cpu_count
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.sparse as sp
+from flax import nnx
+from jax import Array
+from tqdm.auto import tqdm
+
+from stimage_sd.models._extractors import Extractor, derived_extractor
+from stimage_sd.models._features import FeatureSpace
+from stimage_sd.nn.augmentation import augment
+from stimage_sd.nn.negative_binomial_head import HEADS, Parameters
+from stimage_sd.nn.parts import parts_of, variables_of
+from stimage_sd.tl._tile_store import TileStore
+
+Unfreeze = Literal["last_stage", "all"] | None
+#: tiles at most that a section's mean and deviation are computed from
+_SAMPLE = 512
+#: tiles that an extractor is given at a time
+_EXTRACTOR_BATCH = 16
+
+
+@dataclass(frozen=True)
+class PixelData:
+    """What a network is fine-tuned on.
+
+    Attributes
+    ----------
+    tiles
+        The tiles.
+    section
+        ``int (n_tiles,)``: which section a tile is of.
+    counts
+        ``(n_tiles, n_genes)`` sparse rows.
+    size_factors
+        ``float32 (n_tiles,)``; ones without.
+    held_out
+        ``bool (n_tiles,)``: tiles to validate on.
+    """
+
+    tiles: TileStore
+    section: np.ndarray
+    counts: sp.csr_matrix
+    size_factors: np.ndarray
+    held_out: np.ndarray
+
+    @cached_property
+    def sample(self) -> np.ndarray:
+        """Rows that sections' means and deviations are computed from: all, or as many drawn evenly."""
+        chosen = []
+        for number in np.unique(self.section):
+            rows = np.flatnonzero(self.section == number)
+            chosen.append(rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _SAMPLE)).astype(int))])
+        return np.concatenate(chosen)
+
+
+class Scales(NamedTuple):
+    """Each section's mean and one over its deviation, ``float32 (n_sections, n_features)``."""
+
+    mean: Array
+    inverse: Array
+
+
+class Batch(NamedTuple):
+    """A micro-batch: what the frozen parts made of its tiles; `weight` is 0 for tiles that only fill it up."""
+
+    inputs: Array
+    section: Array
+    counts: Array
+    size_factors: Array
+    weight: Array
+
+
+class Trained(NamedTuple):
+    """What the gradient changes: the network's unfrozen parameters, and the head's."""
+
+    network: Any
+    head: Parameters
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; as in `stimage_sd.tl.finetune_nb`."""
+
+    head: str
+    unfreeze: Unfreeze
+    augment: bool
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float
+    head_learning_rate: float
+    weight_decay: float
+    seed: int
+
+
+class Finetuning:
+    """A network split into what is trained and what is not, with its compiled steps.
+
+    Parameters
+    ----------
+    extractor
+        Gives the network and its normalisation.
+    space
+        Fixed linear map between the network and the head.
+    data
+        What to train on.
+    settings
+        How.
+    """
+
+    def __init__(self, extractor: Extractor, space: FeatureSpace, data: PixelData, settings: Settings) -> None:
+        self._space, self._data, self._settings = space, data, settings
+        self._extractor = extractor
+        module = extractor.module()
+        parts = parts_of(module)
+        self._first_trained = _first_trained(extractor.name, len(parts), settings.unfreeze)
+        unfrozen = {id(variable) for part in parts[self._first_trained :] for variable in variables_of(part)}
+        paths = {path for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param) and id(node) in unfrozen}
+        split: Any = nnx.split(module, lambda path, _: path in paths, ...)
+        self._graph, self.initial_network, self._rest = split
+        # constants for ever: they run as the extractor does, on a CPU several times as fast as what XLA compiles
+        self._frozen = extractor.first_parts(self._first_trained)
+        self._components = jnp.asarray(space.components)
+        self._optimisers = optax.adam(settings.learning_rate), optax.adam(settings.head_learning_rate)
+        self._pool = ThreadPoolExecutor(cpu_count())
+        self._embed = jax.jit(partial(self._features, checkpointed=False))
+        self._add_gradient = jax.jit(self._accumulated, donate_argnums=(0,))
+        self._update = jax.jit(self._updated)
+
+    def optimiser_states(self, trained: Trained) -> tuple[Any, Any]:
+        """Adam's states at the start."""
+        network, head = self._optimisers
+        return network.init(trained.network), head.init(trained.head)
+
+    def module(self, network: Any) -> nnx.Module:
+        """Put the network together again, its arrays in numpy."""
+        return nnx.merge(self._graph, *jax.tree.map(np.asarray, (network, self._rest)))
+
+    # ----------------------------------------------------------------------------------------------
+    # forward
+
+    def _frozen_parts(self, tiles: np.ndarray) -> Array:
+        """What the frozen parts make of a micro-batch, a part of it on each core."""
+        n_pieces = min(len(tiles), cpu_count() or 1) if self._extractor.is_recordable and self._first_trained else 1
+        pieces = self._pool.map(self._frozen, np.array_split(tiles, n_pieces))
+        return jnp.concatenate([jnp.asarray(piece) for piece in pieces])
+
+    def _features(self, network: Any, rest: Any, inputs: Array, *, checkpointed: bool) -> Array:
+        """``float32 (n_tiles, n_features)``; a part's activations are computed again for its gradient."""
+        parts = parts_of(nnx.merge(self._graph, network, rest))
+        value = inputs
+        for part in parts[self._first_trained :]:
+            value = jax.checkpoint(part.run)(value) if checkpointed else part.run(value)
+        return value
+
+    def features(self, network: Any, rows: np.ndarray, *, label: str) -> np.ndarray:
+        """Features of some tiles as they are, ``float32 (n_rows, n_features)``."""
+        if self._extractor.is_recordable:
+            # recorded anew for these weights: several times as fast as what XLA compiles for a CPU
+            now = derived_extractor(self._extractor.name, self.module(network), weights_hash="now")
+            return features_by(now, self._data.tiles, rows, label=label)
+        size = self._settings.micro_batch_size
+        blocks = []
+        for start in tqdm(range(0, len(rows), size), desc=label, leave=False):
+            chosen = rows[start : start + size]
+            tiles = self._data.tiles.read(np.resize(chosen, size))
+            blocks.append(np.asarray(self._embed(network, self._rest, self._frozen_parts(tiles)))[: len(chosen)])
+        return np.concatenate(blocks)
+
+    def scales(self, rows: np.ndarray, values: np.ndarray) -> Scales:
+        """Each section's mean and deviation over the sample, or the cohort's for all of them.
+
+        Parameters
+        ----------
+        rows, values
+            Tiles in order, the sample among them, and their features.
+        """
+        groups = self.sample(rows, values)
+        n_groups = len(groups)
+        if self._space.standardize == "cohort":
+            groups = [np.concatenate(groups)]
+        means = np.stack([group.mean(axis=0, dtype=np.float64) for group in groups])
+        deviations = np.stack([group.std(axis=0, dtype=np.float64) for group in groups])
+        inverse = np.where(deviations > 1e-6, 1 / np.maximum(deviations, 1e-6), 0)
+        shape = (n_groups, values.shape[1])
+        both = np.broadcast_to(means, shape), np.broadcast_to(inverse, shape)
+        return Scales(*(jnp.asarray(array, dtype=jnp.float32) for array in both))
+
+    def sample(self, rows: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+        """Features of each section's sample."""
+        sample = np.sort(self._data.sample)
+        found, section = values[np.searchsorted(rows, sample)], self._data.section[sample]
+        return [found[section == number] for number in range(int(self._data.section.max()) + 1)]
+
+    def reduced(self, scales: Scales, section: Any, values: Any) -> Array:
+        """Inputs of the head, ``float32 (n_tiles, n_components)``."""
+        return ((values - scales.mean[section]) * scales.inverse[section]) @ self._components
+
+    # ----------------------------------------------------------------------------------------------
+    # backward
+
+    def _accumulated(
+        self, total: tuple[Trained, Array], trained: Trained, rest: Any, scales: Scales, batch: Batch
+    ) -> tuple[Trained, Array]:
+        """A micro-batch's gradient and negative log-likelihood, added to those before."""
+
+        def nll(trained: Trained) -> Array:
+            values = self._features(trained.network, rest, batch.inputs, checkpointed=True)
+            reduced = self.reduced(scales, batch.section, values)
+            log_prob = HEADS[self._settings.head].log_prob(trained.head, reduced, batch.counts, batch.size_factors)
+            return -(log_prob[0].sum(axis=-1) * batch.weight).sum()
+
+        value, gradient = jax.value_and_grad(nll)(trained)
+        return jax.tree.map(jnp.add, total[0], gradient), total[1] + value
+
+    def _updated(
+        self, trained: Trained, states: tuple[Any, Any], gradient: Trained, n_tiles: Array
+    ) -> tuple[Trained, tuple[Any, Any]]:
+        """One step of Adam on the mean gradient a tile and that of the prior on the head's weights."""
+        gradient = jax.tree.map(lambda array: array / n_tiles, gradient)
+        n_training = int((~self._data.held_out).sum())
+        prior = self._settings.weight_decay / n_training * trained.head["weight"]
+        gradient = Trained(gradient.network, {**gradient.head, "weight": gradient.head["weight"] + prior})
+        stepped, after = [], []
+        for adam, part, slope, state in zip(self._optimisers, trained, gradient, states, strict=True):
+            update, state = adam.update(slope, state)
+            stepped.append(optax.apply_updates(part, update))
+            after.append(state)
+        return Trained(*stepped), (after[0], after[1])
+
+    def run_epoch(
+        self, trained: Trained, states: tuple[Any, Any], scales: Scales, *, epoch: int, bar: Any
+    ) -> tuple[Trained, tuple[Any, Any], float]:
+        """Go once through the training tiles; its order and variants are those of the seed and the epoch alone."""
+        rows = np.flatnonzero(~self._data.held_out)
+        rows = np.random.default_rng([self._settings.seed, 3, epoch]).permutation(rows)
+        loss = 0.0
+        for number, start in enumerate(range(0, len(rows), self._settings.batch_size)):
+            chosen = rows[start : start + self._settings.batch_size]
+            total = jax.tree.map(jnp.zeros_like, trained), jnp.zeros(())
+            for batch in self._micro_batches(chosen, epoch=epoch, number=number):
+                total = self._add_gradient(total, trained, self._rest, scales, batch)
+            trained, states = self._update(trained, states, total[0], jnp.float32(len(chosen)))
+            loss += float(total[1])
+            bar.update(len(chosen))
+        return trained, states, loss / len(rows) / self._data.counts.shape[1]
+
+    def _micro_batches(self, rows: np.ndarray, *, epoch: int, number: int) -> Iterator[Batch]:
+        size = self._settings.micro_batch_size
+        for part, start in enumerate(range(0, len(rows), size)):
+            chosen = rows[start : start + size]
+            padded = np.resize(chosen, size)
+            tiles = self._data.tiles.read(padded)
+            if self._settings.augment:
+                key = np.random.SeedSequence([self._settings.seed, epoch, number, part])
+                tiles = augment(tiles, seed=int(key.generate_state(1)[0]))
+            yield Batch(
+                inputs=self._frozen_parts(tiles),
+                section=jnp.asarray(self._data.section[padded]),
+                counts=jnp.asarray(self._data.counts[padded].toarray(), dtype=jnp.float32),
+                size_factors=jnp.asarray(self._data.size_factors[padded]),
+                weight=jnp.asarray(np.arange(size) < len(chosen), dtype=jnp.float32),
+            )
+
+
+def _first_trained(name: str, n_parts: int, unfreeze: Unfreeze) -> int:
+    if unfreeze is None:
+        return n_parts
+    if unfreeze == "all":
+        return 0
+    if n_parts < 2:
+        raise ValueError(
+            f'The network of the extractor {name!r} does not say what its stages are, so `unfreeze="last_stage"` has '
+            'no meaning for it. Give it a method `parts` (stimage_sd.nn.parts), or pass `unfreeze="all"`.'
+        )
+    return n_parts - 1
+
+
+def features_by(extractor: Extractor, tiles: TileStore, rows: np.ndarray, *, label: str) -> np.ndarray:
+    """Features of some tiles by an extractor, ``float32 (n_rows, n_features)``, on all cores."""
+    batches = [rows[start : start + _EXTRACTOR_BATCH] for start in range(0, len(rows), _EXTRACTOR_BATCH)]
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        found = pool.map(lambda batch: extractor(tiles.read(batch)), batches)
+        return np.concatenate(list(tqdm(found, total=len(batches), desc=label, leave=False)))

@@ -1,0 +1,113 @@
+"""Scores of several models: drawn side by side, compared gene by gene."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from stimage_sd import pl
+from stimage_sd.pl._model_scores import paired_tests, wide
+
+
+def cross_validated(n_genes: int = 40, sections: str = "xyz") -> pd.DataFrame:
+    """Scores of three models: one better than the second in every gene, the third like the second."""
+    random = np.random.default_rng(0)
+    base = random.normal(0.3, 0.1, (len(sections), n_genes))
+    models = {
+        "second": base,
+        "best": base + random.uniform(0.02, 0.08, base.shape),
+        "third": base + random.normal(0, 0.03, base.shape),
+    }
+    parts = [
+        pd.DataFrame(
+            {
+                "section": np.repeat(list(sections), n_genes),
+                "model": model,
+                "gene": [f"G{number}" for number in range(n_genes)] * len(sections),
+                "metric": metric,
+                "value": values.ravel() + shift,
+            }
+        )
+        for model, values in models.items()
+        for metric, shift in (("pearson", 0.0), ("iou", 0.1), ("coverage", 0.5), ("nll", 1.0), ("nll_floor", 1.0))
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_scores_of_models_stand_side_by_side_the_best_first() -> None:
+    table = cross_validated()
+    axes = pl.scores(table, metrics=["pearson", "iou", "nll_gain"])
+    assert len(axes) == 3
+    labels = [label.get_text().splitlines() for label in axes[0].get_xticklabels()]
+    assert labels[0][0] == "best"
+    assert labels[0][-1] == "reference"
+    means = table[(table["model"] == "best") & (table["metric"] == "pearson")].groupby("gene")["value"].mean()
+    np.testing.assert_allclose(np.sort(axes[0].collections[1].get_offsets()[:, 1]), np.sort(means))
+    assert labels[0][1] == f"median {means.median():.2f}"
+
+
+def test_models_are_compared_by_wilcoxon_on_genes_and_holm() -> None:
+    table = cross_validated()
+    means = table[table["metric"] == "pearson"].groupby(["gene", "model"])["value"].mean().unstack()
+    raw = {
+        pair: stats.wilcoxon(means[pair[0]] - means[pair[1]]).pvalue
+        for pair in itertools.combinations(["best", "second", "third"], 2)
+    }
+    for reference, pairs in ((None, list(raw)), ("second", [("best", "second"), ("second", "third")])):
+        chosen = {frozenset(pair): raw[pair] for pair in pairs}
+        corrected = dict(zip(chosen, multipletests(list(chosen.values()), method="holm")[1], strict=True))
+        found = paired_tests(wide(table), "pearson", reference=reference)
+        assert set(found) == set(corrected)
+        for pair, p_value in corrected.items():
+            assert found[pair] == pytest.approx(p_value, rel=1e-9)
+    axis = pl.scores(table, metrics=["pearson"], reference="second")[0]
+    labels = {text.get_text().split("\n")[0]: text.get_text().split("\n")[-1] for text in axis.get_xticklabels()}
+    assert labels["second"] == "reference"
+    assert labels["best"] == f"p = {found[frozenset(('best', 'second'))]:.0e}"
+    assert labels["third"] == f"p = {found[frozenset(('second', 'third'))]:.2g}"
+
+
+def test_only_what_both_models_scored_is_compared() -> None:
+    table = cross_validated()
+    lost = (table["model"] == "best") & (table["section"] == "x")
+    table.loc[lost, "value"] = np.nan
+    scored = table[(table["metric"] == "pearson") & (table["section"] != "x")]
+    means = scored.groupby(["gene", "model"])["value"].mean().unstack()
+    found = paired_tests(wide(table), "pearson")[frozenset(("best", "third"))]
+    assert stats.wilcoxon(means["best"] - means["third"]).pvalue <= found
+    same = table.assign(value=0.5)
+    assert set(paired_tests(wide(same), "iou").values()) == {1.0}
+    nearer = table[~lost & (table["metric"] == "coverage")].assign(value=lambda frame: frame["value"] * 0 + 0.9)
+    nearer.loc[nearer["model"] == "third", "value"] = 0.99
+    axis = pl.scores(nearer, metrics=["coverage"])[0]
+    assert axis.get_xticklabels()[-1].get_text().startswith("third")
+
+
+def test_scores_by_section_are_boxes_a_model() -> None:
+    table = cross_validated()
+    axis = pl.scores(table, metrics=["pearson"], by="section")[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["x", "y", "z"]
+    assert len(axis.patches) == 9
+    assert axis.get_legend().get_texts()[0].get_text() == "best"
+    own = table[(table["model"] == "best") & (table["metric"] == "pearson")].groupby("section")["value"]
+    medians = [drawn.get_ydata()[0] for drawn in axis.lines if drawn.get_linewidth() == 1.2][:3]
+    np.testing.assert_allclose(medians, own.median())
+
+
+def test_scores_of_models_refuses() -> None:
+    table = cross_validated()
+    with pytest.raises(ValueError, match=r"`reference` to be one of the models .* found 'ridge'"):
+        pl.scores(table, metrics=["pearson"], reference="ridge")
+    with pytest.raises(ValueError, match=r"`by` to be one of .* found 'gene'"):
+        pl.scores(table, by="gene", metrics=["pearson"])
+    with pytest.raises(ValueError, match=r"`metrics` to be of .* found \['auc'\]"):
+        pl.scores(table, metrics=["auc"])
+    with pytest.raises(ValueError, match=r"found a table lacking \['spearman'\]"):
+        pl.scores(table, metrics=["spearman"])
+    with pytest.raises(ValueError, match="found several of"):
+        pl.scores(pd.concat([table, table]), metrics=["pearson"])
