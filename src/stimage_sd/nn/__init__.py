@@ -12,6 +12,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "densenet",
         "efficientnet",
         "elastic_net",
+        "hist2st",
+        "histogene",
         "intervals",
         "keypoints",
         "lattice",

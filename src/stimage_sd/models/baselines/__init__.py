@@ -7,6 +7,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "_hist2st": ["Hist2ST"],
+        "_histogene": ["HisToGene"],
         "_mean_only": ["MeanOnly"],
         "_nearest_tiles": ["NearestTiles"],
         "_recipe": ["Recipe", "SectionData", "TrainingSection"],

@@ -114,9 +114,10 @@ class Recipe(Protocol):
 
 def recipes() -> dict[str, type[Any]]:
     """The recipes by the names they have in model files."""
-    from stimage_sd.models.baselines import MeanOnly, NearestTiles, Retrieval, Ridge
+    from stimage_sd.models.baselines import Hist2ST, HisToGene, MeanOnly, NearestTiles, Retrieval, Ridge
 
-    return {recipe.name: recipe for recipe in (MeanOnly, Ridge, NearestTiles, Retrieval)}
+    known = (HisToGene, Hist2ST, MeanOnly, NearestTiles, Retrieval, Ridge)
+    return {recipe.name: recipe for recipe in known}
 
 
 def options(recipe: Recipe) -> dict[str, Any]:
