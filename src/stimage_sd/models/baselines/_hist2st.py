@@ -22,12 +22,8 @@ from stimage_sd.models.baselines._recipe import (
     as_counts,
     check_choice,
     check_positive,
-    count_scale,
-    floor,
-    median_total,
-    targets,
 )
-from stimage_sd.models.baselines._section_network import batch_of, predict, train, with_prefix
+from stimage_sd.models.baselines._section_network import learn, predict
 from stimage_sd.nn.hist2st import Hist2STNetwork, zinb_loss
 
 
@@ -85,24 +81,15 @@ class Hist2ST:
 
     def fit(self, sections: Sequence[TrainingSection], *, seed: int) -> dict[str, np.ndarray]:
         """Train the network; see `Recipe`."""
-        total = median_total(sections)
-        batches = [batch_of(part, targets([part], self.target), part.totals / total) for part in sections]
-        n_genes = batches[0].target.shape[1]
-        arrays = train(
-            partial(self._make, n_genes), batches, self._loss, epochs=self.epochs,
-            schedule=optax.exponential_decay(self.learning_rate, 50 * len(batches), 0.9, staircase=True),
+        schedule = optax.exponential_decay(self.learning_rate, 50 * len(sections), 0.9, staircase=True)
+        return learn(
+            self._make, sections, self._loss, target=self.target, epochs=self.epochs, schedule=schedule,
             augment=False, seed=seed, label=self.name,
         )  # fmt: skip
-        return {
-            **with_prefix(arrays, "network."),
-            "scale": count_scale(sections, self.target),
-            "floor_mean": floor(sections, self.target)[0],
-        }
 
     def mean(self, learnt: Arrays, section: SectionData) -> np.ndarray:
         """Run the network; see `Recipe`."""
-        make = partial(self._make, len(learnt["floor_mean"]))
-        logarithms = np.asarray(predict(make, learnt, section, "network.").expression)
+        logarithms = np.asarray(predict(self._make, learnt, section).expression)
         return as_counts(logarithms, learnt["scale"], learnt["floor_mean"])
 
     def _make(self, n_genes: int, rngs: nnx.Rngs) -> Hist2STNetwork:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -19,12 +18,8 @@ from stimage_sd.models.baselines._recipe import (
     as_counts,
     check_choice,
     check_positive,
-    count_scale,
-    floor,
-    median_total,
-    targets,
 )
-from stimage_sd.models.baselines._section_network import batch_of, mean_square, predict, train, with_prefix
+from stimage_sd.models.baselines._section_network import learn, mean_square, predict
 from stimage_sd.nn.histogene import HisToGeneNetwork
 
 
@@ -75,23 +70,14 @@ class HisToGene:
 
     def fit(self, sections: Sequence[TrainingSection], *, seed: int) -> dict[str, np.ndarray]:
         """Train the network; see `Recipe`."""
-        total = median_total(sections)
-        batches = [batch_of(part, targets([part], self.target), part.totals / total) for part in sections]
-        n_genes = batches[0].target.shape[1]
-        arrays = train(
-            partial(self._make, n_genes), batches, mean_square, epochs=self.epochs, schedule=self.learning_rate,
+        return learn(
+            self._make, sections, mean_square, target=self.target, epochs=self.epochs, schedule=self.learning_rate,
             augment=True, seed=seed, label=self.name,
         )  # fmt: skip
-        return {
-            **with_prefix(arrays, "network."),
-            "scale": count_scale(sections, self.target),
-            "floor_mean": floor(sections, self.target)[0],
-        }
 
     def mean(self, learnt: Arrays, section: SectionData) -> np.ndarray:
         """Run the network; see `Recipe`."""
-        make = partial(self._make, len(learnt["floor_mean"]))
-        logarithms = np.asarray(predict(make, learnt, section, "network."))
+        logarithms = np.asarray(predict(self._make, learnt, section))
         return as_counts(logarithms, learnt["scale"], learnt["floor_mean"])
 
     def _make(self, n_genes: int, rngs: nnx.Rngs) -> HisToGeneNetwork:

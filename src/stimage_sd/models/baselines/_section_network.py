@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import jax
@@ -13,13 +14,24 @@ import optax
 from flax import nnx
 from tqdm.auto import tqdm
 
-from stimage_sd.models.baselines._recipe import Arrays, SectionData, TrainingSection
+from stimage_sd.models.baselines._recipe import (
+    Arrays,
+    SectionData,
+    Target,
+    TrainingSection,
+    count_scale,
+    floor,
+    median_total,
+    targets,
+)
 from stimage_sd.nn.lattice import find_lattice, neighbour_graph
 
 #: spots that are a spot's neighbours in the graph
 NEIGHBOURS = 4
 #: shares of brightness, contrast and saturation that a picture's colours are changed by in training
 JITTER = 0.5
+#: what the names of a network's arrays begin with among those that a recipe keeps
+NETWORK = "network."
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,39 @@ class Loss(Protocol):
     def __call__(self, network: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         """Compute the loss; `batch` has the arrays of `SectionBatch`, with ``pixels`` float32, 0 to 1."""
         ...
+
+
+def learn(
+    make: Callable[[int, nnx.Rngs], nnx.Module],
+    sections: Sequence[TrainingSection],
+    loss: Loss,
+    *,
+    target: Target,
+    **training: Any,
+) -> dict[str, np.ndarray]:
+    """Train a network on sections; return what a recipe keeps of it.
+
+    Parameters
+    ----------
+    make
+        Builds the network for a number of genes.
+    sections
+        To learn from.
+    loss
+        What is minimised.
+    target
+        As in `Recipe`.
+    training
+        As in `train`.
+    """
+    total = median_total(sections)
+    batches = [batch_of(part, targets([part], target), part.totals / total) for part in sections]
+    arrays = train(partial(make, batches[0].target.shape[1]), batches, loss, **training)
+    return {
+        **{f"{NETWORK}{name}": array for name, array in arrays.items()},
+        "scale": count_scale(sections, target),
+        "floor_mean": floor(sections, target)[0],
+    }
 
 
 def see(section: SectionData) -> dict[str, np.ndarray]:
@@ -142,12 +187,12 @@ def train(
     return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
 
 
-def predict(make: Callable[[nnx.Rngs], nnx.Module], arrays: Arrays, section: SectionData, prefix: str) -> Any:
-    """Run a trained network on all tiles of a section."""
-    network = make(nnx.Rngs(0))
+def predict(make: Callable[[int, nnx.Rngs], nnx.Module], learnt: Arrays, section: SectionData) -> Any:
+    """Run a network that `learn` trained on all tiles of a section."""
+    network = make(len(learnt["floor_mean"]), nnx.Rngs(0))
     state = nnx.state(network, (nnx.Param, nnx.BatchStat))
     for path, variable in nnx.to_flat_state(state):
-        variable[...] = jnp.asarray(arrays[f"{prefix}{'/'.join(map(str, path))}"])
+        variable[...] = jnp.asarray(learnt[f"{NETWORK}{'/'.join(map(str, path))}"])
     nnx.update(network, state)
     network.eval()
     seen = see(section)
@@ -182,11 +227,6 @@ def _augmented(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     pixels = (pixels - pixels.mean()) * contrast + pixels.mean()
     grey = pixels.mean(axis=-1, keepdims=True)
     return np.clip((pixels - grey) * saturation + grey, 0.0, 1.0).astype(np.float32)
-
-
-def with_prefix(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:
-    """Name arrays after what they belong to."""
-    return {f"{prefix}{name}": array for name, array in arrays.items()}
 
 
 def mean_square(network: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
