@@ -282,9 +282,11 @@ def test_micro_batches_with_checkpoints_add_up_to_the_plain_gradient(step):
         np.testing.assert_allclose(total[0].head[name], slope, rtol=1e-3, atol=1e-4 * np.abs(slope).max())
 
 
-@pytest.mark.parametrize("n_parts", [0, 3, 4])
-def test_frozen_parts_run_as_the_extractor_does(n_parts):
-    extractor = models.get_extractor("efficientnet_lite0")
+@pytest.mark.parametrize(
+    ("name", "n_parts"), [*(("efficientnet_lite0", n_parts) for n_parts in (0, 3, 4)), ("efficientnet_lite2", 3)]
+)
+def test_frozen_parts_run_as_the_extractor_does(name, n_parts):
+    extractor = models.get_extractor(name)
     tiles = np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8)
     value = jnp.asarray(extractor.first_parts(n_parts)(tiles))
     rest = parts_of(extractor.module())[n_parts:]
