@@ -23,6 +23,7 @@ from stimage_sd.models.baselines._recipe import (
     targets,
 )
 from stimage_sd.models.baselines._space import Standardize, fit_space, reduce
+from stimage_sd.nn.ridge import Moments, RidgePath
 from stimage_sd.nn.spatial import pearson
 
 #: penalties that are tried, in multiples of the features' total variance
@@ -90,8 +91,8 @@ class Ridge:
         penalty = self._penalty(sections, solution, seed)
         return {
             **{f"space.{name}": array for name, array in solution.space.items()},
-            "coefficients": solution.coefficients(penalty, self.rank).astype(np.float32),
-            "intercept": solution.intercept.astype(np.float32),
+            "coefficients": solution.path.coefficients(penalty, self.rank).astype(np.float32),
+            "intercept": solution.path.intercept.astype(np.float32),
             "penalty": np.array([penalty], dtype=np.float32),
             "scale": count_scale(sections, self.target),
             "floor_mean": floor(sections, self.target)[0],
@@ -105,24 +106,12 @@ class Ridge:
 
     def _solve(self, sections: Sequence[TrainingSection], seed: int) -> _Solution:
         space = fit_space(sections, n_components=self.n_components, standardize=self.standardize, seed=seed)
-        reduced = np.concatenate(
-            [reduce(space, section, self.standardize)[section.rows] for section in sections]
-        ).astype(np.float64)
-        wanted = targets(sections, self.target).astype(np.float64)
-        intercept = wanted.mean(axis=0)
-        values, vectors = np.linalg.eigh(reduced.T @ reduced)
-        return _Solution(
-            space,
-            intercept,
-            np.maximum(values, 0),
-            vectors,
-            vectors.T @ (reduced.T @ (wanted - intercept)),
-            len(reduced),
-        )
+        reduced = np.concatenate([reduce(space, section, self.standardize)[section.rows] for section in sections])
+        return _Solution(space, RidgePath.solve(Moments.of(reduced, targets(sections, self.target))))
 
     def _penalty(self, sections: Sequence[TrainingSection], solution: _Solution, seed: int) -> float:
         if self.penalty == "hest":
-            return 100.0 / (len(solution.values) * len(solution.intercept))
+            return 100.0 / (len(solution.path.values) * len(solution.path.intercept))
         if self.penalty != "held-out":
             return float(self.penalty)
         scores = []
@@ -130,7 +119,7 @@ class Ridge:
             part = self._solve(fold.train, seed)
             scores.append(self._scores(part, fold.test))
         best = int(np.argmax(np.mean(scores, axis=0)))
-        return _PENALTIES[best] * solution.variance
+        return _PENALTIES[best] * solution.path.variance
 
     def _scores(self, solution: _Solution, left_out: Sequence[TrainingSection]) -> list[float]:
         """Mean Pearson of each penalty on sections that were left out."""
@@ -139,34 +128,14 @@ class Ridge:
             reduced = reduce(solution.space, section, self.standardize)[section.rows]
             wanted = targets([section], self.target)
             for place, penalty in enumerate(_PENALTIES):
-                predicted = reduced @ solution.coefficients(penalty * solution.variance, self.rank)
+                predicted = reduced @ solution.path.coefficients(penalty * solution.path.variance, self.rank)
                 agreement = pearson(predicted, wanted)
                 scores[number, place] = np.nanmean(agreement) if np.isfinite(agreement).any() else 0.0
         return scores.mean(axis=0).tolist()
 
 
 class _Solution(NamedTuple):
-    """Ridge regression for every penalty: one eigendecomposition."""
+    """The space of the embeddings, and the regression in it."""
 
     space: dict[str, np.ndarray]
-    intercept: np.ndarray
-    values: np.ndarray
-    vectors: np.ndarray
-    products: np.ndarray
-    n_tiles: int
-
-    @property
-    def variance(self) -> float:
-        """Total variance of the components."""
-        return float(self.values.sum() / self.n_tiles)
-
-    def coefficients(self, penalty: float, rank: int | None) -> np.ndarray:
-        """``(n_components, n_genes)``."""
-        # directions without variance get nothing at a penalty of 0
-        known = self.values > 1e-10 * self.values.max(initial=0)
-        turned = np.where(known, 1 / np.where(known, self.values + penalty, 1), 0)[:, None] * self.products
-        if rank is not None and rank < min(turned.shape):
-            # of the fitted values, whose columns are `turned` in units of each component's length
-            _, _, directions = np.linalg.svd(np.sqrt(self.values)[:, None] * turned, full_matrices=False)
-            turned = (turned @ directions[:rank].T) @ directions[:rank]
-        return self.vectors @ turned
+    path: RidgePath
