@@ -14,6 +14,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.nn import negative_binomial
+from stimage_sd.nn.expectation import expected_log1p
 from stimage_sd.nn.lattice import find_lattice, neighbour_graph
 from stimage_sd.nn.spatial import morans_i, pattern_iou, pearson, spearman
 
@@ -55,7 +56,8 @@ def evaluate(
     transform
         What correlations, Moran's I and IoU are computed on: ``"log1p"`` of counts and means (of intensities below
         zero, which compensation leaves, with the sign kept); ``"raw"``; ``"lognorm"``: scaled to the median total
-        over the predicted genes, then log1p (counts only).
+        over the predicted genes, then log1p (counts only). Log-normalised counts are compared with what the
+        predicted distribution expects of them (`stimage_sd.nn.expectation`).
     graph
         Spatial weights, sparse ``(n, n)`` over the predicted tiles that sit on a measured spot; by default
         the eight neighbours of a square lattice or the six of a hexagonal one. Rows are standardised.
@@ -160,10 +162,9 @@ def _agreement(
     predictions: ad.AnnData, observed: np.ndarray, transform: Transform, graph: sp.spmatrix | None
 ) -> pd.DataFrame:
     """How well the predicted means follow what was measured, over tiles and in space."""
-    mean = np.asarray(predictions.X, dtype=np.float64)
     coordinates = np.asarray(predictions.obsm["spatial"])
     weights = neighbour_graph(coordinates) if graph is None else sp.csr_matrix(graph)
-    predicted, measured = _transformed(mean, transform), _transformed(observed, transform)
+    predicted, measured = _expected(predictions, transform), _transformed(observed, transform)
     return pd.DataFrame(
         {
             "pearson": pearson(predicted, measured),
@@ -199,6 +200,16 @@ def _iou(predicted: np.ndarray, measured: np.ndarray, coordinates: np.ndarray) -
         warnings.warn(f"The IoU is left out: {error}", stacklevel=4)
         return np.full(predicted.shape[1], np.nan)
     return pattern_iou(predicted, measured, coordinates)
+
+
+def _expected(predictions: ad.AnnData, transform: Transform) -> np.ndarray:
+    """What is compared with transformed counts: the transformed mean, or the expectation where depth matters."""
+    mean = np.asarray(predictions.X, dtype=np.float64)
+    if transform != "lognorm":
+        return _transformed(mean, transform)
+    totals = mean.sum(axis=1, keepdims=True)
+    variance = np.asarray(predictions.layers["total_variance"], dtype=np.float64)
+    return expected_log1p(mean, variance, scale=np.median(totals) / np.maximum(totals, 1e-12))
 
 
 def _transformed(values: np.ndarray, transform: Transform) -> np.ndarray:
