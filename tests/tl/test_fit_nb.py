@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from spatialdata import SpatialData
 
 from stimage_sd import contract, pp, tl
-from stimage_sd.models import NBModel
+from stimage_sd.models import NBModel, load
 
 QUICK = {"extractor": "toy", "n_members": 3, "max_epochs": 8}
 
@@ -196,7 +196,7 @@ def test_options_out_of_range(cohort: object) -> None:
         ("`batch_size` of at least 1, found 0", {"batch_size": 0}),
         ("`n_components` of at least 1, found 0", {"n_components": 0}),
         ("`patience` of at least 1, found 0", {"patience": 0}),
-        ("`learning_rate` to be positive .* found 0.0 and 30.0", {"learning_rate": 0.0}),
+        ("`learning_rate` to be positive .* found 0.0 and 10.0", {"learning_rate": 0.0}),
         ("`weight_decay` .* no less than 0, found 0.03 and -1", {"learning_rate": 0.03, "weight_decay": -1.0}),
         ("`size_factors` to be None or \"total\", found 'log'", {"size_factors": "log"}),
         ("list of different names, found an empty list", {"genes": []}),
@@ -244,3 +244,26 @@ def test_a_section_too_small_to_standardise(planted: Callable) -> None:
     with pytest.raises(ValueError, match=r"at least 20 tiles, found 16. Fit with `standardize=\"cohort\"`"):
         tl.fit_nb(cohort.sections, genes=cohort.genes, standardize="section", **QUICK)
     assert tl.fit_nb(cohort.sections, genes=cohort.genes, standardize="cohort", **QUICK).n_members == 3
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_rank_is_what_heads_see(cohort: object, tmp_path: Path, rank: int | None) -> None:
+    model = tl.fit_nb(train_of(cohort), genes=cohort.genes, rank=rank, **QUICK)
+    n_components = model.features.components.shape[1]
+    if rank is None:
+        assert model.patterns is None
+        assert model.parameters["weight"].shape[1] == n_components
+    else:
+        assert model.patterns.basis.shape[:2] == (3, n_components)
+        assert model.parameters["weight"].shape[1] == model.patterns.rank == rank
+    assert model.training["options"]["rank"] == rank
+    test = cohort.sections["d"]
+    tl.predict(test, model)
+    means = contract.predictions(test).X.copy()
+    tl.predict(test, load(model.save(tmp_path / "model.stimage")))
+    np.testing.assert_array_equal(contract.predictions(test).X, means)
+
+
+def test_a_rank_of_nothing_is_refused(cohort: object) -> None:
+    with pytest.raises(ValueError, match="`rank` of at least 1"):
+        tl.fit_nb(train_of(cohort), genes=cohort.genes, rank=0, **QUICK)

@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import write_model
+from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.nn.negative_binomial_head import HEADS
 
@@ -36,7 +37,7 @@ class NBModel:
     tiles
         What tiles and embeddings must be.
     features
-        From embeddings to the heads' inputs.
+        From embeddings to components.
     head
         ``"paper"`` or ``"dispersion"``.
     parameters
@@ -49,6 +50,8 @@ class NBModel:
         Nominal level at which the mixture's central intervals covered 90 % of held-out counts.
     training
         What was fitted, for the reader: sections, validation, seed, options, package versions, metrics.
+    patterns
+        From components to what each member's heads see; `None` where they see the components.
     """
 
     genes: tuple[str, ...]
@@ -60,6 +63,7 @@ class NBModel:
     total: float | None = None
     interval_level: float = 0.9
     training: dict[str, Any] = field(default_factory=dict)
+    patterns: SharedPatterns | None = None
 
     @property
     def n_members(self) -> int:
@@ -124,7 +128,8 @@ class NBModel:
         chosen = dict(self.parameters)
         if members is not None:
             chosen = {name: array[list(members)] for name, array in chosen.items()}
-        r, p = _r_and_p(self.head)(chosen, reduced)
+        seen = reduced if self.patterns is None else self.patterns.project(reduced, members=members)
+        r, p = _r_and_p(self.head)(chosen, seen)
         return np.asarray(r), np.asarray(p)
 
     def save(self, path: str | Path) -> Path:
@@ -154,6 +159,8 @@ class NBModel:
             "training": self.training,
         }
         arrays = {f"head.{name}": np.asarray(array) for name, array in self.parameters.items()}
+        if self.patterns is not None:
+            arrays |= {"patterns.basis": self.patterns.basis, "patterns.centre": self.patterns.centre}
         return config, {**arrays, **self.features.arrays(), "floor": self.floor}
 
     @classmethod
@@ -165,8 +172,10 @@ class NBModel:
         n_genes = len(config["genes"])
         if config["head"] not in HEADS or arrays["floor"].shape != (2, n_genes):
             raise KeyError(f"head {config['head']!r} with a floor of shape {arrays['floor'].shape} for {n_genes} genes")
-        n_features = arrays["features.components"].shape[1]
-        expected = _parameter_shapes(config["head"], len(parameters["bias"]), n_features, n_genes)
+        n_components, n_members = arrays["features.components"].shape[1], len(parameters["bias"])
+        patterns = _patterns(arrays, n_members=n_members, n_components=n_components)
+        n_features = n_components if patterns is None else patterns.rank
+        expected = _parameter_shapes(config["head"], n_members, n_features, n_genes)
         found = {name: array.shape for name, array in parameters.items()}
         if found != expected:
             raise KeyError(f"arrays of the head {config['head']!r} are {found}, expected {expected}")
@@ -182,6 +191,7 @@ class NBModel:
             total=config["total"],
             interval_level=config["interval_level"],
             training=dict(config["training"]),
+            patterns=patterns,
         )
 
     def __repr__(self) -> str:
@@ -220,6 +230,19 @@ class NBSection:
         padded[: len(chosen)] = chosen
         r, p = self.model.r_and_p(padded)
         return r[:, : len(chosen)], p[:, : len(chosen)]
+
+
+def _patterns(arrays: Mapping[str, np.ndarray], *, n_members: int, n_components: int) -> SharedPatterns | None:
+    """The patterns among a file's arrays, where the model has some."""
+    if "patterns.basis" not in arrays:
+        return None
+    found = SharedPatterns(arrays["patterns.basis"], arrays["patterns.centre"])
+    if found.basis.shape[:2] != (n_members, n_components) or found.centre.shape != (n_members, n_components):
+        raise KeyError(
+            f"patterns of shapes {found.basis.shape} and {found.centre.shape} for {n_members} members and "
+            f"{n_components} components"
+        )
+    return found
 
 
 def _parameter_shapes(head: str, n_members: int, n_features: int, n_genes: int) -> dict[str, tuple[int, ...]]:

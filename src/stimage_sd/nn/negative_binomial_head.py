@@ -1,7 +1,7 @@
 """Heads that turn features into negative binomials: an ensemble of linear layers on one array axis.
 
-A head is a set of pure functions. Parameters are a dict of arrays whose leading axis is the member;
-features and counts are shared by all members, so that the ensemble is one matrix product.
+A head is a set of pure functions. Parameters are a dict of arrays whose leading axis is the member; counts are shared
+by all members. So are features, of which the ensemble is then one matrix product, unless each member has its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Head(NamedTuple):
         ``(key, mean, dispersion, n_members, n_features) -> parameters``: members that predict the genes' own
         mean-only fit, each with slightly different weights.
     log_prob
-        ``(parameters, features, counts, size_factors) -> (n_members, n_tiles, n_genes)``.
+        ``(parameters, features, counts, size_factors) -> (n_members, n_tiles, n_genes)``; features are
+        ``(n_tiles, n_features)``, or ``(n_members, n_tiles, n_features)``.
     r_and_p
         ``(parameters, features) -> r, p``, each ``(n_members, n_tiles, n_genes)``.
     """
@@ -48,8 +49,9 @@ _LARGEST_LOG_RATIO = 8.0
 
 
 def _linear(parameters: Parameters, features: Array) -> Array:
-    """``(n_members, n_tiles, n_outputs)`` by one matrix product over all members."""
-    return jnp.einsum("tf,mfo->mto", features, parameters["weight"]) + parameters["bias"][:, None, :]
+    """``(n_members, n_tiles, n_outputs)``; of features that members share, by one matrix product over all of them."""
+    subscripts = "tf,mfo->mto" if features.ndim == 2 else "mtf,mfo->mto"
+    return jnp.einsum(subscripts, features, parameters["weight"]) + parameters["bias"][:, None, :]
 
 
 def _weights(key: Array, n_members: int, n_features: int, n_outputs: int) -> Array:

@@ -194,7 +194,9 @@ def finetune_nb(
             "history": {key: [row[key] for row in run.history] for key in run.history[0]},
         },
     )  # fmt: skip
-    heads = _with_interval_level(heads, TrainingData(reduced, spots.counts, spots.factors, np.zeros(0), held_out))
+    heads = _with_interval_level(
+        heads, reduced, TrainingData(reduced, spots.counts, spots.factors, np.zeros(0), held_out)
+    )
     fields = {name: getattr(heads, name) for name in heads.__dataclass_fields__}
     return FinetunedModel(network=run.tuning.module(run.best.network), **fields)
 

@@ -20,6 +20,7 @@ from stimage_sd.models._specification import common_specification, features
 from stimage_sd.nn.intervals import mixture_interval
 from stimage_sd.nn.mean_only import fit_mean_only
 from stimage_sd.nn.negative_binomial_head import HEADS
+from stimage_sd.tl._shared_patterns import find_patterns
 from stimage_sd.tl._split import held_out_tiles
 from stimage_sd.tl._training import TrainingData, train
 
@@ -36,12 +37,13 @@ def fit_nb(
     n_members: int = 10,
     size_factors: Literal["total"] | None = None,
     validation: float | Sequence[str] = 0.3,
-    n_components: int = 128,
+    n_components: int = 256,
+    rank: int | None = 16,
     standardize: Standardize = "section",
     max_epochs: int = 100,
     batch_size: int = 64,
     learning_rate: float = 0.03,
-    weight_decay: float = 30.0,
+    weight_decay: float = 10.0,
     patience: int = 10,
     seed: int = 0,
     table_key: str | None = None,
@@ -73,6 +75,10 @@ def fit_nb(
         that all members are validated on. With a single section, a contiguous part of it.
     n_components
         Principal components that embeddings are reduced to.
+    rank
+        Patterns of expression that all genes share, along which predictions vary: directions of the components,
+        found by ridge regression of log counts on each member's training tiles. `None`: none are shared, the heads
+        see all components, as published.
     standardize
         ``"section"``: each section's embeddings by their own mean and deviation; ``"cohort"``: by the
         training tiles'.
@@ -119,6 +125,7 @@ def fit_nb(
     _check_options(
         head=head, standardize=standardize, size_factors=size_factors, n_members=n_members, max_epochs=max_epochs,
         batch_size=batch_size, n_components=n_components, patience=patience,
+        rank=1 if rank is None else rank,
     )  # fmt: skip
     if not learning_rate > 0 or not weight_decay >= 0:
         raise ValueError(
@@ -140,10 +147,10 @@ def fit_nb(
     sections = np.repeat(list(measured), [len(rows) for rows, _, _ in measured.values()])
     positions = np.concatenate([_positions(cohort[name])[rows] for name, (rows, _, _) in measured.items()])
     held_out = held_out_tiles(sections, positions, validation, n_members=n_members, seed=seed)
-    training_data = TrainingData(
-        reduced, counts, factors.astype(np.float32), _bootstrap(~held_out, seed=seed), held_out
-    )
-    initial = HEADS[head].initial(jax.random.key(seed), floor[0], floor[1], n_members, reduced.shape[1])
+    patterns = find_patterns(reduced, counts, factors, held_out, rank=rank) if rank is not None else None
+    seen = reduced if patterns is None else patterns.project(reduced)
+    training_data = TrainingData(seen, counts, factors.astype(np.float32), _bootstrap(~held_out, seed=seed), held_out)
+    initial = HEADS[head].initial(jax.random.key(seed), floor[0], floor[1], n_members, seen.shape[-1])
     parameters, history = train(
         head, initial, training_data, max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate,
         weight_decay=weight_decay, patience=patience, seed=seed,
@@ -156,21 +163,23 @@ def fit_nb(
         parameters={name: np.asarray(array) for name, array in parameters.items()},
         floor=floor,
         total=median,
+        patterns=patterns,
         training={
             "sections": list(measured),
             "n_tiles": len(reduced),
             "validation": _validation_sections(sections, held_out),
             "seed": seed,
             "options": {
-                "n_components": n_components, "max_epochs": max_epochs, "batch_size": batch_size,
-                "learning_rate": learning_rate, "weight_decay": weight_decay, "patience": patience,
+                "n_components": n_components, "rank": None if patterns is None else patterns.rank,
+                "max_epochs": max_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
+                "weight_decay": weight_decay, "patience": patience,
             },
             "metrics": _metrics(history),
             "versions": _versions(),
             "history": {key: [row[key] for row in history] for key in history[0]},
         },
     )  # fmt: skip
-    return _with_interval_level(model, training_data)
+    return _with_interval_level(model, reduced, training_data)
 
 
 def _check_options(*, head: str, standardize: str, size_factors: str | None, **positive: int) -> None:
@@ -248,14 +257,14 @@ def _versions() -> dict[str, str]:
     return {"stimage-sd": __version__, "python": platform.python_version(), **packages}
 
 
-def _with_interval_level(model: NBModel, data: TrainingData) -> NBModel:
+def _with_interval_level(model: NBModel, reduced: np.ndarray, data: TrainingData) -> NBModel:
     """Set the nominal level at which held-out members' intervals cover what they should."""
     patterns, pattern_of = np.unique(data.held_out.T, axis=0, return_inverse=True)
     pieces = []
     for number, members in enumerate(patterns):
         rows = np.flatnonzero(pattern_of.ravel() == number)
         if members.any():
-            pieces.append((rows, *model.r_and_p(data.features[rows], members=np.flatnonzero(members).tolist())))
+            pieces.append((rows, *model.r_and_p(reduced[rows], members=np.flatnonzero(members).tolist())))
 
     def covered(level: float) -> float:
         inside = 0

@@ -28,7 +28,8 @@ class TrainingData:
     Attributes
     ----------
     features
-        ``float32 (n_tiles, n_features)``, reduced.
+        What the heads see: ``float32 (n_tiles, n_features)``, or ``(n_members, n_tiles, n_features)`` where each member
+        has its own.
     counts
         ``(n_tiles, n_genes)`` sparse rows.
     size_factors
@@ -134,11 +135,18 @@ def _blocks(data: TrainingData, order: np.ndarray, batch_size: int, weight: np.n
         member_weight = weight[:, padded].astype(np.float32)
         member_weight[:, len(rows) :] = 0
         yield Block(
-            features=jnp.asarray(data.features[padded].reshape(*shape, -1)),
+            features=jnp.asarray(_minibatches(data.features, padded, shape)),
             counts=jnp.asarray(data.counts[padded].toarray().astype(np.float32).reshape(*shape, -1)),
             size_factors=jnp.asarray(data.size_factors[padded].reshape(shape)),
             weight=jnp.asarray(np.moveaxis(member_weight.reshape(-1, *shape), 0, 1)),
         )
+
+
+def _minibatches(features: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """``(n_steps, [n_members,] n_batch, n_features)``."""
+    if features.ndim == 2:
+        return features[rows].reshape(*shape, -1)
+    return np.moveaxis(features[:, rows].reshape(len(features), *shape, -1), 0, 1)
 
 
 def _nll(parameters: Parameters, batch: Block, head: str) -> Array:
