@@ -90,7 +90,13 @@ def section(seed: int) -> tuple[TrainingSection, np.ndarray]:
     return made, light
 
 
-@pytest.mark.parametrize("name", RECIPES)
+#: what compiles a transformer by itself
+SLOW = {"vit_nb", "vit_nb, lognorm"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in RECIPES]
+)
 def test_a_planted_truth_is_found_on_another_section(name: str) -> None:
     recipe = RECIPES[name]
     train = [section(seed)[0] for seed in (1, 2)]
@@ -242,7 +248,13 @@ def cohort(synthetic: Any) -> dict[str, Any]:
     return sections
 
 
-@pytest.mark.parametrize("recipe", [replace(STNET, epochs=2), replace(VIT, epochs=2)], ids=["stnet", "vit_nb"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        pytest.param(replace(STNET, epochs=2), id="stnet"),
+        pytest.param(replace(VIT, epochs=2), id="vit_nb", marks=pytest.mark.slow),
+    ],
+)
 def test_fitted_predicted_saved_and_loaded(recipe: Any, cohort: Any, tmp_path: Path) -> None:
     genes = pp.select_genes(cohort, n_top=4)
     model = tl.fit_baseline(cohort, recipe, genes=genes, extractor="tissue_statistics")
