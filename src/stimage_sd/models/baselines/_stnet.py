@@ -55,7 +55,7 @@ class STnet:
         (`stimage_sd.nn.parts`). The linear layer always is.
     epochs, batch_size, learning_rate, momentum
         Of SGD. The published rate is for the 30,000 spots of the published data; three sections of her2st have
-        some 550, so that the same epochs are a fiftieth of the steps, and predictions stay close to the mean.
+        some 550, so that the same epochs are a fiftieth of the steps.
     micro_batch_size
         Tiles that are in memory at a time: their gradients are added up.
     pixels_px
