@@ -55,8 +55,9 @@ def pair(sdata: SpatialData, transform: str) -> tuple[np.ndarray, np.ndarray]:
 def _expected_logarithm(mean: np.ndarray, variance: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """By the sum over counts of the negative binomial of this mean and variance."""
     r = mean**2 / np.maximum(variance - mean, 1e-9 * mean)
+    largest = int(scipy.stats.nbinom.isf(1e-10, r, r / (r + mean)).max())  # small r has a long tail
     return sum(
-        scipy.stats.nbinom.pmf(count, r, r / (r + mean)) * np.log(scale * count + 1) for count in range(1, 600)
+        scipy.stats.nbinom.pmf(count, r, r / (r + mean)) * np.log(scale * count + 1) for count in range(1, largest)
     )  # fmt: skip
 
 
@@ -67,13 +68,13 @@ def test_correlations_are_scipys(section: SpatialData, transform: str) -> None:
     assert set(scores["section"]) == {"c"}
     assert set(scores["n_tiles"]) == {N_SIDE**2}
     predicted, measured = pair(section, transform)
-    # the expected logarithm is an integral
-    within = 1e-6 if transform == "lognorm" else 1e-9
+    # the expected logarithm is an integral, good to 1e-9: two tiles as close as that may change places
+    within, ranks_within = (1e-6, 1e-3) if transform == "lognorm" else (1e-9, 1e-9)
     for gene in range(5):
         row = scores.iloc[gene]
         ours, theirs = predicted[:, gene], measured[:, gene]
         assert row["pearson"] == pytest.approx(scipy.stats.pearsonr(ours, theirs)[0], abs=within)
-        assert row["spearman"] == pytest.approx(scipy.stats.spearmanr(ours, theirs)[0], abs=within)
+        assert row["spearman"] == pytest.approx(scipy.stats.spearmanr(ours, theirs)[0], abs=ranks_within)
 
 
 def test_morans_i_is_squidpys_and_esdas(section: SpatialData) -> None:

@@ -10,12 +10,13 @@ from scipy import sparse, stats
 from stimage_sd import contract, models, pp, tl
 from stimage_sd.models import _extractors
 from stimage_sd.models._features import FeatureSpace
+from stimage_sd.models._split_network import Trained
 from stimage_sd.nn.layers import ConvNorm, conv_norm, global_mean, relu
 from stimage_sd.nn.negative_binomial_head import HEADS
 from stimage_sd.nn.parts import Part, parts_of, run_parts
 from stimage_sd.stream import run_over_tiles
 from stimage_sd.tl import _finetuning
-from stimage_sd.tl._finetuning import Batch, Finetuning, PixelData, Scales, Settings, Trained
+from stimage_sd.tl._finetuning import Batch, Finetuning, PixelData, Scales, Settings
 from stimage_sd.tl._tile_store import TileStore
 
 PX = 16
@@ -264,7 +265,7 @@ def test_micro_batches_with_checkpoints_add_up_to_the_plain_gradient(step):
     for batch in tuning._micro_batches(rows, epoch=1, number=0):
         assert isinstance(batch, Batch)
         assert len(batch.inputs) == 2
-        total = tuning._add_gradient(total, trained, tuning._rest, scales, batch)
+        total = tuning._add_gradient(total, trained, tuning._split.rest, scales, batch)
 
     def plain(network: nnx.Module, head: dict) -> jax.Array:
         normalised = (jnp.asarray(tiles[rows], jnp.float32) / 255 - jnp.array([0.7, 0.5, 0.7])) / 0.2

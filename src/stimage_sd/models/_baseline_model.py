@@ -72,7 +72,12 @@ class BaselineModel:
     def description(self) -> dict[str, Any]:
         """What predictions say about their model."""
         extractors = [tiles.extractor for tiles in self.tiles]
-        return {"extractor": "+".join(extractors), "head": self.recipe.name, "n_members": 1}
+        return {
+            "extractor": "+".join(extractors),
+            "head": self.recipe.name,
+            "n_members": 1,
+            "recipe": repr(self.recipe),
+        }
 
     def open(self, sdata: SpatialData, *, section: str) -> BaselineSection:
         """Check that a section is as the model expects, and predict its means.

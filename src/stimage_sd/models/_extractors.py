@@ -463,6 +463,16 @@ def derived_extractor(name: str, network: nnx.Module, *, weights_hash: str) -> E
     return _build(replace(entry, name=named, load=load, token=weights_hash, architecture=None), None)
 
 
+def unregistered_extractor(
+    name: str, network: nnx.Module, *, input_size: int, embedding_size: int, mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Extractor:  # fmt: skip
+    """Give an extractor of a network that the registry does not know, nor learns of."""
+    token = uuid.uuid4().hex
+    load = partial(_registered, name=name, network=network, weights_hash=token)
+    return _build(_Entry(name, load, input_size, embedding_size, mean, std, licence="", token=token), None)
+
+
 def _entry_of(name: str) -> _Entry:
     if name not in _entries:
         raise ValueError(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from flax import nnx
-from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd import contract
@@ -19,6 +18,7 @@ from stimage_sd.models._extractors import Extractor, blank_module, derived_extra
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import write_model
 from stimage_sd.models._nb import HeadName, NBModel, NBSection
+from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._specification import TileSpecification, check_specification
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.stream import run_over_tiles
@@ -213,37 +213,3 @@ def tile_specification(sdata: SpatialData, *, extractor: str, weights_hash: str,
         ),
         stain=about["stain"] if is_normalized else None,
     )
-
-
-def network_arrays(network: nnx.Module) -> dict[str, NDArray[Any]]:
-    """A network's arrays by their path in it, such as ``stem/kernel``; states of random generators left out."""
-    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in _variables(network)}
-
-
-def put_arrays(network: nnx.Module, arrays: Mapping[str, NDArray[Any]], *, name: str) -> None:
-    """Put arrays into a network, in place.
-
-    Raises
-    ------
-    ValueError
-        If they are not of the same names, shapes and dtypes.
-    """
-    wanted = {"/".join(map(str, path)): variable for path, variable in _variables(network)}
-    expected = {key: tuple(variable.shape) for key, variable in wanted.items()}
-    found = {key: array.shape for key, array in arrays.items()}
-    if found != expected:
-        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-        raise ValueError(
-            f"The model's weights are not of the network of the extractor {name!r}: {len(wrong)} arrays differ, such "
-            f"as {wrong[:3]}. Register the network that the model was trained with."
-        )
-    for key, variable in wanted.items():
-        variable.set_value(arrays[key])
-
-
-def _variables(network: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
-    return [
-        (path, node)
-        for path, node in nnx.iter_graph(network)
-        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState)
-    ]

@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "nuclear_contrast",
         "onnx_graph",
         "parts",
+        "patch_transformer",
         "patches",
         "permutation",
         "quality",

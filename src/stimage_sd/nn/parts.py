@@ -50,6 +50,31 @@ def parts_of(network: nnx.Module) -> list[Part]:
     return [Part((network,), network)]
 
 
+def training_parts_of(network: nnx.Module, key: Any) -> list[Part]:
+    """Give a network's parts as training runs them: with dropout, where it has any.
+
+    Parameters
+    ----------
+    network
+        Any Flax module; ``network.training_parts(key)``, where it has that method, gives the parts of its `parts` with
+        dropout that the key draws.
+    key
+        JAX's random key.
+
+    Returns
+    -------
+    The parts, in the order they run in.
+
+    Examples
+    --------
+    >>> len(training_parts_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), None))
+    1
+    """
+    if hasattr(network, "training_parts"):
+        return list(network.training_parts(key))
+    return parts_of(network)
+
+
 def run_parts(parts: Sequence[Part], value: Any) -> Any:
     """Run parts one after another.
 

@@ -20,8 +20,9 @@ from stimage_sd.models._features import Standardize
 from stimage_sd.models._finetuned import FinetunedModel, tile_specification
 from stimage_sd.models._nb import HeadName, NBModel
 from stimage_sd.models._specification import TileSpecification, check_specification
+from stimage_sd.models._split_network import Unfreeze
 from stimage_sd.tl._finetune_run import Run
-from stimage_sd.tl._finetuning import PixelData, Settings, Unfreeze
+from stimage_sd.tl._finetuning import PixelData, Settings
 from stimage_sd.tl._fit_nb import (
     _check_options,
     _checked_genes,

@@ -13,9 +13,10 @@ from tqdm.auto import tqdm
 
 from stimage_sd.models._extractors import Extractor
 from stimage_sd.models._features import FeatureSpace, Standardize
+from stimage_sd.models._split_network import Trained, features_by
 from stimage_sd.nn.negative_binomial_head import HEADS
 from stimage_sd.tl._checkpoint import read_named, read_tree, write_state
-from stimage_sd.tl._finetuning import Finetuning, PixelData, Scales, Settings, Trained, features_by
+from stimage_sd.tl._finetuning import Finetuning, PixelData, Scales, Settings
 from stimage_sd.tl._fit_nb import _floor
 from stimage_sd.tl._training import TrainingData, train, validation_loss
 
@@ -56,7 +57,7 @@ class Run:
 
     def _fit_head(self) -> None:
         data, settings = self._data, self._settings
-        values = features_by(self._network, data.tiles, np.arange(len(data.tiles)), label="features before")
+        values = features_by(self._network, data.tiles.read, np.arange(len(data.tiles)), label="features before")
         sections = {str(number): values[data.section == number] for number in np.unique(data.section)}
         self.space = FeatureSpace.fit(
             sections, n_components=self._n_components, standardize=self._standardize, seed=settings.seed

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
-from os import cpu_count
-from typing import Any, Literal, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +14,23 @@ import optax
 import scipy.sparse as sp
 from flax import nnx
 from jax import Array
-from tqdm.auto import tqdm
 
-from stimage_sd.models._extractors import Extractor, derived_extractor
+from stimage_sd.models._extractors import Extractor
 from stimage_sd.models._features import FeatureSpace
+from stimage_sd.models._split_network import (
+    SplitNetwork,
+    Trained,
+    Unfreeze,
+    gradient_sum,
+    micro_batches,
+    no_gradient,
+)
 from stimage_sd.nn.augmentation import augment
-from stimage_sd.nn.negative_binomial_head import HEADS, Parameters
-from stimage_sd.nn.parts import parts_of, variables_of
+from stimage_sd.nn.negative_binomial_head import HEADS
 from stimage_sd.tl._tile_store import TileStore
 
-Unfreeze = Literal["last_stage", "all"] | None
 #: tiles at most that a section's mean and deviation are computed from
 _SAMPLE = 512
-#: tiles that an extractor is given at a time
-_EXTRACTOR_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,6 @@ class Batch(NamedTuple):
     weight: Array
 
 
-class Trained(NamedTuple):
-    """What the gradient changes: the network's unfrozen parameters, and the head's."""
-
-    network: Any
-    head: Parameters
-
-
 @dataclass(frozen=True)
 class Settings:
     """How to train; as in `stimage_sd.tl.finetune_nb`."""
@@ -122,21 +116,11 @@ class Finetuning:
 
     def __init__(self, extractor: Extractor, space: FeatureSpace, data: PixelData, settings: Settings) -> None:
         self._space, self._data, self._settings = space, data, settings
-        self._extractor = extractor
-        module = extractor.module()
-        parts = parts_of(module)
-        self._first_trained = _first_trained(extractor.name, len(parts), settings.unfreeze)
-        unfrozen = {id(variable) for part in parts[self._first_trained :] for variable in variables_of(part)}
-        paths = {path for path, node in nnx.iter_graph(module) if isinstance(node, nnx.Param) and id(node) in unfrozen}
-        split: Any = nnx.split(module, lambda path, _: path in paths, ...)
-        self._graph, self.initial_network, self._rest = split
-        # constants for ever: they run as the extractor does, on a CPU several times as fast as what XLA compiles
-        self._frozen = extractor.first_parts(self._first_trained)
+        self._split = SplitNetwork(extractor, settings.unfreeze)
+        self.initial_network = self._split.initial
         self._components = jnp.asarray(space.components)
         self._optimisers = optax.adam(settings.learning_rate), optax.adam(settings.head_learning_rate)
-        self._pool = ThreadPoolExecutor(cpu_count())
-        self._embed = jax.jit(partial(self._features, checkpointed=False))
-        self._add_gradient = jax.jit(self._accumulated, donate_argnums=(0,))
+        self._add_gradient = gradient_sum(self._loss)
         self._update = jax.jit(self._updated)
 
     def optimiser_states(self, trained: Trained) -> tuple[Any, Any]:
@@ -146,38 +130,16 @@ class Finetuning:
 
     def module(self, network: Any) -> nnx.Module:
         """Put the network together again, its arrays in numpy."""
-        return nnx.merge(self._graph, *jax.tree.map(np.asarray, (network, self._rest)))
+        return self._split.module(network)
 
     # ----------------------------------------------------------------------------------------------
     # forward
 
-    def _frozen_parts(self, tiles: np.ndarray) -> Array:
-        """What the frozen parts make of a micro-batch, a part of it on each core."""
-        n_pieces = min(len(tiles), cpu_count() or 1) if self._extractor.is_recordable and self._first_trained else 1
-        pieces = self._pool.map(self._frozen, np.array_split(tiles, n_pieces))
-        return jnp.concatenate([jnp.asarray(piece) for piece in pieces])
-
-    def _features(self, network: Any, rest: Any, inputs: Array, *, checkpointed: bool) -> Array:
-        """``float32 (n_tiles, n_features)``; a part's activations are computed again for its gradient."""
-        parts = parts_of(nnx.merge(self._graph, network, rest))
-        value = inputs
-        for part in parts[self._first_trained :]:
-            value = jax.checkpoint(part.run)(value) if checkpointed else part.run(value)
-        return value
-
     def features(self, network: Any, rows: np.ndarray, *, label: str) -> np.ndarray:
         """Features of some tiles as they are, ``float32 (n_rows, n_features)``."""
-        if self._extractor.is_recordable:
-            # recorded anew for these weights: several times as fast as what XLA compiles for a CPU
-            now = derived_extractor(self._extractor.name, self.module(network), weights_hash="now")
-            return features_by(now, self._data.tiles, rows, label=label)
-        size = self._settings.micro_batch_size
-        blocks = []
-        for start in tqdm(range(0, len(rows), size), desc=label, leave=False):
-            chosen = rows[start : start + size]
-            tiles = self._data.tiles.read(np.resize(chosen, size))
-            blocks.append(np.asarray(self._embed(network, self._rest, self._frozen_parts(tiles)))[: len(chosen)])
-        return np.concatenate(blocks)
+        return self._split.features(
+            network, self._data.tiles.read, rows, batch_size=self._settings.micro_batch_size, label=label
+        )
 
     def scales(self, rows: np.ndarray, values: np.ndarray) -> Scales:
         """Each section's mean and deviation over the sample, or the cohort's for all of them.
@@ -211,19 +173,12 @@ class Finetuning:
     # ----------------------------------------------------------------------------------------------
     # backward
 
-    def _accumulated(
-        self, total: tuple[Trained, Array], trained: Trained, rest: Any, scales: Scales, batch: Batch
-    ) -> tuple[Trained, Array]:
-        """A micro-batch's gradient and negative log-likelihood, added to those before."""
-
-        def nll(trained: Trained) -> Array:
-            values = self._features(trained.network, rest, batch.inputs, checkpointed=True)
-            reduced = self.reduced(scales, batch.section, values)
-            log_prob = HEADS[self._settings.head].log_prob(trained.head, reduced, batch.counts, batch.size_factors)
-            return -(log_prob[0].sum(axis=-1) * batch.weight).sum()
-
-        value, gradient = jax.value_and_grad(nll)(trained)
-        return jax.tree.map(jnp.add, total[0], gradient), total[1] + value
+    def _loss(self, trained: Trained, rest: Any, scales: Scales, batch: Batch) -> Array:
+        """Negative log-likelihood of a micro-batch."""
+        values = self._split.unfrozen.checkpointed_features(trained.network, rest, batch.inputs)
+        reduced = self.reduced(scales, batch.section, values)
+        log_prob = HEADS[self._settings.head].log_prob(trained.head, reduced, batch.counts, batch.size_factors)
+        return -(log_prob[0].sum(axis=-1) * batch.weight).sum()
 
     def _updated(
         self, trained: Trained, states: tuple[Any, Any], gradient: Trained, n_tiles: Array
@@ -249,48 +204,24 @@ class Finetuning:
         loss = 0.0
         for number, start in enumerate(range(0, len(rows), self._settings.batch_size)):
             chosen = rows[start : start + self._settings.batch_size]
-            total = jax.tree.map(jnp.zeros_like, trained), jnp.zeros(())
+            total = no_gradient(trained)
             for batch in self._micro_batches(chosen, epoch=epoch, number=number):
-                total = self._add_gradient(total, trained, self._rest, scales, batch)
+                total = self._add_gradient(total, trained, self._split.rest, scales, batch)
             trained, states = self._update(trained, states, total[0], jnp.float32(len(chosen)))
             loss += float(total[1])
             bar.update(len(chosen))
         return trained, states, loss / len(rows) / self._data.counts.shape[1]
 
     def _micro_batches(self, rows: np.ndarray, *, epoch: int, number: int) -> Iterator[Batch]:
-        size = self._settings.micro_batch_size
-        for part, start in enumerate(range(0, len(rows), size)):
-            chosen = rows[start : start + size]
-            padded = np.resize(chosen, size)
+        for part, padded, weight in micro_batches(rows, self._settings.micro_batch_size):
             tiles = self._data.tiles.read(padded)
             if self._settings.augment:
                 key = np.random.SeedSequence([self._settings.seed, epoch, number, part])
                 tiles = augment(tiles, seed=int(key.generate_state(1)[0]))
             yield Batch(
-                inputs=self._frozen_parts(tiles),
+                inputs=self._split.frozen_parts(tiles),
                 section=jnp.asarray(self._data.section[padded]),
                 counts=jnp.asarray(self._data.counts[padded].toarray(), dtype=jnp.float32),
                 size_factors=jnp.asarray(self._data.size_factors[padded]),
-                weight=jnp.asarray(np.arange(size) < len(chosen), dtype=jnp.float32),
+                weight=jnp.asarray(weight),
             )
-
-
-def _first_trained(name: str, n_parts: int, unfreeze: Unfreeze) -> int:
-    if unfreeze is None:
-        return n_parts
-    if unfreeze == "all":
-        return 0
-    if n_parts < 2:
-        raise ValueError(
-            f'The network of the extractor {name!r} does not say what its stages are, so `unfreeze="last_stage"` has '
-            'no meaning for it. Give it a method `parts` (stimage_sd.nn.parts), or pass `unfreeze="all"`.'
-        )
-    return n_parts - 1
-
-
-def features_by(extractor: Extractor, tiles: TileStore, rows: np.ndarray, *, label: str) -> np.ndarray:
-    """Features of some tiles by an extractor, ``float32 (n_rows, n_features)``, on all cores."""
-    batches = [rows[start : start + _EXTRACTOR_BATCH] for start in range(0, len(rows), _EXTRACTOR_BATCH)]
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        found = pool.map(lambda batch: extractor(tiles.read(batch)), batches)
-        return np.concatenate(list(tqdm(found, total=len(batches), desc=label, leave=False)))

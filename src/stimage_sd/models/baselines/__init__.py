@@ -14,5 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_recipe": ["Recipe", "SectionData", "TrainingSection"],
         "_retrieval": ["Retrieval"],
         "_ridge": ["Ridge"],
+        "_stnet": ["STnet"],
+        "_vit_nb": ["ViTNB"],
     },
 )

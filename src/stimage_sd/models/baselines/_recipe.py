@@ -114,9 +114,9 @@ class Recipe(Protocol):
 
 def recipes() -> dict[str, type[Any]]:
     """The recipes by the names they have in model files."""
-    from stimage_sd.models.baselines import Hist2ST, HisToGene, MeanOnly, NearestTiles, Retrieval, Ridge
+    from stimage_sd.models.baselines import Hist2ST, HisToGene, MeanOnly, NearestTiles, Retrieval, Ridge, STnet, ViTNB
 
-    known = (HisToGene, Hist2ST, MeanOnly, NearestTiles, Retrieval, Ridge)
+    known = (HisToGene, Hist2ST, MeanOnly, NearestTiles, Retrieval, Ridge, STnet, ViTNB)
     return {recipe.name: recipe for recipe in known}
 
 
@@ -133,6 +133,12 @@ def check_positive(recipe: Any, *names: str) -> None:
             raise ValueError(
                 f"Expected `{name}` of {type(recipe).__name__} to be an integer of 1 or more, got {value!r}."
             )
+
+
+def check_positive_number(recipe: Any, name: str) -> None:
+    """Raise `ValueError` where a hyperparameter is not above 0."""
+    if not getattr(recipe, name) > 0:
+        raise ValueError(f"Expected `{name}` of {type(recipe).__name__} to be above 0, got {getattr(recipe, name)!r}.")
 
 
 def check_choice(recipe: Any, name: str, choices: Sequence[str]) -> None:

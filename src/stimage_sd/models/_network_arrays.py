@@ -1,0 +1,44 @@
+"""A network's arrays by their path in it, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+
+def network_arrays(network: nnx.Module) -> dict[str, NDArray[Any]]:
+    """A network's arrays by their path in it, such as ``stem/kernel``; states of random generators left out."""
+    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in _variables(network)}
+
+
+def put_arrays(network: nnx.Module, arrays: Mapping[str, NDArray[Any]], *, name: str) -> None:
+    """Put arrays into a network, in place.
+
+    Raises
+    ------
+    ValueError
+        If they are not of the same names, shapes and dtypes.
+    """
+    wanted = {"/".join(map(str, path)): variable for path, variable in _variables(network)}
+    expected = {key: tuple(variable.shape) for key, variable in wanted.items()}
+    found = {key: array.shape for key, array in arrays.items()}
+    if found != expected:
+        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        raise ValueError(
+            f"The model's weights are not of the network of the extractor {name!r}: {len(wrong)} arrays differ, such "
+            f"as {wrong[:3]}. Register the network that the model was trained with."
+        )
+    for key, variable in wanted.items():
+        variable.set_value(arrays[key])
+
+
+def _variables(network: nnx.Module) -> list[tuple[tuple[Any, ...], nnx.Variable]]:
+    return [
+        (path, node)
+        for path, node in nnx.iter_graph(network)
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.RngState)
+    ]
