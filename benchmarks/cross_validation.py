@@ -7,9 +7,9 @@ All spots are scored by default, as the literature does; ``--drop-sparse`` keeps
 tissue. Scores are the mean over genes, and over the 50 genes of a held-out section that are most expressed, on log
 counts (``log1p``) and on log counts per 100,000 of the listed genes. The latter are predicted in two ways: ``lognorm``
 by a model that was fitted to them, ``lognorm, expected`` by what the distributions of a model of counts expect of them.
-Networks that are trained from pixels take hours a fold on a CPU, and are run where ``--models`` names them. ST-Net's own
-DenseNet-121 needs its ImageNet weights (``$STIMAGE_SD_WEIGHTS``); without them its way of training is measured on the
-network whose weights come with the package, and is called so.
+Networks that are trained from pixels take hours a fold on a CPU, and are run where ``--models`` names them. ST-Net's
+own DenseNet-121 needs its ImageNet weights (``$STIMAGE_SD_WEIGHTS``); without them its way of training is measured on
+the network whose weights come with the package, and is called so.
 """
 
 from __future__ import annotations
