@@ -1,0 +1,94 @@
+"""Run every comparison and write its table and growth curves into the docs: ``python -m benchmarks [NAME ...]``.
+
+With ``--tables-only``, tables and curves are made anew from ``benchmarks/results``. Peers are installed by
+``pip install -e ".[bench]"``, which brings torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import OURS, RESULTS, run
+
+DOCS = Path(__file__).parent.parent / "docs"
+#: the comparisons, in the order of the work on a section
+MODULES = ("stain", "embedding", "nb_fit", "nb_predict", "spatial_metrics", "slide_end_to_end")
+
+
+def table(cases: list[dict[str, Any]]) -> str:
+    """A Markdown table, a row a size and side."""
+    lines = [
+        f"| {cases[0]['unit']} | side | seconds | first run | times as fast | asked | peak MB above imports |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in cases:
+        for side, row in case["sides"].items():
+            ratio = f"{case['times_as_fast'][side]:.2f}" if side != OURS else ""
+            asked = f"{case['reach'][side]:g}" if side in case["reach"] else ""
+            if side in case["met"]:
+                asked += ", met" if case["met"][side] else ", **not met**"
+            scaled = f" (scaled from {row['scaled_from']:,})" if row["scaled_from"] else ""
+            seconds = f"{_seconds(row['seconds'])} | {_seconds(row['seconds_first'])}"
+            peak = f"{row['peak_mb_above_imports']:,}"
+            lines.append(f"| {case['size']:,} | {side}{scaled} | {seconds} | {ratio} | {asked} | {peak} |")
+    cpu = cases[0]["machine"]
+    return "\n".join([*lines, "", f"*{cpu['cores']} cores of {cpu['cpu']}, Python {cpu['python']}.*"])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
+def curves(name: str, cases: list[dict[str, Any]], path: Path) -> None:
+    """Draw seconds and peak memory against size, a line a side, both axes logarithmic."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    sizes = [case["size"] for case in cases]
+    for side in cases[0]["sides"]:
+        style = {"color": "black", "linewidth": 2.2, "zorder": 3} if side == OURS else {"linewidth": 1.2}
+        rows = [case["sides"][side] for case in cases]
+        axes[0].plot(sizes, [row["seconds"] for row in rows], marker="o", markersize=4, label=side, **style)
+        axes[1].plot(sizes, [max(row["peak_mb_above_imports"], 1) for row in rows], marker="o", markersize=4, **style)
+    for ax, label in zip(axes, ("seconds", "peak MB above imports"), strict=True):
+        ax.set(xscale="log", yscale="log", xlabel=cases[0]["unit"], ylabel=label)
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.suptitle(cases[0]["work"], fontsize=10)
+    figure.savefig(path / f"growth_{name}.png", dpi=100)
+    plt.close(figure)
+
+
+def write(name: str, cases: list[dict[str, Any]]) -> None:
+    """Put a table and curves where ``docs/benchmarks.md`` has a place for them."""
+    page = DOCS / "benchmarks.md"
+    curves(name, cases, DOCS / "_static")
+    picture = f"![Seconds and memory against size](_static/growth_{name}.png)"
+    place = re.compile(rf"(<!-- compared: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    text = page.read_text()
+    if not place.search(text):
+        raise SystemExit(f"{page} has no place `<!-- compared: {name} -->` ... `<!-- end -->` for the table.")
+    page.write_text(place.sub(lambda found: f"{found[1]}{table(cases)}\n\n{picture}\n{found[2]}", text))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", default=MODULES, metavar="NAME", help=", ".join(MODULES))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--tables-only", action="store_true")
+    options = parser.parse_args()
+    for name in options.names:
+        path = RESULTS / f"{name}.json"
+        write(name, json.loads(path.read_text()) if options.tables_only else run(name, runs=options.runs))
+
+
+if __name__ == "__main__":
+    main()
