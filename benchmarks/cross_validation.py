@@ -25,12 +25,14 @@ from spatialdata import SpatialData
 import stimage_sd as sti
 from benchmarks.measure import Steps, machine, report
 from stimage_sd import contract
-from stimage_sd.models.baselines import MeanOnly, NearestTiles, Retrieval, Ridge
+from stimage_sd.models.baselines import IGIDL, Hist2ST, HisToGene, MeanOnly, NearestTiles, Retrieval, Ridge, THItoGene
 from stimage_sd.nn.spatial import pattern_iou, pearson
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 EXTRACTORS = ("efficientnet_lite0", "tissue_statistics")
 PER = 1e5
+#: at their authors' epochs they take hours a fit (`benchmarks.epochs`): they are run where `--models` names them
+PIXEL_NETWORKS = {"HisToGene": HisToGene, "Hist2ST": Hist2ST, "THItoGene": THItoGene, "IGI-DL": IGIDL}
 
 Fit = Callable[..., Any]
 
@@ -47,6 +49,7 @@ def models(n_members: int) -> dict[str, dict[str, Fit]]:
         "ridge of rank 8, tissue statistics": (Ridge, {"n_components": 512, "rank": 8}, EXTRACTORS[1:]),
         "ridge of rank 8, both": (Ridge, {"n_components": 512, "rank": 8}, EXTRACTORS),
         "retrieval, both": (Retrieval, {}, EXTRACTORS),
+        **{name: (recipe, {}, EXTRACTORS[:1]) for name, recipe in PIXEL_NETWORKS.items()},
     }
     found: dict[str, dict[str, Fit]] = {
         name: {
@@ -116,7 +119,7 @@ def run(*, data: Path, all_spots: bool, n_members: int, only: list[str] | None) 
     genes = [gene for gene in listed if all(gene in names for names in measured)]
     rows = []
     for name, by_target in models(n_members).items():
-        if only and name not in only:
+        if name not in only if only else name in PIXEL_NETWORKS:
             continue
         for target, fit in by_target.items():
             for held_out, section in sections.items():
@@ -152,7 +155,9 @@ def main() -> None:
     )
     parser.add_argument("--drop-sparse", action="store_true", help="leave out spots under 70 %% tissue")
     parser.add_argument("--members", type=int, default=10)
-    parser.add_argument("--models", nargs="+", help="some of the models alone")
+    parser.add_argument(
+        "--models", nargs="+", help="some of the models alone; networks from pixels are left out unless named"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cross_validation.json"))
     options = parser.parse_args()
     result = run(data=options.data, all_spots=not options.drop_sparse, n_members=options.members, only=options.models)
