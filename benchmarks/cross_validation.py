@@ -28,7 +28,18 @@ from spatialdata import SpatialData
 import stimage_sd as sti
 from benchmarks.measure import Steps, machine, report
 from stimage_sd import contract
-from stimage_sd.models.baselines import MeanOnly, NearestTiles, Retrieval, Ridge, STnet, ViTNB
+from stimage_sd.models.baselines import (
+    IGIDL,
+    Hist2ST,
+    HisToGene,
+    MeanOnly,
+    NearestTiles,
+    Retrieval,
+    Ridge,
+    STnet,
+    THItoGene,
+    ViTNB,
+)
 from stimage_sd.nn.expectation import expected_log1p
 from stimage_sd.nn.spatial import pattern_iou, pearson
 
@@ -44,6 +55,10 @@ FROM_PIXELS: dict[str, tuple[type, dict[str, Any], Sequence[str]]] = {
         EXTRACTORS[:1],
     ),
     "ViT_NB": (ViTNB, {}, EXTRACTORS[:1]),
+    "HisToGene": (HisToGene, {}, EXTRACTORS[:1]),
+    "Hist2ST": (Hist2ST, {}, EXTRACTORS[:1]),
+    "THItoGene": (THItoGene, {}, EXTRACTORS[:1]),
+    "IGI-DL": (IGIDL, {}, EXTRACTORS[:1]),
 }
 
 Fit = Callable[..., Any]

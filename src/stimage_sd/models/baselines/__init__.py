@@ -9,12 +9,14 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "_hist2st": ["Hist2ST"],
         "_histogene": ["HisToGene"],
+        "_igidl": ["IGIDL"],
         "_mean_only": ["MeanOnly"],
         "_nearest_tiles": ["NearestTiles"],
         "_recipe": ["Recipe", "SectionData", "TrainingSection"],
         "_retrieval": ["Retrieval"],
         "_ridge": ["Ridge"],
         "_stnet": ["STnet"],
+        "_thitogene": ["THItoGene"],
         "_vit_nb": ["ViTNB"],
     },
 )

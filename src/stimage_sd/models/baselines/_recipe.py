@@ -114,9 +114,20 @@ class Recipe(Protocol):
 
 def recipes() -> dict[str, type[Any]]:
     """The recipes by the names they have in model files."""
-    from stimage_sd.models.baselines import Hist2ST, HisToGene, MeanOnly, NearestTiles, Retrieval, Ridge, STnet, ViTNB
+    from stimage_sd.models.baselines import (
+        IGIDL,
+        Hist2ST,
+        HisToGene,
+        MeanOnly,
+        NearestTiles,
+        Retrieval,
+        Ridge,
+        STnet,
+        THItoGene,
+        ViTNB,
+    )
 
-    known = (HisToGene, Hist2ST, MeanOnly, NearestTiles, Retrieval, Ridge, STnet, ViTNB)
+    known = (HisToGene, Hist2ST, IGIDL, MeanOnly, NearestTiles, Retrieval, Ridge, STnet, THItoGene, ViTNB)
     return {recipe.name: recipe for recipe in known}
 
 

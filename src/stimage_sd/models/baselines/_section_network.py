@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm.auto import tqdm
 
-from stimage_sd.models.baselines._recipe import (
-    Arrays,
-    SectionData,
-    Target,
-    TrainingSection,
-    count_scale,
-    floor,
-    median_total,
-    targets,
-)
+from stimage_sd.models.baselines._recipe import Arrays, SectionData, Target, TrainingSection, median_total, targets
+from stimage_sd.models.baselines._training import Batch, Loss, arrays_of, kept, restored, train
 from stimage_sd.nn.lattice import find_lattice, neighbour_graph
 
 #: spots that are a spot's neighbours in the graph
 NEIGHBOURS = 4
 #: shares of brightness, contrast and saturation that a picture's colours are changed by in training
 JITTER = 0.5
-#: what the names of a network's arrays begin with among those that a recipe keeps
-NETWORK = "network."
 
 
 @dataclass(frozen=True)
@@ -65,23 +54,17 @@ class SectionBatch:
     size_factors: np.ndarray
 
 
-class Loss(Protocol):
-    """What training minimises: a number, from the network and a section."""
-
-    def __call__(self, network: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        """Compute the loss; `batch` has the arrays of `SectionBatch`, with ``pixels`` float32, 0 to 1."""
-        ...
-
-
 def learn(
     make: Callable[[int, nnx.Rngs], nnx.Module],
     sections: Sequence[TrainingSection],
     loss: Loss,
     *,
     target: Target,
+    schedule: optax.Schedule | float,
+    augment: bool,
     **training: Any,
 ) -> dict[str, np.ndarray]:
-    """Train a network on sections; return what a recipe keeps of it.
+    """Train a network on sections, a section a step; return what a recipe keeps of it.
 
     Parameters
     ----------
@@ -90,20 +73,28 @@ def learn(
     sections
         To learn from.
     loss
-        What is minimised.
+        What is minimised; a batch has the arrays of `SectionBatch`, with ``pixels`` float32, 0 to 1.
     target
         As in `Recipe`.
+    schedule
+        Learning rate of Adam, by step.
+    augment
+        Whether pictures are turned, mirrored and changed in colour.
     training
-        As in `train`.
+        As in `train`: epochs, seed, label.
     """
     total = median_total(sections)
     batches = [batch_of(part, targets([part], target), part.totals / total) for part in sections]
-    arrays = train(partial(make, batches[0].target.shape[1]), batches, loss, **training)
-    return {
-        **{f"{NETWORK}{name}": array for name, array in arrays.items()},
-        "scale": count_scale(sections, target),
-        "floor_mean": floor(sections, target)[0],
-    }
+    *_, network = train(
+        partial(make, batches[0].target.shape[1]), partial(_epoch, batches, augment=augment), loss,
+        optimiser=optax.adam(schedule), **training,
+    )  # fmt: skip
+    return kept(arrays_of(network), sections, target)
+
+
+def _epoch(batches: Sequence[SectionBatch], random: np.random.Generator, *, augment: bool) -> Iterator[Batch]:
+    for number in random.permutation(len(batches)):
+        yield _as_batch(batches[number], random, augment)
 
 
 def see(section: SectionData) -> dict[str, np.ndarray]:
@@ -127,78 +118,12 @@ def _pairs(graph: Any) -> list[tuple[int, int]]:
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
-def train(
-    make: Callable[[nnx.Rngs], nnx.Module],
-    batches: Sequence[SectionBatch],
-    loss: Loss,
-    *,
-    epochs: int,
-    schedule: optax.Schedule | float,
-    augment: bool,
-    seed: int,
-    label: str,
-) -> dict[str, np.ndarray]:
-    """Train a network, a section a step.
-
-    Parameters
-    ----------
-    make
-        Builds the network.
-    batches
-        The sections.
-    loss
-        What is minimised.
-    epochs
-        Passes over the sections.
-    schedule
-        Learning rate of Adam, by step.
-    augment
-        Whether pictures are turned, mirrored and changed in colour.
-    seed
-        Seed of weights, order, augmentation and dropout.
-    label
-        What the progress bar says.
-
-    Returns
-    -------
-    The network's arrays by name, for `predict`.
-    """
-    network = make(nnx.Rngs(seed))
-    network.train()
-    optimiser = nnx.Optimizer(network, optax.adam(schedule), wrt=nnx.Param)
-
-    @nnx.jit
-    def step(network: Any, optimiser: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
-        value, gradient = nnx.value_and_grad(lambda net: loss(net, batch, key))(network)
-        optimiser.update(network, gradient)
-        return value
-
-    random = np.random.default_rng([seed, 7])
-    key = jax.random.key(seed)
-    with tqdm(total=epochs, desc=label, unit="epoch") as bar:
-        for _ in range(epochs):
-            losses = []
-            for number in random.permutation(len(batches)):
-                key, own = jax.random.split(key)
-                losses.append(float(step(network, optimiser, _as_batch(batches[number], random, augment), own)))
-            bar.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
-            bar.update()
-    state = nnx.to_flat_state(nnx.state(network, (nnx.Param, nnx.BatchStat)))
-    return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in state}
-
-
 def predict(make: Callable[[int, nnx.Rngs], nnx.Module], learnt: Arrays, section: SectionData) -> Any:
     """Run a network that `learn` trained on all tiles of a section."""
-    network = make(len(learnt["floor_mean"]), nnx.Rngs(0))
-    state = nnx.state(network, (nnx.Param, nnx.BatchStat))
-    for path, variable in nnx.to_flat_state(state):
-        variable[...] = jnp.asarray(learnt[f"{NETWORK}{'/'.join(map(str, path))}"])
-    nnx.update(network, state)
-    network.eval()
     seen = see(section)
     pixels = jnp.asarray(seen["pixels"], jnp.float32) / 255.0
     run = nnx.jit(lambda net, *arguments: net(*arguments))
-    return run(network, pixels, jnp.asarray(seen["places"]), jnp.asarray(seen["graph"]))
+    return run(restored(make, learnt), pixels, jnp.asarray(seen["places"]), jnp.asarray(seen["graph"]))
 
 
 def batch_of(section: TrainingSection, target: np.ndarray, size_factors: np.ndarray) -> SectionBatch:
@@ -209,7 +134,7 @@ def batch_of(section: TrainingSection, target: np.ndarray, size_factors: np.ndar
     )
 
 
-def _as_batch(batch: SectionBatch, random: np.random.Generator, augment: bool) -> dict[str, jax.Array]:
+def _as_batch(batch: SectionBatch, random: np.random.Generator, augment: bool) -> Batch:
     pixels = batch.pixels.astype(np.float32) / 255.0
     if augment:
         pixels = _augmented(pixels, random)
@@ -229,7 +154,7 @@ def _augmented(pixels: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return np.clip((pixels - grey) * saturation + grey, 0.0, 1.0).astype(np.float32)
 
 
-def mean_square(network: Any, batch: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+def mean_square(network: Any, batch: Batch, key: jax.Array) -> jax.Array:
     """Mean squared error of log expression on the measured tiles."""
     predicted = network(batch["pixels"], batch["places"], batch["graph"])[batch["rows"]]
     return jnp.mean((predicted - batch["target"]) ** 2)

@@ -1,0 +1,98 @@
+"""What an epoch of the networks from pixels costs, at their authors' sizes: three sections of her2st, 785 genes.
+
+Run as ``python -m benchmarks.epochs --data FOLDER`` (the folder with ``genes/her2st_785_hvg.txt``). Prints a Markdown
+table and writes ``benchmarks/results/epochs.json``. An epoch is the time of three epochs less that of one, halved, so
+that compilation is no part of it; what all of the authors' epochs would take is for one fit, of which `tl.fit_baseline`
+makes one a section that is left out, and one more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import stimage_sd as sti
+from benchmarks.measure import Steps, machine, report
+from stimage_sd import contract
+from stimage_sd.models._baseline_model import section_data
+from stimage_sd.models.baselines import IGIDL, Hist2ST, HisToGene, THItoGene, TrainingSection
+from stimage_sd.tl._fit_nb import _measured
+
+SECTIONS = ("C2", "C3", "C4")
+RECIPES = (HisToGene(), Hist2ST(), THItoGene(), IGIDL())
+
+
+def prepare(recipe: Any, genes: Sequence[str]) -> list[TrainingSection]:
+    """All spots of the sections, with the pictures that a recipe asks for."""
+    found = []
+    for name in SECTIONS:
+        sdata = sti.datasets.her2st(name)
+        sti.pp.tile(sdata, min_tissue=0.0)
+        seen = section_data(sdata, (), recipe)
+        measured = [gene for gene in genes if gene in set(sdata.tables[contract.COUNTS].var_names)]
+        rows, counts, totals = _measured(sdata, measured, None)
+        found.append(TrainingSection((), seen.positions, rows, counts, totals, pixels=seen.pixels))
+    return found
+
+
+def seconds(recipe: Any, sections: list[TrainingSection], epochs: int) -> float:
+    """How long a fit of so many epochs takes."""
+    start = time.perf_counter()
+    replace(recipe, epochs=epochs).fit(sections, seed=0)
+    return time.perf_counter() - start
+
+
+def run(*, data: Path, only: list[str] | None) -> dict[str, Any]:
+    """Time the recipes one after another."""
+    genes = (data / "genes" / "her2st_785_hvg.txt").read_text().split()
+    steps, rows = Steps(), []
+    for recipe in RECIPES:
+        if only and recipe.name not in only:
+            continue
+        sections = prepare(recipe, genes)
+        with steps.step(recipe.name):
+            one = seconds(recipe, sections, 1)
+            epoch = (seconds(recipe, sections, 3) - one) / 2
+        rows.append(
+            {
+                "model": recipe.name,
+                "n_tiles": sum(len(section.rows) for section in sections),
+                "n_genes": sections[0].counts.shape[1],
+                "first_epoch_s": round(one, 1),
+                "epoch_s": round(epoch, 2),
+                "epochs": recipe.epochs,
+                "fit_hours": round(epoch * recipe.epochs / 3600, 2),
+                "peak_mb": round(steps.rows[-1]["peak_mb_above_imports"]),
+            }
+        )
+        print(table(rows[-1:]), flush=True)
+    return {"machine": machine(), "sections": SECTIONS, "rows": rows}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as Markdown."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row.values())) + " |" for row in rows)])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--data", type=Path, default=os.environ.get("STIMAGE_SD_DATA"), required="STIMAGE_SD_DATA" not in os.environ
+    )
+    parser.add_argument("--models", nargs="+", help="some of the models alone")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/epochs.json"))
+    options = parser.parse_args()
+    result = run(data=options.data, only=options.models)
+    print(table(result["rows"]))
+    report(options.out, result)
+
+
+if __name__ == "__main__":
+    main()
