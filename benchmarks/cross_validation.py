@@ -122,6 +122,11 @@ def expected_lognorm(mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     return expected_log1p(mean, variance, scale=PER / np.maximum(mean.sum(axis=1, keepdims=True), 1e-12))
 
 
+def average(agreement: np.ndarray, measured: np.ndarray) -> float:
+    """Mean over genes; a model that says the same of every spot has no correlation: 0."""
+    return float(np.nan_to_num(agreement[~np.isnan(measured.std(axis=0))]).mean())
+
+
 def scores(sdata: SpatialData, scale: str) -> dict[str, float]:
     """Of a section with predictions: mean Pearson, of all genes and the 50 most expressed, and mean IoU."""
     predictions = contract.predictions(sdata)
@@ -136,13 +141,9 @@ def scores(sdata: SpatialData, scale: str) -> dict[str, float]:
     top = np.argsort(-observed.mean(axis=0), kind="stable")[:50]
     overlap = pattern_iou(predicted, measured, np.asarray(predictions.obsm["spatial"])[rows])
 
-    def average(values: np.ndarray) -> float:
-        # a model that says the same of every spot has no correlation: 0
-        return float(np.nan_to_num(values[~np.isnan(measured.std(axis=0))]).mean())
-
     inside = (observed >= predictions.layers["lower"][rows]) & (observed <= predictions.layers["upper"][rows])
     return {
-        "pearson": average(agreement),
+        "pearson": average(agreement, measured),
         "pearson_top_50": float(np.nan_to_num(agreement[top]).mean()),
         "iou": float(np.nanmean(overlap)) if np.isfinite(overlap).any() else float("nan"),
         "coverage_90": float(inside.mean()),

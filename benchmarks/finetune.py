@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> None:
         input_px=options.input_px,
         max_epochs=options.epochs,
         validation=SECTIONS[-1:],
+        learning_rate=options.learning_rate,
         checkpoint=options.checkpoint,
     )
     seconds = time.perf_counter() - begin
@@ -83,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
 def child(options: argparse.Namespace, checkpoint: Path, model: Path, *, kill_after: int | None = None) -> Any:
     """Run in a process of its own; `kill_after` seconds after its first epoch's checkpoint, where that is given."""
     command = [sys.executable, "-m", "benchmarks.finetune", "--child", "--checkpoint", checkpoint, "--model", model]
-    for name in ("extractor", "weights", "unfreeze", "input_px", "epochs", "genes"):
+    for name in ("extractor", "weights", "unfreeze", "input_px", "epochs", "genes", "learning_rate"):
         if getattr(options, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     with tempfile.TemporaryFile("w+") as output:
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--input-px", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--genes", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--child", action="store_true")
     parser.add_argument("--checkpoint")
     parser.add_argument("--model")
@@ -159,6 +161,7 @@ def main() -> None:
             "random_weights": is_random,
             "unfreeze": options.unfreeze,
             "input_px": options.input_px,
+            "learning_rate": options.learning_rate,
             "sections": list(SECTIONS),
             **straight,
             "stopped_run_ended_with": code,
