@@ -138,14 +138,17 @@ def model_report(model: NBModel) -> str:
     """
     tiles, training = model.tiles, model.training
     size = f"{tiles.size_um:.4g} µm" if tiles.size_um is not None else f"{tiles.side_px:.0f} px"
-    fields = ", ".join(f"{field:g}" for field in tiles.fields_of_view)
     stain = "image as it is" if tiles.stain is None else f"stain-normalised ({tiles.stain['method']})"
     genes = ", ".join(model.genes[:8]) + (", ..." if len(model.genes) > 8 else "")
     lines = [
         f"model        negative binomial, head {model.head!r}, {model.n_members} members",
         f"genes        {len(model.genes)}: {genes}",
         f"tiles        {size}, {stain}",
-        f"embeddings   {tiles.extractor}, fields of view {fields}, context rings {tiles.context_rings}",
+        *(
+            f"embeddings   {each.extractor}, fields of view {', '.join(map('{:g}'.format, each.fields_of_view))}, "
+            f"context rings {each.context_rings}"
+            for each in model.embeddings
+        ),
         f"intervals    central {model.interval_level:.1%}, which covered 90% of held-out counts",
     ]
     if "sections" in training:

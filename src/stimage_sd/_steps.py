@@ -10,6 +10,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract, pp
 from stimage_sd.models import NBModel
+from stimage_sd.models._specification import TileSpecification
 
 Say = Callable[[str], None]
 
@@ -81,32 +82,40 @@ def prepare_for_model(sdata: SpatialData, model: NBModel, *, weights: Path | Non
     name, tiles = contract.sample(sdata), model.tiles
     had_tissue = contract.TISSUE in sdata.labels
     changed: list[str] = []
-    if not _is_embedded(sdata, tiles.extractor):
-        if tiles.stain is not None and not _is_normalized(sdata):
-            method, concentrations = tiles.stain["method"], tiles.stain["concentrations"]
-            say(f"{name}: stain normalisation ({method}, to the model's reference)")
-            pp.stain_normalize(sdata, tiles.stain["reference"], method=method, concentrations=concentrations)
-        if contract.TILES not in sdata.tables:
-            say(f"{name}: tiling")
-            # a section with spots whose resolution is unknown is tiled by the spots' own size
-            known = contract.info(sdata)["mpp"] is not None or not contract.has_units(sdata)
-            pp.tile(sdata, size_um=tiles.size_um if known else None, target_px=tiles.input_px)
-            changed.append(contract.TILE_SQUARES)
-        say(f"{name}: embedding ({tiles.extractor})")
-        pp.embed(
-            sdata,
-            tiles.extractor,
-            fields_of_view=tiles.fields_of_view,
-            context_rings=tiles.context_rings,
-            weights=weights,
-            image_key=contract.image_name(sdata) if tiles.stain is None else None,
-        )
-        changed.append(contract.TILES)
-    elif tiles.context_rings and contract.context_key(tiles.extractor) not in contract.tiles(sdata).obsm:
-        say(f"{name}: context of the tiles ({tiles.context_rings} rings)")
-        pp.spatial_context(sdata, tiles.extractor, n_rings=tiles.context_rings)
-        changed.append(contract.TILES)
+    for embedding in model.embeddings:
+        if not _is_embedded(sdata, embedding.extractor):
+            _make_tiles(sdata, tiles, changed, say=say)
+            say(f"{name}: embedding ({embedding.extractor})")
+            pp.embed(
+                sdata,
+                embedding.extractor,
+                fields_of_view=embedding.fields_of_view,
+                context_rings=embedding.context_rings,
+                weights=weights if embedding is tiles else None,
+                image_key=contract.image_name(sdata) if tiles.stain is None else None,
+            )
+            changed.append(contract.TILES)
+        elif embedding.context_rings and contract.context_key(embedding.extractor) not in contract.tiles(sdata).obsm:
+            say(f"{name}: context of the tiles ({embedding.context_rings} rings)")
+            pp.spatial_context(sdata, embedding.extractor, n_rings=embedding.context_rings)
+            changed.append(contract.TILES)
+    changed = list(dict.fromkeys(changed))
     return changed if had_tissue or contract.TISSUE not in sdata.labels else [contract.TISSUE, *changed]
+
+
+def _make_tiles(sdata: SpatialData, tiles: TileSpecification, changed: list[str], *, say: Say) -> None:
+    """Stain-normalise and tile a section as a model expects, where that was not done."""
+    name = contract.sample(sdata)
+    if tiles.stain is not None and not _is_normalized(sdata):
+        method, concentrations = tiles.stain["method"], tiles.stain["concentrations"]
+        say(f"{name}: stain normalisation ({method}, to the model's reference)")
+        pp.stain_normalize(sdata, tiles.stain["reference"], method=method, concentrations=concentrations)
+    if contract.TILES not in sdata.tables:
+        say(f"{name}: tiling")
+        # a section with spots whose resolution is unknown is tiled by the spots' own size
+        known = contract.info(sdata)["mpp"] is not None or not contract.has_units(sdata)
+        pp.tile(sdata, size_um=tiles.size_um if known else None, target_px=tiles.input_px)
+        changed.append(contract.TILE_SQUARES)
 
 
 def _is_embedded(sdata: SpatialData, extractor: str) -> bool:

@@ -267,3 +267,46 @@ def test_rank_is_what_heads_see(cohort: object, tmp_path: Path, rank: int | None
 def test_a_rank_of_nothing_is_refused(cohort: object) -> None:
     with pytest.raises(ValueError, match="`rank` of at least 1"):
         tl.fit_nb(train_of(cohort), genes=cohort.genes, rank=0, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def seen_by_two(planted: Callable) -> object:
+    """A cohort of which each of two extractors sees half of the features, one of them the wider by noise."""
+    cohort = planted(("a", "b", "c"), n_features=10, seed=4)
+    random = np.random.default_rng(5)
+    for sdata in cohort.sections.values():
+        tiles = contract.tiles(sdata)
+        features = tiles.obsm["X_toy"]
+        tiles.obsm["X_wide"] = np.hstack([features[:, 5:], random.normal(size=(len(features), 40))]).astype(np.float32)
+        tiles.obsm["X_toy"] = features[:, :5].copy()
+        tiles.uns["embeddings"]["wide"] = {**tiles.uns["embeddings"]["toy"], "weights_hash": "fedc"}
+    return cohort
+
+
+def test_several_extractors_see_more_than_each(seen_by_two: object, tmp_path: Path) -> None:
+    sections, truth = seen_by_two.sections, np.log(seen_by_two.mean["c"])
+    train = {name: sections[name] for name in "ab"}
+    agreement = {}
+    for extractor in ("toy", "wide", ("toy", "wide")):
+        model = tl.fit_nb(train, genes=seen_by_two.genes, extractor=extractor, n_members=3, max_epochs=60)
+        tl.predict(sections["c"], model)
+        agreement[extractor] = pearson(np.log(contract.predictions(sections["c"]).X), truth).mean()
+    assert agreement["toy", "wide"] > max(agreement["toy"], agreement["wide"]) + 0.1
+    # what five features of one have to say weighs as much as the forty-five of the other
+    weight = model.features.weight
+    np.testing.assert_allclose((weight[:5] ** 2).sum(), (weight[5:] ** 2).sum(), rtol=1e-5)
+    means = contract.predictions(sections["c"]).X.copy()
+    assert contract.predictions(sections["c"]).uns["prediction"]["extractor"] == "toy+wide"
+    back = load(model.save(tmp_path / "two.stimage"))
+    assert [tiles.extractor for tiles in back.embeddings] == ["toy", "wide"]
+    tl.predict(sections["c"], back)
+    np.testing.assert_array_equal(contract.predictions(sections["c"]).X, means)
+
+
+def test_a_section_that_lacks_one_of_the_extractors(seen_by_two: object, cohort: object) -> None:
+    train = {name: seen_by_two.sections[name] for name in "ab"}
+    model = tl.fit_nb(train, genes=seen_by_two.genes, extractor=("toy", "wide"), n_members=1, max_epochs=2)
+    with pytest.raises(KeyError, match="no embeddings by 'wide'"):
+        tl.predict(cohort.sections["d"], model)
+    with pytest.raises(ValueError, match="a name or different names, got"):
+        tl.fit_nb(train, genes=seen_by_two.genes, extractor=("toy", "toy"), n_members=1)

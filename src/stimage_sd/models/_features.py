@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -38,6 +38,9 @@ class FeatureSpace:
     directions, variances
         ``float32 (n_features, n_directions)`` and ``(n_directions + 1,)``: the covariance of the training tiles,
         standardised by the cohort, shrunk; the last variance is that of all other directions.
+    weight
+        ``float32 (n_features,)``: what standardised features are multiplied by, so that each extractor's have the same
+        share of the variance.
     standardize
         ``"section"``: a section's embeddings are standardised by its own mean and deviation, which takes out
         what staining and scanner add to all its tiles alike. ``"cohort"``: by the training tiles'.
@@ -49,11 +52,18 @@ class FeatureSpace:
     usual_distance: np.ndarray
     directions: np.ndarray
     variances: np.ndarray
+    weight: np.ndarray
     standardize: Standardize = "section"
 
     @classmethod
     def fit(
-        cls, sections: Mapping[str, np.ndarray], *, n_components: int, standardize: Standardize, seed: int
+        cls,
+        sections: Mapping[str, np.ndarray],
+        *,
+        n_components: int,
+        standardize: Standardize,
+        seed: int,
+        widths: Sequence[int] | None = None,
     ) -> FeatureSpace:
         """Find the space on a cohort.
 
@@ -67,6 +77,8 @@ class FeatureSpace:
             Whose mean and deviation to standardise a section by.
         seed
             Seed of the randomised decomposition.
+        widths
+            Features of each extractor, where there are several side by side.
 
         Returns
         -------
@@ -78,7 +90,8 @@ class FeatureSpace:
         deviation = np.maximum(np.sqrt(square / n_tiles), 1e-6)
         mean, deviation = mean.astype(np.float32), deviation.astype(np.float32)
         empty = np.zeros((0, 0), np.float32)
-        space = cls(mean, deviation, empty, empty, empty, empty, standardize)
+        weight = equal_shares(widths or [len(mean)])
+        space = cls(mean, deviation, empty, empty, empty, empty, weight, standardize)
         random = np.random.default_rng(seed)
         share = min(1.0, _MOST_TILES / n_tiles)
         sample = np.concatenate(
@@ -99,6 +112,7 @@ class FeatureSpace:
             np.array([usual], dtype=np.float32),
             covariance.directions,
             covariance.variances,
+            weight,
             standardize,
         )
 
@@ -111,7 +125,7 @@ class FeatureSpace:
             If the section has too few tiles to be standardised by itself.
         """
         if self.standardize == "cohort":
-            return (values - self.mean) / self.deviation
+            return (values - self.mean) / self.deviation * self.weight
         if len(values) < LEAST_TILES:
             raise ValueError(
                 f"The model standardises each section by itself, which takes at least {LEAST_TILES} tiles, found "
@@ -119,7 +133,8 @@ class FeatureSpace:
             )
         own = values.std(axis=0)
         # a feature that is constant in the section says nothing about it
-        return np.where(own > 1e-6, (values - values.mean(axis=0)) / np.maximum(own, 1e-6), 0).astype(np.float32)
+        values = np.where(own > 1e-6, (values - values.mean(axis=0)) / np.maximum(own, 1e-6), 0)
+        return (values * self.weight).astype(np.float32)
 
     def reduce(self, values: np.ndarray) -> np.ndarray:
         """Bring the embeddings of one whole section into the space, ``float32 (n_tiles, n_components)``."""
@@ -158,5 +173,13 @@ class FeatureSpace:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], *, standardize: Standardize) -> FeatureSpace:
         """The inverse of `arrays`."""
+        # files of one extractor need not say that all features weigh the same
+        arrays = {"features.weight": np.ones_like(arrays["features.mean"]), **arrays}
         named: dict[str, Any] = {item.name: arrays[f"features.{item.name}"] for item in fields(cls)[:-1]}
         return cls(**named, standardize=standardize)
+
+
+def equal_shares(widths: Sequence[int]) -> np.ndarray:
+    """Weights of standardised features, so that each extractor's have the same share of the variance, ``float32``."""
+    shares = [np.full(width, np.sqrt(sum(widths) / (len(widths) * width))) for width in widths]
+    return np.concatenate(shares).astype(np.float32)

@@ -52,6 +52,8 @@ class NBModel:
         What was fitted, for the reader: sections, validation, seed, options, package versions, metrics.
     patterns
         From components to what each member's heads see; `None` where they see the components.
+    beside
+        What the embeddings of further extractors must be, which are features beside the first's.
     """
 
     genes: tuple[str, ...]
@@ -64,6 +66,7 @@ class NBModel:
     interval_level: float = 0.9
     training: dict[str, Any] = field(default_factory=dict)
     patterns: SharedPatterns | None = None
+    beside: tuple[TileSpecification, ...] = ()
 
     @property
     def n_members(self) -> int:
@@ -83,7 +86,13 @@ class NBModel:
     @property
     def description(self) -> dict[str, Any]:
         """What predictions say about their model."""
-        return {"extractor": self.tiles.extractor, "head": self.head, "n_members": self.n_members}
+        extractors = "+".join(tiles.extractor for tiles in self.embeddings)
+        return {"extractor": extractors, "head": self.head, "n_members": self.n_members}
+
+    @property
+    def embeddings(self) -> tuple[TileSpecification, ...]:
+        """What the embeddings of every extractor must be, in the order of the features."""
+        return (self.tiles, *self.beside)
 
     def open(self, sdata: SpatialData, *, section: str) -> NBSection:
         """Check that a section is as the model expects, and bring its embeddings into the heads' space.
@@ -106,9 +115,10 @@ class NBModel:
         ValueError
             If tiles, embeddings or staining are not those of the model; the error names the step to run again.
         """
-        found = specification(sdata, self.tiles.extractor, context=self.tiles.context_rings > 0)
-        check_specification(found, self.tiles, section=section)
-        values = features(sdata, self.tiles)
+        for expected in self.embeddings:
+            found = specification(sdata, expected.extractor, context=expected.context_rings > 0)
+            check_specification(found, expected, section=section)
+        values = np.concatenate([features(sdata, tiles) for tiles in self.embeddings], axis=1)
         return NBSection(self, self.features.reduce(values), self.features.strangeness(values))
 
     def r_and_p(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -152,6 +162,7 @@ class NBModel:
         config = {
             "genes": list(self.genes),
             "tiles": asdict(self.tiles),
+            "beside": [asdict(tiles) for tiles in self.beside],
             "head": self.head,
             "standardize": self.features.standardize,
             "total": self.total,
@@ -166,8 +177,6 @@ class NBModel:
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> NBModel:
         """Put a model together from what `save` wrote."""
-        tiles = dict(config["tiles"])
-        tiles["fields_of_view"] = tuple(tiles["fields_of_view"])
         parameters = {name.removeprefix("head."): array for name, array in arrays.items() if name.startswith("head.")}
         n_genes = len(config["genes"])
         if config["head"] not in HEADS or arrays["floor"].shape != (2, n_genes):
@@ -183,7 +192,8 @@ class NBModel:
             raise KeyError(f"standardize is {config['standardize']!r}, expected one of {get_args(Standardize)}")
         return cls(
             genes=tuple(config["genes"]),
-            tiles=TileSpecification(**tiles),
+            tiles=_specification(config["tiles"]),
+            beside=tuple(_specification(values) for values in config.get("beside", ())),
             features=FeatureSpace.from_arrays(arrays, standardize=config["standardize"]),
             head=config["head"],
             parameters=parameters,
@@ -198,7 +208,7 @@ class NBModel:
         sections = ", ".join(self.training.get("sections", []))
         return (
             f"NBModel: {len(self.genes)} genes, {self.n_members} members, head {self.head!r}, "
-            f"on {self.tiles.extractor} (fields of view {list(self.tiles.fields_of_view)}, "
+            f"on {self.description['extractor']} (fields of view {list(self.tiles.fields_of_view)}, "
             f"context rings {self.tiles.context_rings}); trained on {sections}"
         )
 
@@ -230,6 +240,10 @@ class NBSection:
         padded[: len(chosen)] = chosen
         r, p = self.model.r_and_p(padded)
         return r[:, : len(chosen)], p[:, : len(chosen)]
+
+
+def _specification(values: Mapping[str, Any]) -> TileSpecification:
+    return TileSpecification(**{**values, "fields_of_view": tuple(values["fields_of_view"])})
 
 
 def _patterns(arrays: Mapping[str, np.ndarray], *, n_members: int, n_components: int) -> SharedPatterns | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,6 +168,20 @@ def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
     ):
         return False
     return all(np.allclose(one[key], other[key], rtol=1e-5, atol=1e-6) for key in numbers)
+
+
+def extractor_names(extractor: str | Sequence[str]) -> list[str]:
+    """Return one name or several as a list.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or one stands there twice.
+    """
+    names = [extractor] if isinstance(extractor, str) else list(extractor)
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"Expected `extractor` to be a name or different names, got {extractor!r}.")
+    return names
 
 
 def common_specification(cohort: dict[str, SpatialData], extractor: str) -> TileSpecification:

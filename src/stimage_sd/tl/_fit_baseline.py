@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 from stimage_sd import __version__, contract
 from stimage_sd.models._baseline_model import BaselineModel, section_data
 from stimage_sd.models._features import FeatureSpace
-from stimage_sd.models._specification import common_specification
+from stimage_sd.models._specification import common_specification, extractor_names
 from stimage_sd.models.baselines._dispersion import fit_dispersion, interval_level
 from stimage_sd.models.baselines._recipe import Recipe, TrainingSection, floor, folds, median_total
 from stimage_sd.tl._fit_nb import COVERAGE, _checked_genes, _measured
@@ -83,10 +83,7 @@ def fit_baseline(
             f"{recipe!r}."
         )
     cohort = contract.sections(data)
-    names = [extractor] if isinstance(extractor, str) else list(extractor)
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"Expected `extractor` to be a name or different names, got {extractor!r}.")
-    tiles = tuple(common_specification(cohort, name) for name in names)
+    tiles = tuple(common_specification(cohort, name) for name in extractor_names(extractor))
     genes = _checked_genes(cohort, genes, table_key)
     sections = []
     for sdata in cohort.values():

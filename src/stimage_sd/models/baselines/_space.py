@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
 
-from stimage_sd.models._features import LEAST_TILES
+from stimage_sd.models._features import LEAST_TILES, equal_shares
 from stimage_sd.models.baselines._recipe import Arrays, SectionData, TrainingSection
 
 Standardize = Literal["section", "cohort"]
@@ -42,11 +42,10 @@ def fit_space(
     joined = [np.concatenate(section.embeddings, axis=1)[section.rows] for section in sections]
     together = np.concatenate(joined).astype(np.float64)
     widths = [block.shape[1] for block in sections[0].embeddings]
-    weight = np.concatenate([np.full(width, np.sqrt(sum(widths) / (len(widths) * width))) for width in widths])
     space = {
         "mean": together.mean(axis=0).astype(np.float32),
         "deviation": np.maximum(together.std(axis=0), 1e-6).astype(np.float32),
-        "weight": weight.astype(np.float32),
+        "weight": equal_shares(widths),
     }
     values = np.concatenate([standardized(space, section, standardize)[section.rows] for section in sections])
     space["centre"] = values.mean(axis=0)
