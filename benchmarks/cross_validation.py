@@ -87,6 +87,7 @@ def models(n_members: int) -> dict[str, dict[str, Fit]]:
     }
     found["NB, every gene by itself"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, rank=None)}
     found["STImage NB"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members)}
+    found["STImage NB, both"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, extractor=EXTRACTORS)}
     found["STImage NB, combined"] = {"log1p": partial(fit_combined, n_members=n_members)}
     return found
 
