@@ -35,7 +35,9 @@ def members(model: models.NBModel, features: np.ndarray) -> tuple[np.ndarray, np
         scaled = (features - space.mean) / space.deviation
     reduced = scaled.astype(np.float64) @ space.components
     weight, bias = (model.parameters[name].astype(np.float64) for name in ("weight", "bias"))
-    output = np.einsum("tf,mfo->mto", reduced, weight) + bias[:, None]
+    basis, centre = model.patterns.basis.astype(np.float64), model.patterns.centre.astype(np.float64)
+    seen = np.einsum("mtf,mfk->mtk", reduced[None] - centre[:, None], basis)
+    output = np.einsum("mtk,mko->mto", seen, weight) + bias[:, None]
     if model.head == "paper":
         r, p = np.split(output, 2, axis=-1)
         return np.log1p(np.exp(r)), 1 / (1 + np.exp(-p))
