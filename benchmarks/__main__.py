@@ -6,6 +6,7 @@ With ``--tables-only``, tables and curves are made anew from ``benchmarks/result
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,8 @@ from benchmarks.compare import OURS, RESULTS, run
 DOCS = Path(__file__).parent.parent / "docs"
 #: the comparisons, in the order of the work on a section
 MODULES = ("morans_i", "bivariate_morans_i")
+#: what is measured by itself: modules with `measure`, which gives rows, and `table`, which makes Markdown of them
+ALONE = ("small", "startup")
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -68,25 +71,43 @@ def curves(name: str, cases: list[dict[str, Any]], path: Path) -> None:
 
 def write(name: str, cases: list[dict[str, Any]]) -> None:
     """Put a table and curves where ``docs/benchmarks.md`` has a place for them."""
-    page = DOCS / "benchmarks.md"
     curves(name, cases, DOCS / "_static")
-    picture = f"![Seconds and memory against size](_static/growth_{name}.png)"
-    place = re.compile(rf"(<!-- compared: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+    place(name, f"{table(cases)}\n\n![Seconds and memory against size](_static/growth_{name}.png)")
+
+
+def place(name: str, content: str) -> None:
+    """Put what was measured where ``docs/benchmarks.md`` has a place for it."""
+    page = DOCS / "benchmarks.md"
+    found = re.compile(rf"(<!-- compared: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     text = page.read_text()
-    if not place.search(text):
+    if not found.search(text):
         raise SystemExit(f"{page} has no place `<!-- compared: {name} -->` ... `<!-- end -->` for the table.")
-    page.write_text(place.sub(lambda found: f"{found[1]}{table(cases)}\n\n{picture}\n{found[2]}", text))
+    page.write_text(found.sub(lambda marks: f"{marks[1]}{content}\n{marks[2]}", text))
+
+
+def alone(name: str, path: Path, *, runs: int | None) -> None:
+    """Measure what stands alone, or take what is kept, and put its table in the docs."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    if runs is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(module.measure(runs), indent=1) + "\n")
+    text = module.table(json.loads(path.read_text()))
+    print(text, flush=True)
+    place(name, text)
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=MODULES, metavar="NAME", help=", ".join(MODULES))
+    parser.add_argument("names", nargs="*", default=MODULES + ALONE, metavar="NAME", help=", ".join(MODULES + ALONE))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tables-only", action="store_true")
     options = parser.parse_args()
     for name in options.names:
         path = RESULTS / f"{name}.json"
+        if name in ALONE:
+            alone(name, path, runs=None if options.tables_only else options.runs)
+            continue
         write(name, json.loads(path.read_text()) if options.tables_only else run(name, runs=options.runs))
 
 

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,21 @@ def test_import_is_light() -> None:
     assert took < 1.0
     assert version == stimage_sd.__version__
     assert not {name.partition(".")[0] for name in loaded} & set(HEAVY)
+
+
+def test_help_is_quick() -> None:
+    command = [sys.executable, "-m", "stimage_sd", "--help"]
+
+    def processor_seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert "predict" in done.stdout
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    # Of the processor, since tests run side by side; `benchmarks/startup.py` measures what a user waits.
+    taken = min(processor_seconds() for _ in range(3))
+    assert 0 < taken < 1.5
 
 
 def test_submodules_load_on_first_use() -> None:

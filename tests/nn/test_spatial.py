@@ -15,7 +15,7 @@ import squidpy as sq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stimage_sd.nn import lattice, spatial
+from stimage_sd.nn import _gene_blocks, lattice, spatial
 
 PITCH = 137.0
 
@@ -184,8 +184,37 @@ def test_morans_i_takes_sparse_and_float32_and_blocks(section, expression, monke
     dense = spatial.morans_i(predicted, graph, observed)
     sparse = spatial.morans_i(scipy.sparse.csr_matrix(predicted), graph.tocoo(), observed.astype(np.float32))
     np.testing.assert_allclose(sparse, dense, atol=1e-6)
-    monkeypatch.setattr(spatial, "_BLOCK_SIZE", 3 * len(predicted))
-    np.testing.assert_allclose(spatial.morans_i(predicted, graph, observed), dense, atol=1e-12)
+    # Two blocks of genes, on threads.
+    monkeypatch.setattr(_gene_blocks, "COPIED", 1)
+    monkeypatch.setattr(_gene_blocks, "FEW", 0)
+    for one, other in ((predicted, observed), (np.asfortranarray(predicted), scipy.sparse.coo_array(observed))):
+        np.testing.assert_allclose(spatial.morans_i(one, graph, other), dense, atol=1e-12)
+
+
+def test_scores_keep_their_digits_far_from_zero(section, expression):
+    graph = lattice.neighbour_graph(section[3])
+    predicted, observed = (matrix[:, :11] for matrix in expression)
+    expected = spatial.morans_i(predicted, graph, observed), spatial.pearson(predicted, observed)
+    found = spatial.morans_i(predicted + 1e7, graph, observed - 1e7), spatial.pearson(predicted + 1e7, observed - 1e7)
+    np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_weights_need_not_be_canonical(section, expression):
+    graph = scipy.sparse.csr_array(lattice.neighbour_graph(section[3]))
+    # Every link twice, in no order, with rows that are stored as empty between others.
+    halves = scipy.sparse.csr_array(
+        (np.repeat(graph.data, 2)[::-1], np.repeat(graph.indices, 2), 2 * graph.indptr), shape=graph.shape
+    )
+    expected = spatial.morans_i(expression[0], graph)
+    np.testing.assert_allclose(spatial.morans_i(expression[0], halves), expected, atol=1e-12)
+    kept = np.ones(len(expression[0]))
+    kept[[0, 5, 6, -1]] = 0
+    graph = scipy.sparse.csr_array(scipy.sparse.diags_array(kept) @ graph)
+    graph.eliminate_zeros()
+    weights = graph.toarray() / np.maximum(graph.sum(axis=1), 1)[:, None]
+    z = expression[0][:, :11] - expression[0][:, :11].mean(axis=0)
+    by_hand = len(z) / weights.sum() * np.einsum("ig,ij,jg->g", z, weights, z) / (z**2).sum(axis=0)
+    np.testing.assert_allclose(spatial.morans_i(expression[0], graph)[:11], by_hand, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,12 +1,11 @@
 """Scores of spatial expression: Moran's I, overlap of patterns, correlations.
 
-Plain numpy and scipy. Matrices are observations by genes, dense or sparse, and all genes are scored at
-once; a gene that cannot be scored (constant, or with an empty pattern) is NaN.
+Matrices are observations by genes, dense or sparse, and all genes are scored at once; a gene that cannot
+be scored (constant, or with an empty pattern) is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -14,6 +13,7 @@ import scipy.sparse
 import scipy.stats
 from numpy.typing import ArrayLike
 
+from stimage_sd.nn._gene_blocks import Graph, block_of, correlations, each_block, neighbour_sums
 from stimage_sd.nn.lattice import Lattice, check_coordinates, find_lattice
 
 __all__ = [
@@ -76,24 +76,19 @@ def morans_i(
     if left.shape != right.shape:
         raise ValueError(f"Expected `other` of the shape of `values`, {left.shape}, found {right.shape}.")
     n_obs, n_genes = left.shape
-    operator = _row_standardised(weights, n_obs)
+    graph = _row_standardised(weights, n_obs)
     # Isolated spots lower the sum of weights; only the univariate I is scaled by it.
-    total_weight = operator.sum()
+    total_weight = graph[3].sum()
     scale = n_obs / total_weight if other is None and total_weight > 0 else 1.0
-
     result = np.empty(n_genes)
-    width = max(1, _BLOCK_SIZE // n_obs)
-    for start in range(0, n_genes, width):
-        block = slice(start, start + width)
-        first = _centered(left[:, block])
-        second = first if other is None else _centered(right[:, block])
-        numerator = np.einsum("ij,ij->j", first, operator @ second)
-        squares = np.einsum("ij,ij->j", first, first)
-        if other is not None:
-            squares = np.sqrt(squares * np.einsum("ij,ij->j", second, second))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            result[block] = scale * numerator / squares
-    return result
+
+    def score(start: int, stop: int) -> None:
+        first = block_of(left, start, stop)
+        second = first if other is None else block_of(right, start, stop)
+        neighbour_sums(*first, *second, graph, other is None, result[start:stop])
+
+    each_block(left.shape, score)
+    return scale * result
 
 
 def _as_matrix(values: Matrix) -> np.ndarray | scipy.sparse.csc_array:
@@ -116,15 +111,21 @@ def _centered(block: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
     return dense - np.where(constant, dense[0], dense.mean(axis=0))
 
 
-def _row_standardised(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_obs: int) -> scipy.sparse.csr_array:
+def _row_standardised(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_obs: int) -> Graph:
     if not scipy.sparse.issparse(weights) or weights.shape != (n_obs, n_obs):
         found = f"{type(weights).__name__} of shape {np.shape(weights)}"
         raise ValueError(f"Expected sparse `weights` of shape ({n_obs}, {n_obs}), found {found}.")
-    matrix = scipy.sparse.csr_array(weights, dtype=np.float64)
-    if matrix.data.min(initial=0) < 0:
-        raise ValueError(f"Expected `weights` of zero or more, found {matrix.data.min()}.")
-    sums = np.asarray(matrix.sum(axis=1)).ravel()
-    return scipy.sparse.diags_array(1 / np.where(sums > 0, sums, 1)).tocsr() @ matrix
+    matrix = weights if weights.format == "csr" else weights.tocsr()
+    data = matrix.data.astype(np.float64)
+    if data.min(initial=0) < 0:
+        raise ValueError(f"Expected `weights` of zero or more, found {data.min()}.")
+    sums = np.zeros(n_obs)
+    occupied = np.flatnonzero(np.diff(matrix.indptr))
+    # Rows without neighbours hold nothing, so that those between hold what is up to the next one's start.
+    sums[occupied] = np.add.reduceat(data, matrix.indptr[occupied]) if len(occupied) else 0
+    shares = 1 / np.where(sums > 0, sums, 1)
+    data *= np.repeat(shares, np.diff(matrix.indptr))
+    return matrix.indptr, matrix.indices, data, sums * shares
 
 
 def binary_pattern(values: Matrix, coordinates: ArrayLike, *, sigma: float = 1.0) -> np.ndarray:
@@ -284,7 +285,15 @@ def pearson(a: Matrix, b: Matrix) -> np.ndarray:
     >>> spatial.pearson(a, -a).tolist()
     [-1.0, nan]
     """
-    return _columnwise(a, b, _dense)
+    first, second = _same_shape(a, b)
+    result = np.full(first.shape[1], np.nan)
+
+    def correlate(start: int, stop: int) -> None:
+        correlations(*block_of(first, start, stop), *block_of(second, start, stop), result[start:stop])
+
+    if first.shape[0]:
+        each_block(first.shape, correlate)
+    return result
 
 
 def spearman(a: Matrix, b: Matrix) -> np.ndarray:
@@ -312,26 +321,16 @@ def spearman(a: Matrix, b: Matrix) -> np.ndarray:
     >>> spatial.spearman(a, a**3).tolist()
     [1.0]
     """
-    return _columnwise(a, b, _ranks)
+    first, second = _same_shape(a, b)
+    result = np.full(first.shape[1], np.nan)
+
+    def correlate(start: int, stop: int) -> None:
+        correlations(_ranks(first[:, start:stop]), 0, _ranks(second[:, start:stop]), 0, result[start:stop])
+
+    if first.shape[0]:
+        each_block(first.shape, correlate)
+    return result
 
 
 def _ranks(block: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
-    return scipy.stats.rankdata(_dense(block), axis=0, nan_policy="propagate")
-
-
-def _columnwise(
-    a: Matrix, b: Matrix, prepare: Callable[[np.ndarray | scipy.sparse.csc_array], np.ndarray]
-) -> np.ndarray:
-    first, second = _same_shape(a, b)
-    n_obs, n_genes = first.shape
-    result = np.empty(n_genes)
-    width = max(1, _BLOCK_SIZE // max(n_obs, 1))
-    for start in range(0, n_genes, width):
-        block = slice(start, start + width)
-        x, y = _centered(prepare(first[:, block])), _centered(prepare(second[:, block]))
-        # Scaled before they are multiplied, so that squares of tiny or huge values do not leave float64.
-        with np.errstate(invalid="ignore", divide="ignore"):
-            x, y = x / np.abs(x).max(axis=0), y / np.abs(y).max(axis=0)
-            norms = np.sqrt(np.einsum("ij,ij->j", x, x) * np.einsum("ij,ij->j", y, y))
-            result[block] = np.einsum("ij,ij->j", x, y) / norms
-    return np.clip(result, -1, 1)
+    return np.ascontiguousarray(scipy.stats.rankdata(_dense(block), axis=0, nan_policy="propagate"))
