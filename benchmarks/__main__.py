@@ -15,7 +15,7 @@ from benchmarks.compare import OURS, RESULTS, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: the comparisons, in the order of the work on a section
-MODULES = ("morans_i", "bivariate_morans_i")
+MODULES = ("embedding", "embedding_resnet50", "morans_i", "bivariate_morans_i")
 
 
 def table(cases: list[dict[str, Any]]) -> str:
