@@ -243,7 +243,7 @@ def _batch_tasks(
     views = [_level_of(arrays, side, target) for side in sides]
     chunks = {level: arrays[level].to_delayed() for level in {level for level, _ in views}}
     shared = delayed(function, pure=False, traverse=False)
-    # opened once: to open them anew takes longer than to write a batch
+    # opened once for all batches, which may be of two tiles
     results = delayed(_Results(store["values"], store["done"]), traverse=False)
     name = f"tiles-{Path(store.store.root).name}"
     tasks = []
