@@ -162,6 +162,25 @@ def test_results_of_any_shape_keep_it(counted_image: Callable) -> None:
     assert whole.shape == (5, 2, 8, 8, 3)
 
 
+def test_a_known_shape_spares_the_blank_tile(counted_image: Callable) -> None:
+    image = counted_image(60, 60, chunk=20)
+    centers = random_centers(5, 60, 60)
+    counting = Interrupted()
+    options = {"sides": [8.0], "target": 8, "batch_size": 2}
+    values = run_over_tiles(image.pyramid, centers, counting, shape=(3,), key="known", **options)
+    assert counting.tiles == 5
+    np.testing.assert_array_equal(values, run_over_tiles(image.pyramid, centers, channel_means, key="tried", **options))
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 1)])
+def test_a_wrong_shape_is_refused(counted_image: Callable, shape: tuple[int, ...]) -> None:
+    image = counted_image(60, 60, chunk=20)
+    with pytest.raises(ValueError, match=r"as `shape` says, found \(3,\)"):
+        run_over_tiles(
+            image.pyramid, random_centers(5, 60, 60), channel_means, sides=[8.0], target=8, key="wrong", shape=shape
+        )
+
+
 # --------------------------------------------------------------------------------------------------
 # each chunk once
 

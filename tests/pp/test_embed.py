@@ -17,6 +17,7 @@ import pytest
 from spatialdata import SpatialData
 
 from stimage_sd import contract, models, pp
+from stimage_sd.pp._embed import _batch_size
 from stimage_sd.stream import cut_tile
 
 
@@ -172,11 +173,25 @@ def test_a_killed_run_is_resumed(tmp_path: Path, picture: Callable) -> None:
 
     again = start(delay=0.0, cache="killed")
     assert again.wait(timeout=90) == 0, (tmp_path / "stderr").read_text()
-    # 25 batches and a blank tile; the two in flight when it was killed are done again
+    # 25 batches, and no blank tile; the two in flight when it was killed are done again
     resumed = len(calls())
-    assert 25 - (begun - 1) <= resumed <= 25 - (begun - 1) + 2
+    assert 25 - begun <= resumed <= 25 - begun + 2
 
     whole = start(delay=0.0, cache="whole")
     assert whole.wait(timeout=90) == 0, (tmp_path / "stderr").read_text()
-    assert len(calls()) == 26
+    assert len(calls()) == 25
     np.testing.assert_array_equal(np.load(tmp_path / "killed.npy"), np.load(tmp_path / "whole.npy"))
+
+
+def test_few_tiles_run_in_small_even_batches_and_give_the_same(make_slide: Callable, picture: Callable) -> None:
+    sdata = make_slide(tissue_picture(300, 400, picture), mpp=1.0)
+    pp.tile(sdata, size_um=32.0, stride_um=60.0)
+    results = []
+    for batch_size in (None, 32):
+        pp.embed(sdata, fields_of_view=(1.0,), context_rings=0, batch_size=batch_size)
+        results.append(contract.tiles(sdata).obsm["X_efficientnet_lite0"])
+    np.testing.assert_array_equal(results[0], results[1])
+    recorded, plain = models.get_extractor("efficientnet_lite0"), models.get_extractor("toy")
+    sizes = [_batch_size(recorded, n_tiles) for n_tiles in (1, 49, 256, 2048, 100_000)]
+    assert sizes == [2, 2, 4, 32, 32]
+    assert _batch_size(plain, 49) == 32
