@@ -1,5 +1,6 @@
 """Run every comparison and write its table and growth curves into the docs: ``python -m benchmarks [NAME ...]``.
 
+The packages that are compared with, torch among them, are installed by ``pip install -e ".[bench]"``.
 With ``--tables-only``, tables and curves are made anew from ``benchmarks/results``.
 """
 
