@@ -82,6 +82,8 @@ def prepare_for_model(sdata: SpatialData, model: NBModel, *, weights: Path | Non
     name, tiles = contract.sample(sdata), model.tiles
     had_tissue = contract.TISSUE in sdata.labels
     changed: list[str] = []
+    if not model.embeddings:
+        _make_tiles(sdata, tiles, changed, say=say)
     for embedding in model.embeddings:
         if not _is_embedded(sdata, embedding.extractor):
             _make_tiles(sdata, tiles, changed, say=say)

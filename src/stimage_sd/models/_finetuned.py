@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,11 @@ class FinetunedModel:
     total: float | None = None
     interval_level: float = 0.9
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def embeddings(self) -> tuple[TileSpecification, ...]:
+        """None: tiles are embedded by the model itself."""
+        return ()
 
     @cached_property
     def extractor(self) -> Extractor:
@@ -172,10 +177,13 @@ class FinetunedModel:
         weights = {key.removeprefix(_PREFIX): array for key, array in arrays.items() if key.startswith(_PREFIX)}
         put_arrays(network, weights, name=name)
         heads = NBModel.from_parts(config, {key: array for key, array in arrays.items() if key.count("/") == 0})
-        return cls(
-            network=network,
-            **{entry: getattr(heads, entry) for entry in heads.__dataclass_fields__},
-        )
+        return cls.of(heads, network)
+
+    @classmethod
+    def of(cls, heads: NBModel, network: nnx.Module) -> FinetunedModel:
+        """Put a model together from its heads and its network."""
+        shared = (item.name for item in fields(cls) if item.name != "network")
+        return cls(network=network, **{name: getattr(heads, name) for name in shared})
 
     def __repr__(self) -> str:
         sections = ", ".join(self.training.get("sections", []))

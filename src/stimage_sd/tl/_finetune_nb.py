@@ -198,8 +198,7 @@ def finetune_nb(
     heads = _with_interval_level(
         heads, reduced, TrainingData(reduced, spots.counts, spots.factors, np.zeros(0), held_out)
     )
-    fields = {name: getattr(heads, name) for name in heads.__dataclass_fields__}
-    return FinetunedModel(network=run.tuning.module(run.best.network), **fields)
+    return FinetunedModel.of(heads, run.tuning.module(run.best.network))
 
 
 def _check_more(unfreeze: str | None, **rates: float) -> None:
