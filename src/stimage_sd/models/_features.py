@@ -108,9 +108,10 @@ class FeatureSpace:
         return cls(
             mean,
             deviation,
-            (directions.T / max(deviations[0], 1e-6)).astype(np.float32),
+            # in the order that a model file has it: a matrix product's last bit depends on it
+            np.ascontiguousarray(directions.T / max(deviations[0], 1e-6), dtype=np.float32),
             np.array([usual], dtype=np.float32),
-            covariance.directions,
+            np.ascontiguousarray(covariance.directions),
             covariance.variances,
             weight,
             standardize,
