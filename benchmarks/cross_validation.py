@@ -45,8 +45,10 @@ from stimage_sd.nn.spatial import pattern_iou, pearson
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 EXTRACTORS = ("efficientnet_lite0", "tissue_statistics")
+#: two networks, each with its ImageNet weights
+NETWORKS = ("efficientnet_lite0", "efficientnet_lite2")
 PER = 1e5
-#: trained from pixels, with their authors' epochs: run where they are named
+#: trained from pixels, with their authors' epochs
 FROM_PIXELS: dict[str, tuple[type, dict[str, Any], Sequence[str]]] = {
     "ST-Net": (STnet, {}, EXTRACTORS[:1]),
     "ST-Net's training of EfficientNet-Lite0, ImageNet weights": (
@@ -60,6 +62,9 @@ FROM_PIXELS: dict[str, tuple[type, dict[str, Any], Sequence[str]]] = {
     "THItoGene": (THItoGene, {}, EXTRACTORS[:1]),
     "IGI-DL": (IGIDL, {}, EXTRACTORS[:1]),
 }
+OF_LITE2, OF_NETWORKS = "STImage NB, EfficientNet-Lite2", "STImage NB, EfficientNet-Lite0 and -Lite2 combined"
+#: run where they are named
+ON_DEMAND = {*FROM_PIXELS, OF_LITE2, OF_NETWORKS}
 
 Fit = Callable[..., Any]
 
@@ -88,17 +93,20 @@ def models(n_members: int) -> dict[str, dict[str, Fit]]:
     found["NB, every gene by itself"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, rank=None)}
     found["STImage NB"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members)}
     found["STImage NB, both"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, extractor=EXTRACTORS)}
-    found["STImage NB, combined"] = {"log1p": partial(fit_combined, n_members=n_members)}
+    found["STImage NB, combined"] = {"log1p": partial(fit_combined, n_members=n_members, extractors=EXTRACTORS)}
+    found[OF_LITE2] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, extractor=NETWORKS[1])}
+    found[OF_NETWORKS] = {"log1p": partial(fit_combined, n_members=n_members, extractors=NETWORKS)}
     return found
 
 
-def fit_combined(train: dict[str, SpatialData], *, genes: list[str], n_members: int) -> Any:
+def fit_combined(train: dict[str, SpatialData], *, genes: list[str], n_members: int, extractors: Sequence[str]) -> Any:
     """One ensemble an extractor, put together."""
-    each = [sti.tl.fit_nb(train, genes=genes, extractor=name, n_members=n_members) for name in EXTRACTORS]
-    return sti.tl.combine(each)
+    return sti.tl.combine(
+        [sti.tl.fit_nb(train, genes=genes, extractor=name, n_members=n_members) for name in extractors]
+    )
 
 
-def prepare(steps: Steps, *, all_spots: bool) -> dict[str, SpatialData]:
+def prepare(steps: Steps, *, all_spots: bool, extractors: Sequence[str]) -> dict[str, SpatialData]:
     """Read, stain, tile and embed the sections."""
     sections = {}
     reference = None
@@ -107,7 +115,7 @@ def prepare(steps: Steps, *, all_spots: bool) -> dict[str, SpatialData]:
             sections[name] = sti.datasets.her2st(name)
             reference = sti.pp.stain_normalize(sections[name], reference)
             sti.pp.tile(sections[name], **({"min_tissue": 0.0} if all_spots else {}))
-        for extractor in EXTRACTORS:
+        for extractor in extractors:
             with steps.step(f"{name}: embed, {extractor}"):
                 sti.pp.embed(sections[name], extractor)
     return sections
@@ -154,13 +162,14 @@ def scores(sdata: SpatialData, scale: str) -> dict[str, float]:
 def run(*, data: Path, all_spots: bool, n_members: int, only: list[str] | None) -> dict[str, Any]:
     """Fit and score all models, fold by fold."""
     steps = Steps()
-    sections = prepare(steps, all_spots=all_spots)
+    extractors = EXTRACTORS + NETWORKS[1:] * (only is not None and not {OF_LITE2, OF_NETWORKS}.isdisjoint(only))
+    sections = prepare(steps, all_spots=all_spots, extractors=extractors)
     listed = (data / "genes" / "her2st_785_hvg.txt").read_text().split()
     measured = [set(sdata.tables[contract.COUNTS].var_names) for sdata in sections.values()]
     genes = [gene for gene in listed if all(gene in names for names in measured)]
     rows = []
     for name, by_target in models(n_members).items():
-        if name not in only if only else name in FROM_PIXELS:
+        if name not in only if only else name in ON_DEMAND:
             continue
         for target, fit in by_target.items():
             for held_out, section in sections.items():
