@@ -8,7 +8,7 @@ import scipy.sparse as sp
 from stimage_sd.nn.lattice import neighbour_graph
 
 N_GENES = 1_522
-SPOTS = (1_000, 5_000, 50_000)
+SPOTS = (500, 5_000, 50_000)
 
 
 def made(n_spots: int) -> tuple[np.ndarray, np.ndarray, sp.csr_matrix]:
@@ -29,3 +29,12 @@ def by_hand(one: np.ndarray, other: np.ndarray, weights: sp.csr_matrix) -> float
     """Moran's I of two columns, row-standardised weights: the simplest correct version."""
     one, other = ((values - values.mean()) / values.std() for values in (one, other))
     return float(one @ (weights @ other) / len(one))
+
+
+def agreement(values: np.ndarray, expected: np.ndarray, some: np.ndarray) -> dict[str, float]:
+    """Figures to keep of all genes' scores: their mean, and the largest difference from what another found of some."""
+    return {
+        "mean": round(float(np.mean(values)), 8),
+        "max_difference": float(np.abs(values[some] - expected).max()),
+        "compared_genes": len(some),
+    }

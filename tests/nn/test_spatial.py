@@ -269,8 +269,19 @@ def test_pattern_iou_equals_a_loop_over_images(section, expression, sigma, monke
     found = spatial.pattern_iou(predicted, scipy.sparse.csr_matrix(observed), points, sigma=sigma)
     np.testing.assert_allclose(found[:-1], expected, atol=1e-12)
     assert np.isnan(found[-1])
-    monkeypatch.setattr(spatial, "_BLOCK_SIZE", 1)
+    monkeypatch.setattr(spatial, "block_width", lambda spots: 1)
     np.testing.assert_array_equal(spatial.pattern_iou(predicted, observed, points, sigma=sigma), found)
+
+
+def test_patterns_of_ties_equal_a_loop_over_images():
+    # In the middle of a symmetric half the smoothed pattern is one half of the tissue, but for rounding.
+    row, column = np.divmod(np.arange(20 * 21), 21)
+    stripes = np.stack([(column // width + row // height) % 2 for width in (1, 2, 3) for height in (1, 2, 50)], axis=1)
+    halves = np.stack([column < 10, row < 10, column + row < 20, (column == 10) | (row % 2 == 0)], axis=1)
+    one, points = np.hstack([stripes, halves]).astype(np.float32), np.stack([column, row], axis=1)
+    two = 1 - one
+    expected = [loop_iou(one[:, gene], two[:, gene], column, row, (1, 1)) for gene in range(one.shape[1])]
+    np.testing.assert_allclose(spatial.pattern_iou(one, two, points), expected, atol=1e-12)
 
 
 def test_pattern_iou_without_any_pattern_is_nan():

@@ -155,8 +155,8 @@ def _walk(points: np.ndarray, pairs: np.ndarray, steps: np.ndarray) -> np.ndarra
         start = int(np.flatnonzero(part == number)[0])
         reached, before = breadth_first_order(graph, start, directed=False)
         moves = signed[np.searchsorted(keys, before[reached[1:]].astype(np.int64) * n_obs + reached[1:])]
-        for spot, move in zip(reached[1:], moves, strict=True):
-            position[spot] = position[before[spot]] + move
+        position[reached[1:]] = moves
+        _add_up(position, reached, before)
         if number == np.argmax(sizes):
             design = np.column_stack([points[reached], np.ones(len(reached))])
             fitted = np.linalg.lstsq(design, position[reached], rcond=None)[0]
@@ -165,6 +165,18 @@ def _walk(points: np.ndarray, pairs: np.ndarray, steps: np.ndarray) -> np.ndarra
             expected = points[reached] @ slope + offset
             position[reached] += np.round((expected - position[reached]).mean(axis=0)).astype(np.int64)
     return position
+
+
+def _add_up(position: np.ndarray, reached: np.ndarray, before: np.ndarray) -> None:
+    """Add to the step into each spot those into all before it, of twice as many spots each time."""
+    place = np.zeros(len(position), dtype=np.int64)
+    place[reached] = np.arange(len(reached))
+    steps, back = position[reached], place[np.maximum(before[reached], 0)]
+    back[0] = 0
+    while back.any():
+        steps += steps[back]
+        back = back[back]
+    position[reached] = steps
 
 
 def neighbour_graph(

@@ -14,6 +14,7 @@ import scipy.stats
 from numpy.typing import ArrayLike
 
 from stimage_sd.nn._gene_blocks import Graph, block_of, correlations, each_block, neighbour_sums
+from stimage_sd.nn._smooth_patterns import Raster, block_width, overlaps, raster, smoothed_patterns
 from stimage_sd.nn.lattice import Lattice, check_coordinates, find_lattice
 
 __all__ = [
@@ -25,9 +26,6 @@ __all__ = [
 ]
 
 Matrix: TypeAlias = ArrayLike | scipy.sparse.spmatrix | scipy.sparse.sparray
-
-# Genes are worked through in blocks whose temporary arrays stay near this many numbers.
-_BLOCK_SIZE = 2**21
 
 
 def morans_i(
@@ -104,13 +102,6 @@ def _dense(block: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
     return np.asarray(dense, dtype=np.float64, order="C")
 
 
-def _centered(block: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
-    """Subtract column means; constant columns become exactly zero, whatever their mean rounds to."""
-    dense = _dense(block)
-    constant = dense.max(axis=0) == dense.min(axis=0)
-    return dense - np.where(constant, dense[0], dense.mean(axis=0))
-
-
 def _row_standardised(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_obs: int) -> Graph:
     if not scipy.sparse.issparse(weights) or weights.shape != (n_obs, n_obs):
         found = f"{type(weights).__name__} of shape {np.shape(weights)}"
@@ -161,7 +152,14 @@ def binary_pattern(values: Matrix, coordinates: ArrayLike, *, sigma: float = 1.0
     [0, 0, 1, 1]
     """
     matrix = _as_matrix(values)
-    return _smoothed_pattern(matrix, find_lattice(_matching(coordinates, matrix)), sigma)
+    spots = _raster(find_lattice(_matching(coordinates, matrix)), sigma)
+    pattern = np.empty(matrix.shape, dtype=bool)
+
+    def smooth(start: int, stop: int) -> None:
+        smoothed_patterns(*block_of(matrix, start, stop), spots, pattern[:, start:stop])
+
+    each_block(matrix.shape, smooth, width=block_width(spots))
+    return pattern
 
 
 def _matching(coordinates: ArrayLike, matrix: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
@@ -171,36 +169,10 @@ def _matching(coordinates: ArrayLike, matrix: np.ndarray | scipy.sparse.csc_arra
     return points
 
 
-def _smoothed_pattern(matrix: np.ndarray | scipy.sparse.csc_array, spots: Lattice, sigma: float) -> np.ndarray:
+def _raster(spots: Lattice, sigma: float) -> Raster:
     if not sigma > 0:
         raise ValueError(f"Expected `sigma` to be positive, found {sigma}.")
-    n_rows, n_columns = int(spots.row.max()) + 1, int(spots.column.max()) + 1
-    along_rows = _gaussian_operator(n_rows, sigma / spots.spacing[0])
-    along_columns = _gaussian_operator(n_columns, sigma / spots.spacing[1])
-
-    def smoothed(on_spots: np.ndarray) -> np.ndarray:
-        raster = np.zeros((n_rows, n_columns, on_spots.shape[1]))
-        raster[spots.row, spots.column] = on_spots
-        raster = (along_rows @ raster.reshape(n_rows, -1)).reshape(raster.shape)
-        return np.matmul(along_columns, raster)[spots.row, spots.column]
-
-    tissue = smoothed(np.ones((matrix.shape[0], 1)))
-    pattern = np.empty(matrix.shape, dtype=bool)
-    width = max(1, _BLOCK_SIZE // (n_rows * n_columns))
-    for start in range(0, matrix.shape[1], width):
-        block = slice(start, start + width)
-        high = _centered(matrix[:, block]) > 0
-        pattern[:, block] = smoothed(high) >= (0.5 - 1e-9) * tissue
-    return pattern
-
-
-def _gaussian_operator(size: int, sigma: float) -> np.ndarray:
-    """Gaussian filter along an axis as a matrix, cut off at four standard deviations as scipy's is."""
-    offsets = np.arange(size)
-    distance = np.abs(offsets[:, None] - offsets)
-    kernel = np.exp(-0.5 * (distance / sigma) ** 2)
-    kernel[distance > int(4 * sigma + 0.5)] = 0
-    return kernel
+    return raster(spots.row, spots.column, (sigma / spots.spacing[0], sigma / spots.spacing[1]))
 
 
 def pattern_iou(predicted: Matrix, observed: Matrix, coordinates: ArrayLike, *, sigma: float = 1.0) -> np.ndarray:
@@ -236,12 +208,17 @@ def pattern_iou(predicted: Matrix, observed: Matrix, coordinates: ArrayLike, *, 
     [0.333, 0.333]
     """
     first, second = _same_shape(predicted, observed)
-    spots = find_lattice(_matching(coordinates, first))
-    one, two = _smoothed_pattern(first, spots, sigma), _smoothed_pattern(second, spots, sigma)
-    union = (one | two).sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        overlap = (one & two).sum(axis=0) / union
-    return np.where(_varies(first) & _varies(second), overlap, np.nan)
+    spots = _raster(find_lattice(_matching(coordinates, first)), sigma)
+    result = np.empty(first.shape[1])
+
+    def score(start: int, stop: int) -> None:
+        one, two = np.empty((2, first.shape[0], stop - start), dtype=bool)
+        varies = smoothed_patterns(*block_of(first, start, stop), spots, one)
+        varies &= smoothed_patterns(*block_of(second, start, stop), spots, two)
+        overlaps(one, two, varies, result[start:stop])
+
+    each_block(first.shape, score, width=block_width(spots))
+    return result
 
 
 def _same_shape(
@@ -251,13 +228,6 @@ def _same_shape(
     if first.shape != second.shape:
         raise ValueError(f"Expected two matrices of one shape, found {first.shape} and {second.shape}.")
     return first, second
-
-
-def _varies(matrix: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
-    largest, smallest = matrix.max(axis=0), matrix.min(axis=0)
-    if scipy.sparse.issparse(matrix):
-        largest, smallest = largest.toarray().ravel(), smallest.toarray().ravel()
-    return largest > smallest
 
 
 def pearson(a: Matrix, b: Matrix) -> np.ndarray:
