@@ -41,7 +41,7 @@ class Comparison:
     unit
         What a size counts, such as ``"tiles"``.
     sizes
-        Three of them, so that growth shows; the second is what the target is for.
+        Three of them, so that growth shows.
     sides
         By name; ``"stimage-sd"`` is ours, the others are peers or limits.
     reach
@@ -52,6 +52,8 @@ class Comparison:
         Runs in a process; with more than one the first, which compiles, is kept apart.
     at_most
         For a slow peer, the largest size it is run at; above, its seconds are scaled from there, and said to be.
+    target
+        The size that `reach` and `most_mb` are asked for; the middle one unless given.
     """
 
     title: str
@@ -62,6 +64,7 @@ class Comparison:
     most_mb: float | None = None
     repeats: int = 1
     at_most: Mapping[str, int] = field(default_factory=dict)
+    target: int | None = None
 
 
 def run_side(work: Comparison, side: str, size: int) -> dict[str, Any]:
@@ -132,7 +135,7 @@ def _case(work: Comparison, size: int, rows: Mapping[str, Sequence[Mapping[str, 
         if side != OURS
     }
     peak = max(row["peak_mb_above_imports"] for row in rows[OURS])
-    at_target = size == work.sizes[len(work.sizes) // 2]
+    at_target = size == (work.target or work.sizes[len(work.sizes) // 2])
     met = {side: ratios[side] >= factor for side, factor in work.reach.items()} if at_target else {}
     if at_target and work.most_mb is not None:
         met["peak memory"] = peak <= work.most_mb
