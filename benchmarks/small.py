@@ -3,7 +3,7 @@
 Each step, ours and plain, runs in a process of its own with an empty cache of results: the first call, which loads what
 is used, and the median of those after it. Imports are not timed; compiled code lies on disk, as after any earlier use.
 The plain versions, in `benchmarks/small_plain.py`, are loops over tiles or genes of numpy, scipy and ONNX Runtime, on
-tiles that are read one by one. They get the same section, from the same store, and their results are compared with ours.
+tiles that are read one by one. They get the same section, from the same store; their results are compared with ours.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ Work = Callable[[], Any]
 
 
 class Step(NamedTuple):
-    """A step: ours and its plain version, each of which prepares and gives the work; how far results may differ, over 1 relatively."""
+    """A step: ours and its plain version, each of which prepares and gives the work; and how far results may differ.
+
+    The difference is relative where values are above 1.
+    """
 
     ours: Callable[[], Work]
     plain: Callable[[], Work]

@@ -48,7 +48,7 @@ def kept_shape(side: int) -> tuple[int, int, int]:
 
 
 def _cut() -> tuple[Callable[[int], np.ndarray], int]:
-    """Give a function that reads a tile from the store and resamples it, ``uint8 (y, x, 3)``, and how many there are."""
+    """Give a function that reads a tile from the store and resamples it, ``uint8 (y, x, 3)``, and their number."""
     sdata = section("raw")
     tiles, tiling = contract.tiles(sdata), contract.tiling(sdata)
     level = contract.levels(sdata, contract.IMAGE)[0].data

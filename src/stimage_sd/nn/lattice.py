@@ -148,22 +148,27 @@ def _walk(points: np.ndarray, pairs: np.ndarray, steps: np.ndarray) -> np.ndarra
     keys, signed = keys[order], np.concatenate([steps, -steps])[order]
 
     position = np.zeros((n_obs, 2), dtype=np.int64)
+
+    def walk(start: int) -> np.ndarray:
+        reached, before = breadth_first_order(graph, start, directed=False)
+        position[reached[1:]] = signed[
+            np.searchsorted(keys, before[reached[1:]].astype(np.int64) * n_obs + reached[1:])
+        ]
+        _add_up(position, reached, before)
+        return reached
+
+    if len(walk(0)) == n_obs:
+        return position
     _, part = connected_components(graph, directed=False)
     sizes = np.bincount(part)
-    offset, slope = np.zeros(2), np.zeros((2, 2))
-    for number in np.argsort(-sizes, kind="stable"):
-        start = int(np.flatnonzero(part == number)[0])
-        reached, before = breadth_first_order(graph, start, directed=False)
-        moves = signed[np.searchsorted(keys, before[reached[1:]].astype(np.int64) * n_obs + reached[1:])]
-        position[reached[1:]] = moves
-        _add_up(position, reached, before)
-        if number == np.argmax(sizes):
-            design = np.column_stack([points[reached], np.ones(len(reached))])
-            fitted = np.linalg.lstsq(design, position[reached], rcond=None)[0]
-            slope, offset = fitted[:2], fitted[2]
-        else:
-            expected = points[reached] @ slope + offset
-            position[reached] += np.round((expected - position[reached]).mean(axis=0)).astype(np.int64)
+    position[:] = 0
+    largest = walk(int(np.argmax(part == np.argmax(sizes))))
+    design = np.column_stack([points[largest], np.ones(len(largest))])
+    fitted = np.linalg.lstsq(design, position[largest], rcond=None)[0]
+    for number in np.argsort(-sizes, kind="stable")[1:]:
+        reached = walk(int(np.argmax(part == number)))
+        expected = points[reached] @ fitted[:2] + fitted[2]
+        position[reached] += np.round((expected - position[reached]).mean(axis=0)).astype(np.int64)
     return position
 
 
