@@ -17,9 +17,18 @@ from benchmarks.compare import OURS, RESULTS, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: the comparisons, in the order of the work on a section
-MODULES = ("stain", "embedding", "embedding_resnet50", "morans_i", "bivariate_morans_i")
+MODULES = (
+    "stain",
+    "embedding",
+    "embedding_resnet50",
+    "morans_i",
+    "bivariate_morans_i",
+    "pearson",
+    "iou",
+    "slide_end_to_end",
+)
 #: what is measured by itself: modules with `measure`, which gives rows, and `table`, which makes Markdown of them
-ALONE = ("startup",)
+ALONE = ("startup", "small")
 
 
 def table(cases: list[dict[str, Any]]) -> str:
@@ -39,6 +48,10 @@ def table(cases: list[dict[str, Any]]) -> str:
             seconds = f"{_seconds(row['seconds'])} | {_seconds(row['seconds_first'])}"
             peak = f"{row['peak_mb_above_imports']:,}"
             lines.append(f"| {case['size']:,} | {side}{scaled} | {seconds} | {ratio} | {asked} | {peak} |")
+    each = [case["sides"][OURS]["figures"].get("ms_a_tile") for case in cases]
+    if all(each):
+        growth = f"{each[-1] / each[0] - 1:+.0%} from the smallest size to the largest"
+        lines += ["", f"Ours, milliseconds a tile: {', '.join(f'{value:.2f}' for value in each)}; {growth}."]
     cpu = cases[0]["machine"]
     return "\n".join([*lines, "", f"*{cpu['cores']} cores of {cpu['cpu']}, Python {cpu['python']}.*"])
 

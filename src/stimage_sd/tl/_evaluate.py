@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -115,7 +115,7 @@ def evaluate(
         predictions = contract.predictions(sdata)
         rows, units = contract.align_to_spots(sdata, predictions, table_key, against=against)
         measured = _measured_names(predictions, units, names or {}, section=name, against=against)
-        compared = predictions[rows, list(measured)]
+        compared = _taken(predictions, rows, list(measured))
         observed = _dense(units[:, list(measured.values())])
         scores = _agreement(compared, observed, transform, graph)
         scores = scores.join(_calibration(compared, observed) if against == "counts" else pd.DataFrame())
@@ -154,15 +154,58 @@ def _measured_names(
     return measured
 
 
+class _Predicted(NamedTuple):
+    """Predictions of some tiles and genes as plain arrays, as each look into a view of a table takes a millisecond.
+
+    Attributes
+    ----------
+    genes
+        Names.
+    coordinates
+        ``(n_tiles, 2)``.
+    mean, variance, lower, upper
+        ``(n_tiles, n_genes)``.
+    size_factor
+        ``float64 (n_tiles,)``.
+    floor_mean, floor_dispersion
+        ``float64 (n_genes,)``.
+    """
+
+    genes: list[str]
+    coordinates: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    size_factor: np.ndarray
+    floor_mean: np.ndarray
+    floor_dispersion: np.ndarray
+
+
+def _taken(predictions: ad.AnnData, rows: np.ndarray, genes: list[str]) -> _Predicted:
+    at = np.ix_(rows, predictions.var_names.get_indexer(genes))
+    floors = (predictions.var[name].to_numpy(dtype=np.float64)[at[1][0]] for name in ("floor_mean", "floor_dispersion"))
+    return _Predicted(
+        genes,
+        np.asarray(predictions.obsm["spatial"])[rows],
+        np.asarray(predictions.X)[at].astype(np.float64),
+        np.asarray(predictions.layers["total_variance"])[at].astype(np.float64),
+        np.asarray(predictions.layers["lower"])[at],
+        np.asarray(predictions.layers["upper"])[at],
+        predictions.obs["size_factor"].to_numpy(dtype=np.float64)[rows],
+        *floors,
+    )
+
+
 def _dense(units: ad.AnnData) -> np.ndarray:
     return np.asarray(units.X.toarray() if sp.issparse(units.X) else units.X, dtype=np.float64)
 
 
 def _agreement(
-    predictions: ad.AnnData, observed: np.ndarray, transform: Transform, graph: sp.spmatrix | None
+    predictions: _Predicted, observed: np.ndarray, transform: Transform, graph: sp.spmatrix | None
 ) -> pd.DataFrame:
     """How well the predicted means follow what was measured, over tiles and in space."""
-    coordinates = np.asarray(predictions.obsm["spatial"])
+    coordinates = predictions.coordinates
     weights = neighbour_graph(coordinates) if graph is None else sp.csr_matrix(graph)
     predicted, measured = _expected(predictions, transform), _transformed(observed, transform)
     return pd.DataFrame(
@@ -174,21 +217,20 @@ def _agreement(
             "bivariate_morans_i": morans_i(predicted, weights, measured),
             "iou": _iou(predicted, measured, coordinates),
         },
-        index=predictions.var_names,
+        index=predictions.genes,
     )
 
 
-def _calibration(predictions: ad.AnnData, observed: np.ndarray) -> pd.DataFrame:
+def _calibration(predictions: _Predicted, observed: np.ndarray) -> pd.DataFrame:
     """How well the predicted distributions hold the counts."""
-    mean = np.asarray(predictions.X, dtype=np.float64)
-    inside = (observed >= predictions.layers["lower"]) & (observed <= predictions.layers["upper"])
+    inside = (observed >= predictions.lower) & (observed <= predictions.upper)
     return pd.DataFrame(
         {
             "coverage": inside.mean(axis=0),
-            "nll": _nll(observed, mean, np.asarray(predictions.layers["total_variance"], dtype=np.float64)),
+            "nll": _nll(observed, predictions.mean, predictions.variance),
             "nll_floor": _floor_nll(observed, predictions),
         },
-        index=predictions.var_names,
+        index=predictions.genes,
     )
 
 
@@ -202,14 +244,13 @@ def _iou(predicted: np.ndarray, measured: np.ndarray, coordinates: np.ndarray) -
     return pattern_iou(predicted, measured, coordinates)
 
 
-def _expected(predictions: ad.AnnData, transform: Transform) -> np.ndarray:
+def _expected(predictions: _Predicted, transform: Transform) -> np.ndarray:
     """What is compared with transformed counts: the transformed mean, or the expectation where depth matters."""
-    mean = np.asarray(predictions.X, dtype=np.float64)
+    mean = predictions.mean
     if transform != "lognorm":
         return _transformed(mean, transform)
     totals = mean.sum(axis=1, keepdims=True)
-    variance = np.asarray(predictions.layers["total_variance"], dtype=np.float64)
-    return expected_log1p(mean, variance, scale=np.median(totals) / np.maximum(totals, 1e-12))
+    return expected_log1p(mean, predictions.variance, scale=np.median(totals) / np.maximum(totals, 1e-12))
 
 
 def _transformed(values: np.ndarray, transform: Transform) -> np.ndarray:
@@ -232,8 +273,6 @@ def _nll(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarr
     return -np.asarray(log_prob).mean(axis=0)
 
 
-def _floor_nll(counts: np.ndarray, predictions: ad.AnnData) -> np.ndarray:
-    factors = predictions.obs["size_factor"].to_numpy(dtype=np.float64)[:, None]
-    mean = predictions.var["floor_mean"].to_numpy(dtype=np.float64)[None] * factors
-    dispersion = predictions.var["floor_dispersion"].to_numpy(dtype=np.float64)[None]
-    return _nll(counts, mean, mean + mean**2 / dispersion)
+def _floor_nll(counts: np.ndarray, predictions: _Predicted) -> np.ndarray:
+    mean = predictions.floor_mean * predictions.size_factor[:, None]
+    return _nll(counts, mean, mean + mean**2 / predictions.floor_dispersion)
