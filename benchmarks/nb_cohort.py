@@ -7,6 +7,7 @@ depth a spot, some 80 % of them zero. Tiles lie in four sections of the same num
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,12 +37,12 @@ _BLOCK = 2_500
 
 def features(n_tiles: int) -> np.ndarray:
     """Embeddings, ``float32 (n_tiles, 2048)``, read from disk as they are needed."""
-    return np.load(_folder(n_tiles) / "features.npy", mmap_mode="r")
+    return np.load(made(f"nb_features_{n_tiles}.npy", partial(_write_features, n_tiles)), mmap_mode="r")
 
 
 def counts(n_tiles: int) -> sp.csr_matrix:
     """Counts, ``int32 (n_tiles, 1522)``."""
-    return sp.csr_matrix(sp.load_npz(_folder(n_tiles) / "counts.npz"))
+    return sp.csr_matrix(sp.load_npz(made(f"nb_counts_{n_tiles}.npz", partial(_write_counts, n_tiles))))
 
 
 def section_of(n_tiles: int) -> np.ndarray:
@@ -88,30 +89,35 @@ def _how() -> dict[str, Any]:
     }
 
 
-def _folder(n_tiles: int) -> Path:
-    return made(f"nb_cohort_{n_tiles}", partial(_make, n_tiles))
+def _blocks(n_tiles: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Tiles and their factors, a block at a time, with the block's number."""
+    for number, start in enumerate(range(0, n_tiles, _BLOCK)):
+        rows = np.arange(start, min(start + _BLOCK, n_tiles))
+        yield number, rows, np.random.default_rng([1, number]).normal(size=(len(rows), N_FACTORS))
 
 
-def _make(n_tiles: int, path: Path) -> None:
-    path.mkdir()
+def _write_features(n_tiles: int, path: Path) -> None:
     law = np.random.default_rng(0)
     turned = np.linalg.qr(law.normal(size=(N_FEATURES, N_FACTORS)))[0].T * np.sqrt(N_FEATURES)
     turned *= (0.35 * np.arange(1, N_FACTORS + 1) ** -0.4)[:, None]
+    offset = law.normal(0, 0.3, (len(SECTIONS), N_FEATURES))
+    embedded = np.lib.format.open_memmap(path, "w+", np.float32, (n_tiles, N_FEATURES))
+    for number, rows, factors in _blocks(n_tiles):
+        noise = np.random.default_rng([2, number]).normal(0, 0.5, (len(rows), N_FEATURES))
+        embedded[rows] = factors @ turned + noise + offset[rows * len(SECTIONS) // n_tiles]
+    embedded.flush()
+
+
+def _write_counts(n_tiles: int, path: Path) -> None:
+    law = np.random.default_rng(1)
     followed = law.permutation(N_FACTORS // 2)[:N_SHARED]
     loadings = law.normal(0, 0.8 / np.sqrt(N_SHARED), (N_SHARED, N_GENES))
     log_mean = law.normal(-2.6, 1.6, N_GENES)
     dispersion = np.exp(law.normal(0.5, 0.7, N_GENES))
-    offset = law.normal(0, 0.3, (len(SECTIONS), N_FEATURES))
-    embedded = np.lib.format.open_memmap(path / "features.npy", "w+", np.float32, (n_tiles, N_FEATURES))
     measured = []
-    for number, start in enumerate(range(0, n_tiles, _BLOCK)):
-        random = np.random.default_rng([1, number])
-        rows = np.arange(start, min(start + _BLOCK, n_tiles))
-        factors = random.normal(size=(len(rows), N_FACTORS))
-        noise = random.normal(0, 0.5, (len(rows), N_FEATURES))
-        embedded[rows] = factors @ turned + noise + offset[rows * len(SECTIONS) // n_tiles]
+    for number, rows, factors in _blocks(n_tiles):
+        random = np.random.default_rng([3, number])
         depth = random.normal(0, 0.3, (len(rows), 1))
         mean = np.exp(log_mean + factors[:, followed] @ loadings + depth)
         measured.append(sp.csr_matrix(random.negative_binomial(dispersion, dispersion / (dispersion + mean))))
-    embedded.flush()
-    sp.save_npz(path / "counts.npz", sp.vstack(measured).astype(np.int32).tocsr(), compressed=False)
+    sp.save_npz(path, sp.vstack(measured).astype(np.int32).tocsr(), compressed=False)

@@ -15,7 +15,7 @@ from stimage_sd.nn.negative_binomial import _HALF_LOG_TWO_PI, _stirling_error
 
 #: limits of the logits of r and p: within them float32 tells r from 0, and p from 0 and 1
 R_LOGITS, P_LOGITS = (-15.0, 100.0), (-15.0, 15.0)
-#: Chebyshev fit of log(1 + e) / e on [0, 1], lowest order first; the largest relative error is 1.5e-7, float32's rounding
+#: Chebyshev fit of log(1 + e) / e on [0, 1], lowest order first; the largest relative error is float32's rounding
 _LOG1P = (
     0.9999999953848531,
     -0.4999990399276364,
@@ -60,9 +60,7 @@ def summed_log_prob(counts: Array, r_logits: Array, p_logits: Array, size_factor
     return _sum(counts, r, log_p, log_q)
 
 
-def _forward(
-    counts: Array, r_logits: Array, p_logits: Array, size_factors: Array
-) -> tuple[Array, tuple[Array, Array]]:
+def _forward(counts: Array, r_logits: Array, p_logits: Array, size_factors: Array) -> tuple[Array, tuple[Array, Array]]:
     r, log_p, log_q = _terms(r_logits, p_logits, size_factors)
     slope_r = _digamma_change(counts, r) + log_p
     within_r = (r_logits > R_LOGITS[0]) & (r_logits < R_LOGITS[1])
@@ -91,7 +89,7 @@ def _terms(r_logits: Array, p_logits: Array, size_factors: Array) -> tuple[Array
 
 
 def _sum(counts: Array, r: Array, log_p: Array, log_q: Array) -> Array:
-    """Sum over genes, as a product with ones: a sum would be computed an element after the other, as would its terms."""
+    """Sum over genes, as a product with ones: XLA computes a sum, and its terms with it, an element at a time."""
     terms = _gamma_change(counts, r) + r * log_p + counts * log_q
     return jnp.einsum("mtg,g->mt", terms, jnp.ones(terms.shape[-1], terms.dtype))
 

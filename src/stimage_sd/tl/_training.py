@@ -221,9 +221,7 @@ def _dense(counts: sp.csr_matrix, rows: _Rows) -> Array:
     return jnp.asarray(counts[rows.tiles.ravel()].toarray().astype(np.float32).reshape(*rows.tiles.shape, -1))
 
 
-def _block(
-    data: TrainingData, rows: _Rows, weight: np.ndarray, members: np.ndarray | slice, counts: Array
-) -> Block:
+def _block(data: TrainingData, rows: _Rows, weight: np.ndarray, members: np.ndarray | slice, counts: Array) -> Block:
     """What some members see of a block."""
     own = weight[members][:, rows.tiles] * rows.counting
     return Block(
