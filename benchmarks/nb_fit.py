@@ -1,8 +1,8 @@
 """An ensemble of 30 negative-binomial heads of 1,522 genes, fitted until its validation loss stops to improve.
 
 Both sides start from the same embeddings of 2,048 features and counts in memory, learn from three sections,
-bootstrapped for every member, and are validated on the fourth; both use Adam and batches of 64, and stop when the
-validation loss has not improved for ten epochs (ours that of no member), each member's best epoch kept.
+bootstrapped for every member, and are validated on the fourth; both use Adam and batches of 64, and stop a
+member when its validation loss has not improved for ten epochs; its best epoch is kept.
 
 - Ours is `stimage_sd.tl.fit_nb` with its defaults: from embeddings to the finished model, compiling, components,
   patterns and the level of the intervals included.

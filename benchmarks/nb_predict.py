@@ -1,8 +1,8 @@
 """A section predicted by an ensemble of 30 members of 1,522 genes, from embeddings of 2,048 features in memory.
 
 Every side gives, for every tile and gene, the mixture's mean, the members' mean variance, the variance of their means,
-and the central 90 % interval of the mixture (the smallest counts at which its distribution function reaches 5 % and
-95 %); ours gives the variances' sum, and how strange a tile is, beside them.
+and the central 90 % interval of the mixture (at the model's own level: that which covered 90 % of held-out
+counts); ours gives the variances' sum, and how strange a tile is, beside them.
 
 - Ours is `stimage_sd.tl.predict`: embeddings standardised and reduced, and the results in the section's table.
 - The peer runs the same members in torch, one after the other on batches of 256 tiles: a linear layer of 2,048 features

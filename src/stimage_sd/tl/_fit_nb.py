@@ -91,8 +91,7 @@ def fit_nb(
     weight_decay
         Precision of the Gaussian prior on the heads' weights; larger is smoother.
     patience
-        Training ends when no member's validation loss has improved for so many epochs; each member keeps its own
-        best epoch.
+        A member's training ends when its validation loss has not improved for so many epochs; it keeps its best one.
     seed
         Seed of everything random; the same seed gives the same model, bit for bit, on one machine.
     table_key

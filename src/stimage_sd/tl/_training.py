@@ -27,7 +27,7 @@ from stimage_sd.nn.negative_binomial_head import HEADS, Parameters
 #: minibatches that are made dense and handed to the compiled loop at a time
 _STEPS_PER_BLOCK = 16
 #: members that a thread trains together
-_MEMBERS_PER_GROUP = 3
+_MEMBERS_PER_GROUP = 2
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def train(
     decay = (weight_decay / np.maximum(drawn, 1)).astype(np.float32)
     groups = [_Group(members, parameters, decay, learning_rate) for members in _grouped(data.held_out)]
     best_loss, best_epoch = np.full(n_members, np.inf), np.zeros(n_members, dtype=int)
+    stopped = np.zeros(n_members, dtype=bool)
     history: list[dict[str, Any]] = []
     random = np.random.default_rng(seed)
     seen = np.flatnonzero(data.weight.any(axis=0))
@@ -119,23 +120,25 @@ def train(
         tqdm(total=max_epochs, desc=f"fitting {n_members} members", unit="epoch") as bar,
     ):
         for epoch in range(1, max_epochs + 1):
+            going = [group for group in groups if not stopped[group.members].all()]
             loss, validation = np.zeros(n_members), np.zeros(n_members)
             for rows in _blocks(random.permutation(seen), batch_size):
                 learn = partial(_Group.learn, head=head, data=data, rows=rows, counts=_dense(data.counts, rows))
-                for group, part in zip(groups, pool.map(learn, groups), strict=True):
+                for group, part in zip(going, pool.map(learn, going), strict=True):
                     loss[group.members] += part
             judge = partial(_Group.judge, head=head, data=data, batch_size=batch_size)
-            for group, part in zip(groups, pool.map(judge, groups), strict=True):
+            for group, part in zip(going, pool.map(judge, going), strict=True):
                 validation[group.members] = part
-            history += _rows(epoch, loss / drawn / data.counts.shape[1], validation)
-            improved = validation < best_loss
-            for group in groups:
+            history += _rows(epoch, loss / drawn / data.counts.shape[1], validation, np.flatnonzero(~stopped))
+            improved = (validation < best_loss) & ~stopped
+            for group in going:
                 group.keep(improved[group.members])
             best_loss = np.where(improved, validation, best_loss)
             best_epoch = np.where(improved, epoch, best_epoch)
+            stopped |= epoch - best_epoch >= patience
             bar.update()
-            bar.set_postfix(validation_nll=f"{best_loss.mean():.4f}")
-            if (epoch - best_epoch >= patience).all():
+            bar.set_postfix(validation_nll=f"{best_loss.mean():.4f}", members=int((~stopped).sum()))
+            if stopped.all():
                 break
     return _together(groups), history
 
@@ -289,8 +292,13 @@ def _choose(improved: np.ndarray, new: Parameters, old: Parameters) -> Parameter
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-def _rows(epoch: int, training: np.ndarray, validation: np.ndarray) -> list[dict[str, Any]]:
+def _rows(epoch: int, training: np.ndarray, validation: np.ndarray, members: np.ndarray) -> list[dict[str, Any]]:
     return [
-        {"epoch": epoch, "member": member, "training_nll": float(ours), "validation_nll": float(theirs)}
-        for member, (ours, theirs) in enumerate(zip(training, validation, strict=True))
+        {
+            "epoch": epoch,
+            "member": member,
+            "training_nll": float(training[member]),
+            "validation_nll": float(validation[member]),
+        }
+        for member in members.tolist()
     ]
