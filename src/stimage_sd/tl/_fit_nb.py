@@ -28,7 +28,9 @@ from stimage_sd.tl._training import TrainingData, train
 #: share of held-out counts that the intervals are to cover
 COVERAGE = 0.9
 #: held-out tiles that the intervals' level is found on; more hardly move it
-_MOST_TILES = 2_000
+_MOST_TILES = 1_000
+#: of them, those whose distributions are computed at a time
+_BLOCK = 256
 
 
 def fit_nb(
@@ -272,8 +274,10 @@ def _with_interval_level(model: NBModel, reduced: np.ndarray, data: TrainingData
     for number, members in enumerate(patterns):
         rows = np.flatnonzero(pattern_of.ravel() == number)
         rows = rows[np.linspace(0, len(rows) - 1, math.ceil(share * len(rows))).astype(int)]
-        if members.any():
-            pieces.append((rows, *model.r_and_p(reduced[rows], members=np.flatnonzero(members).tolist())))
+        chosen = np.flatnonzero(members).tolist()
+        for start in range(0, len(rows) if chosen else 0, _BLOCK):
+            block = rows[start : start + _BLOCK]
+            pieces.append((block, *model.r_and_p(reduced[block], members=chosen)))
 
     def covered(level: float) -> float:
         inside = 0
