@@ -85,11 +85,11 @@ def by_torch(n_tiles: int) -> Job:
 
 def _write_ours(n_tiles: int, path: Path) -> None:
     """What the peer is to reach, and the loss of one negative binomial a gene."""
-    from stimage_sd.nn.mean_only import fit_mean_only
+    from stimage_sd.tl._fit_nb import _floor
 
     counts, held = nb_cohort.counts(n_tiles), nb_cohort.section_of(n_tiles) == nb_cohort.HELD_OUT
-    floor = fit_mean_only(counts[~held])
-    mean_only = -scipy.stats.nbinom.logpmf(counts[held].toarray(), floor.r, floor.p).mean()
+    mean, r = _floor(counts[~held], None).astype(np.float64)
+    mean_only = -scipy.stats.nbinom.logpmf(counts[held].toarray(), r, r / (r + mean)).mean()
     reached = ours(n_tiles)()["validation_nll"]
     path.write_text(json.dumps({"validation_nll": reached, "mean_only": float(mean_only)}))
 
