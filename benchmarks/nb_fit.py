@@ -166,7 +166,7 @@ class _Loop:
 WORK = Comparison(
     title="Fitting 30 members of 1,522 genes, 2,048 features, to the same validation NLL",
     unit="tiles",
-    sizes=(2_000, 20_000, 50_000),
+    sizes=(2_000, 20_000, 40_000),
     sides={OURS: ours, TORCH: by_torch},
     reach={TORCH: 5.0},
     most_mb=2_000,
