@@ -21,6 +21,8 @@ MODULES = (
     "stain",
     "embedding",
     "embedding_resnet50",
+    "nb_fit",
+    "nb_predict",
     "morans_i",
     "bivariate_morans_i",
     "pearson",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from stimage_sd.models._strangeness import Covariance, distances, fit_strangenes
 Standardize = Literal["section", "cohort"]
 #: tiles that principal components are found on; more hardly turn them
 _MOST_TILES = 20_000
+#: tiles whose embeddings are copied at a time
+_BLOCK = 4_096
 #: fewer tiles than this do not tell a section's mean and deviation
 LEAST_TILES = 20
 #: share of the median deviation that a feature's is taken to be at least, where distances are measured
@@ -125,21 +127,35 @@ class FeatureSpace:
         ValueError
             If the section has too few tiles to be standardised by itself.
         """
-        if self.standardize == "cohort":
-            return (values - self.mean) / self.deviation * self.weight
+        return np.concatenate([block for _, block in self._blocks(values)])
+
+    def _blocks(self, values: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """The same, a block of tiles at a time: a section's embeddings are copied nowhere as a whole."""
+        centre, scale = (self.mean, self.deviation) if self.standardize == "cohort" else self._own(values)
+        for rows in _rows(len(values)):
+            # a feature that is constant in the section says nothing about it
+            block = np.where(scale > 1e-6, (values[rows] - centre) / np.maximum(scale, 1e-6), 0)
+            yield rows, (block * self.weight).astype(np.float32)
+
+    @staticmethod
+    def _own(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of a section's features, ``float32 (n_features,)``."""
         if len(values) < LEAST_TILES:
             raise ValueError(
                 f"The model standardises each section by itself, which takes at least {LEAST_TILES} tiles, found "
                 f'{len(values)}. Fit with `standardize="cohort"` for sections that small.'
             )
-        own = values.std(axis=0)
-        # a feature that is constant in the section says nothing about it
-        values = np.where(own > 1e-6, (values - values.mean(axis=0)) / np.maximum(own, 1e-6), 0)
-        return (values * self.weight).astype(np.float32)
+        sums = [values[rows].sum(axis=0, dtype=np.float64) for rows in _rows(len(values))]
+        centre = (np.sum(sums, axis=0) / len(values)).astype(np.float32)
+        squares = [((values[rows] - centre) ** 2).sum(axis=0, dtype=np.float64) for rows in _rows(len(values))]
+        return centre, np.sqrt(np.sum(squares, axis=0) / len(values)).astype(np.float32)
 
     def reduce(self, values: np.ndarray) -> np.ndarray:
         """Bring the embeddings of one whole section into the space, ``float32 (n_tiles, n_components)``."""
-        return (self.standardized(values) @ self.components).astype(np.float32)
+        reduced = np.empty((len(values), self.components.shape[1]), dtype=np.float32)
+        for rows, block in self._blocks(values):
+            reduced[rows] = block @ self.components
+        return reduced
 
     def strangeness(self, values: np.ndarray) -> np.ndarray:
         """How far tiles lie from the training tiles: above 1, farther than 95 % of those.
@@ -160,7 +176,9 @@ class FeatureSpace:
         Embeddings are standardised by the cohort here, whatever `standardize` is: a section that is strange as a
         whole is to show.
         """
-        found = distances(self._by_cohort(values), Covariance(self.directions, self.variances))
+        covariance = Covariance(self.directions, self.variances)
+        blocks = (self._by_cohort(values[rows]) for rows in _rows(len(values)))
+        found = np.concatenate([distances(block, covariance) for block in blocks])
         return (found / self.usual_distance[0]).astype(np.float32)
 
     def _by_cohort(self, values: np.ndarray) -> np.ndarray:
@@ -178,6 +196,11 @@ class FeatureSpace:
         arrays = {"features.weight": np.ones_like(arrays["features.mean"]), **arrays}
         named: dict[str, Any] = {item.name: arrays[f"features.{item.name}"] for item in fields(cls)[:-1]}
         return cls(**named, standardize=standardize)
+
+
+def _rows(n_tiles: int) -> Iterator[slice]:
+    """Blocks of tiles."""
+    return (slice(start, min(start + _BLOCK, n_tiles)) for start in range(0, max(n_tiles, 1), _BLOCK))
 
 
 def equal_shares(widths: Sequence[int]) -> np.ndarray:

@@ -118,7 +118,8 @@ class NBModel:
         for expected in self.embeddings:
             found = specification(sdata, expected.extractor, context=expected.context_rings > 0)
             check_specification(found, expected, section=section)
-        values = np.concatenate([features(sdata, tiles) for tiles in self.embeddings], axis=1)
+        parts = [features(sdata, tiles) for tiles in self.embeddings]
+        values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         return NBSection(self, self.features.reduce(values), self.features.strangeness(values))
 
     def r_and_p(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:

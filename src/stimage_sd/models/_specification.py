@@ -88,7 +88,8 @@ def features(sdata: SpatialData, tiles: TileSpecification) -> np.ndarray:
     """Embeddings, and those of the neighbours where the specification has them, of the tiles to keep."""
     table = contract.tiles(sdata)
     keep = table.obs["keep"].to_numpy()
-    own = contract.embeddings(sdata, tiles.extractor)[keep]
+    own = contract.embeddings(sdata, tiles.extractor)
+    own = own if keep.all() else own[keep]
     if tiles.context_rings == 0:
         return own
     return np.concatenate([own, np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]], axis=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,9 @@ from typing import Any
 import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike
+
+#: numbers that a thread takes at a time: their logarithms stay in its cache
+_PART = 1 << 16
 
 
 def mixture_interval(
@@ -69,10 +71,13 @@ def mixture_interval(
 
     kernel = _interval_kernel()
     n_threads = min(8, os.cpu_count() or 1)
-    edges = np.linspace(0, bounds.shape[1], 8 * n_threads + 1).astype(int)
+    n_parts = max(8 * n_threads, -(-successes.size // _PART))
+    edges = np.linspace(0, bounds.shape[1], n_parts + 1).astype(int)
     with ThreadPoolExecutor(n_threads) as pool:
         runs = [
-            pool.submit(kernel, successes, probability, share, tail, bounds, start, stop)
+            pool.submit(
+                _part, kernel, successes[:, start:stop], probability[:, start:stop], share, tail, bounds[:, start:stop]
+            )
             for start, stop in itertools.pairwise(edges)
         ]
         for run in runs:
@@ -83,6 +88,15 @@ def mixture_interval(
         bounds[0, left_out] = _mixture_quantile(*members, share, tail)
         bounds[1, left_out] = _mixture_quantile(*members, share, 1 - tail)
     return bounds[0].reshape(shape), bounds[1].reshape(shape)
+
+
+def _part(
+    kernel: Callable[..., None], r: np.ndarray, p: np.ndarray, share: np.ndarray, tail: float, bounds: np.ndarray
+) -> None:
+    """Bounds of some cells. The probabilities of zero are numpy's, whose logarithms run on vectors."""
+    log_zero = np.log(p, dtype=np.float64)
+    log_zero *= r
+    kernel(r, p, log_zero, np.exp(log_zero), share, tail, bounds)
 
 
 def _float_array(values: ArrayLike) -> np.ndarray:
@@ -96,8 +110,9 @@ def _check_members(r: np.ndarray, p: np.ndarray) -> None:
             f"Expected `r` and `p` of one shape (n_members, ...), found {r.shape} and {p.shape}. "
             "For a single model pass `r[None]` and `p[None]`."
         )
-    # `not all(valid)` rather than `any(invalid)`: NaN has to be caught too.
-    if not (np.all(r > 0) and np.all(np.isfinite(r)) and np.all((p > 0) & (p <= 1))):
+    # NaN is the smallest and the largest where there is one, and not within any limits
+    least, most = (0.5, 1.0) if r.size == 0 else (r.min(), p.max())
+    if not (least > 0 and r.max(initial=0) < np.inf and p.min(initial=1) > 0 and most <= 1):
         raise ValueError(
             f"Expected finite `r` > 0 and `p` in (0, 1], found `r` from {r.min(initial=np.inf)} to "
             f"{r.max(initial=-np.inf)} and `p` from {p.min(initial=np.inf)} to {p.max(initial=-np.inf)}."
@@ -125,21 +140,19 @@ def _interval_kernel() -> Callable[..., None]:
     # which is what dask does.
     @numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
     def run(  # pragma: no cover
-        r: Any, p: Any, share: Any, tail: float, bounds: Any, start: int, stop: int
+        r: Any, p: Any, log_zero: Any, zero: Any, share: Any, tail: float, bounds: Any
     ) -> None:
         n_members = r.shape[0]
         term, slope, offset = np.empty(n_members), np.empty(n_members), np.empty(n_members)
         low, high = tail, 1.0 - tail
-        for cell in range(start, stop):
+        for cell in range(r.shape[1]):
             reachable: Any = True
             for member in range(n_members):
-                successes, success = np.float64(r[member, cell]), np.float64(p[member, cell])
-                log_zero = successes * math.log(success)
-                reachable &= log_zero > smallest_log
-                term[member] = share[member] * math.exp(log_zero)
+                reachable &= log_zero[member, cell] > smallest_log
+                term[member] = share[member] * zero[member, cell]
                 # P(k) = P(k - 1) (k + r - 1) q / k = P(k - 1) (slope + offset / k)
-                slope[member] = 1.0 - success
-                offset[member] = (successes - 1.0) * (1.0 - success)
+                slope[member] = 1.0 - np.float64(p[member, cell])
+                offset[member] = (np.float64(r[member, cell]) - 1.0) * slope[member]
             total, count, lower = term.sum(), 0, 0
             while reachable and total < high:
                 if total < low:

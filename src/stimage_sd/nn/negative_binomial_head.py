@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from stimage_sd.nn import negative_binomial
+from stimage_sd.nn.negative_binomial_sums import P_LOGITS, R_LOGITS, summed_log_prob
 
 Parameters = dict[str, Array]
 
@@ -30,19 +31,22 @@ class Head(NamedTuple):
     log_prob
         ``(parameters, features, counts, size_factors) -> (n_members, n_tiles, n_genes)``; features are
         ``(n_tiles, n_features)``, or ``(n_members, n_tiles, n_features)``.
+    summed_log_prob
+        The same, summed over genes, for training: ``(n_members, n_tiles)``.
     r_and_p
         ``(parameters, features) -> r, p``, each ``(n_members, n_tiles, n_genes)``.
     """
 
     initial: Callable[..., Parameters]
     log_prob: Callable[[Parameters, Array, Array, Array], Array]
+    summed_log_prob: Callable[[Parameters, Array, Array, Array], Array]
     r_and_p: Callable[[Parameters, Array], tuple[Array, Array]]
 
 
 #: deviation of the weights at the start: enough to tell members apart, too little to move a prediction
 _SPREAD = 1e-3
 #: largest r of the paper's head: a negative binomial of a mean below is hardly wider than a Poisson
-_LARGEST_R = 100.0
+_LARGEST_R = R_LOGITS[1]
 #: largest log of r over the mean of the other head: the variance is the mean's to 0.03 %, and float32 still tells
 #: p from 1 well enough to get the mean back
 _LARGEST_LOG_RATIO = 8.0
@@ -76,8 +80,7 @@ def _paper_initial(key: Array, mean: np.ndarray, dispersion: np.ndarray, n_membe
 
 def _paper_logits(parameters: Parameters, features: Array) -> tuple[Array, Array]:
     r_logits, p_logits = jnp.split(_linear(parameters, features), 2, axis=-1)
-    # within these float32 tells r from 0 and p from 0 and 1
-    return jnp.clip(r_logits, -15.0, _LARGEST_R), jnp.clip(p_logits, -15.0, 15.0)
+    return jnp.clip(r_logits, *R_LOGITS), jnp.clip(p_logits, *P_LOGITS)
 
 
 def _paper_log_prob(parameters: Parameters, features: Array, counts: Array, size_factors: Array) -> Array:
@@ -88,6 +91,15 @@ def _paper_log_prob(parameters: Parameters, features: Array, counts: Array, size
     same = size_factors[:, None] == 1.0
     r_logits = jnp.where(same, r_logits, scaled)
     return negative_binomial.log_prob_from_logits(counts[None], r_logits=r_logits, p_logits=p_logits)
+
+
+def _paper_summed_log_prob(parameters: Parameters, features: Array, counts: Array, size_factors: Array) -> Array:
+    # the logits of r and of p by products of their own: cut out of one, they and their gradients would be copied
+    weights, biases = (jnp.split(parameters[name], 2, axis=-1) for name in ("weight", "bias"))
+    r_logits, p_logits = (
+        _linear({"weight": weight, "bias": bias}, features) for weight, bias in zip(weights, biases, strict=True)
+    )
+    return summed_log_prob(counts, r_logits, p_logits, size_factors)
 
 
 def _paper_r_and_p(parameters: Parameters, features: Array) -> tuple[Array, Array]:
@@ -124,12 +136,16 @@ def _dispersion_log_prob(parameters: Parameters, features: Array, counts: Array,
     )
 
 
+def _dispersion_summed_log_prob(parameters: Parameters, features: Array, counts: Array, size_factors: Array) -> Array:
+    return _dispersion_log_prob(parameters, features, counts, size_factors).sum(axis=-1)
+
+
 def _dispersion_r_and_p(parameters: Parameters, features: Array) -> tuple[Array, Array]:
     log_mean, log_dispersion = _dispersion_terms(parameters, features)
     return jnp.exp(log_dispersion), jax.nn.sigmoid(log_dispersion - log_mean)
 
 
 HEADS: dict[str, Head] = {
-    "paper": Head(_paper_initial, _paper_log_prob, _paper_r_and_p),
-    "dispersion": Head(_dispersion_initial, _dispersion_log_prob, _dispersion_r_and_p),
+    "paper": Head(_paper_initial, _paper_log_prob, _paper_summed_log_prob, _paper_r_and_p),
+    "dispersion": Head(_dispersion_initial, _dispersion_log_prob, _dispersion_summed_log_prob, _dispersion_r_and_p),
 }

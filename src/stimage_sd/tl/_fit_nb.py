@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,10 @@ from stimage_sd.tl._training import TrainingData, train
 
 #: share of held-out counts that the intervals are to cover
 COVERAGE = 0.9
+#: held-out tiles that the intervals' level is found on; more hardly move it
+_MOST_TILES = 1_000
+#: of them, those whose distributions are computed at a time
+_BLOCK = 256
 
 
 def fit_nb(
@@ -88,8 +93,7 @@ def fit_nb(
     weight_decay
         Precision of the Gaussian prior on the heads' weights; larger is smoother.
     patience
-        Training ends when no member's validation loss has improved for so many epochs; each member keeps its own
-        best epoch.
+        A member's training ends when its validation loss has not improved for so many epochs; it keeps its best one.
     seed
         Seed of everything random; the same seed gives the same model, bit for bit, on one machine.
     table_key
@@ -266,10 +270,14 @@ def _with_interval_level(model: NBModel, reduced: np.ndarray, data: TrainingData
     """Set the nominal level at which held-out members' intervals cover what they should."""
     patterns, pattern_of = np.unique(data.held_out.T, axis=0, return_inverse=True)
     pieces = []
+    share = min(1.0, _MOST_TILES / max(int(data.held_out.any(axis=0).sum()), 1))
     for number, members in enumerate(patterns):
         rows = np.flatnonzero(pattern_of.ravel() == number)
-        if members.any():
-            pieces.append((rows, *model.r_and_p(reduced[rows], members=np.flatnonzero(members).tolist())))
+        rows = rows[np.linspace(0, len(rows) - 1, math.ceil(share * len(rows))).astype(int)]
+        chosen = np.flatnonzero(members).tolist()
+        for start in range(0, len(rows) if chosen else 0, _BLOCK):
+            block = rows[start : start + _BLOCK]
+            pieces.append((block, *model.r_and_p(reduced[block], members=chosen)))
 
     def covered(level: float) -> float:
         inside = 0

@@ -14,8 +14,8 @@ from stimage_sd import contract
 from stimage_sd._squidpy import spatial_uns
 from stimage_sd.models._gene_classifier import GeneClassifier
 from stimage_sd.models._predictor import OpenedSection, Predictor
-from stimage_sd.nn import negative_binomial
 from stimage_sd.nn.intervals import mixture_interval
+from stimage_sd.nn.mixture_moments import mixture_moments
 from stimage_sd.tl._fit_nb import COVERAGE
 from stimage_sd.tl._predict_classes import predict_classes
 
@@ -134,20 +134,20 @@ def _distribution(
     model: Predictor, section: OpenedSection, factors: np.ndarray, *, level: float, label: str
 ) -> dict[str, np.ndarray]:
     """Mean, variances and interval of the mixture, a block of tiles at a time."""
-    weights = np.asarray(model.member_weights, dtype=np.float32)
+    weights = np.asarray(model.member_weights)
     shape = (len(factors), len(model.genes))
     out = {name: np.empty(shape, dtype=np.float32) for name in ("mean", *LAYERS)}
-    step = max(1, _BLOCK // (len(weights) * shape[1]))
+    # the power of two below: blocks of tiles are filled up to one
+    step = 1 << max((_BLOCK // (len(weights) * shape[1])).bit_length() - 1, 0)
+    scaled = bool((factors != 1).any())
     with tqdm(total=shape[0], desc=f"{label}: predicting", unit="tile") as bar:
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
             r, p = section.r_and_p(rows)
-            r = r * factors[rows][None, :, None]
-            mean = np.asarray(negative_binomial.mean(r=r, p=p))
-            out["mean"][rows] = np.tensordot(weights, mean, axes=1)
-            out["aleatoric"][rows] = np.tensordot(weights, np.asarray(negative_binomial.variance(r=r, p=p)), axes=1)
-            out["epistemic"][rows] = np.tensordot(weights, (mean - out["mean"][rows]) ** 2, axes=1)
+            r = r * factors[rows][None, :, None] if scaled else r
+            moments = mixture_moments(r, p, weights=weights)
+            out["mean"][rows], out["aleatoric"][rows], out["epistemic"][rows] = moments
+            out["total_variance"][rows] = moments.aleatoric + moments.epistemic
             out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level, weights=weights)
             bar.update(rows.stop - start)
-    out["total_variance"] = out["aleatoric"] + out["epistemic"]
     return out

@@ -1,9 +1,16 @@
-"""Training of an ensemble of heads: one array axis for the members, one pass over the data for all."""
+"""Training of an ensemble of heads: one array axis for the members, one pass over the data for all.
+
+Members do not know of each other. On processors they are trained a few at a time, each few on a thread: the compiled
+loop over minibatches runs on one, and the arrays of a few members stay in its cache. Which members go together depends
+on what they hold out alone, never on the number of threads, so that results do not either.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +26,8 @@ from stimage_sd.nn.negative_binomial_head import HEADS, Parameters
 
 #: minibatches that are made dense and handed to the compiled loop at a time
 _STEPS_PER_BLOCK = 16
+#: members that a thread trains together
+_MEMBERS_PER_GROUP = 2
 
 
 @dataclass(frozen=True)
@@ -48,7 +57,17 @@ class TrainingData:
 
 
 class Block(NamedTuple):
-    """A run of minibatches, each shared by all members."""
+    """A run of minibatches, each shared by all members, of which the first `n_steps` count."""
+
+    n_steps: Array
+    features: Array
+    counts: Array
+    size_factors: Array
+    weight: Array
+
+
+class Minibatch(NamedTuple):
+    """One of them."""
 
     features: Array
     counts: Array
@@ -88,71 +107,150 @@ def train(
     Each member's parameters at its best epoch, and the losses a member and epoch.
     """
     n_members = len(data.weight)
-    optimiser = optax.adam(learning_rate)
-    state = optimiser.init(parameters)
     drawn = data.weight.sum(axis=1)
-    decay = jnp.asarray(weight_decay / np.maximum(drawn, 1), dtype=jnp.float32)
-    best, best_loss, best_epoch = parameters, np.full(n_members, np.inf), np.zeros(n_members, dtype=int)
+    decay = (weight_decay / np.maximum(drawn, 1)).astype(np.float32)
+    groups = [_Group(members, parameters, decay, learning_rate) for members in _grouped(data.held_out)]
+    best_loss, best_epoch = np.full(n_members, np.inf), np.zeros(n_members, dtype=int)
+    stopped = np.zeros(n_members, dtype=bool)
     history: list[dict[str, Any]] = []
     random = np.random.default_rng(seed)
     seen = np.flatnonzero(data.weight.any(axis=0))
-    with tqdm(total=max_epochs, desc=f"fitting {n_members} members", unit="epoch") as bar:
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=max_epochs, desc=f"fitting {n_members} members", unit="epoch") as bar,
+    ):
         for epoch in range(1, max_epochs + 1):
-            loss = np.zeros(n_members)
-            for block in _blocks(data, random.permutation(seen), batch_size, data.weight):
-                parameters, state, part = _run_block(parameters, state, block, decay, head, learning_rate)
-                loss += np.asarray(part)
-            validation = validation_loss(head, parameters, data, batch_size=batch_size)
-            history += _rows(epoch, loss / drawn / data.counts.shape[1], validation)
-            improved = validation < best_loss
-            best = _choose(improved, parameters, best)
+            going = [group for group in groups if not stopped[group.members].all()]
+            loss, validation = np.zeros(n_members), np.zeros(n_members)
+            for rows in _blocks(random.permutation(seen), batch_size):
+                learn = partial(_Group.learn, head=head, data=data, rows=rows, counts=_dense(data.counts, rows))
+                for group, part in zip(going, pool.map(learn, going), strict=True):
+                    loss[group.members] += part
+            judge = partial(_Group.judge, head=head, data=data, batch_size=batch_size)
+            for group, part in zip(going, pool.map(judge, going), strict=True):
+                validation[group.members] = part
+            history += _rows(epoch, loss / drawn / data.counts.shape[1], validation, np.flatnonzero(~stopped))
+            improved = (validation < best_loss) & ~stopped
+            for group in going:
+                group.keep(improved[group.members])
             best_loss = np.where(improved, validation, best_loss)
             best_epoch = np.where(improved, epoch, best_epoch)
+            stopped |= epoch - best_epoch >= patience
             bar.update()
-            bar.set_postfix(validation_nll=f"{best_loss.mean():.4f}")
-            if (epoch - best_epoch >= patience).all():
+            bar.set_postfix(validation_nll=f"{best_loss.mean():.4f}", members=int((~stopped).sum()))
+            if stopped.all():
                 break
-    return best, history
+    return _together(groups), history
 
 
 def validation_loss(head: str, parameters: Parameters, data: TrainingData, *, batch_size: int) -> np.ndarray:
     """Mean negative log-likelihood a gene and held-out tile, ``(n_members,)``."""
     held = data.held_out.astype(np.float32)
-    rows = np.flatnonzero(held.any(axis=0))
     total = np.zeros(held.shape[0])
-    for block in _blocks(data, rows, batch_size, held):
+    for rows in _blocks(np.flatnonzero(held.any(axis=0)), batch_size):
+        block = _block(data, rows, held, slice(None), _dense(data.counts, rows))
         total += np.asarray(_block_loss(parameters, block, head))
     return total / held.sum(axis=1) / data.counts.shape[1]
 
 
-def _blocks(data: TrainingData, order: np.ndarray, batch_size: int, weight: np.ndarray) -> Iterator[Block]:
-    """Blocks of minibatches in an order; the last minibatch is filled up with tiles of no weight."""
-    batch_size = min(batch_size, len(order))
-    for start in range(0, len(order), _STEPS_PER_BLOCK * batch_size):
-        rows = order[start : start + _STEPS_PER_BLOCK * batch_size]
-        shape = (-(-len(rows) // batch_size), batch_size)
-        padded = np.concatenate([rows, np.zeros(shape[0] * batch_size - len(rows), dtype=rows.dtype)])
-        member_weight = weight[:, padded].astype(np.float32)
-        member_weight[:, len(rows) :] = 0
-        yield Block(
-            features=jnp.asarray(_minibatches(data.features, padded, shape)),
-            counts=jnp.asarray(data.counts[padded].toarray().astype(np.float32).reshape(*shape, -1)),
-            size_factors=jnp.asarray(data.size_factors[padded].reshape(shape)),
-            weight=jnp.asarray(np.moveaxis(member_weight.reshape(-1, *shape), 0, 1)),
+def _grouped(held_out: np.ndarray) -> list[np.ndarray]:
+    """Members that are trained together: as many as a thread takes, of those that are validated on the same tiles."""
+    if jax.default_backend() != "cpu":
+        return [np.arange(len(held_out))]
+    _, split_of = np.unique(held_out, axis=0, return_inverse=True)
+    alike = [np.flatnonzero(split_of.ravel() == split) for split in range(split_of.max() + 1)]
+    return [part for members in alike for part in np.array_split(members, -(-len(members) // _MEMBERS_PER_GROUP))]
+
+
+class _Group:
+    """Some members: their parameters now and at their best, and the state of their optimiser."""
+
+    def __init__(self, members: np.ndarray, parameters: Parameters, decay: np.ndarray, learning_rate: float) -> None:
+        self.members = members
+        self.best = self._parameters = {name: array[members] for name, array in parameters.items()}
+        self._state = optax.adam(learning_rate).init(self._parameters)
+        self._decay, self._learning_rate = jnp.asarray(decay[members]), learning_rate
+
+    def learn(self, *, head: str, data: TrainingData, rows: _Rows, counts: Array) -> np.ndarray:
+        """Take the steps of a block; give the loss of each member on it."""
+        block = _block(data, rows, data.weight, self.members, counts)
+        self._parameters, self._state, loss = _run_block(
+            self._parameters, self._state, block, self._decay, head, self._learning_rate
         )
+        return np.asarray(loss)
+
+    def judge(self, *, head: str, data: TrainingData, batch_size: int) -> np.ndarray:
+        """Give the validation loss of each member."""
+        features = data.features if data.features.ndim == 2 else data.features[self.members]
+        own = replace(data, features=features, held_out=data.held_out[self.members])
+        return validation_loss(head, self._parameters, own, batch_size=batch_size)
+
+    def keep(self, improved: np.ndarray) -> None:
+        """Take the parameters of those that improved for their best."""
+        self.best = _choose(improved, self._parameters, self.best)
 
 
-def _minibatches(features: np.ndarray, rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+def _together(groups: list[_Group]) -> Parameters:
+    """The best parameters of all members, in their order."""
+    order = np.argsort(np.concatenate([group.members for group in groups]))
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts)[order], *(group.best for group in groups))
+
+
+class _Rows(NamedTuple):
+    """The tiles of a block's minibatches; those that only fill it up do not count."""
+
+    tiles: np.ndarray
+    counting: np.ndarray
+
+    @property
+    def n_steps(self) -> int:
+        """Minibatches with tiles that count."""
+        return int(self.counting.any(axis=1).sum())
+
+
+def _blocks(order: np.ndarray, batch_size: int) -> Iterator[_Rows]:
+    """Blocks of minibatches in an order, all of one shape, so that one loop is compiled for them."""
+    batch_size = min(batch_size, len(order))
+    shape = (min(_STEPS_PER_BLOCK, -(-len(order) // batch_size)), batch_size)
+    for start in range(0, len(order), shape[0] * shape[1]):
+        tiles = np.zeros(shape, dtype=np.int64)
+        counting = np.arange(start, start + tiles.size).reshape(shape) < len(order)
+        tiles[counting] = order[start : start + tiles.size]
+        yield _Rows(tiles, counting)
+
+
+def _dense(counts: sp.csr_matrix, rows: _Rows) -> Array:
+    """``float32 (n_steps, n_batch, n_genes)``."""
+    return jnp.asarray(counts[rows.tiles.ravel()].toarray().astype(np.float32).reshape(*rows.tiles.shape, -1))
+
+
+def _block(data: TrainingData, rows: _Rows, weight: np.ndarray, members: np.ndarray | slice, counts: Array) -> Block:
+    """What some members see of a block."""
+    own = weight[members][:, rows.tiles] * rows.counting
+    return Block(
+        n_steps=jnp.asarray(rows.n_steps),
+        features=jnp.asarray(_minibatches(data.features, rows.tiles, members)),
+        counts=counts,
+        size_factors=jnp.asarray(data.size_factors[rows.tiles]),
+        weight=jnp.asarray(np.moveaxis(own, 0, 1).astype(np.float32)),
+    )
+
+
+def _minibatches(features: np.ndarray, tiles: np.ndarray, members: np.ndarray | slice) -> np.ndarray:
     """``(n_steps, [n_members,] n_batch, n_features)``."""
     if features.ndim == 2:
-        return features[rows].reshape(*shape, -1)
-    return np.moveaxis(features[:, rows].reshape(len(features), *shape, -1), 0, 1)
+        return features[tiles]
+    return np.moveaxis(features[members][:, tiles], 0, 1)
 
 
-def _nll(parameters: Parameters, batch: Block, head: str) -> Array:
+def _nll(parameters: Parameters, batch: Minibatch, head: str) -> Array:
     """Negative log-likelihood, summed over genes and (weighted) tiles, a member."""
-    log_prob = HEADS[head].log_prob(parameters, batch.features, batch.counts, batch.size_factors)
-    return -(log_prob.sum(axis=-1) * batch.weight).sum(axis=-1)
+    log_prob = HEADS[head].summed_log_prob(parameters, batch.features, batch.counts, batch.size_factors)
+    return -(log_prob * batch.weight).sum(axis=-1)
+
+
+def _at(block: Block, step: Array) -> Minibatch:
+    return Minibatch(*(array[step] for array in block[1:]))
 
 
 @partial(jax.jit, static_argnames=("head", "learning_rate"), donate_argnums=(1,))
@@ -161,26 +259,32 @@ def _run_block(
 ) -> tuple[Parameters, Any, Array]:
     optimiser = optax.adam(learning_rate)
 
-    def objective(parameters: Parameters, batch: Block) -> tuple[Array, Array]:
+    def objective(parameters: Parameters, batch: Minibatch) -> tuple[Array, Array]:
         nll = _nll(parameters, batch, head)
         tiles = jnp.maximum(batch.weight.sum(axis=-1), 1.0)
         prior = 0.5 * decay * (parameters["weight"] ** 2).sum(axis=(1, 2))
         # a sum over members whose terms share no parameter: each has its own gradient
         return (nll / tiles + prior).sum(), nll
 
-    def step(carry: tuple[Parameters, Any], batch: Block) -> tuple[tuple[Parameters, Any], Array]:
-        (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(carry[0], batch)
-        update, state = optimiser.update(gradient, carry[1])
-        after = (optax.apply_updates(carry[0], update), state)
-        return after, nll
+    def step(number: Array, carry: tuple[Parameters, Any, Array]) -> tuple[Parameters, Any, Array]:
+        parameters, state, loss = carry
+        (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(parameters, _at(block, number))
+        update, state = optimiser.update(gradient, state)
+        return optax.apply_updates(parameters, update), state, loss + nll
 
-    (parameters, state), losses = jax.lax.scan(step, (parameters, state), block)
-    return parameters, state, losses.sum(axis=0)
+    found: tuple[Parameters, Any, Array] = jax.lax.fori_loop(
+        0, block.n_steps, step, (parameters, state, jnp.zeros(len(decay)))
+    )
+    return found
 
 
 @partial(jax.jit, static_argnames=("head",))
 def _block_loss(parameters: Parameters, block: Block, head: str) -> Array:
-    return jax.lax.map(lambda batch: _nll(parameters, batch, head), block).sum(axis=0)
+    def step(number: Array, loss: Array) -> Array:
+        return loss + _nll(parameters, _at(block, number), head)
+
+    found: Array = jax.lax.fori_loop(0, block.n_steps, step, jnp.zeros(block.weight.shape[1]))
+    return found
 
 
 def _choose(improved: np.ndarray, new: Parameters, old: Parameters) -> Parameters:
@@ -188,8 +292,13 @@ def _choose(improved: np.ndarray, new: Parameters, old: Parameters) -> Parameter
     return jax.tree.map(lambda a, b: jnp.where(mask.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-def _rows(epoch: int, training: np.ndarray, validation: np.ndarray) -> list[dict[str, Any]]:
+def _rows(epoch: int, training: np.ndarray, validation: np.ndarray, members: np.ndarray) -> list[dict[str, Any]]:
     return [
-        {"epoch": epoch, "member": member, "training_nll": float(ours), "validation_nll": float(theirs)}
-        for member, (ours, theirs) in enumerate(zip(training, validation, strict=True))
+        {
+            "epoch": epoch,
+            "member": member,
+            "training_nll": float(training[member]),
+            "validation_nll": float(validation[member]),
+        }
+        for member in members.tolist()
     ]
