@@ -21,8 +21,8 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stimage_sd import stream
 from stimage_sd._cache import cache_dir
+from stimage_sd._tile_cutting import view_of
 from stimage_sd.stream import cut_tile, run_over_tiles, visit_order
 
 
@@ -123,7 +123,8 @@ def test_tiles_are_put_together_from_chunks(
 )
 def test_the_level_that_is_read_has_pixels_enough(side: float, target: int, n_levels: int) -> None:
     arrays = [da.zeros((3, 4096 >> level, 4096 >> level), dtype="u1") for level in range(n_levels)]
-    level, factor = stream._level_of(arrays, side, target)
+    view = view_of(arrays, side, target)
+    level, factor = view.level, view.factor
     assert factor == 2**level
     if level:
         assert side / factor >= 0.999 * target
