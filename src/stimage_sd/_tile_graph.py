@@ -12,6 +12,7 @@ import dask.threaded
 import numpy as np
 from dask.callbacks import Callback
 from dask.core import get_dependencies
+from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import DataNode, List, Task, TaskRef
 
 from stimage_sd._tile_cutting import Chunk, Cutting
@@ -154,7 +155,9 @@ def run_on_cluster(client: Any, pending: Iterator[Batch], *, bar: Any) -> Iterat
         while span is not None or by_key:
             if span is not None and len(by_key) < _BATCHES_A_THREAD * max(1, sum(client.nthreads().values())):
                 by_key |= {batch.key: batch for batch in span}
-                running.update(client.get(_graph(span), [batch.key for batch in span], sync=False))
+                # a high-level graph has a name; a dict would get one by hashing all it holds
+                graph = HighLevelGraph.from_collections("tiles", _graph(span))
+                running.update(client.get(graph, [batch.key for batch in span], sync=False))
                 span = next(spans, None)
                 continue
             future = next(running)
