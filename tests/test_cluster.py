@@ -19,7 +19,7 @@ from spatialdata import SpatialData
 from stimage_sd import _tile_graph, contract, io, models, pp
 from stimage_sd._cache import cache_dir
 from stimage_sd.pp._nuclear_image import read_nuclei
-from stimage_sd.stream import TileJob, run_over_images, run_over_tiles
+from stimage_sd.stream import TileJob, cut_tile, run_over_images, run_over_tiles
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +185,23 @@ def test_tasks_in_flight_are_bounded(files: list[Path], cluster: LocalCluster, m
     np.testing.assert_array_equal(values, run_over_tiles(pyramid, centers, means, **options))
     # 150 batches; at most 4 of a span and 7 that were left of those before, each with its chunks and the recipe
     assert 4 <= most <= 40
+
+
+def test_a_batch_keeps_one_core_busy(cluster: LocalCluster) -> None:
+    """As many workers as cores are not more threads than cores: cutting and ONNX Runtime stay on theirs."""
+
+    def seconds() -> tuple[float, float]:
+        extractor = models.get_extractor("efficientnet_lite0")
+        image = np.random.default_rng(0).integers(0, 256, (3, 1200, 1200), dtype=np.uint8)
+        clock, processor = time.perf_counter(), time.process_time()
+        for side in (224, 448, 1196):
+            extractor(np.stack([cut_tile(image, top=0, left=0, side=side, target=224)] * 8))
+        return time.perf_counter() - clock, time.process_time() - processor
+
+    with Client(cluster) as client:
+        client.submit(seconds, pure=False).result()
+        clock, processor = client.submit(seconds, pure=False).result()
+    assert processor < 1.25 * clock
 
 
 # --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,7 @@ def _run_batch(recipe: Recipe, held: list[np.ndarray], chunks: list[Chunk], cent
 # running them
 
 
-def run_on_threads(pending: Iterator[Batch], *, bar: Any, n_workers: int | None) -> Iterator[Batch]:
+def run_on_threads(pending: Iterator[Batch], *, bar: Any, n_workers: int | None) -> Generator[Batch]:
     """Run batches on threads, a span at a time; give those that are done and move a bar."""
     for span in _spans(pending):
         by_key = {batch.key: batch for batch in span}
@@ -139,7 +139,7 @@ def run_on_threads(pending: Iterator[Batch], *, bar: Any, n_workers: int | None)
         yield from span
 
 
-def run_on_cluster(client: Any, pending: Iterator[Batch], *, bar: Any) -> Iterator[Batch]:
+def run_on_cluster(client: Any, pending: Iterator[Batch], *, bar: Any) -> Generator[Batch]:
     """Run batches on a `dask.distributed` client; give each that is done and move a bar.
 
     Spans follow each other without a gap, and no more batches are handed over than keep all threads busy: a

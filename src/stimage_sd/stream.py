@@ -146,7 +146,8 @@ def run_over_images(
 
     Yields
     ------
-    For each job in turn, as soon as it is complete, ``float32 (n_tiles, n_sides, ...)``.
+    For each job in turn, as soon as it is complete, ``float32 (n_tiles, n_sides, ...)``. The results stay on disk
+    until all jobs are complete, so that an interrupted cohort, run again, computes nothing twice.
 
     Raises
     ------
@@ -154,38 +155,41 @@ def run_over_images(
         If results are not of the `shape` that was given.
     """
     opened: deque[_Opened] = deque()
+    complete: list[_Opened] = []
+
+    def collected() -> Iterator[np.ndarray]:
+        """Give the results of the jobs that are complete, up to the first that is not."""
+        while opened and done[opened[0].owner] == opened[0].n_pending:
+            complete.append(opened.popleft())
+            yield complete[-1].results.read(complete[-1].order)
+
     with tqdm(total=sum(len(job.centers) for job in jobs), desc=description) as bar:
         pending = _pending(jobs, opened, bar)
         client = active_client()
-        running = (
+        finished = (
             run_on_threads(pending, bar=bar, n_workers=n_workers)
             if client is None
             else run_on_cluster(client, pending, bar=bar)
         )
-        left: Counter[int] = Counter()
-        with closing(running) as finished:  # type: ignore[type-var]
+        done: Counter[int] = Counter()
+        with closing(finished):
             for batch in finished:
-                left[batch.owner] += 1
-                while opened and left[opened[0].owner] == opened[0].n_pending:
-                    yield opened.popleft().collect(keep_store=keep_store)
-        while opened:  # complete before anything was run
-            yield opened.popleft().collect(keep_store=keep_store)
+                done[batch.owner] += 1
+                yield from collected()
+        yield from collected()  # those of which nothing was left to run
+    if not keep_store:
+        for job in complete:
+            job.results.remove()
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """A job whose store is open, and how many of its batches are not done."""
+    """A job whose store is open, and how many of its batches were not done then."""
 
     owner: int
     order: np.ndarray
     results: Results
     n_pending: int
-
-    def collect(self, *, keep_store: bool) -> np.ndarray:
-        values = self.results.read(self.order)
-        if not keep_store:
-            self.results.remove()
-        return values
 
 
 def _pending(jobs: Sequence[TileJob], opened: deque[_Opened], bar: Any) -> Iterator[Batch]:

@@ -49,7 +49,8 @@ def embed(
         Tiles a batch; by default 32, fewer where tiles are few.
     n_workers
         Threads; all cores by default. An active `dask.distributed` client is used instead; its workers must see the
-        images and the cache folder (``$STIMAGE_SD_CACHE``), where results are kept until a section is complete.
+        images and the cache folder (``$STIMAGE_SD_CACHE``), where results are kept until all
+        sections are complete.
 
     Returns
     -------
