@@ -14,6 +14,7 @@ import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract
+from stimage_sd._cache import keep_compiled
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._nb import HeadName, NBModel
 from stimage_sd.models._specification import common_specification, extractor_names, features
@@ -155,6 +156,7 @@ def fit_nb(
     patterns = find_patterns(reduced, counts, factors, held_out, rank=rank) if rank is not None else None
     seen = reduced if patterns is None else patterns.project(reduced)
     training_data = TrainingData(seen, counts, factors.astype(np.float32), _bootstrap(~held_out, seed=seed), held_out)
+    keep_compiled()
     initial = HEADS[head].initial(jax.random.key(seed), floor[0], floor[1], n_members, seen.shape[-1])
     parameters, history = train(
         head, shard_members(initial), training_data, max_epochs=max_epochs, batch_size=batch_size,
