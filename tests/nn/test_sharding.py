@@ -67,6 +67,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, np.nda
     return {n_devices: dict(np.load(Path(folder) / f"{n_devices}.npz")) for n_devices in processes}
 
 
+@pytest.mark.slow
 def test_members_are_spread_over_the_devices(runs: dict[int, dict[str, np.ndarray]]) -> None:
     assert (int(runs[1]["n_devices"]), int(runs[4]["n_devices"])) == (1, 4)
     for name, n_devices in (("paper-6", 3), ("dispersion-8", 4)):  # the largest divisor
@@ -74,6 +75,7 @@ def test_members_are_spread_over_the_devices(runs: dict[int, dict[str, np.ndarra
         assert int(runs[4][f"{name}-devices"]) == n_devices
 
 
+@pytest.mark.slow
 def test_models_and_predictions_are_those_of_one_device(runs: dict[int, dict[str, np.ndarray]]) -> None:
     one, four = runs[1], runs[4]
     assert one.keys() == four.keys()
