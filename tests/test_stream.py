@@ -21,9 +21,9 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stimage_sd import stream
 from stimage_sd._cache import cache_dir
-from stimage_sd.stream import cut_tile, run_over_tiles, visit_order
+from stimage_sd._tile_cutting import view_of
+from stimage_sd.stream import TileJob, cut_tile, run_over_images, run_over_tiles, visit_order
 
 
 def flat(tiles: np.ndarray) -> np.ndarray:
@@ -123,7 +123,8 @@ def test_tiles_are_put_together_from_chunks(
 )
 def test_the_level_that_is_read_has_pixels_enough(side: float, target: int, n_levels: int) -> None:
     arrays = [da.zeros((3, 4096 >> level, 4096 >> level), dtype="u1") for level in range(n_levels)]
-    level, factor = stream._level_of(arrays, side, target)
+    view = view_of(arrays, side, target)
+    level, factor = view.level, view.factor
     assert factor == 2**level
     if level:
         assert side / factor >= 0.999 * target
@@ -311,6 +312,49 @@ def test_a_complete_store_is_kept_when_asked_and_not_computed_again(counted_imag
     silent = Interrupted(after=0)
     np.testing.assert_array_equal(run_over_tiles(image.pyramid, centers, silent, **options), first)
     assert silent.tiles == 0
+
+
+def test_an_interrupted_cohort_goes_on_in_the_section_where_it_stopped(counted_image: Callable) -> None:
+    """Three sections of ten batches each, two of them the same picture."""
+    images = [counted_image(300, 300, chunk=100, seed=seed) for seed in (0, 1, 0)]
+    centers = [random_centers(50, 300, 300, seed=seed) for seed in (0, 1, 0)]
+
+    def jobs(function: Callable) -> list[TileJob]:
+        return [
+            TileJob(
+                pyramid=image.pyramid, centers=each, function=function, sides=[40.0], target=40, key="cohort",
+                batch_size=5, shape=(3,),
+            )
+            for image, each in zip(images, centers, strict=True)
+        ]  # fmt: skip
+
+    first = Interrupted(after=85)
+    with pytest.raises(RuntimeError, match="the power went out"):
+        list(run_over_images(jobs(first), n_workers=1))
+    second = Interrupted()
+    results = list(run_over_images(jobs(second), n_workers=1))
+    assert (first.tiles, second.tiles) == (85, 65)
+    for image, each, values in zip(images, centers, results, strict=True):
+        alone = run_over_tiles(image.pyramid, each, channel_means, sides=[40.0], target=40, key="alone")
+        np.testing.assert_array_equal(values, alone)
+    assert not list((cache_dir() / "stream").glob("*"))
+
+
+def test_a_complete_section_stays_on_disk_until_its_cohort_is_complete(counted_image: Callable) -> None:
+    images = [counted_image(200, 200, seed=seed) for seed in (0, 1)]
+    counting = Interrupted()
+    jobs = [
+        TileJob(
+            pyramid=image.pyramid, centers=random_centers(6, 200, 200), function=counting, sides=[20.0], target=20,
+            key="half", shape=(3,),
+        )
+        for image in images
+    ]  # fmt: skip
+    running = run_over_images(jobs, n_workers=1)
+    first = next(running)
+    running.close()
+    np.testing.assert_array_equal(next(iter(run_over_images(jobs, n_workers=1))), first)
+    assert counting.tiles == 12
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import onnxruntime
 from flax import nnx
 from numpy.typing import NDArray
 
+from stimage_sd._cache import keep_compiled
 from stimage_sd.models._foundation import FOUNDATION_MODELS, load_foundation
 from stimage_sd.models._pretrained import load_densenet121, load_vision_transformer
 from stimage_sd.models._weights import abstract, load_efficientnet_lite, load_resnet50, sha256_of_arrays
@@ -167,6 +168,7 @@ class Extractor:
             size = self.embedding_size if n_parts == len(parts) else None
             run = _recorded(self._entry, partial(run_parts, parts[:n_parts]), embedding_size=size)
             return lambda tiles: np.moveaxis(run(tiles), 1, -1)
+        keep_compiled()
         graph, state = nnx.split(self._network)
 
         @jax.jit
@@ -553,6 +555,7 @@ def _recorded(entry: _Entry, network: Callable[[Any], Any], *, embedding_size: i
 
 def _compiled(entry: _Entry, network: nnx.Module) -> Run:
     """Run a Flax module compiled, where JAX's default device is."""
+    keep_compiled()
     graph, state = nnx.split(network)
     state = jax.device_put(state)
 

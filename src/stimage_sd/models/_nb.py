@@ -18,6 +18,7 @@ from stimage_sd.models._files import write_model
 from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.nn.negative_binomial_head import HEADS
+from stimage_sd.nn.sharding import shard_members
 
 HeadName = Literal["paper", "dispersion"]
 #: tiles from which on their number is not padded
@@ -140,7 +141,7 @@ class NBModel:
         if members is not None:
             chosen = {name: array[list(members)] for name, array in chosen.items()}
         seen = reduced if self.patterns is None else self.patterns.project(reduced, members=members)
-        r, p = _r_and_p(self.head)(chosen, seen)
+        r, p = _r_and_p(self.head)(shard_members(chosen), seen)
         return np.asarray(r), np.asarray(p)
 
     def save(self, path: str | Path) -> Path:

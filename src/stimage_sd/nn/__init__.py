@@ -39,6 +39,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "resnet",
         "ridge",
         "selective",
+        "sharding",
         "spatial",
         "stain",
         "thitogene",

@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.models._extractors import ONNX_BATCH, Extractor, get_extractor
 from stimage_sd.pp._context import spatial_context
-from stimage_sd.stream import run_over_tiles
+from stimage_sd.stream import TileJob, run_over_images
 
 
 def embed(
@@ -31,7 +31,8 @@ def embed(
     Parameters
     ----------
     data
-        A section, or a cohort of them; tiled.
+        A section, or a cohort of them; tiled. Batches of all sections run together, so that no core waits for the
+        last tiles of a section; each section is written when it is complete.
     extractor
         Name of a registered extractor (`stimage_sd.models.extractors` lists them), or an `Extractor`.
     fields_of_view
@@ -47,7 +48,9 @@ def embed(
     batch_size
         Tiles a batch; by default 32, fewer where tiles are few.
     n_workers
-        Threads; all cores by default. An active `dask.distributed` client is used instead.
+        Threads; all cores by default. An active `dask.distributed` client is used instead; its workers must see the
+        images and the cache folder (``$STIMAGE_SD_CACHE``), where results are kept until all
+        sections are complete.
 
     Returns
     -------
@@ -57,7 +60,7 @@ def embed(
     Raises
     ------
     KeyError
-        If the section was not tiled.
+        If a section was not tiled; none is embedded then.
     ValueError
         If a field of view is not positive, or `context_rings` is negative.
 
@@ -77,37 +80,52 @@ def embed(
     if context_rings < 0:
         raise ValueError(f"Expected `context_rings` of at least 0, found {context_rings}.")
     network = get_extractor(extractor, weights=weights) if isinstance(extractor, str) else extractor
-    for sdata in contract.sections(data).values():
-        table = contract.tiles(sdata)
-        name = contract.working_image_name(sdata, image_key)
-        contract.check_rgb(sdata, name)
-        tiling = contract.tiling(sdata)
-        target = tiling["target_px"] if network.input_size is None else network.input_size
-        values = run_over_tiles(
-            contract.levels(sdata, name),
-            np.asarray(table.obsm["spatial"]),
-            network,
-            sides=[field * tiling["side_px"] for field in fields],
-            target=target,
-            key=f"{network.name}-{network.weights_hash}",
-            shape=(network.embedding_size,),
-            batch_size=_batch_size(network, len(table)) if batch_size is None else batch_size,
-            n_workers=n_workers,
-            description=f"{contract.sample(sdata)}: {network.name}",
-        )
-        table.obsm[contract.feature_key(network.name)] = values.reshape(len(values), -1)
-        table.obsm.pop(contract.context_key(network.name), None)
-        table.uns.setdefault("embeddings", {})[network.name] = {
-            "image": name,
-            "weights_hash": network.weights_hash,
-            "fields_of_view": fields,
-            "input_px": int(target),
-            "context_rings": 0,
-            "stain": _stain(sdata, name),
-        }
-        contract.record(sdata, "pp.embed", extractor=network.name, fields_of_view=fields, image=name)
+    sections = list(contract.sections(data).values())
+    jobs = [_job(sdata, network, fields, image_key=image_key, batch_size=batch_size) for sdata in sections]
+    label = contract.sample(sections[0]) if len(sections) == 1 else f"{len(sections)} sections"
+    results = run_over_images(jobs, n_workers=n_workers, description=f"{label}: {network.name}")
+    for sdata, job, values in zip(sections, jobs, results, strict=True):
+        _write(sdata, network, fields, contract.working_image_name(sdata, image_key), job.target, values)
         if context_rings:
             spatial_context(sdata, network.name, n_rings=context_rings)
+
+
+def _job(
+    sdata: SpatialData, network: Extractor, fields: list[float], *, image_key: str | None, batch_size: int | None
+) -> TileJob:
+    """Check a section, and say what is to be run over its tiles."""
+    table = contract.tiles(sdata)
+    name = contract.working_image_name(sdata, image_key)
+    contract.check_rgb(sdata, name)
+    tiling = contract.tiling(sdata)
+    return TileJob(
+        pyramid=contract.levels(sdata, name),
+        centers=np.asarray(table.obsm["spatial"]),
+        function=network,
+        sides=[field * tiling["side_px"] for field in fields],
+        target=tiling["target_px"] if network.input_size is None else network.input_size,
+        key=f"{network.name}-{network.weights_hash}",
+        shape=(network.embedding_size,),
+        batch_size=_batch_size(network, len(table)) if batch_size is None else batch_size,
+    )
+
+
+def _write(
+    sdata: SpatialData, network: Extractor, fields: list[float], image: str, target: int, values: np.ndarray
+) -> None:
+    """Write a section's embeddings and how they were made; those of its tiles' neighbours are no longer true."""
+    table = contract.tiles(sdata)
+    table.obsm[contract.feature_key(network.name)] = values.reshape(len(values), -1)
+    table.obsm.pop(contract.context_key(network.name), None)
+    table.uns.setdefault("embeddings", {})[network.name] = {
+        "image": image,
+        "weights_hash": network.weights_hash,
+        "fields_of_view": fields,
+        "input_px": int(target),
+        "context_rings": 0,
+        "stain": _stain(sdata, image),
+    }
+    contract.record(sdata, "pp.embed", extractor=network.name, fields_of_view=fields, image=image)
 
 
 def _batch_size(network: Extractor, n_tiles: int) -> int:

@@ -85,7 +85,8 @@ def read_nuclei(
     coloured = contract.INSTRUMENT not in get_transformation(sdata.images[name], get_all=True)
     nuclei = _nuclei(levels[number], channel, name, coloured=coloured)
     values = np.empty(tuple(side // block for side in nuclei.shape), np.float16)
-    da.store(_block_means(nuclei, block).astype(np.float16), values, lock=False)
+    # into an array of this process, by its own threads: another process would write to a copy
+    da.store(_block_means(nuclei, block).astype(np.float16), values, lock=False, scheduler="threads")
     low, high = np.percentile(values[::4, ::4].astype(np.float32), [0.1, 99.8])
     if high <= low:
         raise ValueError(f"Expected nuclei in image {name!r}, found that it shows nothing: {low} nearly everywhere.")

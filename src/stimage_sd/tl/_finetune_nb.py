@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd._cache import cache_dir
+from stimage_sd._cache import cache_dir, keep_compiled
 from stimage_sd.models._extractors import Extractor, get_extractor
 from stimage_sd.models._features import Standardize
 from stimage_sd.models._finetuned import FinetunedModel, tile_specification
@@ -146,6 +146,7 @@ def finetune_nb(
     >>> len(model.history)
     2
     """
+    keep_compiled()
     cohort = contract.sections(data)
     _check_options(
         head=head, standardize=standardize, size_factors=size_factors, n_components=n_components,

@@ -8,6 +8,7 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract
+from stimage_sd._cache import keep_compiled
 from stimage_sd.models._baseline_model import BaselineModel, section_data
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._specification import common_specification, extractor_names
@@ -82,6 +83,7 @@ def fit_baseline(
             "Expected `recipe` to be one of `stimage_sd.models.baselines`, such as `baselines.Ridge()`, got "
             f"{recipe!r}."
         )
+    keep_compiled()
     cohort = contract.sections(data)
     tiles = tuple(common_specification(cohort, name) for name in extractor_names(extractor))
     genes = _checked_genes(cohort, genes, table_key)

@@ -18,6 +18,7 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stimage_sd import contract
+from stimage_sd._cache import keep_compiled
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._gene_classifier import GeneClassifier, brought, is_high
 from stimage_sd.models._specification import common_specification, features
@@ -105,6 +106,7 @@ def fit_gene_classifier(
     >>> section.tables["gene_classes"].n_vars
     5
     """
+    keep_compiled()
     cohort = contract.sections(data)
     _check_options(solver, C, l1_ratio, max_iter, n_components, standardize, n_workers)
     tiles = common_specification(cohort, extractor)

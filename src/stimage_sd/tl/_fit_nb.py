@@ -15,12 +15,14 @@ import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract
+from stimage_sd._cache import keep_compiled
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._nb import HeadName, NBModel
 from stimage_sd.models._specification import common_specification, extractor_names, features
 from stimage_sd.nn.intervals import mixture_interval
 from stimage_sd.nn.mean_only import fit_mean_only
 from stimage_sd.nn.negative_binomial_head import HEADS
+from stimage_sd.nn.sharding import shard_members
 from stimage_sd.tl._shared_patterns import find_patterns
 from stimage_sd.tl._split import held_out_tiles
 from stimage_sd.tl._training import TrainingData, train
@@ -72,7 +74,7 @@ def fit_nb(
         ``"paper"``: r and p for every gene and tile, as published. ``"dispersion"``: a mean for every gene
         and tile and one dispersion a gene; four times faster, a little worse in likelihood.
     n_members
-        Members of the ensemble.
+        Members of the ensemble. Where JAX has several devices, they are spread over as many as share them out evenly.
     size_factors
         `None`: counts as they are; the depth of a spot is part of what is predicted. ``"total"``: a tile's
         total count over the cohort's median is taken out, and predictions are for a tile of median depth.
@@ -158,10 +160,11 @@ def fit_nb(
     patterns = find_patterns(reduced, counts, factors, held_out, rank=rank) if rank is not None else None
     seen = reduced if patterns is None else patterns.project(reduced)
     training_data = TrainingData(seen, counts, factors.astype(np.float32), _bootstrap(~held_out, seed=seed), held_out)
+    keep_compiled()
     initial = HEADS[head].initial(jax.random.key(seed), floor[0], floor[1], n_members, seen.shape[-1])
     parameters, history = train(
-        head, initial, training_data, max_epochs=max_epochs, batch_size=batch_size, learning_rate=learning_rate,
-        weight_decay=weight_decay, patience=patience, seed=seed,
+        head, shard_members(initial), training_data, max_epochs=max_epochs, batch_size=batch_size,
+        learning_rate=learning_rate, weight_decay=weight_decay, patience=patience, seed=seed,
     )  # fmt: skip
     model = NBModel(
         genes=tuple(genes),

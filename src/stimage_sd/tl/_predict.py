@@ -11,6 +11,7 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stimage_sd import contract
+from stimage_sd._cache import keep_compiled
 from stimage_sd._squidpy import spatial_uns
 from stimage_sd.models._gene_classifier import GeneClassifier
 from stimage_sd.models._predictor import OpenedSection, Predictor
@@ -86,6 +87,7 @@ def predict(
         return predict_classes(contract.sections(data), model)
     if size_factors is not None and model.total is None:
         raise ValueError('The model was fitted without size factors; `size_factors="total"` has no meaning for it.')
+    keep_compiled()
     cohort = contract.sections(data)
     # all are checked before any is written
     opened = {name: model.open(sdata, section=name) for name, sdata in cohort.items()}

@@ -1,0 +1,81 @@
+"""What is compiled is kept: the second process takes it from disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+FIT = """
+    import json, sys
+    from collections import Counter
+    from pathlib import Path
+    import jax, jax.monitoring, numpy as np
+    events = Counter()
+    jax.monitoring.register_event_listener(lambda name, **_: events.update([name.rpartition("/")[2]]))
+    import stimage_sd as sti
+    path = Path({bundle!r})
+    if not path.exists():
+        sti.datasets.synthetic_visium(path, n_spots=40, n_genes=10)
+    section = sti.io.visium(path, image=path / "image.tif")
+    sti.pp.tile(section)
+    sti.pp.embed(section, "tissue_statistics", fields_of_view=(1.0,), context_rings=0)
+    before = jax.config.jax_compilation_cache_dir
+    model = sti.tl.fit_nb(section, genes=sti.pp.select_genes(section, n_top=5), extractor="tissue_statistics",
+                          n_members=2, max_epochs=2)
+    digest = float(np.abs(model.parameters["weight"]).sum())
+    print(json.dumps(dict(hits=events["cache_hits"], digest=digest, before=before)))
+"""
+
+
+def fit(folder: Path, **environment: str) -> dict:
+    (folder / "fit.py").write_text(textwrap.dedent(FIT).format(bundle=str(folder / "bundle")))
+    done = subprocess.run(
+        [sys.executable, str(folder / "fit.py")],
+        env={**os.environ, "STIMAGE_SD_CACHE": str(folder / "cache"), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def kept(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*-cache")}
+
+
+@pytest.fixture
+def _no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_no_choice")
+def test_a_second_process_takes_what_the_first_compiled(tmp_path: Path) -> None:
+    first = fit(tmp_path)
+    assert first["before"] is None  # nothing is switched on before something is compiled
+    assert first["hits"] == 0
+    compiled = kept(tmp_path / "cache" / "jit")
+    loops = {name for name in compiled if "run_block" in name}
+    assert loops  # the training loop, which takes seconds
+
+    second = fit(tmp_path)
+    assert second["hits"] >= len(compiled)
+    assert second["digest"] == first["digest"]
+    again = kept(tmp_path / "cache" / "jit")
+    assert compiled <= again
+    assert {name for name in again if "run_block" in name} == loops
+
+    chosen = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    own = fit(tmp_path, **chosen)
+    assert own["before"] == str(tmp_path / "own")
+    assert own["hits"] == 0
+    assert any("run_block" in name for name in kept(tmp_path / "own"))
+    assert kept(tmp_path / "cache" / "jit") == again
