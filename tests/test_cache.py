@@ -61,12 +61,13 @@ def _no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_second_process_takes_what_the_first_compiled(tmp_path: Path) -> None:
     first = fit(tmp_path)
     assert first["before"] is None  # nothing is switched on before something is compiled
-    assert first["hits"] == 0
     compiled = kept(tmp_path / "cache" / "jit")
     loops = {name for name in compiled if "run_block" in name}
     assert loops  # the training loop, which takes seconds
 
     second = fit(tmp_path)
+    # a program compiled twice over in one process is a hit too, so that none is not to be asked of the first
+    assert second["hits"] >= first["hits"] + len(loops)
     assert second["hits"] >= len(compiled)
     assert second["digest"] == first["digest"]
     again = kept(tmp_path / "cache" / "jit")
@@ -76,6 +77,6 @@ def test_a_second_process_takes_what_the_first_compiled(tmp_path: Path) -> None:
     chosen = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     own = fit(tmp_path, **chosen)
     assert own["before"] == str(tmp_path / "own")
-    assert own["hits"] == 0
-    assert any("run_block" in name for name in kept(tmp_path / "own"))
+    assert own["digest"] == first["digest"]
+    assert any("run_block" in name for name in kept(tmp_path / "own"))  # compiled anew, in the folder chosen
     assert kept(tmp_path / "cache" / "jit") == again
