@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -98,31 +98,119 @@ def run_over_tiles(
         If there are no tiles, a centre is not finite, a side, the target or `batch_size` is not positive, or results
         are not of the `shape` that was given.
     """
-    centers = np.asarray(centers, dtype=np.float64)
-    if centers.ndim != 2 or centers.shape[1] != 2 or centers.shape[0] == 0:
-        raise ValueError(f"Expected tile centres as a non-empty (n_tiles, 2) array, found shape {centers.shape}.")
-    if not np.isfinite(centers).all():
-        raise ValueError("Expected tile centres as finite numbers of pixels, found NaN or infinity.")
-    if batch_size < 1:
-        raise ValueError(f"Expected `batch_size` of at least 1, found {batch_size}.")
-    if target < 1 or not sides or min(sides) <= 0:
-        raise ValueError(f"Expected positive tile sides and target, found sides {list(sides)} and target {target}.")
-    arrays = [level.data.rechunk({0: -1}) for level in pyramid]
-    order = visit_order(centers, arrays[0])
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    path = cache_dir() / "stream" / _fingerprint(pyramid, centers, sides, target, key, batch_size)
-    shape_of = partial(_shape_of, function, target, shape)
-    store = _open_store(path, shape_of, n_tiles=len(centers), n_views=len(sides), batch_size=batch_size)
-    done = store["done"][:]
-    bar = tqdm(total=len(order), initial=int(sum(len(batches[i]) for i in np.flatnonzero(done))), desc=description)
-    with bar:
-        tasks = _batch_tasks(arrays, centers, function, batches, done, sides=sides, target=target, store=store)
-        _execute(tasks, sizes=[len(batches[i]) for i in np.flatnonzero(~done)], bar=bar, n_workers=n_workers)
+    run = _Run.of(pyramid, centers, sides=sides, target=target, key=key, batch_size=batch_size)
+    store = run.complete(function, shape=shape, n_workers=n_workers, description=description)
     values = np.empty(store["values"].shape, dtype=np.float32)
-    values[order] = store["values"][:]
+    values[run.order] = store["values"][:]
     if not keep_store:
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(run.path, ignore_errors=True)
     return values
+
+
+def iterate_over_tiles(
+    pyramid: Sequence[xr.DataArray],
+    centers: np.ndarray,
+    function: TileFunction,
+    *,
+    side: float,
+    target: int,
+    key: str,
+    shape: tuple[int, ...],
+    batch_size: int = 1,
+    n_workers: int | None = None,
+    description: str = "tiles",
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Run a function over tiles as `run_over_tiles` does, and hand on its results one batch after the other.
+
+    For results of which all together are too large for memory: they stay on disk, compressed, until the last one was
+    handed on.
+
+    Parameters
+    ----------
+    pyramid, centers, function, target, key, batch_size, n_workers, description
+        As those of `run_over_tiles`.
+    side
+        Side of the tiles, px of the finest level.
+    shape
+        Shape of the result for one tile.
+
+    Yields
+    ------
+    Row numbers of a batch's tiles, ``int64 (n,)``, and their results, ``float32 (n, ...)``. The first comes when all
+    tiles are done.
+
+    Raises
+    ------
+    ValueError
+        As `run_over_tiles`.
+    """
+    run = _Run.of(pyramid, centers, sides=[side], target=target, key=key, batch_size=batch_size)
+    store = run.complete(function, shape=shape, n_workers=n_workers, description=description)
+    for number, rows in enumerate(run.batches):
+        yield rows, store["values"][number * batch_size : number * batch_size + len(rows), 0]
+    shutil.rmtree(run.path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What is run over, in which order, and where its results are kept."""
+
+    pyramid: Sequence[xr.DataArray]
+    centers: np.ndarray
+    sides: Sequence[float]
+    target: int
+    batch_size: int
+    order: np.ndarray
+    path: Path
+
+    @classmethod
+    def of(
+        cls,
+        pyramid: Sequence[xr.DataArray],
+        centers: np.ndarray,
+        *,
+        sides: Sequence[float],
+        target: int,
+        key: str,
+        batch_size: int,
+    ) -> _Run:
+        """Check what is asked for, and find its place on disk."""
+        centers = np.asarray(centers, dtype=np.float64)
+        if centers.ndim != 2 or centers.shape[1] != 2 or centers.shape[0] == 0:
+            raise ValueError(f"Expected tile centres as a non-empty (n_tiles, 2) array, found shape {centers.shape}.")
+        if not np.isfinite(centers).all():
+            raise ValueError("Expected tile centres as finite numbers of pixels, found NaN or infinity.")
+        if batch_size < 1:
+            raise ValueError(f"Expected `batch_size` of at least 1, found {batch_size}.")
+        if target < 1 or not sides or min(sides) <= 0:
+            raise ValueError(f"Expected positive tile sides and target, found sides {list(sides)} and target {target}.")
+        order = visit_order(centers, pyramid[0].data)
+        path = cache_dir() / "stream" / _fingerprint(pyramid, centers, sides, target, key, batch_size)
+        return cls(pyramid, centers, sides, target, batch_size, order, path)
+
+    @property
+    def batches(self) -> list[np.ndarray]:
+        """Row numbers of the tiles of each batch."""
+        return [self.order[start : start + self.batch_size] for start in range(0, len(self.order), self.batch_size)]
+
+    def complete(
+        self, function: TileFunction, *, shape: tuple[int, ...] | None, n_workers: int | None, description: str
+    ) -> zarr.Group:
+        """Run the batches that are not done yet; return the store of all results, in the order of the batches."""
+        arrays = [level.data.rechunk({0: -1}) for level in self.pyramid]
+        batches = self.batches
+        shape_of = partial(_shape_of, function, self.target, shape)
+        store = _open_store(
+            self.path, shape_of, n_tiles=len(self.centers), n_views=len(self.sides), batch_size=self.batch_size
+        )
+        done = store["done"][:]
+        initial = int(sum(len(batches[i]) for i in np.flatnonzero(done)))
+        with tqdm(total=len(self.order), initial=initial, desc=description) as bar:
+            tasks = _batch_tasks(
+                arrays, self.centers, function, batches, done, sides=self.sides, target=self.target, store=store
+            )
+            _execute(tasks, sizes=[len(batches[i]) for i in np.flatnonzero(~done)], bar=bar, n_workers=n_workers)
+        return store
 
 
 def visit_order(centers: np.ndarray, array: da.Array) -> np.ndarray:
