@@ -53,8 +53,9 @@ def measure_objects(labels: NDArray[np.integer], values: NDArray[np.floating]) -
     >>> found.labels, found.centres, found.eccentricity
     (array([3]), array([[2., 1.]]), array([0.]))
     """
-    rows, columns = np.nonzero(labels)
-    numbers, owner = np.unique(labels[rows, columns], return_inverse=True)
+    numbers, compact = _compact(labels)
+    rows, columns = np.nonzero(compact)
+    owner = compact[rows, columns] - 1
     area = np.maximum(np.bincount(owner, minlength=len(numbers)), 1)
 
     def mean(of: np.ndarray) -> np.ndarray:
@@ -64,7 +65,7 @@ def measure_objects(labels: NDArray[np.integer], values: NDArray[np.floating]) -
     right, down = columns - x[owner], rows - y[owner]
     major, minor = axes_lengths(mean(down**2), mean(right**2), mean(down * right))
     return Objects(
-        labels=numbers.astype(np.int64),
+        labels=numbers,
         centres=np.stack([x, y], axis=1) + 0.5,
         eccentricity=np.where(major > 0, eccentricities(major, minor), 0.0),  # one pixel is round
         mean=mean(values[rows, columns].astype(np.float64)),
@@ -107,7 +108,9 @@ def eccentricities(major: NDArray[np.floating], minor: NDArray[np.floating]) -> 
     return np.sqrt(np.maximum(1 - (minor / np.maximum(major, 1e-6)) ** 2, 0))
 
 
-def trace_objects(labels: NDArray[np.integer], chosen: NDArray[np.integer]) -> list[NDArray[np.int32]]:
+def trace_objects(
+    labels: NDArray[np.integer], chosen: NDArray[np.integer], *, tolerance: float = 0.0
+) -> list[NDArray[np.int32]]:
     """Trace the outlines of objects, holes left out.
 
     Parameters
@@ -116,6 +119,8 @@ def trace_objects(labels: NDArray[np.integer], chosen: NDArray[np.integer]) -> l
         Integers, ``(y, x)``; 0 is no object.
     chosen
         Labels of the objects to trace.
+    tolerance
+        Corners are left out that are no further than this from the line without them, px.
 
     Returns
     -------
@@ -130,15 +135,26 @@ def trace_objects(labels: NDArray[np.integer], chosen: NDArray[np.integer]) -> l
     >>> trace_objects(labels, np.array([7]))[0].tolist()
     [[2, 1], [2, 3], [4, 3], [4, 1]]
     """
-    numbers, compact = np.unique(labels, return_inverse=True)
-    boxes = ndimage.find_objects(compact.reshape(labels.shape) + 1)
+    numbers, compact = _compact(labels)
+    boxes = ndimage.find_objects(compact)
     outlines = []
-    for label in chosen:
-        number = int(np.searchsorted(numbers, label))
+    for number in np.searchsorted(numbers, chosen):
         rows, columns = boxes[number]
-        piece = np.pad(labels[rows, columns] == label, 1).astype(np.uint8)
+        piece = (compact[rows, columns] == number + 1).astype(np.uint8)
+        piece = cv2.copyMakeBorder(piece, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
         offset = (columns.start - 1, rows.start - 1)
         found = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
-        longest = max(found, key=lambda contour: cv2.arcLength(contour, True))
-        outlines.append(longest[:, 0].astype(np.int32))
+        longest = found[0] if len(found) == 1 else max(found, key=lambda contour: cv2.arcLength(contour, True))
+        outlines.append(cv2.approxPolyDP(longest, tolerance, True)[:, 0])
     return outlines
+
+
+def _compact(labels: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+    """Labels in ascending order, and the map of their numbers from 1, 0 where there is no object."""
+    if labels.size and labels.max() > labels.size:  # a table of all labels up to the last would be large
+        numbers, places = np.unique(labels, return_inverse=True)
+        nothing = int((numbers[:1] == 0).sum())
+        return numbers[nothing:].astype(np.int64), (places.reshape(labels.shape) + 1 - nothing).astype(np.int32)
+    there = np.bincount(labels.ravel()) > 0
+    there[:1] = False
+    return np.flatnonzero(there), np.where(there, np.cumsum(there), 0).astype(np.int32)[labels]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
@@ -38,7 +39,7 @@ class Recipe(NamedTuple):
     surroundings, contrast
         Deviation of the Gaussian that a pixel's surroundings are averaged by, and the least ratio to that mean.
     opening
-        Radius of the opening that takes away what is thinner.
+        Radius of the disc that opens each nucleus: thinner spurs are taken away.
     ridge
         Deviation of the Gaussian that the distance to the edge is smoothed by.
     apart
@@ -51,7 +52,7 @@ class Recipe(NamedTuple):
     least: float = 0.85
     surroundings: float = 0.8
     contrast: float = 1.15
-    opening: float = 0.04
+    opening: float = 0.1
     ridge: float = 0.09
     apart: float = 0.2
     hole: float = 0.4
@@ -102,7 +103,7 @@ def nuclei_watershed(
         apart=2 * round(recipe.apart * nucleus_px) + 1,
         least_radius=0.0,
     )
-    return _sized(labels, recipe, nucleus_px)
+    return _sized(_opened(labels, max(1, round(recipe.opening * nucleus_px))), recipe, nucleus_px)
 
 
 def separate(
@@ -239,9 +240,8 @@ def _inside(image: NDArray[np.uint8], threshold: float, nucleus_px: float, recip
     # glass is no surroundings: a nucleus at the tissue's edge is compared with the tissue only
     mean = cv2.GaussianBlur(stain * weight, (0, 0), reach) / np.maximum(cv2.GaussianBlur(weight, (0, 0), reach), 1e-3)
     inside = ((stain > recipe.least * threshold) & (stain > recipe.contrast * mean)).astype(np.uint8)
-    radius = max(1, round(recipe.opening * nucleus_px))
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
-    return _without_holes(cv2.morphologyEx(inside, cv2.MORPH_OPEN, disc), recipe.hole * _area(nucleus_px))
+    inside = cv2.morphologyEx(inside, cv2.MORPH_OPEN, _disc(1))
+    return _without_holes(inside, recipe.hole * _area(nucleus_px))
 
 
 def _area(nucleus_px: float) -> float:
@@ -254,6 +254,24 @@ def _without_holes(inside: NDArray[np.uint8], largest: float) -> NDArray[np.uint
     fill = statistics[:, cv2.CC_STAT_AREA] <= largest
     fill[0] = True  # what is inside already
     return fill[holes].astype(np.uint8)
+
+
+def _disc(radius: int) -> NDArray[np.uint8]:
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+
+
+def _opened(labels: NDArray[np.int32], radius: int) -> NDArray[np.int32]:
+    """Open each nucleus by itself, so that spurs go also where they touch another; the largest piece stays."""
+    opened, disc = np.zeros_like(labels), _disc(radius)
+    for number, box in enumerate(ndimage.find_objects(labels), 1):
+        # with its surroundings, so that only the image's border is no edge
+        around = tuple(slice(max(0, part.start - radius - 1), part.stop + radius + 1) for part in box)
+        piece = cv2.morphologyEx((labels[around] == number).astype(np.uint8), cv2.MORPH_OPEN, disc)
+        count, pieces, statistics, _ = cv2.connectedComponentsWithStats(piece, connectivity=8)
+        if count > 2:
+            piece = pieces == 1 + np.argmax(statistics[1:, cv2.CC_STAT_AREA])
+        opened[around][piece > 0] = number
+    return opened
 
 
 def _sized(labels: NDArray[np.int32], recipe: Recipe, nucleus_px: float) -> NDArray[np.int32]:

@@ -26,8 +26,8 @@ LabelFunction = Callable[[NDArray[np.uint8]], NDArray[np.integer]]
 _HEADER = 5
 #: room for numbers, part of a window's pixels: some 10,000 nuclei of 16 px a megapixel
 _ROOM = 0.5
-#: outlines are as far from the pixels' corners as this at most, px of the working resolution
-_TOLERANCE = 0.4
+#: corners of outlines are left out that are no further than this from the line without them, px
+_TOLERANCE = 0.5
 #: two nuclei of different blocks that share so much of the smaller one are the same
 _SAME = 0.3
 
@@ -215,7 +215,7 @@ class PackedNuclei:
 
     def _pack(self, image: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArray[np.float32]:
         found = measure_objects(labels, haematoxylin(np.moveaxis(image, -1, 0)))
-        outlines = trace_objects(labels, found.labels)
+        outlines = trace_objects(labels, found.labels, tolerance=_TOLERANCE)
         n_points = [len(outline) for outline in outlines]
         points = np.concatenate([np.empty((0, 2), np.int32), *outlines]).ravel()
         header = np.column_stack([n_points, found.centres, found.eccentricity, found.mean])
@@ -257,8 +257,7 @@ def _polygons(points: NDArray[np.float64], n_points: NDArray[np.int64]) -> NDArr
     index = first[owner] + np.minimum(places, n_points[owner] - 1)
     rings = shapely.polygons(shapely.linearrings(points[index], indices=owner))
     grown = shapely.buffer(shapely.make_valid(rings), 0.5, cap_style="square", join_style="mitre")
-    smooth = shapely.simplify(grown, _TOLERANCE)
-    return shapely.polygons(shapely.get_exterior_ring(np.where(shapely.is_valid(smooth), smooth, grown)))
+    return shapely.polygons(shapely.get_exterior_ring(grown))
 
 
 def stitch(parts: list[Nuclei]) -> Nuclei:
