@@ -192,8 +192,9 @@ def otsu_of_histogram(histogram: NDArray[np.floating]) -> float:
     True
     """
     counts = np.asarray(histogram, dtype=np.float64)
-    if counts.sum() == 0:
-        return float("inf")
+    filled = np.flatnonzero(counts)
+    if len(filled) < 2:  # one amount of stain everywhere has no nuclei
+        return float(_middles()[filled[0]]) if len(filled) else float("inf")
     return float(threshold_otsu(hist=(counts, _middles())))
 
 
