@@ -142,9 +142,7 @@ def segment_nuclei(
     run = partial(_sampled_histogram, pyramid, where, nucleus_px=diameter / step, downsample=step, n_workers=n_workers)
     find, key, found = _method(method, run, model=model, threshold=threshold, nucleus_px=diameter / step)
     height, width = pyramid[0].shape[1:]
-    blocks = lay_blocks(
-        width, height, downsample=step, core=block_size, margin=int(np.ceil(_MARGIN * diameter / step))
-    )
+    blocks = lay_blocks(width, height, downsample=step, core=block_size, margin=int(np.ceil(_MARGIN * diameter / step)))
     parts = find_in_blocks(
         pyramid,
         blocks.chosen(where.meets(blocks)),
