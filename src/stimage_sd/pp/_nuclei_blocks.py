@@ -79,7 +79,7 @@ class Blocks:
     @property
     def centers(self) -> NDArray[np.float64]:
         """Centres of the windows, ``(n_blocks, 2)``."""
-        return self.corners + self.side * self.downsample / 2
+        return np.asarray(self.corners + self.side * self.downsample / 2, dtype=np.float64)
 
     def chosen(self, which: NDArray[np.bool_]) -> Blocks:
         """Return those of a mask."""

@@ -274,8 +274,7 @@ class _Region:
         wanted = self.mask[rows, columns] > 0
         if self.squares is None or len(centres) == 0:
             return wanted
-        held = shapely.STRtree(shapely.box(*self.squares.T)).query(shapely.points(centres), predicate="intersects")[0]
-        return wanted & np.isin(np.arange(len(centres)), held)
+        return wanted & _met(np.asarray(shapely.points(centres)), self.squares)
 
     def meets(self, blocks: Blocks) -> NDArray[np.bool_]:
         """Which blocks' cores have anything to look at."""
@@ -285,9 +284,7 @@ class _Region:
             columns = slice(int(left // self.scale[1]), int(np.ceil(right / self.scale[1])))
             wanted[number] = self.mask[rows, columns].any()
         if self.squares is not None:
-            tree = shapely.STRtree(shapely.box(*self.squares.T))
-            met = tree.query(shapely.box(*blocks.cores.T), predicate="intersects")[0]
-            wanted &= np.isin(np.arange(len(blocks.cores)), met)
+            wanted &= _met(np.asarray(shapely.box(*blocks.cores.T)), self.squares)
         return wanted
 
     def sample(self, n_places: int, *, side: float) -> NDArray[np.float64]:
@@ -297,6 +294,12 @@ class _Region:
         wanted = int(np.clip(np.ceil(area / side**2), 1, min(n_places, len(rows))))
         chosen = np.random.default_rng(0).choice(len(rows), wanted, replace=False)
         return np.stack([columns[chosen] + 0.5, rows[chosen] + 0.5], axis=1) * self.scale[::-1]
+
+
+def _met(shapes: NDArray[np.object_], squares: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which shapes meet any of ``(n, 4)`` squares."""
+    tree = shapely.STRtree(np.asarray(shapely.box(*squares.T)))
+    return np.isin(np.arange(len(shapes)), tree.query(shapes, predicate="intersects")[0])
 
 
 def _sampled_histogram(
