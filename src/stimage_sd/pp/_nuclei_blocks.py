@@ -106,7 +106,7 @@ def lay_blocks(width: int, height: int, *, downsample: int, core: int, margin: i
     --------
     >>> blocks = lay_blocks(200, 100, downsample=1, core=60, margin=20)
     >>> blocks.corners.tolist(), blocks.cores[:, 0].tolist()
-    ([[0, 0], [60, 0], [100, 0]], [0.0, 80.0, 140.0])
+    ([[0, 0], [60, 0], [100, 0]], [0.0, 80.0, 120.0])
     """
     sizes = (max(1, width // downsample), max(1, height // downsample))
     side = min(core + 2 * margin, *sizes)
