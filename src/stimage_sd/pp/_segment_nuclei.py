@@ -115,7 +115,7 @@ def segment_nuclei(
 
     Notes
     -----
-    Paper, section 2.9: nuclei are the segments of explanations; there found by Cellpose on haematoxylin.
+    Paper, section 2.5: nuclei, found by Cellpose 3 after conversion to HED, are the segments of explanations.
 
     Examples
     --------
