@@ -28,7 +28,15 @@ from stimage_sd._tile_cutting import Cutting, cut_tile, visit_order
 from stimage_sd._tile_graph import Batch, Recipe, TileFunction, batches, run_on_cluster, run_on_threads
 from stimage_sd._tile_results import Results, fingerprint
 
-__all__ = ["TileJob", "active_client", "cut_tile", "run_over_images", "run_over_tiles", "visit_order"]
+__all__ = [
+    "TileJob",
+    "active_client",
+    "cut_tile",
+    "iterate_over_tiles",
+    "run_over_images",
+    "run_over_tiles",
+    "visit_order",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,14 +162,53 @@ def run_over_images(
     ValueError
         If results are not of the `shape` that was given.
     """
+    for job in _completed(jobs, n_workers=n_workers, description=description, keep_store=keep_store):
+        yield job.results.read(job.order)
+
+
+def iterate_over_tiles(
+    job: TileJob, *, n_workers: int | None = None, description: str = "tiles"
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Run a function over tiles of a lazy image, and hand on its results one batch after the other.
+
+    For results of which all together are too large for memory: they stay on disk, compressed, until the last one was
+    handed on.
+
+    Parameters
+    ----------
+    job
+        What to run.
+    n_workers, description
+        As in `run_over_images`.
+
+    Yields
+    ------
+    Row numbers of a batch's tiles, ``int64 (n,)``, and their results, ``float32 (n, n_sides, ...)``. The first comes
+    when all tiles are done.
+
+    Raises
+    ------
+    ValueError
+        If results are not of the `shape` that was given.
+    """
+    for complete in _completed([job], n_workers=n_workers, description=description, keep_store=False):
+        for start in range(0, len(complete.order), job.batch_size):
+            rows = complete.order[start : start + job.batch_size]
+            yield rows, complete.results.values[start : start + len(rows)]
+
+
+def _completed(
+    jobs: Sequence[TileJob], *, n_workers: int | None, description: str, keep_store: bool
+) -> Iterator[_Opened]:
+    """Run jobs together; give each in turn once all its results are on disk, where they stay until the last is."""
     opened: deque[_Opened] = deque()
     complete: list[_Opened] = []
 
-    def collected() -> Iterator[np.ndarray]:
-        """Give the results of the jobs that are complete, up to the first that is not."""
+    def collected() -> Iterator[_Opened]:
+        """Give the jobs that are complete, up to the first that is not."""
         while opened and done[opened[0].owner] == opened[0].n_pending:
             complete.append(opened.popleft())
-            yield complete[-1].results.read(complete[-1].order)
+            yield complete[-1]
 
     with tqdm(total=sum(len(job.centers) for job in jobs), desc=description) as bar:
         pending = _pending(jobs, opened, bar)
