@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
@@ -18,6 +18,19 @@ _MOST_TILES = 20_000
 LEAST_TILES = 20
 #: share of the median deviation that a feature's is taken to be at least, where distances are measured
 _LEAST_DEVIATION = 0.1
+
+
+class SectionScale(NamedTuple):
+    """What embeddings are standardised by.
+
+    Attributes
+    ----------
+    mean, deviation
+        ``float32 (n_features,)``; infinite is the deviation of a feature that is constant, and so says nothing.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -117,8 +130,8 @@ class FeatureSpace:
             standardize,
         )
 
-    def standardized(self, values: np.ndarray) -> np.ndarray:
-        """Standardise the embeddings of one whole section, ``float32 (n_tiles, n_features)``.
+    def scale(self, values: np.ndarray) -> SectionScale:
+        """What a section, ``float32 (n_tiles, n_features)``, is standardised by.
 
         Raises
         ------
@@ -126,20 +139,36 @@ class FeatureSpace:
             If the section has too few tiles to be standardised by itself.
         """
         if self.standardize == "cohort":
-            return (values - self.mean) / self.deviation * self.weight
+            return SectionScale(self.mean, self.deviation)
         if len(values) < LEAST_TILES:
             raise ValueError(
                 f"The model standardises each section by itself, which takes at least {LEAST_TILES} tiles, found "
                 f'{len(values)}. Fit with `standardize="cohort"` for sections that small.'
             )
         own = values.std(axis=0)
-        # a feature that is constant in the section says nothing about it
-        values = np.where(own > 1e-6, (values - values.mean(axis=0)) / np.maximum(own, 1e-6), 0)
-        return (values * self.weight).astype(np.float32)
+        return SectionScale(values.mean(axis=0), np.where(own > 1e-6, own, np.float32(np.inf)))
 
-    def reduce(self, values: np.ndarray) -> np.ndarray:
-        """Bring the embeddings of one whole section into the space, ``float32 (n_tiles, n_components)``."""
-        return (self.standardized(values) @ self.components).astype(np.float32)
+    def standardized(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
+        """Standardise embeddings, ``float32 (n_tiles, n_features)``.
+
+        Parameters
+        ----------
+        values
+            Embeddings of one whole section, or, by the `scale` of their section, of any tiles; JAX's arrays too.
+        scale
+            What to standardise by; that of `values` by default.
+
+        Raises
+        ------
+        ValueError
+            If the section has too few tiles to be standardised by itself.
+        """
+        mean, deviation = self.scale(values) if scale is None else scale
+        return ((values - mean) / deviation * self.weight).astype(np.float32)
+
+    def reduce(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
+        """Bring embeddings into the space, ``float32 (n_tiles, n_components)``; for `scale` see `standardized`."""
+        return (self.standardized(values, scale) @ self.components).astype(np.float32)
 
     def strangeness(self, values: np.ndarray) -> np.ndarray:
         """How far tiles lie from the training tiles: above 1, farther than 95 % of those.

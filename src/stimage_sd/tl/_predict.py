@@ -14,7 +14,7 @@ from stimage_sd import contract
 from stimage_sd._squidpy import spatial_uns
 from stimage_sd.models._gene_classifier import GeneClassifier
 from stimage_sd.models._predictor import OpenedSection, Predictor
-from stimage_sd.nn import negative_binomial
+from stimage_sd.models._stand_ins import mixture_moments
 from stimage_sd.nn.intervals import mixture_interval
 from stimage_sd.tl._fit_nb import COVERAGE
 from stimage_sd.tl._predict_classes import predict_classes
@@ -143,11 +143,8 @@ def _distribution(
             rows = slice(start, min(start + step, shape[0]))
             r, p = section.r_and_p(rows)
             r = r * factors[rows][None, :, None]
-            mean = np.asarray(negative_binomial.mean(r=r, p=p))
-            out["mean"][rows] = np.tensordot(weights, mean, axes=1)
-            out["aleatoric"][rows] = np.tensordot(weights, np.asarray(negative_binomial.variance(r=r, p=p)), axes=1)
-            out["epistemic"][rows] = np.tensordot(weights, (mean - out["mean"][rows]) ** 2, axes=1)
+            for name, values in mixture_moments(r, p, weights).items():
+                out[name][rows] = values
             out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level, weights=weights)
             bar.update(rows.stop - start)
-    out["total_variance"] = out["aleatoric"] + out["epistemic"]
     return out
