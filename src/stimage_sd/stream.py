@@ -170,6 +170,35 @@ def cut_tile(level: np.ndarray, *, top: int, left: int, side: int, target: int) 
     return _resample(np.moveaxis(level[:, rows[:, None], columns], 0, -1), target)
 
 
+def pixel_positions(
+    pyramid: Sequence[xr.DataArray], center: np.ndarray, *, side: float, target: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a field of view come from, as `run_over_tiles` cuts it.
+
+    Parameters
+    ----------
+    pyramid
+        Levels of the image, finest first.
+    center
+        x and y of the tile's centre, px of the finest level.
+    side
+        Side of the field of view, px of the finest level.
+    target
+        Side to which it is resampled, px.
+
+    Returns
+    -------
+    x of the columns and y of the rows, each ``float64 (target,)``, px of the finest level: the middle of the level's
+    pixel that is nearest. Beyond the image's border they are mirrored, as the pixels are.
+    """
+    level, factor = _level_of(pyramid, side, target)
+    window = _window(np.asarray(center, dtype=np.float64), side, level, factor)
+    nearest = ((np.arange(target) + 0.5) * window.side / target).astype(np.int64)
+    _, height, width = pyramid[level].shape
+    columns, rows = _reflected(window.left, window.side, width), _reflected(window.top, window.side, height)
+    return (columns[nearest] + 0.5) * factor, (rows[nearest] + 0.5) * factor
+
+
 def _resample(tile: np.ndarray, target: int) -> np.ndarray:
     if tile.shape[0] == target:
         return np.ascontiguousarray(tile)
@@ -284,7 +313,7 @@ class _Plan:
     target: int
 
 
-def _level_of(arrays: Sequence[da.Array], side: float, target: int) -> tuple[int, float]:
+def _level_of(arrays: Sequence[da.Array] | Sequence[xr.DataArray], side: float, target: int) -> tuple[int, float]:
     """Coarsest level at which a field of view still has the target's pixels, and its downsampling."""
     factors = [arrays[0].shape[2] / array.shape[2] for array in arrays]
     sufficient = [number for number, factor in enumerate(factors) if side / factor >= target * 0.999]
