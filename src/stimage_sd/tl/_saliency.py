@@ -175,7 +175,7 @@ def _join(sdata: SpatialData, results: Sequence[TileResult], genes: Sequence[str
 
     if all(result.segments is None for result in results):
         raise ValueError(
-            f"None of the {len(results)} tiles of section {contract.sample(sdata)!r} has a nucleus, so that nothing was "
+            f"None of the {len(results)} tiles of section {contract.sample(sdata)!r} has a nucleus, so nothing was "
             "written. Choose other tiles."
         )
     new = explained_frame(sdata, results, genes=genes, of=("mean",), nuclei=nuclei, prefix="saliency")  # type: ignore[arg-type]
