@@ -55,7 +55,7 @@ def explain(
     of: Of | Sequence[Of] = "mean",
     n_samples: int = 1000,
     segments: str | SegmentTile = "nuclei",
-    hide_color: HideColor = 0,
+    hide_color: HideColor = "background",
     n_seeds: int = 1,
     seed: int = 0,
     shapes_key: str | None = None,
@@ -94,8 +94,8 @@ def explain(
         ``"nuclei"``; ``"slic"`` (superpixels); the name of labels (0: background); or a function from a tile,
         ``uint8 (y, x, 3)``, to its segments, ``int (y, x)``, 0 for background. The background is one segment.
     hide_color
-        What hidden segments look like: a grey level or a colour, ``"background"`` (the mean colour of the tile's
-        background), or `None` (each segment's mean).
+        What hidden segments look like: ``"background"`` (the mean colour of the tile's background), a grey level or a
+        colour (black, 0, as published), or `None` (each segment's mean).
     n_seeds
         Explanations by as many seeds, from `seed` on; scores are their mean.
     seed
@@ -280,7 +280,7 @@ def _embeddings(
         if key not in known:
             seen = np.stack([found.seen_at(positions) for positions in one.positions])
             color = background_color(one.pixels, seen) if hide_color == "background" else hide_color
-            hidden = lime.hidden_image(one.pixels, seen, color)  # type: ignore[arg-type]
+            hidden = lime.hidden_image(one.pixels, seen, color)
             fields = [_of_field(extractor, *each, shown, pool) for each in zip(one.pixels, hidden, seen, strict=True)]
             known[key] = np.concatenate(fields, axis=1)
         together.append(known[key])

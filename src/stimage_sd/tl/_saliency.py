@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -169,7 +169,7 @@ def _by_nucleus(maps: Sequence[np.ndarray], views: Sequence[Views], found: Segme
     return scores[int(found.has_background) :]
 
 
-def _join(sdata: SpatialData, results: Sequence[TileResult], genes: Sequence[str], nuclei: object) -> None:
+def _join(sdata: SpatialData, results: Sequence[TileResult], genes: Sequence[str], nuclei: Any) -> None:
     """Put the scores beside those of nuclei that are explained already, and add the others."""
     import geopandas
 
@@ -178,7 +178,7 @@ def _join(sdata: SpatialData, results: Sequence[TileResult], genes: Sequence[str
             f"None of the {len(results)} tiles of section {contract.sample(sdata)!r} has a nucleus, so nothing was "
             "written. Choose other tiles."
         )
-    new = explained_frame(sdata, results, genes=genes, of=("mean",), nuclei=nuclei, prefix="saliency")  # type: ignore[arg-type]
+    new = explained_frame(sdata, results, genes=genes, of=("mean",), nuclei=nuclei, prefix="saliency")
     if contract.NUCLEI_EXPLAINED in sdata.shapes:
         old = geopandas.GeoDataFrame(sdata.shapes[contract.NUCLEI_EXPLAINED]).reset_index(drop=True)
         columns = [f"saliency_{gene}" for gene in genes]

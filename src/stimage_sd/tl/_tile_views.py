@@ -146,8 +146,8 @@ def open_tiles(
             )
     rows = np.array([place[tile] for tile in dict.fromkeys(tiles)])
     centers = np.asarray(kept.obsm["spatial"], dtype=np.float64)[rows]
-    found = tuple(_extractor(stored, extractors) for stored in stand_ins.embedded)
-    return OpenedTiles(sdata, stand_ins, found, rows, ids[rows], centers)
+    networks = tuple(_extractor(stored, extractors) for stored in stand_ins.embedded)
+    return OpenedTiles(sdata, stand_ins, networks, rows, ids[rows], centers)
 
 
 def _extractor(stored: Embedded, given: Sequence[Extractor]) -> Extractor:
