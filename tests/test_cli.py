@@ -22,7 +22,7 @@ from stimage_sd import __version__, _demo, contract, datasets, io, models, pp, t
 from stimage_sd._store import staged
 from stimage_sd.cli import app
 
-COMMANDS = ("demo", "train", "predict", "evaluate", "info")
+COMMANDS = ("demo", "train", "predict", "evaluate", "explain", "info")
 
 
 def run(*arguments: object) -> Result:
