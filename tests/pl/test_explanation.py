@@ -81,5 +81,5 @@ def test_what_is_refused(explained: SpatialData) -> None:
     with pytest.raises(KeyError, match="saliency_A"):
         pl.explanation(explained, "A", method="saliency")
     del explained.shapes["nuclei_explained"]
-    with pytest.raises(KeyError, match="tl.explain"):
+    with pytest.raises(KeyError, match=r"tl\.explain"):
         pl.explanation(explained, "A")

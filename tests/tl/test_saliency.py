@@ -53,7 +53,7 @@ def fitted(make_slide: Callable, make_spots: Callable, picture: Callable) -> tup
     model = tl.fit_nb(sdata, genes=list(table.var_names[:2]), extractor=EXTRACTOR, n_members=2, max_epochs=10)
     tl.predict(sdata, model)
     centers = np.asarray(sdata.tables["tiles"].obsm["spatial"])
-    discs = shapely.buffer(shapely.points(np.concatenate([centers - 4, centers + (3, -5)])), 3)
+    discs = shapely.buffer(shapely.points(np.concatenate([centers - 4, centers + np.array([3, -5])])), 3)
     sdata.shapes["nuclei"] = contract.build_shapes(geopandas.GeoDataFrame(geometry=discs), mpp=None)
     return sdata, model
 
