@@ -17,7 +17,7 @@ from benchmarks.compare import OURS, RESULTS, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: the comparisons, in the order of the work on a section
-MODULES = ("stain", "embedding", "embedding_resnet50", "morans_i", "bivariate_morans_i")
+MODULES = ("stain", "embedding", "embedding_resnet50", "lime", "morans_i", "bivariate_morans_i")
 #: what is measured by itself: modules with `measure`, which gives rows, and `table`, which makes Markdown of them
 ALONE = ("startup",)
 

@@ -308,7 +308,7 @@ def explain(
     Steps that the section lacks are run as the model expects them, and the store is written as predict writes it.
     """
     from stimage_sd import contract, models, pl, tl
-    from stimage_sd._steps import prepare_for_model
+    from stimage_sd._steps import normalize_for_model, prepare_for_model
     from stimage_sd._store import check_free, read_section, staged, write_changed
 
     target = section if out is None else out
@@ -320,6 +320,7 @@ def explain(
     sdata = read_section(section)
     on_disk = set(sdata.images)
     changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
+    normalize_for_model(sdata, fitted.tiles, say=_say)
     tl.predict(sdata, fitted)
     chosen = tile or [number for name in gene for number in tl.top_tiles(sdata, name, n_tiles=n_tiles)]
     _say(f"{contract.sample(sdata)}: explaining {', '.join(gene)} on {len(set(chosen))} tiles")
