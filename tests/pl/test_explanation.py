@@ -11,7 +11,7 @@ import shapely
 from anndata import AnnData
 from spatialdata import SpatialData
 
-from stimage_sd import contract, pl
+from stimage_sd import contract, pl, tl
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_nuclei_have_the_colours_of_their_scores(explained: SpatialData) -> None
 
 
 def test_scores_by_area_and_class(explained: SpatialData) -> None:
-    axes = pl.explanation_scores(explained, ["A", "B"], by="kind")
+    axes = pl.explanation_scores(tl.explained_nuclei(explained, ["A", "B"], by="kind"))
     assert len(axes) == 4
     points = np.asarray(axes[0].collections[0].get_offsets())
     frame = explained.shapes["nuclei_explained"]
@@ -70,7 +70,7 @@ def test_scores_by_area_and_class(explained: SpatialData) -> None:
     labels = [label.get_text() for label in axes[1].get_xticklabels()]
     assert labels == [f"immune\n({counts['immune']})", f"tumour\n({counts['tumour']})"]
     _, own = plt.subplots()
-    assert pl.explanation_scores(explained, "A", ax=own)[0] is own
+    assert pl.explanation_scores(tl.explained_nuclei(explained, "A"), ax=own)[0] is own
 
 
 def test_what_is_refused(explained: SpatialData) -> None:
@@ -80,6 +80,8 @@ def test_what_is_refused(explained: SpatialData) -> None:
         pl.explanation(explained, "A", tiles=[5])
     with pytest.raises(KeyError, match="saliency_A"):
         pl.explanation(explained, "A", method="saliency")
+    with pytest.raises(ValueError, match="explained_nuclei"):
+        pl.explanation_scores(pd.DataFrame({"gene": ["A"]}))
     del explained.shapes["nuclei_explained"]
     with pytest.raises(KeyError, match=r"tl\.explain"):
         pl.explanation(explained, "A")

@@ -15,7 +15,6 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.pl._canvas import PREDICTED, add_colour_bar, cut_tiles, finish, panels
-from stimage_sd.tl._explained import explained_nuclei
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -97,28 +96,16 @@ def explanation(
     return axes
 
 
-def explanation_scores(
-    sdata: SpatialData,
-    gene: str | Sequence[str],
-    *,
-    by: str | None = None,
-    method: str = "lime",
-    ax: Axes | Sequence[Axes] | None = None,
-) -> np.ndarray:
+def explanation_scores(nuclei: pd.DataFrame, *, ax: Axes | Sequence[Axes] | None = None) -> np.ndarray:
     """Draw the scores of explained nuclei against their area, and by class.
 
     Parameters
     ----------
-    sdata
-        A section with explanations.
-    gene
-        One gene, or several: a row each.
-    by
-        A class, as in `stimage_sd.tl.explained_nuclei`; a second panel a gene.
-    method
-        ``"lime"`` or ``"saliency"``: whose scores.
+    nuclei
+        What `stimage_sd.tl.explained_nuclei` returns, of one gene or several: a row of panels each. With its
+        column ``class`` there is a second panel a gene.
     ax
-        One axes a gene, or two with `by`; a new figure by default.
+        One axes a gene, or two with classes; a new figure by default.
 
     Returns
     -------
@@ -126,29 +113,29 @@ def explanation_scores(
 
     Raises
     ------
-    KeyError
-        If nothing was explained, or not this gene, or there is no such class.
     ValueError
-        If `ax` is not as many axes as there are panels.
+        If the table is another, or empty, or `ax` is not as many axes as there are panels.
 
     Examples
     --------
     >>> import stimage_sd as sti
-    >>> sti.pl.explanation_scores(section, ["VEGFA", "CD52"], by="annotation")  # doctest: +SKIP
+    >>> nuclei = sti.tl.explained_nuclei(section, ["VEGFA", "CD52"], by="annotation")  # doctest: +SKIP
+    >>> sti.pl.explanation_scores(nuclei)  # doctest: +SKIP
     """
-    genes = [gene] if isinstance(gene, str) else list(gene)
-    listed = explained_nuclei(sdata, genes, method=method, by=by)
-    columns = 1 if by is None else 2
+    area = "area_um2" if "area_um2" in nuclei else "area_px"
+    missing = [name for name in ("gene", "score", area) if name not in nuclei]
+    if missing or nuclei.empty:
+        what = f"lacking {missing}" if missing else "without a row"
+        raise ValueError(f"Expected what `stimage_sd.tl.explained_nuclei` returns, found a table {what}.")
+    genes, columns = list(dict.fromkeys(nuclei["gene"])), 2 if "class" in nuclei else 1
     axes = panels(ax, len(genes) * columns, size=(4.0, 3.2), columns=columns)
-    unit = "µm²" if "area_um2" in contract.explained(sdata) else "px"
-    label = f"{method.replace('lime', 'LIME')} score"
     for number, name in enumerate(genes):
-        own = listed[listed["gene"] == name]
-        _draw_by_area(axes[number * columns], own, unit)
-        axes[number * columns].set(title=name, ylabel=label)
-        if by is not None:
+        own = nuclei[nuclei["gene"] == name]
+        _draw_by_area(axes[number * columns], own, area)
+        axes[number * columns].set(title=name, ylabel="score")
+        if columns == 2:
             _draw_by_class(axes[number * columns + 1], own)
-            axes[number * columns + 1].set(title=f"{name}, by {by}", ylabel=label)
+            axes[number * columns + 1].set(title=f"{name}, by class", ylabel="score")
     return axes
 
 
@@ -196,16 +183,16 @@ def _draw_nuclei(ax: Axes, frame: GeoDataFrame, scores: np.ndarray, tile: int, c
     ax.add_collection(drawn, autolim=False)
 
 
-def _draw_by_area(ax: Axes, own: pd.DataFrame, unit: str) -> None:
+def _draw_by_area(ax: Axes, own: pd.DataFrame, area: str) -> None:
     """Scores against area, and their median in bins of as many nuclei each."""
     ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.scatter(own["area"], own["score"], s=8, alpha=0.4, linewidth=0, color=PREDICTED)
+    ax.scatter(own[area], own["score"], s=8, alpha=0.4, linewidth=0, color=PREDICTED)
     if len(own) >= 3 * _BINS:
-        groups = own.groupby(pd.qcut(own["area"], _BINS, duplicates="drop"), observed=True)
-        medians = groups[["area", "score"]].median()
-        ax.plot(medians["area"], medians["score"], color="black", marker="o", markersize=4, label="median")
+        groups = own.groupby(pd.qcut(own[area], _BINS, duplicates="drop"), observed=True)
+        medians = groups[[area, "score"]].median()
+        ax.plot(medians[area], medians["score"], color="black", marker="o", markersize=4, label="median")
         ax.legend(frameon=False, fontsize=8)
-    ax.set_xlabel(f"area of the nucleus ({unit})")
+    ax.set_xlabel(f"area of the nucleus ({'µm²' if area == 'area_um2' else 'px'})")
     finish(ax)
 
 

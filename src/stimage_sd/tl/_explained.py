@@ -121,8 +121,8 @@ def explained_nuclei(
 
     Returns
     -------
-    Columns ``tile``, ``nucleus``, ``gene``, ``score``, ``area`` (µm², or px where the resolution is unknown) and, with
-    `by`, ``class``. Nuclei without a score are left out.
+    Columns ``tile``, ``nucleus``, ``gene``, ``score``, ``area_um2`` (``area_px`` where the resolution is unknown) and,
+    with `by`, ``class``: what `stimage_sd.pl.explanation_scores` draws. Nuclei without a score are left out.
 
     Raises
     ------
@@ -150,7 +150,7 @@ def explained_nuclei(
                 "nucleus": frame["nucleus"].to_numpy(),
                 "gene": name,
                 "score": frame[column].to_numpy(dtype=np.float64),
-                "area": frame[area].to_numpy(dtype=np.float64),
+                area: frame[area].to_numpy(dtype=np.float64),
             }
         )
         if classes is not None:
@@ -198,13 +198,14 @@ def compare_explanations(
     frames = [
         explained_nuclei(sdata, gene, method=method, by=by).set_index(["tile", "nucleus"]) for gene in (first, second)
     ]
+    area = "area_um2" if "area_um2" in frames[0] else "area_px"
     both = frames[0].join(frames[1][["score"]], how="inner", rsuffix="_second")
     groups = [("all", both)]
     if by is not None:
         groups += [(str(name), group) for name, group in both.groupby("class", observed=True)]
     rows = []
     for name, group in groups:
-        positive = {gene: group[group[column] > 0]["area"] for gene, column in
+        positive = {gene: group[group[column] > 0][area] for gene, column in
                     ((first, "score"), (second, "score_second"))}  # fmt: skip
         row: dict[str, object] = {"class": name, "n_nuclei": len(group)}
         for gene, areas in positive.items():
