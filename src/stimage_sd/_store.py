@@ -142,7 +142,7 @@ def write_changed(sdata: SpatialData, *, source: Path, target: Path, changed: It
     target
         Where to; may be `source`.
     changed
-        Names of the elements to write; the others are as they are in the store.
+        Names of the elements to write; the others are as they are in the store. Those that the section lacks are gone.
     overwrite
         Whether a store at `target` may be replaced.
     """
@@ -156,6 +156,8 @@ def write_changed(sdata: SpatialData, *, source: Path, target: Path, changed: It
             if name in known:
                 copy.delete_element_from_disk(name)
         for name in changed:
+            if name not in sdata:
+                continue
             copy[name] = sdata[name]
             copy.write_element(name)
         copy.attrs = sdata.attrs

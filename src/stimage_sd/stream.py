@@ -24,7 +24,7 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from stimage_sd._cache import cache_dir
-from stimage_sd._tile_cutting import Cutting, cut_tile, visit_order
+from stimage_sd._tile_cutting import Cutting, cut_tile, view_of, visit_order
 from stimage_sd._tile_graph import Batch, Recipe, TileFunction, batches, run_on_cluster, run_on_threads
 from stimage_sd._tile_results import Results, fingerprint
 
@@ -33,6 +33,7 @@ __all__ = [
     "active_client",
     "cut_tile",
     "iterate_over_tiles",
+    "pixel_positions",
     "run_over_images",
     "run_over_tiles",
     "visit_order",
@@ -92,6 +93,35 @@ class TileJob:
             raise ValueError(
                 f"Expected positive tile sides and target, found sides {list(self.sides)} and target {self.target}."
             )
+
+
+def pixel_positions(
+    pyramid: Sequence[xr.DataArray], center: np.ndarray, *, side: float, target: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a field of view come from, as `run_over_tiles` cuts it.
+
+    Parameters
+    ----------
+    pyramid
+        Levels of the image, finest first.
+    center
+        x and y of the tile's centre, px of the finest level.
+    side
+        Side of the field of view, px of the finest level.
+    target
+        Side to which it is resampled, px.
+
+    Returns
+    -------
+    x of the columns and y of the rows, each ``float64 (target,)``, px of the finest level: the middle of the level's
+    pixel that is nearest. Beyond the image's border they are mirrored, as the pixels are.
+    """
+    arrays = [level.data for level in pyramid]
+    view = view_of(arrays, side, target)
+    _, height, width = arrays[view.level].shape
+    columns, rows = view.pixels(np.asarray(center, dtype=np.float64), width=width, height=height)
+    nearest = ((np.arange(target) + 0.5) * view.side / target).astype(np.int64)
+    return (columns[nearest] + 0.5) * view.factor, (rows[nearest] + 0.5) * view.factor
 
 
 def run_over_tiles(

@@ -23,6 +23,7 @@ from stimage_sd.contract._names import (
     BINS,
     CELLS,
     COUNTS,
+    EXPLANATIONS,
     GENE_CLASSES,
     INSTANCE_KEY,
     NUCLEI,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 #: what a section's units were measured for
 Against = Literal["counts", "proteins"]
-_NOT_COUNTS = (TILES, PREDICTIONS, GENE_CLASSES, PROTEINS, SPOT_PROTEINS)
+_NOT_COUNTS = (TILES, PREDICTIONS, GENE_CLASSES, EXPLANATIONS, PROTEINS, SPOT_PROTEINS)
 
 
 def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
