@@ -351,6 +351,26 @@ def explain(
     typer.echo(f"Explained nuclei in {target}.")
 
 
+@app.command(name="app")
+def serve(
+    model: Annotated[Path | None, typer.Option(help="Model that visitors may choose.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="ZARR", help="Zarr store of a section that they may choose.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
+    address: Annotated[
+        str, typer.Option(help="Address to listen on; by default no other machine reaches the app.")
+    ] = "localhost",
+    max_upload: Annotated[int, typer.Option(min=1, max=4000, help="Largest file that may be uploaded, MB.")] = 200,
+) -> None:
+    """Serve the web app: predictions over a slide, and its tiles explained (extra app)."""
+    from stimage_sd.app._launch import check_extra, launch
+
+    check_extra()
+    typer.echo(f"The app is at http://{address}:{port}; stop it with Ctrl-C.")
+    launch(model=model, data=data, address=address, port=port, upload_mb=max_upload)
+
+
 @app.command()
 def info(path: Annotated[Path, typer.Argument(help="Zarr store of a section, or a model.")]) -> None:
     """Say what a section holds, what was done to it and what to run next; or what a model is."""
