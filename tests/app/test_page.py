@@ -198,7 +198,7 @@ def test_a_tile_that_is_uploaded_is_predicted_and_seen_by_nobody_else(
     one.see("tile.png: 120 x 120 px")
     # asked for, not guessed
     one.see("How large is a pixel?")
-    one.page.get_by_label(re.compile("Micrometres a pixel")).fill("0.5")
+    one.page.get_by_test_id("stNumberInputField").fill("0.5")
     one.page.keyboard.press("Tab")
     one.choose("It is tissue all over")
     one.see(re.compile("Tile 0, "))
@@ -227,7 +227,7 @@ def test_a_model_that_standardises_by_section_says_so_of_a_tile(
     visitor.send(pieces["tile"], label="A tile")
     visitor.send(other, label="A model")
     visitor.see("How large is a pixel?")
-    visitor.page.get_by_label(re.compile("Micrometres a pixel")).fill("0.5")
+    visitor.page.get_by_test_id("stNumberInputField").fill("0.5")
     visitor.page.keyboard.press("Tab")
     visitor.see(re.compile("a tile alone cannot be predicted"))
 
@@ -256,7 +256,7 @@ def test_bad_files_get_a_message_and_the_app_stays_up(
     cut.write_bytes(pieces["piece"].read_bytes()[:9000])
     visitor.send(cut, label="A tile")
     visitor.see("How large is a pixel?")
-    visitor.page.get_by_label(re.compile("Micrometres a pixel")).fill("0.5")
+    visitor.page.get_by_test_id("stNumberInputField").fill("0.5")
     visitor.page.keyboard.press("Tab")
     visitor.see(re.compile("truncated, damaged or no image"))
     noise = tmp_path / "noise.png"

@@ -175,8 +175,12 @@ class FeatureSpace:
     def reduce(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
         """Bring embeddings into the space, ``float32 (n_tiles, n_components)``; for `scale` see `standardized`."""
         scale = self.scale(values) if scale is None else scale
-        blocks = [self.standardized(values[rows], scale) @ self.components for rows in _rows(len(values))]
-        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+        if len(values) <= _BLOCK:
+            return self.standardized(values, scale) @ self.components
+        reduced = np.empty((len(values), self.components.shape[1]), dtype=np.float32)
+        for rows in _rows(len(values)):
+            reduced[rows] = self.standardized(values[rows], scale) @ self.components
+        return reduced
 
     def strangeness(self, values: np.ndarray) -> np.ndarray:
         """How far tiles lie from the training tiles: above 1, farther than 95 % of those.
