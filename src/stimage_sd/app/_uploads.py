@@ -65,7 +65,7 @@ def display_name(name: str) -> str:
     Examples
     --------
     >>> display_name("../../etc/![x](http://a.b/c.png)")
-    'x_http_a.b_c.png'
+    'etc__x_http___a.b_c.png'
     """
     short = re.sub(r"[^\w.-]+", "_", Path(name.replace("\\", "/").replace("/", "_")).name, flags=re.ASCII)
     return re.sub(r"^[._-]+|[._-]+$", "", short)[:60] or "file"

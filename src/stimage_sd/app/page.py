@@ -289,4 +289,5 @@ def main() -> None:
         st.error(_escaped(error))
 
 
-main()
+if __name__ == "__main__":
+    main()

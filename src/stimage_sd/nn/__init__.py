@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "aggregation",
         "augmentation",
         "capsules",
+        "cox",
         "densenet",
         "efficientnet",
         "elastic_net",

@@ -169,8 +169,8 @@ def fit_surrogate(
     --------
     >>> shown = perturbations(200, 3, seed=0)
     >>> surrogate = fit_surrogate(shown, shown @ [[2.0], [0.0], [-1.0]])
-    >>> surrogate.weights.round(1).ravel().tolist()
-    [2.0, 0.0, -1.0]
+    >>> bool((abs(surrogate.weights.ravel() - [2, 0, -1]) < 0.2).all())
+    True
     """
     from lime.lime_base import LimeBase
 

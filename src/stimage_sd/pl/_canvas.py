@@ -267,9 +267,11 @@ def finish(ax: Axes) -> None:
     ax.tick_params(labelsize=9)
 
 
-def require_columns(frame: pd.DataFrame, names: Sequence[str]) -> None:
-    """Raise `ValueError` where a table of scores is not what `evaluate` returns."""
+def require_columns(
+    frame: pd.DataFrame, names: Sequence[str], *, source: str = "the scores that `stimage_sd.tl.evaluate` returns"
+) -> None:
+    """Raise `ValueError` where a table lacks what its source gives."""
     missing = [name for name in names if name not in frame.columns]
     if missing or frame.empty:
         what = f"lacking {missing}" if missing else "without a row"
-        raise ValueError(f"Expected the scores that `stimage_sd.tl.evaluate` returns, found a table {what}.")
+        raise ValueError(f"Expected {source}, found a table {what}.")

@@ -16,6 +16,7 @@ PANELS = {
     "pearson": Panel("Pearson correlation", "r, predicted and observed", 0.0, named=True),
     "spearman": Panel("Spearman correlation", "rank correlation, predicted and observed", 0.0, named=True),
     "bivariate_morans_i": Panel("bivariate Moran's I", "I, predicted and neighbours", 0.0, named=True),
+    "c_index": Panel("concordance", "c-index", 0.5, named=True),
     "iou": Panel("pattern overlap", "IoU of the smoothed patterns", None, named=True),
     "coverage": Panel("interval coverage", "share of counts in the 90% interval", 0.9, named=False),
     "nll_gain": Panel("gain over the floor", "log-likelihood a count over mean-only", 0.0, named=True),
@@ -41,12 +42,13 @@ def scores(
     Parameters
     ----------
     frame
-        What `stimage_sd.tl.evaluate` returned, a row a section and gene; or `stimage_sd.tl.cross_validate`, a row a
-        section, model, gene and metric.
+        What `stimage_sd.tl.evaluate` returned, a row a section and gene; `stimage_sd.tl.cross_validate`, a row a
+        section, model, gene and metric; or, of a cohort, `stimage_sd.tl.cox_screen` and the genes or samples of
+        `stimage_sd.tl.bulk_correlation`, a violin a group.
     metrics
         Which panels: ``"pearson"``, ``"spearman"``, ``"bivariate_morans_i"``, ``"iou"``, ``"coverage"`` of the 90 %
-        interval, and ``"nll_gain"``, the gain in log-likelihood a count over the mean-only model. All but Spearman
-        by default.
+        interval, ``"nll_gain"``, the gain in log-likelihood a count over the mean-only model, and ``"c_index"``. All
+        but Spearman and the last by default; of a cohort, those that the table has.
     by
         Of a cross-validation. ``"model"``: a violin a model, of each gene's mean over sections, with paired tests.
         ``"section"``: for each section a box a model, as in the paper's figure.
@@ -84,6 +86,9 @@ def scores(
     >>> len(sti.pl.scores(table))
     5
     """
+    if "group" in frame.columns:
+        frame = frame.rename(columns={"group": "section", "sample": "gene"})
+        metrics = [name for name in PANELS if name in frame.columns] if metrics is None else metrics
     if by not in get_args(By):
         raise ValueError(f"Expected `by` to be one of {list(get_args(By))}, found {by!r}.")
     chosen = list(DEFAULT if metrics is None else metrics)

@@ -7,10 +7,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "_bulk_correlation": ["BulkCorrelation", "bulk_correlation"],
         "_cluster": ["cluster"],
         "_combine": ["combine"],
         "_conformal": ["calibrate"],
+        "_cox_screen": ["cox_screen"],
         "_cross_validate": ["cross_validate"],
+        "_drug_response": ["DrugResponse", "drug_response"],
+        "_enrichment": ["enrichment"],
         "_evaluate": ["evaluate"],
         "_evaluate_genes_high": ["evaluate_genes_high"],
         "_explain": ["explain"],
@@ -22,6 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_predict": ["predict"],
         "_predictable_genes": ["predictable_genes"],
         "_risk_coverage": ["risk_coverage"],
+        "_risk_groups": ["RiskGroups", "risk_groups"],
         "_saliency": ["saliency"],
     },
 )

@@ -1,0 +1,145 @@
+"""Tables of a cohort, slides x genes, as a row a patient with an outcome, for survival and response."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+
+
+@dataclass(frozen=True)
+class Patients:
+    """A row a patient.
+
+    Attributes
+    ----------
+    names
+        ``(n_patients,)``.
+    values
+        ``float64 (n_patients, n_genes)``: the mean over a patient's slides.
+    genes
+        ``(n_genes,)``.
+    obs
+        Columns that were asked for, a row a patient.
+    """
+
+    names: np.ndarray
+    values: np.ndarray
+    genes: np.ndarray
+    obs: pd.DataFrame
+
+    def of(self, rows: np.ndarray) -> Patients:
+        """Return some of them, by mask or numbers."""
+        return Patients(self.names[rows], self.values[rows], self.genes, self.obs[rows])
+
+
+def patients_of(
+    table: AnnData,
+    columns: Sequence[str],
+    *,
+    patient: str | None,
+    genes: Sequence[str] | None = None,
+    layer: str | None = None,
+) -> Patients:
+    """Bring a table to a row a patient.
+
+    Parameters
+    ----------
+    table
+        Slides x genes.
+    columns
+        Columns of ``obs`` that are needed; none may have a missing value, or differ between a patient's slides.
+    patient
+        Column of ``obs`` with the patient; `None`: every row is one.
+    genes
+        Which genes; all by default.
+    layer
+        Which layer; ``X`` by default.
+
+    Returns
+    -------
+    The patients, in the order of their first slide.
+
+    Raises
+    ------
+    KeyError
+        If a column, layer or gene is not there.
+    ValueError
+        If a value is missing or not finite, or a patient's slides contradict each other.
+    """
+    wanted = [*columns, *([patient] if patient is not None else [])]
+    missing = [name for name in wanted if name not in table.obs]
+    if missing:
+        raise KeyError(f"No column {missing[0]!r} in the table's obs, found {sorted(map(str, table.obs.columns))}.")
+    if layer is not None and layer not in table.layers:
+        raise KeyError(f"No layer {layer!r} in the table, found {sorted(table.layers)}.")
+    chosen = table.var_names if genes is None else pd.Index(genes)
+    unknown = chosen[~chosen.isin(table.var_names)]
+    if len(unknown):
+        raise KeyError(f"{len(unknown)} genes are not in the table, such as {unknown[:3].tolist()}.")
+    empty = table.obs[wanted].isna().any(axis=1)
+    if empty.any():
+        raise ValueError(
+            f"{int(empty.sum())} of {table.n_obs} rows lack a value in {wanted}, such as "
+            f"{table.obs_names[empty][0]!r}. Leave them out: `table[table.obs[{wanted}].notna().all(axis=1)]`."
+        )
+    part = table[:, chosen]
+    matrix = part.X if layer is None else part.layers[layer]
+    values = np.asarray(matrix.toarray() if hasattr(matrix, "toarray") else matrix, dtype=np.float64)
+    if not np.isfinite(values).all():
+        gene = chosen[int(np.flatnonzero(~np.isfinite(values).all(axis=0))[0])]
+        raise ValueError(f"Expected finite expression, found NaN or infinity, for instance of {gene!r}. Leave it out.")
+    if patient is None:
+        return Patients(np.asarray(table.obs_names), values, np.asarray(chosen), table.obs[list(columns)])
+    return _averaged(table.obs, values, np.asarray(chosen), list(columns), patient)
+
+
+def _averaged(obs: pd.DataFrame, values: np.ndarray, genes: np.ndarray, columns: list[str], patient: str) -> Patients:
+    number, names = pd.factorize(obs[patient].astype(str))
+    grouped = obs[columns].groupby(number)
+    differ = (grouped.nunique() > 1).any(axis=1)
+    if differ.any():
+        which = names[int(np.flatnonzero(differ)[0])]
+        raise ValueError(f"Slides of patient {which!r} differ in {columns}; expected one value a patient.")
+    sums = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, number, values)
+    means = sums / np.bincount(number)[:, None]
+    return Patients(np.asarray(names), means, genes, grouped.first().set_axis(names))
+
+
+def survival_of(found: Patients, time: str, event: str) -> tuple[np.ndarray, np.ndarray]:
+    """Check times and events of patients.
+
+    Returns
+    -------
+    Times, ``float64``, and whether the event was seen, ``bool``; each ``(n_patients,)``.
+
+    Raises
+    ------
+    ValueError
+        If a time is not positive, an event is anything but 0 or 1, or none was seen.
+    """
+    times = found.obs[time].to_numpy(dtype=np.float64)
+    if not (times > 0).all():
+        raise ValueError(f"Expected positive times in {time!r}, found {times.min():g}. Leave those rows out.")
+    seen = pd.unique(found.obs[event])
+    if not set(seen) <= {0, 1}:
+        raise ValueError(
+            f"Expected 1 (seen) and 0 (censored) in {event!r}, found {list(seen)[:4]}. Some tables say it the other "
+            "way round: `table.obs['event'] = table.obs['censorship'] == 0`."
+        )
+    events = found.obs[event].to_numpy().astype(bool)
+    if not events.any():
+        raise ValueError(f"No event was seen in {event!r}: every patient is censored.")
+    return times, events
+
+
+def groups_of(found: Patients, by: str | None) -> dict[str, np.ndarray]:
+    """Rows of each group of patients, as ``"all"`` without groups."""
+    if by is None:
+        return {"all": np.ones(len(found.names), dtype=bool)}
+    values = found.obs[by].astype(str).to_numpy()
+    return {name: values == name for name in dict.fromkeys(values)}

@@ -1,0 +1,146 @@
+"""Cox regressions and concordances against statsmodels, lifelines, and published output of R's survival package."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lifelines import CoxPHFitter, KaplanMeierFitter, datasets
+from lifelines.statistics import logrank_test
+from lifelines.utils import concordance_index
+from statsmodels.duration.hazard_regression import PHReg
+
+from stimage_sd.nn.cox import concordances, cox_regressions
+
+
+@pytest.mark.parametrize("levels", [3, 20, 10_000])
+def test_all_genes_are_fitted_as_one_by_one(levels: int) -> None:
+    """With many ties, some, and none; by statsmodels, whose ties are Efron's too, and lifelines' concordance."""
+    random = np.random.default_rng(levels)
+    values = random.normal(size=(150, 4)) * [0.01, 1.0, 30.0, 1.0] + [0, 5, -100, 0]
+    values[:, 3] = np.round(values[:, 3])
+    time = 1 + np.floor(levels * random.exponential(np.exp(-0.5 * values[:, 1] + 2.5)) / 10)
+    event = random.random(150) < 0.6
+    found = cox_regressions(values, time, event)
+    c_index = concordances(values, time, event)
+    for gene in range(4):
+        other = PHReg(time, values[:, [gene]], event.astype(int), ties="efron").fit()
+        np.testing.assert_allclose(found.coef[gene], other.params[0], rtol=1e-8)
+        np.testing.assert_allclose(found.se[gene], other.bse[0], rtol=1e-8)
+        np.testing.assert_allclose(found.p_value[gene], other.pvalues[0], rtol=1e-7)
+        np.testing.assert_allclose(found.log_likelihood[gene], other.llf, rtol=1e-10)
+        assert c_index[gene] == pytest.approx(1 - concordance_index(time, values[:, gene], event), abs=1e-12)
+    assert found.log_likelihood_null == pytest.approx(
+        PHReg(time, values[:, :1], event, ties="efron").loglike(np.zeros(1))
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 25), st.integers(1, 6))
+def test_concordance_is_counted_over_pairs(seed: int, n: int, levels: int) -> None:
+    random = np.random.default_rng(seed)
+    risk, time = random.integers(0, levels, size=(n, 1)), random.integers(1, levels + 2, n)
+    event = random.random(n) < 0.7
+    event[0] = True
+    good = pairs = 0.0
+    for i in range(n):
+        for j in range(n):
+            if event[i] and (time[i] < time[j] or (time[i] == time[j] and not event[j])):
+                pairs += 1
+                good += (risk[i, 0] > risk[j, 0]) + 0.5 * (risk[i, 0] == risk[j, 0])
+    found = concordances(risk, time, event)[0]
+    assert np.isnan(found) if pairs == 0 else found == pytest.approx(good / pairs)
+
+
+def test_lung_is_as_r_gives_it() -> None:
+    """``coxph(Surv(time, status) ~ sex, lung)``, survdiff, survfit: Therneau's package as printed in STHDA's "Cox
+    proportional-hazards model" and "Survival analysis basics" (coef -0.5310, se 0.1672, z -3.176, p 0.00149,
+    likelihood ratio 10.63, concordance 0.579; log-rank 10.3, p 0.00131; medians 270 and 426 days)."""
+    lung = datasets.load_lung().dropna(subset=["time", "status", "sex"])
+    time, event = lung["time"].to_numpy(), lung["status"].to_numpy() == lung["status"].max()
+    sex = lung["sex"].to_numpy(dtype=float)
+    found = cox_regressions(sex[:, None], time, event)
+    assert found.coef[0] == pytest.approx(-0.5310, abs=1e-4)
+    assert found.se[0] == pytest.approx(0.1672, abs=1e-4)
+    assert found.coef[0] / found.se[0] == pytest.approx(-3.176, abs=1e-3)
+    assert found.p_value[0] == pytest.approx(0.00149, abs=1e-5)
+    assert 2 * (found.log_likelihood[0] - found.log_likelihood_null) == pytest.approx(10.63, abs=5e-3)
+    assert concordances(-sex[:, None], time, event)[0] == pytest.approx(0.579, abs=1e-3)
+    male = sex == sex.min()
+    test = logrank_test(time[male], time[~male], event[male], event[~male])
+    assert test.test_statistic == pytest.approx(10.3, abs=0.05)
+    assert test.p_value == pytest.approx(0.00131, abs=1e-5)
+    medians = [KaplanMeierFitter().fit(time[rows], event[rows]).median_survival_time_ for rows in (male, ~male)]
+    assert medians == [270.0, 426.0]
+
+
+def test_recidivism_is_as_r_gives_it() -> None:
+    """``coxph(Surv(week, arrest) ~ fin + age + race + wexp + mar + paro + prio, Rossi)``, the multivariate fit that
+    `stimage_sd.tl.risk_groups` leaves to lifelines: Fox and Weisberg, "Cox proportional-hazards regression for survival
+    data in R", appendix to "An R companion to applied regression"."""
+    rossi = datasets.load_rossi()
+    fitted = CoxPHFitter().fit(rossi, "week", "arrest")
+    expected = {"fin": -0.37942, "age": -0.05744, "race": 0.31390, "wexp": -0.14980, "mar": -0.43370,
+                "paro": -0.08487, "prio": 0.09150}  # fmt: skip
+    errors = {"fin": 0.19138, "age": 0.02200, "race": 0.30799, "wexp": 0.21222, "mar": 0.38187, "paro": 0.19576,
+              "prio": 0.02865}  # fmt: skip
+    for name, value in expected.items():
+        assert fitted.params_[name] == pytest.approx(value, abs=1e-3)
+        assert fitted.standard_errors_[name] == pytest.approx(errors[name], abs=1e-3)
+    risk = fitted.predict_log_partial_hazard(rossi).to_numpy()[:, None]
+    # its linear predictor by itself has the coefficient one
+    found = cox_regressions(risk, rossi["week"].to_numpy(), rossi["arrest"].to_numpy())
+    assert found.coef[0] == pytest.approx(1.0, abs=1e-4)
+    assert concordances(risk, rossi["week"].to_numpy(), rossi["arrest"].to_numpy())[0] == pytest.approx(0.640, abs=1e-3)
+
+
+def test_breast_cancer_and_glioma_are_as_r_gives_them() -> None:
+    """Everitt and Hothorn, "A handbook of statistical analyses using R", chapter "Survival analysis": coxph of GBSG2
+    (horTh -0.346278, age -0.009459, pnodes 0.048789, progrec -0.002217) and the log-rank test of grade III glioma
+    (chi-square 6.1, p 0.0138)."""
+    gbsg = datasets.load_gbsg2()
+    gbsg = gbsg.assign(horTh=(gbsg["horTh"] == "yes").astype(int), menostat=(gbsg["menostat"] == "Post").astype(int))
+    grade = gbsg.pop("tgrade").map({"I": 0, "II": 1, "III": 2})
+    # R's orthogonal polynomials of an ordered factor
+    gbsg = gbsg.assign(linear=np.array([-1, 0, 1])[grade] / np.sqrt(2), square=np.array([1, -2, 1])[grade] / np.sqrt(6))
+    fitted = CoxPHFitter().fit(gbsg, "time", "cens")
+    for name, value in {"horTh": -0.346278, "age": -0.009459, "linear": 0.551299, "square": -0.201091,
+                        "pnodes": 0.048789, "progrec": -0.002217}.items():  # fmt: skip
+        assert fitted.params_[name] == pytest.approx(value, abs=1e-3)
+    glioma = datasets.load_g3()
+    treated = (glioma["group"] == "RIT").to_numpy()
+    time, event = glioma["time"].to_numpy(), glioma["event"].to_numpy()
+    test = logrank_test(time[treated], time[~treated], event[treated], event[~treated])
+    assert test.test_statistic == pytest.approx(6.06, abs=5e-3)
+    assert test.p_value == pytest.approx(0.0138, abs=1e-4)
+    # the score test of a Cox regression without ties is the log-rank test; Wald's is near it
+    assert cox_regressions(treated[:, None].astype(float), time, event).p_value[0] == pytest.approx(0.03, abs=0.02)
+
+
+def test_genes_that_tell_nothing_or_everything_are_nan() -> None:
+    time = np.arange(1.0, 21.0)
+    values = np.column_stack([np.ones(20), -time, np.sin(time)])
+    found = cox_regressions(values, time, np.ones(20, bool))
+    assert np.isnan(found.coef[:2]).all()
+    assert np.isfinite(found.coef[2])
+    assert concordances(values, time, np.ones(20, bool)).tolist()[:2] == [0.5, 1.0]
+
+
+def test_the_order_of_patients_and_the_unit_do_not_matter() -> None:
+    random = np.random.default_rng(0)
+    values, time, event = random.normal(size=(60, 3)), random.integers(1, 20, 60), random.random(60) < 0.5
+    found = cox_regressions(values, time, event)
+    order = random.permutation(60)
+    again = cox_regressions(1000 * values[order] + 7, time[order] / 30, event[order])
+    np.testing.assert_allclose(found.coef, 1000 * again.coef, rtol=1e-6)
+    np.testing.assert_allclose(found.p_value, again.p_value, rtol=1e-6)
+
+
+def test_bad_input_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected at least one event, found none"):
+        cox_regressions(np.ones((3, 1)), np.ones(3), np.zeros(3))
+    with pytest.raises(ValueError, match="finite values and times"):
+        cox_regressions(np.array([[np.nan], [1.0]]), np.ones(2), np.ones(2))
+    with pytest.raises(ValueError, match=r"found shapes \(3, 1\), \(2,\)"):
+        concordances(np.ones((3, 1)), np.ones(2), np.ones(3))

@@ -1,0 +1,148 @@
+"""Survival and cohorts: screens, risk groups that see no test patient, and their pictures."""
+
+from __future__ import annotations
+
+import anndata as ad
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+import stimage_sd as sti
+from stimage_sd.nn.cox import cox_regressions
+from stimage_sd.tl._patients import patients_of
+
+OUTCOME = {"time": "months", "event": "dead"}
+
+
+def cohort(n: int = 120, n_genes: int = 30, *, effect: float = 1.0, seed: int = 0, slides: int = 1) -> ad.AnnData:
+    """Patients whose survival hangs on the first two genes, with the same values on each of their slides but noise."""
+    random = np.random.default_rng(seed)
+    own = random.normal(size=(n, n_genes))
+    months = random.exponential(20 * np.exp(-effect * (own[:, 0] - own[:, 1])))
+    ends = random.exponential(40, n)
+    obs = pd.DataFrame(
+        {
+            "months": np.minimum(months, ends) + 0.1,
+            "dead": (months < ends).astype(int),
+            "patient": [f"P{i:03d}" for i in range(n)],
+            "subtype": np.where(random.random(n) < 0.5, "A", "B"),
+        }
+    )
+    rows = np.repeat(np.arange(n), slides)
+    values = own[rows] + 0.01 * random.normal(size=(len(rows), n_genes))
+    table = ad.AnnData(values.astype(np.float32), obs.iloc[rows].set_axis([f"S{i}" for i in range(len(rows))]))
+    table.var_names = [f"G{i}" for i in range(n_genes)]
+    return table
+
+
+def test_the_screen_finds_what_was_planted_a_deviation_at_a_time() -> None:
+    table = cohort(300)
+    found = sti.tl.cox_screen(table, **OUTCOME)
+    assert set(found["gene"].head(2)) == {"G0", "G1"}
+    ratio = found.set_index("gene")["hazard_ratio"]
+    assert ratio["G0"] > 1.5 > 0.67 > ratio["G1"]
+    assert ((found["lower"] < found["hazard_ratio"]) & (found["hazard_ratio"] < found["upper"])).all()
+    assert (found["c_index"] > 0.45).all()
+    values = table.X[:, 0] / table.X[:, 0].std(ddof=1)
+    other = cox_regressions(values[:, None], table.obs["months"], table.obs["dead"])
+    assert found.set_index("gene")["coef"]["G0"] == pytest.approx(other.coef[0], rel=1e-5)
+
+
+def test_groups_and_slides_of_a_patient() -> None:
+    table = cohort(100, slides=3)
+    found = sti.tl.cox_screen(table, **OUTCOME, patient="patient", by="subtype")
+    assert set(found["group"]) == {"A", "B"}
+    assert found.groupby("group")["n_patients"].first().sum() == 100
+    alone = sti.tl.cox_screen(table[table.obs["subtype"] == "A"], **OUTCOME, patient="patient")
+    mine = found[found["group"] == "A"].drop(columns="group").reset_index(drop=True)
+    pd.testing.assert_frame_equal(mine, alone.drop(columns="group"))
+    patients = patients_of(table, ["months"], patient="patient")
+    np.testing.assert_allclose(patients.values[0], table.X[:3].mean(axis=0), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_random_genes_predict_nothing() -> None:
+    """670 patients, 1,522 genes: whoever scores genes on the patients they were chosen on finds more."""
+    table = cohort(670, 1522, effect=0.0)
+    found = sti.tl.risk_groups(table, **OUTCOME, n_repeats=4)
+    assert abs(found.summary["c_index"].iloc[0] - 0.5) < 0.05
+    screened = sti.tl.cox_screen(table, **OUTCOME)
+    assert screened["c_index"].nlargest(5).min() > 0.54  # in sample
+    assert (screened["q_value"] > 0.05).all()
+
+
+def test_slides_of_a_patient_are_never_on_both_sides() -> None:
+    """Every patient's slides are all but the same, and outcomes random: a split of slides would predict them."""
+    table = cohort(60, 400, effect=0.0, slides=5)
+    found = sti.tl.risk_groups(table, **OUTCOME, patient="patient", n_repeats=6)
+    assert abs(found.summary["c_index"].iloc[0] - 0.5) < 0.15
+    assert (found.folds.groupby("repeat")["n_test"].sum() == 60).all()
+    assert found.patients["patient"].is_unique
+
+
+def test_risk_groups_find_what_was_planted_and_repeat() -> None:
+    table = cohort(150)
+    found = sti.tl.risk_groups(table, **OUTCOME, n_genes=2, n_repeats=3, seed=5)
+    assert found.summary["c_index"].iloc[0] > 0.7
+    assert found.summary["log_rank_p"].iloc[0] < 1e-3
+    assert found.summary["hazard_ratio"].iloc[0] > 1.5
+    assert set(found.genes["gene"].head(2)) == {"G0", "G1"}
+    assert found.patients["risk_group"].value_counts().tolist() == [75, 75]
+    again = sti.tl.risk_groups(table, **OUTCOME, n_genes=2, n_repeats=3, seed=5)
+    for one, other in zip(found, again, strict=True):
+        pd.testing.assert_frame_equal(one, other)
+    # whoever is left out does not change how others are scored in the same fold: scales and genes are the training's
+    moved = table.copy()
+    moved.X = moved.X * 100 + 7
+    other = sti.tl.risk_groups(moved, **OUTCOME, n_genes=2, n_repeats=3, seed=5)
+    np.testing.assert_allclose(found.patients["risk"], other.patients["risk"], rtol=1e-3, atol=1e-3)
+
+
+def test_bad_outcomes_say_what_to_do() -> None:
+    table = cohort(30)
+    with pytest.raises(KeyError, match="No column 'days' in the table's obs"):
+        sti.tl.cox_screen(table, time="days", event="dead")
+    missing = table.copy()
+    missing.obs.loc["S3", "months"] = np.nan
+    with pytest.raises(ValueError, match=r"1 of 30 rows lack a value .* such as 'S3'. Leave them out: `table\[table"):
+        sti.tl.cox_screen(missing, **OUTCOME)
+    odd = table.copy()
+    odd.obs["dead"] = odd.obs["dead"] + 1
+    with pytest.raises(ValueError, match=r"Expected 1 \(seen\) and 0 \(censored\)"):
+        sti.tl.cox_screen(odd, **OUTCOME)
+    negative = table.copy()
+    negative.obs["months"] -= 1000
+    with pytest.raises(ValueError, match="positive times"):
+        sti.tl.risk_groups(negative, **OUTCOME)
+    contradicting = cohort(10, slides=2)
+    contradicting.obs.loc["S1", "months"] += 1
+    with pytest.raises(ValueError, match="Slides of patient 'P000' differ"):
+        sti.tl.cox_screen(contradicting, **OUTCOME, patient="patient")
+    alive = table.copy()
+    alive.obs.loc[alive.obs["subtype"] == "B", "dead"] = 0
+    with pytest.raises(ValueError, match="Group 'B'"):
+        sti.tl.cox_screen(alive, **OUTCOME, by="subtype")
+    with pytest.raises(ValueError, match="Group 'B' has 0 events, fewer than the 3 folds"):
+        sti.tl.risk_groups(alive, **OUTCOME, by="subtype", n_repeats=1)
+    with pytest.raises(ValueError, match="Expected at least 31 genes"):
+        sti.tl.risk_groups(table, **OUTCOME, n_genes=31)
+    broken = table.copy()
+    broken.X[0, 4] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinity, for instance of 'G4'"):
+        sti.tl.cox_screen(broken, **OUTCOME)
+
+
+def test_curves_show_groups_and_numbers_at_risk() -> None:
+    found = sti.tl.risk_groups(cohort(90), **OUTCOME, by="subtype", n_genes=2, n_repeats=2)
+    axes = sti.pl.survival(found.patients)
+    assert [ax.get_title().split(":")[0] for ax in axes] == list(dict.fromkeys(found.patients["group"]))
+    part = found.patients[found.patients["group"] == found.patients["group"].iloc[0]]
+    texts = [text.get_text() for text in axes[0].texts]
+    for name in ("low", "high"):
+        assert str(int((part["risk_group"] == name).sum())) in texts
+    with pytest.raises(ValueError, match="found one in 'all'"):
+        sti.pl.survival(found.patients.assign(group="all", risk_group="low"))
+    with pytest.raises(ValueError, match="risk_groups"):
+        sti.pl.survival(found.patients.drop(columns="time"))
+    plt.close("all")
