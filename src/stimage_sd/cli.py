@@ -351,6 +351,30 @@ def explain(
     typer.echo(f"Explained nuclei in {target}.")
 
 
+@app.command()
+def cohort(
+    slides: Annotated[Path, typer.Argument(help="CSV table of slides: path; slide, patient, mpp where wanted.")],
+    model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results; the same command goes on where it stopped.")],
+    weights: Weights = None,
+    quality: Annotated[bool, typer.Option(help="Leave slides of poor quality out.")] = True,
+    stores: Annotated[bool, typer.Option(help="Write a zarr store a slide, without its image, too.")] = False,
+) -> None:
+    """Predict a cohort of whole slides: one row a slide, and what became of each."""
+    import pandas as pd
+
+    from stimage_sd import models, tl
+
+    if not slides.is_file():
+        raise FileNotFoundError(f"No table of slides at {slides}.")
+    table = pd.read_csv(slides, dtype={"slide": str, "patient": str, "path": str})
+    found = tl.predict_cohort(table, models.load(model), out=out, quality=quality, stores=stores, weights=weights)
+    report = found.uns["slides"]
+    for name, row in report[report["status"] != "predicted"].iterrows():
+        typer.echo(f"{name}: {row['status']}: {row['reason']}", err=True)
+    typer.echo(f"{found.n_obs} of {len(report)} slides x {found.n_vars} genes in {out / 'cohort.h5ad'}")
+
+
 @app.command(name="app")
 def serve(
     model: Annotated[Path | None, typer.Option(help="Model that visitors may choose.")] = None,

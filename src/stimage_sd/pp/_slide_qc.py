@@ -167,8 +167,7 @@ def slide_qc(
             rows[sample], classes[sample] = _measure(sections[sample], plan, bar)
     table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("sample")
     limits = _limits(table, max_blurry, max_regions_percentile, min_pixels_percentile, min_cohort)
-    table["reason"] = _reasons(rows.values(), limits)
-    table.insert(table.shape[1] - 1, "keep", table["reason"] == "")
+    table = _with_reasons(table, limits)
     for row, (sample, sdata) in zip(table.to_dict("records"), sections.items(), strict=True):
         _write(sdata, classes[sample], {str(name): value for name, value in row.items()}, limits, plans[sample])
     return table
@@ -304,6 +303,18 @@ def _tissue(sdata: SpatialData, rgb: np.ndarray) -> np.ndarray:
         if mask.mean() < LEAST_TISSUE:
             mask = np.zeros_like(mask)
     return cv2.resize(mask.astype(np.uint8), rgb.shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
+
+
+def judged(
+    table: pd.DataFrame, max_blurry: float, regions_percentile: float, pixels_percentile: float, min_cohort: int
+) -> pd.DataFrame:
+    """Say which slides to keep, and why not, of a table of what was measured of each before."""
+    return _with_reasons(table, _limits(table, max_blurry, regions_percentile, pixels_percentile, min_cohort))
+
+
+def _with_reasons(table: pd.DataFrame, limits: _Limits) -> pd.DataFrame:
+    reasons = _reasons(({str(name): value for name, value in row.items()} for row in table.to_dict("records")), limits)
+    return table.assign(keep=[reason == "" for reason in reasons], reason=reasons)
 
 
 def _limits(
