@@ -23,6 +23,7 @@ MODULES = (
     "embedding_resnet50",
     "nb_fit",
     "nb_predict",
+    "lime",
     "morans_i",
     "bivariate_morans_i",
     "pearson",

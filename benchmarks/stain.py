@@ -75,15 +75,20 @@ class Mosaic:
 # the data
 
 
+#: fewer tiles than this are too little tissue to fit stains on: they are the first of so many
+LEAST = 50
+
+
 def mosaic(size: int) -> Mosaic:
     """Read a mosaic of so many tiles, made at its first use and kept in the folder for temporary files.
 
     It is made in a process of its own, so that this one's peak memory is that of the work.
     """
-    folder = _folder(size)
+    whole = max(size, LEAST)
+    folder = _folder(whole)
     if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.stain", str(size)], check=True)
-    rows, columns = np.divmod(np.arange(size), _columns(size))
+        subprocess.run([sys.executable, "-W", "ignore", "-m", "benchmarks.stain", str(whole)], check=True)
+    rows, columns = np.divmod(np.arange(size), _columns(whole))
     return Mosaic(
         spatialdata.read_zarr(folder / "mosaic.zarr"),
         (np.column_stack([columns, rows]) + 0.5) * SIDE,

@@ -14,7 +14,9 @@ import matplotlib.image as mpimg
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
 import spatialdata
+from geopandas import GeoDataFrame
 from spatialdata import SpatialData
 from typer.testing import CliRunner, Result
 
@@ -22,7 +24,7 @@ from stimage_sd import __version__, _demo, contract, datasets, io, models, pp, t
 from stimage_sd._store import staged
 from stimage_sd.cli import app
 
-COMMANDS = ("demo", "train", "predict", "evaluate", "info")
+COMMANDS = ("demo", "train", "predict", "evaluate", "explain", "info")
 
 
 def run(*arguments: object) -> Result:
@@ -113,6 +115,42 @@ def test_traceback_is_shown_when_asked_for(tmp_path: Path) -> None:
     assert outcome.exit_code == 2
     assert "Traceback" in outcome.stderr
     assert "FileNotFoundError" in outcome.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# explain
+
+
+def test_explain_writes_scores_and_a_figure(stores: Path, tmp_path: Path) -> None:
+    sdata = spatialdata.read_zarr(stores / "test.zarr")
+    spots = np.asarray(sdata.tables["counts"].obsm["spatial"])
+    discs = shapely.buffer(shapely.points(np.concatenate([spots - 12, spots, spots + 15])), 6)
+    sdata.shapes["nuclei"] = contract.build_shapes(GeoDataFrame(geometry=discs), mpp=None)
+    sdata.write(tmp_path / "section.zarr")
+    gene = models.load(stores / "model.stimage").genes[0]
+    arguments = ["--model", stores / "model.stimage", "--gene", gene, "--n-samples", 12, "--out", tmp_path / "out.zarr"]
+    more = ["--n-tiles", 1, "--of", "mean", "--of", "epistemic", "--figure", tmp_path / "explained.png"]
+    outcome = run("explain", tmp_path / "section.zarr", *arguments, *more)
+    assert outcome.exit_code == 0, outcome.output
+    assert f"explaining {gene} on 1 tiles" in outcome.stdout
+    assert f"{gene}: R²" in outcome.stdout
+    back = spatialdata.read_zarr(tmp_path / "out.zarr")
+    assert {f"lime_{gene}", f"lime_{gene}_epistemic"} <= set(back.shapes["nuclei_explained"].columns)
+    assert back.tables["explanations"].n_obs == 1
+    assert (tmp_path / "explained.png").stat().st_size > 10_000
+    # superpixels in place of the nuclei
+    arguments = ["--model", stores / "model.stimage", "--gene", gene, "--n-samples", 12, "--overwrite"]
+    outcome = run("explain", tmp_path / "out.zarr", *arguments, "--tile", 3, "--segments", "slic")
+    assert outcome.exit_code == 0, outcome.output
+    back = spatialdata.read_zarr(tmp_path / "out.zarr")
+    assert "nuclei_explained" not in back.shapes
+    assert set(back.shapes["segments_explained"]["tile"]) == {3}
+
+
+def test_explain_without_nuclei_says_what_to_run(stores: Path, tmp_path: Path) -> None:
+    arguments = ["--model", stores / "model.stimage", "--gene", "SIGNAL003", "--out", tmp_path / "out.zarr"]
+    assert "pp.segment_nuclei" in refused("explain", stores / "test.zarr", *arguments)
+    assert not (tmp_path / "out.zarr").exists()
 
 
 # --------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from stimage_sd._cache import cache_dir
 from stimage_sd._tile_cutting import view_of
-from stimage_sd.stream import TileJob, cut_tile, run_over_images, run_over_tiles, visit_order
+from stimage_sd.stream import TileJob, cut_tile, iterate_over_tiles, run_over_images, run_over_tiles, visit_order
 
 
 def flat(tiles: np.ndarray) -> np.ndarray:
@@ -530,3 +530,42 @@ def test_bad_input_is_refused(counted_image: Callable) -> None:
     with pytest.raises(ValueError, match="`batch_size` of at least 1, found 0"):
         run_over_tiles(pyramid, np.ones((1, 2)), channel_means, sides=[10.0], batch_size=0, **options)
     assert not list((cache_dir() / "stream").glob("*"))
+
+
+# --------------------------------------------------------------------------------------------------
+# batch by batch
+
+
+def test_batches_are_the_whole_one_after_the_other(counted_image: Callable[..., object]) -> None:
+    image = counted_image(300, 400, chunk=64)
+    centers = random_centers(23, 300, 400)
+    options = {"sides": [40.0, 60.0], "target": 20, "key": "batches", "batch_size": 5}
+    whole = run_over_tiles(image.pyramid, centers, channel_means, **options)
+    job = TileJob(pyramid=image.pyramid, centers=centers, function=channel_means, shape=(3,), **options)
+    seen = []
+    for rows, values in iterate_over_tiles(job, n_workers=1):
+        np.testing.assert_array_equal(values, whole[rows])
+        assert values.dtype == np.float32
+        seen.append(rows)
+    assert [len(rows) for rows in seen] == [5, 5, 5, 5, 3]
+    assert sorted(np.concatenate(seen).tolist()) == list(range(23))
+    assert not list((cache_dir() / "stream").glob("*"))
+
+
+def test_batches_that_nobody_asked_for_are_not_lost(counted_image: Callable[..., object]) -> None:
+    """Who stops in the middle finds all results done when they begin again."""
+    image = counted_image(200, 200, chunk=64)
+    centers = random_centers(9, 200, 200)
+    calls = []
+
+    def counting(tiles: np.ndarray) -> np.ndarray:
+        calls.append(len(tiles))
+        return channel_means(tiles)
+
+    options = {"sides": [30.0], "target": 10, "key": "left", "shape": (3,), "batch_size": 4}
+    job = TileJob(pyramid=image.pyramid, centers=centers, function=counting, **options)
+    first = next(iterate_over_tiles(job))
+    assert sum(calls) == 9
+    again = list(iterate_over_tiles(job))
+    assert sum(calls) == 9
+    np.testing.assert_array_equal(again[0][1], first[1])

@@ -108,16 +108,22 @@ def prepare_for_model(sdata: SpatialData, model: NBModel, *, weights: Path | Non
 def _make_tiles(sdata: SpatialData, tiles: TileSpecification, changed: list[str], *, say: Say) -> None:
     """Stain-normalise and tile a section as a model expects, where that was not done."""
     name = contract.sample(sdata)
-    if tiles.stain is not None and not _is_normalized(sdata):
-        method, concentrations = tiles.stain["method"], tiles.stain["concentrations"]
-        say(f"{name}: stain normalisation ({method}, to the model's reference)")
-        pp.stain_normalize(sdata, tiles.stain["reference"], method=method, concentrations=concentrations)
+    normalize_for_model(sdata, tiles, say=say)
     if contract.TILES not in sdata.tables:
         say(f"{name}: tiling")
         # a section with spots whose resolution is unknown is tiled by the spots' own size
         known = contract.info(sdata)["mpp"] is not None or not contract.has_units(sdata)
         pp.tile(sdata, size_um=tiles.size_um if known else None, target_px=tiles.input_px)
         changed.append(contract.TILE_SQUARES)
+
+
+def normalize_for_model(sdata: SpatialData, tiles: TileSpecification, *, say: Say) -> None:
+    """Make the stain-normalised image that a model's tiles are cut from, which no store holds, where it is not here."""
+    if tiles.stain is None or _is_normalized(sdata):
+        return
+    method, concentrations = tiles.stain["method"], tiles.stain["concentrations"]
+    say(f"{contract.sample(sdata)}: stain normalisation ({method}, to the model's reference)")
+    pp.stain_normalize(sdata, tiles.stain["reference"], method=method, concentrations=concentrations)
 
 
 def _is_embedded(sdata: SpatialData, extractor: str) -> bool:

@@ -19,6 +19,17 @@ def is_store(path: Path) -> bool:
     return any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zattrs"))
 
 
+def check_section(path: Path) -> None:
+    """Raise `FileNotFoundError` or `ValueError` where no zarr store of a section lies at a path."""
+    if not path.exists():
+        raise FileNotFoundError(f"No zarr store at {path}.")
+    if not is_store(path) or not _is_spatialdata(path):
+        raise ValueError(
+            f"Expected the zarr store of a section at {path}, found something else. Read the section with one of the "
+            "readers of `stimage_sd.io` and write it with `sdata.write(...)`."
+        )
+
+
 def read_section(path: Path) -> SpatialData:
     """Read a section lazily from its zarr store.
 
@@ -44,13 +55,7 @@ def read_section(path: Path) -> SpatialData:
     Traceback (most recent call last):
     FileNotFoundError: No zarr store at no-such.zarr.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"No zarr store at {path}.")
-    if not is_store(path) or not _is_spatialdata(path):
-        raise ValueError(
-            f"Expected the zarr store of a section at {path}, found something else. Read the section with one of the "
-            "readers of `stimage_sd.io` and write it with `sdata.write(...)`."
-        )
+    check_section(path)
     try:
         return spatialdata.read_zarr(path)
     except (ValueError, KeyError, OSError, TypeError, json.JSONDecodeError) as error:
@@ -142,7 +147,7 @@ def write_changed(sdata: SpatialData, *, source: Path, target: Path, changed: It
     target
         Where to; may be `source`.
     changed
-        Names of the elements to write; the others are as they are in the store.
+        Names of the elements to write; the others are as they are in the store. Those that the section lacks are gone.
     overwrite
         Whether a store at `target` may be replaced.
     """
@@ -156,6 +161,8 @@ def write_changed(sdata: SpatialData, *, source: Path, target: Path, changed: It
             if name in known:
                 copy.delete_element_from_disk(name)
         for name in changed:
+            if name not in sdata:
+                continue
             copy[name] = sdata[name]
             copy.write_element(name)
         copy.attrs = sdata.attrs

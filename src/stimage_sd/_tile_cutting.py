@@ -86,6 +86,11 @@ class View:
         corners = np.floor(centers / self.factor - self.side / 2 + 0.5).astype(np.int64)
         return corners[:, 0], corners[:, 1]
 
+    def pixels(self, center: np.ndarray, *, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
+        """Columns and rows of the square around a centre, px of the level, mirrored beyond the borders of the level."""
+        (left,), (top,) = self.corners(center[None])
+        return _reflected(int(left), self.side, width), _reflected(int(top), self.side, height)
+
 
 def view_of(arrays: Sequence[da.Array], side: float, target: int) -> View:
     """Field of view at the coarsest level at which it still has the target's pixels."""

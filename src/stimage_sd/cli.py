@@ -52,6 +52,15 @@ class Against(StrEnum):
     proteins = "proteins"
 
 
+class Of(StrEnum):
+    """What of a prediction is explained."""
+
+    mean = "mean"
+    epistemic = "epistemic"
+    aleatoric = "aleatoric"
+    total_variance = "total_variance"
+
+
 class Standardize(StrEnum):
     """What embeddings are standardised by."""
 
@@ -277,6 +286,92 @@ def evaluate(
 
 
 @app.command()
+def explain(
+    section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store of a section with nuclei.")],
+    model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
+    gene: Annotated[list[str], typer.Option(help="Gene to explain; several, where it is given several times.")],
+    tile: Annotated[
+        list[int] | None, typer.Option(help="Tile to explain; by default those with the highest prediction of a gene.")
+    ] = None,
+    n_tiles: Annotated[int, typer.Option(min=1, help="Tiles a gene, where none are named.")] = 5,
+    of: Annotated[list[Of] | None, typer.Option(help="What is explained [default: mean].")] = None,
+    segments: Annotated[str, typer.Option(help="nuclei, slic (superpixels), or the name of labels.")] = "nuclei",
+    n_samples: Annotated[int, typer.Option(min=10, help="Perturbed copies of a tile.")] = 1000,
+    seed: Annotated[int, typer.Option(help="Seed of the perturbations.")] = 0,
+    figure: Annotated[Path | None, typer.Option(help="PNG file for the explained tiles.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Zarr store to write; by default ZARR itself.")] = None,
+    weights: Weights = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Score the nuclei that predictions rest on, by LIME.
+
+    Steps that the section lacks are run as the model expects them, and the store is written as predict writes it.
+    """
+    from stimage_sd import contract, models, pl, tl
+    from stimage_sd._steps import normalize_for_model, prepare_for_model
+    from stimage_sd._store import check_free, read_section, staged, write_changed
+
+    target = section if out is None else out
+    if section.exists():
+        check_free(target, overwrite=overwrite)
+    if figure is not None:
+        check_free(figure, overwrite=overwrite)
+    fitted = models.load(model)
+    sdata = read_section(section)
+    on_disk = set(sdata.images)
+    changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
+    normalize_for_model(sdata, fitted.tiles, say=_say)
+    tl.predict(sdata, fitted)
+    chosen = tile or [number for name in gene for number in tl.top_tiles(sdata, name, n_tiles=n_tiles)]
+    _say(f"{contract.sample(sdata)}: explaining {', '.join(gene)} on {len(set(chosen))} tiles")
+    extractors = [] if weights is None else [models.get_extractor(fitted.tiles.extractor, weights=weights)]
+    kinds: list[Any] = [kind.value for kind in of or [Of.mean]]
+    tl.explain(
+        sdata,
+        fitted,
+        gene,
+        tiles=chosen,
+        of=kinds,
+        segments=segments,
+        n_samples=n_samples,
+        seed=seed,
+        extractors=extractors,
+    )
+    if figure is not None:
+        with staged(figure, overwrite=overwrite) as path:
+            pl.explanation(sdata, gene)[0].figure.savefig(path, dpi=120)
+    for name in set(sdata.images) - on_disk:
+        del sdata.images[name]
+    written = [contract.PREDICTIONS, contract.NUCLEI_EXPLAINED, contract.SEGMENTS_EXPLAINED, contract.EXPLANATIONS]
+    write_changed(sdata, source=section, target=target, changed=[*changed, *written], overwrite=overwrite)
+    table = contract.explanations(sdata)
+    for name in gene if "r2" in table.layers else ():
+        values = table[:, name].layers
+        typer.echo(f"{name}: R² {_median(values['r2'])}, stability {_median(values['stability'])} (medians)")
+    typer.echo(f"Explained nuclei in {target}.")
+
+
+@app.command(name="app")
+def serve(
+    model: Annotated[Path | None, typer.Option(help="Model that visitors may choose.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="ZARR", help="Zarr store of a section that they may choose.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
+    address: Annotated[
+        str, typer.Option(help="Address to listen on; by default no other machine reaches the app.")
+    ] = "localhost",
+    max_upload: Annotated[int, typer.Option(min=1, max=4000, help="Largest file that may be uploaded, MB.")] = 200,
+) -> None:
+    """Serve the web app: predictions over a slide, and its tiles explained (extra app)."""
+    from stimage_sd.app._launch import check_extra, launch
+
+    check_extra()
+    typer.echo(f"The app is at http://{address}:{port}; stop it with Ctrl-C.")
+    launch(model=model, data=data, address=address, port=port, upload_mb=max_upload)
+
+
+@app.command()
 def info(path: Annotated[Path, typer.Argument(help="Zarr store of a section, or a model.")]) -> None:
     """Say what a section holds, what was done to it and what to run next; or what a model is."""
     from stimage_sd._store import is_store, read_section
@@ -313,6 +408,13 @@ def _read_names(path: Path) -> dict[str, str]:
         wrong = next(line for line in lines if len(line) != 2)
         raise ValueError(f"Expected a gene and its other name a line in {path}, found {' '.join(wrong)!r}.")
     return dict(line for line in lines if line != ["gene", "channel"])
+
+
+def _median(values: Any) -> str:
+    import numpy as np
+
+    found = np.asarray(values, dtype=float)
+    return f"{np.nanmedian(found):.2f}" if np.isfinite(found).any() else "undefined"
 
 
 def _name_sections(paths: Sequence[Path], sections: Sequence[SpatialData]) -> dict[str, SpatialData]:

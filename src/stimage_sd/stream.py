@@ -24,11 +24,20 @@ import xarray as xr
 from tqdm.auto import tqdm
 
 from stimage_sd._cache import cache_dir
-from stimage_sd._tile_cutting import Cutting, cut_tile, visit_order
+from stimage_sd._tile_cutting import Cutting, cut_tile, view_of, visit_order
 from stimage_sd._tile_graph import Batch, Recipe, TileFunction, batches, run_on_cluster, run_on_threads
 from stimage_sd._tile_results import Results, fingerprint
 
-__all__ = ["TileJob", "active_client", "cut_tile", "run_over_images", "run_over_tiles", "visit_order"]
+__all__ = [
+    "TileJob",
+    "active_client",
+    "cut_tile",
+    "iterate_over_tiles",
+    "pixel_positions",
+    "run_over_images",
+    "run_over_tiles",
+    "visit_order",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +93,35 @@ class TileJob:
             raise ValueError(
                 f"Expected positive tile sides and target, found sides {list(self.sides)} and target {self.target}."
             )
+
+
+def pixel_positions(
+    pyramid: Sequence[xr.DataArray], center: np.ndarray, *, side: float, target: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the pixels of a field of view come from, as `run_over_tiles` cuts it.
+
+    Parameters
+    ----------
+    pyramid
+        Levels of the image, finest first.
+    center
+        x and y of the tile's centre, px of the finest level.
+    side
+        Side of the field of view, px of the finest level.
+    target
+        Side to which it is resampled, px.
+
+    Returns
+    -------
+    x of the columns and y of the rows, each ``float64 (target,)``, px of the finest level: the middle of the level's
+    pixel that is nearest. Beyond the image's border they are mirrored, as the pixels are.
+    """
+    arrays = [level.data for level in pyramid]
+    view = view_of(arrays, side, target)
+    _, height, width = arrays[view.level].shape
+    columns, rows = view.pixels(np.asarray(center, dtype=np.float64), width=width, height=height)
+    nearest = ((np.arange(target) + 0.5) * view.side / target).astype(np.int64)
+    return (columns[nearest] + 0.5) * view.factor, (rows[nearest] + 0.5) * view.factor
 
 
 def run_over_tiles(
@@ -154,14 +192,53 @@ def run_over_images(
     ValueError
         If results are not of the `shape` that was given.
     """
+    for job in _completed(jobs, n_workers=n_workers, description=description, keep_store=keep_store):
+        yield job.results.read(job.order)
+
+
+def iterate_over_tiles(
+    job: TileJob, *, n_workers: int | None = None, description: str = "tiles"
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Run a function over tiles of a lazy image, and hand on its results one batch after the other.
+
+    For results of which all together are too large for memory: they stay on disk, compressed, until the last one was
+    handed on.
+
+    Parameters
+    ----------
+    job
+        What to run.
+    n_workers, description
+        As in `run_over_images`.
+
+    Yields
+    ------
+    Row numbers of a batch's tiles, ``int64 (n,)``, and their results, ``float32 (n, n_sides, ...)``. The first comes
+    when all tiles are done.
+
+    Raises
+    ------
+    ValueError
+        If results are not of the `shape` that was given.
+    """
+    for complete in _completed([job], n_workers=n_workers, description=description, keep_store=False):
+        for start in range(0, len(complete.order), job.batch_size):
+            rows = complete.order[start : start + job.batch_size]
+            yield rows, complete.results.values[start : start + len(rows)]
+
+
+def _completed(
+    jobs: Sequence[TileJob], *, n_workers: int | None, description: str, keep_store: bool
+) -> Iterator[_Opened]:
+    """Run jobs together; give each in turn once all its results are on disk, where they stay until the last is."""
     opened: deque[_Opened] = deque()
     complete: list[_Opened] = []
 
-    def collected() -> Iterator[np.ndarray]:
-        """Give the results of the jobs that are complete, up to the first that is not."""
+    def collected() -> Iterator[_Opened]:
+        """Give the jobs that are complete, up to the first that is not."""
         while opened and done[opened[0].owner] == opened[0].n_pending:
             complete.append(opened.popleft())
-            yield complete[-1].results.read(complete[-1].order)
+            yield complete[-1]
 
     with tqdm(total=sum(len(job.centers) for job in jobs), desc=description) as bar:
         pending = _pending(jobs, opened, bar)

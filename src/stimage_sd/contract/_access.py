@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import dask.array as da
 import numpy as np
+import pandas as pd
 import xarray as xr
 from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel, TableModel
@@ -15,13 +17,15 @@ from spatialdata.transformations import (
     set_transformation,
 )
 
-from stimage_sd.contract._elements import add_microns, annotate, build_image, is_rgb, levels
+from stimage_sd.contract._elements import add_microns, annotate, build_image, build_shapes, is_rgb, levels
 from stimage_sd.contract._instrument import instrument_elements
 from stimage_sd.contract._names import (
     BINS,
     CELLS,
     COUNTS,
+    EXPLANATIONS,
     GENE_CLASSES,
+    INSTANCE_KEY,
     NUCLEI,
     PREDICTIONS,
     PROTEINS,
@@ -36,10 +40,11 @@ from stimage_sd.contract._section import info, sample
 
 if TYPE_CHECKING:
     from anndata import AnnData
+    from geopandas import GeoDataFrame
 
 #: what a section's units were measured for
 Against = Literal["counts", "proteins"]
-_NOT_COUNTS = (TILES, PREDICTIONS, GENE_CLASSES, PROTEINS, SPOT_PROTEINS)
+_NOT_COUNTS = (TILES, PREDICTIONS, GENE_CLASSES, EXPLANATIONS, PROTEINS, SPOT_PROTEINS)
 
 
 def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
@@ -304,6 +309,59 @@ def tissue(sdata: SpatialData) -> tuple[np.ndarray, tuple[float, float]]:
     labels = sdata.labels[TISSUE]
     matrix = get_transformation(labels, to_coordinate_system="global").to_affine_matrix(("y", "x"), ("y", "x"))
     return np.asarray(labels.data) > 0, (float(matrix[0, 0]), float(matrix[1, 1]))
+
+
+def check_no_shapes(sdata: SpatialData, name: str, *, call: str) -> None:
+    """Raise `ValueError` where there are shapes of a name already, which `call` would replace."""
+    if name in sdata.shapes:
+        raise ValueError(
+            f"Section {sample(sdata)!r} has shapes {name!r} already, such as those that were measured. Write others "
+            f"beside them with `{call}(sdata, shapes_key={name + '_2'!r})`, or take them away first with "
+            f"`del sdata.shapes[{name!r}]`."
+        )
+
+
+def write_nuclei(sdata: SpatialData, frame: GeoDataFrame, *, name: str = NUCLEI) -> None:
+    """Write nuclei as shapes, in H&E pixels."""
+    sdata.shapes[name] = build_shapes(frame, mpp=info(sdata)["mpp"])
+
+
+def tile_squares(sdata: SpatialData, names: Iterable[str | int] | None = None) -> np.ndarray:
+    """Return the tiles' extents.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    names
+        Of the tiles that are wanted: ``obs_names`` or ``instance_id`` of the table of tiles; all by default.
+
+    Returns
+    -------
+    ``float64 (n, 4)``: left, top, right, bottom; H&E px.
+
+    Raises
+    ------
+    KeyError
+        If the section was not tiled, or a tile is none of its.
+    """
+    table = tiles(sdata)
+    rows = np.arange(table.n_obs)
+    if names is not None:
+        wanted = list(names)
+        by_name = table.obs_names.get_indexer([str(name) for name in wanted])
+        by_number = pd.Index(table.obs[INSTANCE_KEY]).get_indexer(
+            [name if isinstance(name, int | np.integer) else -1 for name in wanted]
+        )
+        rows = np.where(by_name >= 0, by_name, by_number)
+        if len(rows) == 0 or (rows < 0).any():
+            unknown = [name for name, row in zip(wanted, rows, strict=True) if row < 0]
+            raise KeyError(
+                f"Expected names of tiles of section {sample(sdata)!r}, such as {table.obs_names[0]!r}; found "
+                f"{unknown[:5] if unknown else 'none'}. `sdata.tables[{TILES!r}].obs_names` lists them."
+            )
+    centers, half = np.asarray(table.obsm["spatial"], dtype=np.float64)[rows], tiling(sdata)["side_px"] / 2
+    return np.concatenate([centers - half, centers + half], axis=1)
 
 
 def tiles(sdata: SpatialData) -> AnnData:

@@ -28,6 +28,10 @@ TILE_SQUARES = "tile_squares"
 PREDICTIONS = "predictions"
 #: predicted classes of genes, High or Low
 GENE_CLASSES = "gene_classes"
+#: nuclei, or segments of another kind, with what explanations say of them, and the table of the explained tiles
+NUCLEI_EXPLAINED = "nuclei_explained"
+SEGMENTS_EXPLAINED = "segments_explained"
+EXPLANATIONS = "explanations"
 
 #: coordinate system of the instrument that measured: micrometres, before they are placed on the H&E
 INSTRUMENT = "instrument"

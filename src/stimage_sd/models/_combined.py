@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd.models._files import model_from, read_model, write_model
 from stimage_sd.models._predictor import OpenedSection, Predictor
+from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,43 @@ class CombinedModel:
                 f"The models see {sorted(counts)} tiles in section {section!r}, expected the same: tile it once, then "
                 "embed it with every extractor."
             )
-        columns = []
-        for part in self.parts:
-            place = {gene: number for number, gene in enumerate(part.genes)}
-            columns.append(np.array([place[gene] for gene in self.genes]))
         strangeness = np.tensordot(self.weights, np.stack([one.strangeness for one in opened]), axes=1)
-        return CombinedSection(opened, tuple(columns), strangeness.astype(np.float32))
+        return CombinedSection(opened, self._columns(), strangeness.astype(np.float32))
+
+    def stand_ins(self, sdata: SpatialData, *, section: str) -> MixtureStandIns:
+        """Open a section by each model for tiles that stand in the place of one of its own.
+
+        Raises
+        ------
+        TypeError
+            If one of the models does not predict by embeddings.
+        """
+        other = [type(part).__name__ for part in self.parts if not isinstance(part, Explainable)]
+        if other:
+            raise TypeError(
+                f"Expected models that predict by a tile's embeddings, found {', '.join(other)} among them."
+            )
+        each = [part.stand_ins(sdata, section=section) for part in self.parts if isinstance(part, Explainable)]
+        mixtures = [one for one in each if isinstance(one, MixtureStandIns)]
+        ends = np.cumsum([len(one.embedded) for one in mixtures])
+
+        def r_and_p(row: int, own: Sequence[Values]) -> tuple[Values, Values]:
+            pairs = [
+                one.r_and_p(row, own[end - len(one.embedded) : end]) for one, end in zip(mixtures, ends, strict=True)
+            ]
+            r, p = (
+                jnp.concatenate([pair[which][..., chosen] for pair, chosen in zip(pairs, self._columns(), strict=True)])
+                for which in (0, 1)
+            )
+            return r, p
+
+        together = tuple(stored for one in mixtures for stored in one.embedded)
+        return MixtureStandIns(together, self.member_weights.astype(np.float32), r_and_p)
+
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        """Of each model, where the combination's genes lie among its own."""
+        places = [{gene: number for number, gene in enumerate(part.genes)} for part in self.parts]
+        return tuple(np.array([place[gene] for gene in self.genes]) for place in places)
 
     def save(self, path: str | Path) -> Path:
         """Write the combination with all its models: one file where the path ends in ``.stimage``, else a directory.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
@@ -20,6 +20,19 @@ _BLOCK = 4_096
 LEAST_TILES = 20
 #: share of the median deviation that a feature's is taken to be at least, where distances are measured
 _LEAST_DEVIATION = 0.1
+
+
+class SectionScale(NamedTuple):
+    """What embeddings are standardised by.
+
+    Attributes
+    ----------
+    mean, deviation
+        ``float32 (n_features,)``; infinite is the deviation of a feature that is constant, and so says nothing.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -96,11 +109,12 @@ class FeatureSpace:
         space = cls(mean, deviation, empty, empty, empty, empty, weight, standardize)
         random = np.random.default_rng(seed)
         share = min(1.0, _MOST_TILES / n_tiles)
+        chosen = {
+            name: np.sort(random.permutation(len(values))[: max(2, int(share * len(values)))])
+            for name, values in sections.items()
+        }
         sample = np.concatenate(
-            [
-                space.standardized(values)[np.sort(random.permutation(len(values))[: max(2, int(share * len(values)))])]
-                for values in sections.values()
-            ]
+            [space.standardized(values[chosen[name]], space.scale(values)) for name, values in sections.items()]
         )
         rank = min(n_components, len(sample) - 1, sample.shape[1])
         _, singular, directions = randomized_svd(sample, rank, random_state=seed, n_iter=4)
@@ -119,42 +133,53 @@ class FeatureSpace:
             standardize,
         )
 
-    def standardized(self, values: np.ndarray) -> np.ndarray:
-        """Standardise the embeddings of one whole section, ``float32 (n_tiles, n_features)``.
+    def scale(self, values: np.ndarray) -> SectionScale:
+        """What a section, ``float32 (n_tiles, n_features)``, is standardised by.
 
         Raises
         ------
         ValueError
             If the section has too few tiles to be standardised by itself.
         """
-        return np.concatenate([block for _, block in self._blocks(values)])
-
-    def _blocks(self, values: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """The same, a block of tiles at a time: a section's embeddings are copied nowhere as a whole."""
-        centre, scale = (self.mean, self.deviation) if self.standardize == "cohort" else self._own(values)
-        for rows in _rows(len(values)):
-            # a feature that is constant in the section says nothing about it
-            block = np.where(scale > 1e-6, (values[rows] - centre) / np.maximum(scale, 1e-6), 0)
-            yield rows, (block * self.weight).astype(np.float32)
-
-    @staticmethod
-    def _own(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of a section's features, ``float32 (n_features,)``."""
+        if self.standardize == "cohort":
+            return _without_constants(self.mean, self.deviation)
         if len(values) < LEAST_TILES:
             raise ValueError(
                 f"The model standardises each section by itself, which takes at least {LEAST_TILES} tiles, found "
                 f'{len(values)}. Fit with `standardize="cohort"` for sections that small.'
             )
+        # a block at a time: a section's embeddings are copied nowhere as a whole
         sums = [values[rows].sum(axis=0, dtype=np.float64) for rows in _rows(len(values))]
-        centre = (np.sum(sums, axis=0) / len(values)).astype(np.float32)
-        squares = [((values[rows] - centre) ** 2).sum(axis=0, dtype=np.float64) for rows in _rows(len(values))]
-        return centre, np.sqrt(np.sum(squares, axis=0) / len(values)).astype(np.float32)
+        mean = (np.sum(sums, axis=0) / len(values)).astype(np.float32)
+        squares = [((values[rows] - mean) ** 2).sum(axis=0, dtype=np.float64) for rows in _rows(len(values))]
+        return _without_constants(mean, np.sqrt(np.sum(squares, axis=0) / len(values)).astype(np.float32))
 
-    def reduce(self, values: np.ndarray) -> np.ndarray:
-        """Bring the embeddings of one whole section into the space, ``float32 (n_tiles, n_components)``."""
+    def standardized(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
+        """Standardise embeddings, ``float32 (n_tiles, n_features)``.
+
+        Parameters
+        ----------
+        values
+            Embeddings of one whole section, or, by the `scale` of their section, of any tiles; JAX's arrays too.
+        scale
+            What to standardise by; that of `values` by default.
+
+        Raises
+        ------
+        ValueError
+            If the section has too few tiles to be standardised by itself.
+        """
+        mean, deviation = self.scale(values) if scale is None else scale
+        return ((values - mean) / deviation * self.weight).astype(np.float32)
+
+    def reduce(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
+        """Bring embeddings into the space, ``float32 (n_tiles, n_components)``; for `scale` see `standardized`."""
+        scale = self.scale(values) if scale is None else scale
+        if len(values) <= _BLOCK:
+            return self.standardized(values, scale) @ self.components
         reduced = np.empty((len(values), self.components.shape[1]), dtype=np.float32)
-        for rows, block in self._blocks(values):
-            reduced[rows] = block @ self.components
+        for rows in _rows(len(values)):
+            reduced[rows] = self.standardized(values[rows], scale) @ self.components
         return reduced
 
     def strangeness(self, values: np.ndarray) -> np.ndarray:
@@ -196,6 +221,11 @@ class FeatureSpace:
         arrays = {"features.weight": np.ones_like(arrays["features.mean"]), **arrays}
         named: dict[str, Any] = {item.name: arrays[f"features.{item.name}"] for item in fields(cls)[:-1]}
         return cls(**named, standardize=standardize)
+
+
+def _without_constants(mean: np.ndarray, deviation: np.ndarray) -> SectionScale:
+    """Infinite deviation where it is next to none: what is constant says nothing."""
+    return SectionScale(mean, np.where(deviation > 1e-6, deviation, np.float32(np.inf)))
 
 
 def _rows(n_tiles: int) -> Iterator[slice]:

@@ -20,6 +20,7 @@ from stimage_sd.models._files import write_model
 from stimage_sd.models._nb import HeadName, NBModel, NBSection
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._specification import TileSpecification, check_specification
+from stimage_sd.models._stand_ins import Embedded, MixtureStandIns
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.stream import run_over_tiles
 
@@ -121,6 +122,17 @@ class FinetunedModel:
         ValueError
             If tiles or staining are not those of the model; the error names the step to run again.
         """
+        values = self._embeddings(sdata, section)
+        return NBSection(self._heads(), self.features.reduce(values), self.features.strangeness(values))
+
+    def stand_ins(self, sdata: SpatialData, *, section: str) -> MixtureStandIns:
+        """Open a section, as `open` does, for tiles that stand in the place of one of its own."""
+        values = self._embeddings(sdata, section)
+        image, none = contract.working_image_name(sdata), np.zeros((len(values), 0), np.float32)
+        return self._heads().stand_ins_of((Embedded(self.tiles, image, values, none, self.extractor),))
+
+    def _embeddings(self, sdata: SpatialData, section: str) -> np.ndarray:
+        """Check the section, and embed its kept tiles, ``float32 (n_tiles, n_features)``."""
         expected = self.tiles
         check_specification(
             tile_specification(
@@ -131,7 +143,7 @@ class FinetunedModel:
         )
         table = contract.tiles(sdata)
         keep = table.obs["keep"].to_numpy()
-        values = run_over_tiles(
+        return run_over_tiles(
             contract.levels(sdata, contract.working_image_name(sdata)),
             np.asarray(table.obsm["spatial"])[keep],
             self.extractor,
@@ -140,7 +152,6 @@ class FinetunedModel:
             key=f"{self.extractor.name}-{self.extractor.weights_hash}",
             description=f"{contract.sample(sdata)}: {self.extractor.name}",
         )[:, 0]
-        return NBSection(self._heads(), self.features.reduce(values), self.features.strangeness(values))
 
     def _heads(self) -> NBModel:
         return NBModel(self.genes, self.tiles, self.features, self.head, self.parameters, self.floor, self.total)

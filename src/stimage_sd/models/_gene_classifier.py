@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -11,9 +11,10 @@ import numpy as np
 import scipy.special
 from spatialdata import SpatialData
 
-from stimage_sd.models._features import FeatureSpace, Standardize
+from stimage_sd.models._features import FeatureSpace, SectionScale, Standardize
 from stimage_sd.models._files import write_model
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
+from stimage_sd.models._stand_ins import ClassStandIns, Values, embedded, in_place
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,29 @@ class GeneClassifier:
         ValueError
             If tiles, embeddings or staining are not those of the model; the error names the step to run again.
         """
+        self._check(sdata, section)
+        values = features(sdata, self.tiles)
+        probabilities = scipy.special.expit(self._margins(values)).astype(np.float32)
+        return probabilities, self.features.strangeness(values)
+
+    def stand_ins(self, sdata: SpatialData, *, section: str) -> ClassStandIns:
+        """Open a section, as `probabilities` does, for tiles that stand in the place of one of its own."""
+        self._check(sdata, section)
+        stored = embedded(sdata, self.tiles)
+        scale = self.features.scale(np.concatenate([stored.own, stored.context], axis=1))
+
+        def margins(row: int, own: Sequence[Values]) -> Values:
+            return self._margins(in_place((stored,), row, own), scale)
+
+        return ClassStandIns((stored,), margins)
+
+    def _check(self, sdata: SpatialData, section: str) -> None:
         found = specification(sdata, self.tiles.extractor, context=self.tiles.context_rings > 0)
         check_specification(found, self.tiles, section=section)
-        values = features(sdata, self.tiles)
-        margins = brought(self.features, values) @ self.coefficients.T + self.intercepts
-        return scipy.special.expit(margins).astype(np.float32), self.features.strangeness(values)
+
+    def _margins(self, values: Values, scale: SectionScale | None = None) -> Values:
+        """Log odds of High, of a whole section, or of any tiles by the scale of their section."""
+        return brought(self.features, values, scale) @ self.coefficients.T + self.intercepts
 
     def save(self, path: str | Path) -> Path:
         """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
@@ -144,9 +163,9 @@ class GeneClassifier:
         )
 
 
-def brought(space: FeatureSpace, values: np.ndarray) -> np.ndarray:
-    """Embeddings of a whole section as the classifier takes them: standardised, and reduced where it was asked."""
-    return space.reduce(values) if space.components.size else np.asarray(space.standardized(values), dtype=np.float32)
+def brought(space: FeatureSpace, values: Values, scale: SectionScale | None = None) -> Values:
+    """Embeddings as the classifier takes them: standardised, and reduced where it was asked (`FeatureSpace.reduce`)."""
+    return space.reduce(values, scale) if space.components.size else space.standardized(values, scale)
 
 
 def is_high(counts: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:

@@ -17,6 +17,7 @@ from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import write_model
 from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
+from stimage_sd.models._stand_ins import Embedded, MixtureStandIns, Values, embedded, in_place
 from stimage_sd.nn.negative_binomial_head import HEADS
 from stimage_sd.nn.sharding import shard_members
 
@@ -116,12 +117,30 @@ class NBModel:
         ValueError
             If tiles, embeddings or staining are not those of the model; the error names the step to run again.
         """
-        for expected in self.embeddings:
-            found = specification(sdata, expected.extractor, context=expected.context_rings > 0)
-            check_specification(found, expected, section=section)
+        self._check(sdata, section)
         parts = [features(sdata, tiles) for tiles in self.embeddings]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
         return NBSection(self, self.features.reduce(values), self.features.strangeness(values))
+
+    def stand_ins(self, sdata: SpatialData, *, section: str) -> MixtureStandIns:
+        """Open a section, as `open` does, for tiles that stand in the place of one of its own."""
+        self._check(sdata, section)
+        return self.stand_ins_of(tuple(embedded(sdata, tiles) for tiles in self.embeddings))
+
+    def stand_ins_of(self, section: tuple[Embedded, ...]) -> MixtureStandIns:
+        """Stand-ins in a section whose embeddings are given."""
+        values = np.concatenate([part for one in section for part in (one.own, one.context)], axis=1)
+        scale = self.features.scale(values)
+
+        def r_and_p(row: int, own: Sequence[Values]) -> tuple[Values, Values]:
+            return self._heads(self.features.reduce(in_place(section, row, own), scale))
+
+        return MixtureStandIns(section, self.member_weights.astype(np.float32), r_and_p)
+
+    def _check(self, sdata: SpatialData, section: str) -> None:
+        for expected in self.embeddings:
+            found = specification(sdata, expected.extractor, context=expected.context_rings > 0)
+            check_specification(found, expected, section=section)
 
     def r_and_p(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Parameters of the negative binomials.
@@ -137,12 +156,17 @@ class NBModel:
         -------
         r and p, each ``float32 (n_members, n_tiles, n_genes)``.
         """
+        r, p = self._heads(reduced, members=members)
+        return np.asarray(r), np.asarray(p)
+
+    def _heads(self, reduced: Values, *, members: Sequence[int] | None = None) -> tuple[jax.Array, jax.Array]:
+        """The same in JAX, which can be differentiated."""
         chosen = dict(self.parameters)
         if members is not None:
             chosen = {name: array[list(members)] for name, array in chosen.items()}
         seen = reduced if self.patterns is None else self.patterns.project(reduced, members=members)
         r, p = _r_and_p(self.head)(shard_members(chosen), seen)
-        return np.asarray(r), np.asarray(p)
+        return r, p
 
     def save(self, path: str | Path) -> Path:
         """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.

@@ -44,4 +44,4 @@ class SharedPatterns:
         """
         chosen = slice(None) if members is None else list(members)
         basis, centre = self.basis[chosen], self.centre[chosen]
-        return np.matmul(reduced, basis) - np.matmul(centre[:, None, :], basis)
+        return reduced @ basis - centre[:, None, :] @ basis

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 from scipy.spatial import cKDTree
-from skimage.segmentation import watershed
 
+from stimage_sd.nn.label_maps import axes_lengths, eccentricities
 from stimage_sd.nn.nuclear_contrast import haematoxylin
+from stimage_sd.nn.nuclei_watershed import separate
 
 #: what is measured of a nucleus, in the order of `NucleiGraphs.features`
 FEATURES = (
@@ -138,13 +139,7 @@ def _labelled(stain: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     otsu, _ = cv2.threshold(scaled, 0, 255, cv2.THRESH_OTSU)
     inside = (smooth > max(otsu / 255 * _LARGEST, _LEAST)).astype(np.uint8)
     inside = cv2.morphologyEx(inside, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3)))
-    distance = cv2.distanceTransform(inside, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
-    # the ridge of a nucleus has small peaks of its own
-    height = cv2.GaussianBlur(distance, (0, 0), _BLUR)
-    peaks = (height >= cv2.dilate(height, np.ones((_APART, _APART), np.uint8))) & (distance >= _LEAST_RADIUS)
-    seeds = cv2.connectedComponents(peaks.astype(np.uint8))[1]
-    labels = watershed(-height, seeds, mask=(inside > 0) & (distance > 0))
-    return labels, distance
+    return separate(inside, blur=_BLUR, apart=_APART, least_radius=_LEAST_RADIUS)
 
 
 def _measured(tile: NDArray[np.uint8]) -> tuple[np.ndarray, np.ndarray]:
@@ -166,7 +161,7 @@ def _measured(tile: NDArray[np.uint8]) -> tuple[np.ndarray, np.ndarray]:
 
     places = np.stack([mean(rows), mean(columns)], axis=1)
     down, right = rows - places[owner, 0], columns - places[owner, 1]
-    major, minor = _axes(mean(down**2), mean(right**2), mean(down * right))
+    major, minor = axes_lengths(mean(down**2), mean(right**2), mean(down * right))
     perimeter = np.bincount(owner, _at_edge(labels)[rows, columns])
     boxes = [
         (found[0].stop - found[0].start) * (found[1].stop - found[1].start) for found in ndimage.find_objects(labels)
@@ -175,19 +170,13 @@ def _measured(tile: NDArray[np.uint8]) -> tuple[np.ndarray, np.ndarray]:
     amount = stain[rows, columns].astype(np.float64)
     density = -np.log((tile[rows, columns] + 1.0) / 256)
     features = [
-        area, perimeter, major, minor, np.sqrt(np.maximum(1 - (minor / np.maximum(major, 1e-6)) ** 2, 0)),
+        area, perimeter, major, minor, eccentricities(major, minor),
         4 * np.pi * area / np.maximum(perimeter, 1) ** 2, area / np.array(boxes),
         ndimage.maximum(distance, labels, numbers), mean(amount), deviation(amount),
         ndimage.minimum(stain, labels, numbers), ndimage.maximum(stain, labels, numbers),
         mean(gradient), deviation(gradient), *(mean(density[:, colour]) for colour in range(3)), _nearest(places),
     ]  # fmt: skip
     return places, np.stack(features, axis=1)
-
-
-def _axes(down: np.ndarray, right: np.ndarray, both: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of the axes of the ellipses with these second moments, px, the longer ones first."""
-    middle, spread = (down + right) / 2, np.hypot((down - right) / 2, both)
-    return 4 * np.sqrt(middle + spread), 4 * np.sqrt(np.maximum(middle - spread, 0))
 
 
 def _at_edge(labels: np.ndarray) -> np.ndarray:

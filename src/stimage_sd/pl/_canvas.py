@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Literal
 
+import dask
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from scipy.spatial import KDTree
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.stream import cut_tile
 
 #: longest side of the H&E under a map, px
 THUMBNAIL = 1500
@@ -151,6 +153,45 @@ def _add_scale_bar(ax: Axes, mpp: float | None) -> None:
     bar.txt_label._text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
     bar.set_zorder(5)
     ax.add_artist(bar)
+
+
+def cut_tiles(
+    sdata: SpatialData, positions: np.ndarray, *, side: float, target: int, image_key: str | None
+) -> list[np.ndarray]:
+    """Cut tiles at the coarsest level that has their pixels; only the chunks they touch are read.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    positions
+        ``(n, 2)`` x and y of their centres, H&E px.
+    side
+        H&E px.
+    target
+        Side they are resampled to, px.
+    image_key
+        Which image; the stain-normalised H&E where there is one by default.
+
+    Returns
+    -------
+    ``uint8 (target, target, 3)`` each.
+    """
+    pyramid = contract.levels(sdata, contract.working_image_name(sdata, image_key))
+    factors = [pyramid[0].shape[2] / level.shape[2] for level in pyramid]
+    sufficient = [number for number, factor in enumerate(factors) if side / factor >= target]
+    level, factor = (pyramid[sufficient[-1]], factors[sufficient[-1]]) if sufficient else (pyramid[0], 1.0)
+    length = max(1, round(side / factor))
+    blocks, corners = [], []
+    for x, y in positions / factor - length / 2:
+        top, left = (min(max(0, round(edge)), size - 1) for edge, size in zip((y, x), level.shape[1:], strict=True))
+        # one tile's length more on each side, so that what lies over the border can be mirrored
+        blocks.append(level.data[:, max(0, top - length) : top + 2 * length, max(0, left - length) : left + 2 * length])
+        corners.append((round(y) - max(0, top - length), round(x) - max(0, left - length)))
+    return [
+        cut_tile(block, top=top, left=left, side=length, target=target)
+        for block, (top, left) in zip(dask.compute(*blocks), corners, strict=True)
+    ]
 
 
 def draw_tiles(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import dask
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,8 +13,16 @@ from matplotlib.patches import Patch
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.pl._canvas import PREDICTED, WARNING, add_colour_bar, draw_section, map_size, panels, robust_norm
-from stimage_sd.stream import cut_tile
+from stimage_sd.pl._canvas import (
+    PREDICTED,
+    WARNING,
+    add_colour_bar,
+    cut_tiles,
+    draw_section,
+    map_size,
+    panels,
+    robust_norm,
+)
 
 #: side of an example tile, px
 EXAMPLE = 160
@@ -100,7 +107,11 @@ def tiles(
     rows = np.flatnonzero(table.obs["keep"].to_numpy())
     if n_examples:
         chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(n_examples, len(rows))).round().astype(int))]
-        _draw_examples(panel, _cut(sdata, positions[chosen], side, image_key), positions[chosen])
+        _draw_examples(
+            panel,
+            cut_tiles(sdata, positions[chosen], side=side, target=EXAMPLE, image_key=image_key),
+            positions[chosen],
+        )
     return panel
 
 
@@ -121,25 +132,6 @@ def _draw_numbers(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str, 
     drawn = PolyCollection(list(squares), array=values, cmap=cmap, norm=norm, alpha=0.65, linewidth=0)
     ax.add_collection(drawn, autolim=False)
     add_colour_bar(ax, drawn, name.replace("_", " "), location="right")
-
-
-def _cut(sdata: SpatialData, positions: np.ndarray, side: float, image_key: str | None) -> list[np.ndarray]:
-    """Cut tiles at the coarsest level that has their pixels; only the chunks they touch are read."""
-    pyramid = contract.levels(sdata, contract.working_image_name(sdata, image_key))
-    factors = [pyramid[0].shape[2] / level.shape[2] for level in pyramid]
-    sufficient = [number for number, factor in enumerate(factors) if side / factor >= EXAMPLE]
-    level, factor = (pyramid[sufficient[-1]], factors[sufficient[-1]]) if sufficient else (pyramid[0], 1.0)
-    length = max(1, round(side / factor))
-    blocks, corners = [], []
-    for x, y in positions / factor - length / 2:
-        top, left = (min(max(0, round(edge)), size - 1) for edge, size in zip((y, x), level.shape[1:], strict=True))
-        # one tile's length more on each side, so that what lies over the border can be mirrored
-        blocks.append(level.data[:, max(0, top - length) : top + 2 * length, max(0, left - length) : left + 2 * length])
-        corners.append((round(y) - max(0, top - length), round(x) - max(0, left - length)))
-    return [
-        cut_tile(block, top=top, left=left, side=length, target=EXAMPLE)
-        for block, (top, left) in zip(dask.compute(*blocks), corners, strict=True)
-    ]
 
 
 def _draw_examples(ax: Axes, examples: list[np.ndarray], positions: np.ndarray) -> None:

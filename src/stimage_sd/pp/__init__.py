@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_embed": ["embed"],
         "_genes": ["select_genes"],
         "_register": ["Registration", "register"],
+        "_segment_nuclei": ["segment_nuclei"],
         "_slide_qc": ["slide_qc"],
         "_stain": ["StainReference", "stain_normalize"],
         "_tile": ["tile"],

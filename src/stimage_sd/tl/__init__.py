@@ -13,6 +13,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_cross_validate": ["cross_validate"],
         "_evaluate": ["evaluate"],
         "_evaluate_genes_high": ["evaluate_genes_high"],
+        "_explain": ["explain"],
+        "_explained": ["compare_explanations", "explained_nuclei", "top_tiles"],
         "_fit_baseline": ["fit_baseline"],
         "_finetune_nb": ["finetune_nb"],
         "_fit_gene_classifier": ["fit_gene_classifier"],
@@ -20,5 +22,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_predict": ["predict"],
         "_predictable_genes": ["predictable_genes"],
         "_risk_coverage": ["risk_coverage"],
+        "_saliency": ["saliency"],
     },
 )

@@ -1,0 +1,243 @@
+"""How well found objects agree with true ones, both given as label maps.
+
+All scores are of two sparse tables that are made once: how many pixels each true and each found object share, and
+which pairs are matched. Objects are matched where they overlap by more than half of their union; then an object can
+have one partner at most, so that no assignment has to be searched for (Kirillov et al. 2019).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Overlaps(NamedTuple):
+    """Objects of two label maps and the pixels they share.
+
+    Attributes
+    ----------
+    truth_labels, found_labels
+        ``int64 (n_truth,)`` and ``(n_found,)``, ascending: the labels there are, without 0.
+    truth_areas, found_areas
+        ``int64``, px, in the same order.
+    truth_rows, found_rows
+        ``int64 (n_pairs,)``: rows in these lists of the objects that share at least one pixel.
+    shared
+        ``int64 (n_pairs,)``, px that they share.
+    """
+
+    truth_labels: NDArray[np.int64]
+    found_labels: NDArray[np.int64]
+    truth_areas: NDArray[np.int64]
+    found_areas: NDArray[np.int64]
+    truth_rows: NDArray[np.int64]
+    found_rows: NDArray[np.int64]
+    shared: NDArray[np.int64]
+
+    @property
+    def iou(self) -> NDArray[np.float64]:
+        """``float64 (n_pairs,)``: intersection over union of the objects that share a pixel."""
+        union = self.truth_areas[self.truth_rows] + self.found_areas[self.found_rows] - self.shared
+        return self.shared / union
+
+
+class Matches(NamedTuple):
+    """Pairs of a true and a found object that are taken for the same.
+
+    Attributes
+    ----------
+    truth_rows, found_rows
+        ``int64 (n_matched,)``: rows of `Overlaps.truth_labels` and `Overlaps.found_labels`, each at most once.
+    iou
+        ``float64 (n_matched,)``, above the threshold.
+    """
+
+    truth_rows: NDArray[np.int64]
+    found_rows: NDArray[np.int64]
+    iou: NDArray[np.float64]
+
+
+class InstanceScores(NamedTuple):
+    """Agreement of found with true objects.
+
+    A ratio of nothing to nothing is NaN: a picture without objects where none were found says nothing.
+
+    Attributes
+    ----------
+    n_truth, n_found, n_matched
+        Objects, and pairs of them with an IoU above the threshold.
+    precision, recall, f1
+        Of detection; `f1` is also called detection quality, DQ.
+    segmentation_quality
+        Mean IoU of the matched pairs, SQ; 0 where objects are but none is matched.
+    panoptic_quality
+        PQ, the product of `f1` and `segmentation_quality` (Kirillov et al. 2019).
+    aggregated_jaccard
+        AJI (Kumar et al. 2017): the pixels that true objects share with their best partner, over the pixels of either,
+        and those of found objects that are nobody's partner.
+    dice
+        Of all objects' pixels taken together.
+    """
+
+    n_truth: int
+    n_found: int
+    n_matched: int
+    precision: float
+    recall: float
+    f1: float
+    segmentation_quality: float
+    panoptic_quality: float
+    aggregated_jaccard: float
+    dice: float
+
+
+def overlaps(truth: NDArray[np.integer], found: NDArray[np.integer]) -> Overlaps:
+    """Count the pixels that true and found objects share.
+
+    Parameters
+    ----------
+    truth, found
+        Label maps of integers, of one shape; 0 is no object, labels need not be consecutive.
+
+    Returns
+    -------
+    The objects, their areas, and every pair that shares a pixel.
+
+    Raises
+    ------
+    ValueError
+        If the maps differ in shape, are no integers, or hold negative labels.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> pairs = overlaps(np.array([[1, 1, 0, 7]]), np.array([[0, 4, 4, 4]]))
+    >>> pairs.truth_labels, pairs.found_areas, pairs.shared
+    (array([1, 7]), array([3]), array([1, 1]))
+    """
+    truth, found = np.asarray(truth), np.asarray(found)
+    if truth.shape != found.shape:
+        raise ValueError(f"Expected label maps of one shape, found {truth.shape} and {found.shape}.")
+    for name, labels in (("truth", truth), ("found", found)):
+        if not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(f"Expected `{name}` as a label map of integers, found {labels.dtype}.")
+        if labels.size and labels.min() < 0:
+            raise ValueError(f"Expected labels of at least 0 in `{name}`, found {labels.min()}.")
+    truth_labels, truth_rows = np.unique(truth, return_inverse=True)
+    found_labels, found_rows = np.unique(found, return_inverse=True)
+    truth_rows, found_rows = truth_rows.ravel(), found_rows.ravel()
+    pairs, shared = np.unique(truth_rows * max(len(found_labels), 1) + found_rows, return_counts=True)
+    rows, columns = np.divmod(pairs, max(len(found_labels), 1))
+    both = (truth_labels[rows] > 0) & (found_labels[columns] > 0)
+    # rows among the objects alone: 0, where it is a label, is the first
+    no_truth, no_found = int((truth_labels[:1] == 0).sum()), int((found_labels[:1] == 0).sum())
+    return Overlaps(
+        truth_labels=truth_labels[no_truth:].astype(np.int64),
+        found_labels=found_labels[no_found:].astype(np.int64),
+        truth_areas=np.bincount(truth_rows, minlength=len(truth_labels))[no_truth:].astype(np.int64),
+        found_areas=np.bincount(found_rows, minlength=len(found_labels))[no_found:].astype(np.int64),
+        truth_rows=(rows[both] - no_truth).astype(np.int64),
+        found_rows=(columns[both] - no_found).astype(np.int64),
+        shared=shared[both].astype(np.int64),
+    )
+
+
+def matches(pairs: Overlaps, *, threshold: float = 0.5) -> Matches:
+    """Match objects by their intersection over union.
+
+    Parameters
+    ----------
+    pairs
+        As `overlaps` gives them.
+    threshold
+        Pairs with a larger IoU are the same object; at least 0.5, below which a partner would not be the only one.
+
+    Returns
+    -------
+    The matched pairs, by the true object's row.
+
+    Raises
+    ------
+    ValueError
+        If the threshold is not from 0.5 to 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> matches(overlaps(np.array([[1, 1, 1, 2]]), np.array([[5, 5, 0, 0]]))).iou.round(2)
+    array([0.67])
+    """
+    if not 0.5 <= threshold <= 1:
+        raise ValueError(f"Expected `threshold` from 0.5 to 1, found {threshold}.")
+    iou = pairs.iou
+    same = iou > threshold
+    return Matches(pairs.truth_rows[same], pairs.found_rows[same], iou[same])
+
+
+def instance_scores(
+    truth: NDArray[np.integer], found: NDArray[np.integer], *, threshold: float = 0.5
+) -> InstanceScores:
+    """Score found objects against true ones.
+
+    Parameters
+    ----------
+    truth, found
+        Label maps of integers, of one shape; 0 is no object.
+    threshold
+        IoU above which two objects are the same, at least 0.5.
+
+    Returns
+    -------
+    The scores.
+
+    Raises
+    ------
+    ValueError
+        If the maps differ in shape, are no label maps, or the threshold is not from 0.5 to 1.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> truth = np.array([[1, 1, 1, 0, 2, 2]])
+    >>> found = np.array([[1, 1, 0, 0, 0, 3]])
+    >>> scores = instance_scores(truth, found)
+    >>> scores.n_matched, round(scores.f1, 2), round(scores.panoptic_quality, 2), scores.aggregated_jaccard
+    (1, 0.5, 0.33, 0.6)
+    """
+    pairs = overlaps(truth, found)
+    matched = matches(pairs, threshold=threshold)
+    n_truth, n_found, n_matched = len(pairs.truth_labels), len(pairs.found_labels), len(matched.iou)
+    f1 = _ratio(2 * n_matched, n_truth + n_found)
+    quality = _ratio(float(matched.iou.sum()), n_matched) if n_matched else _ratio(0, n_truth + n_found)
+    return InstanceScores(
+        n_truth=n_truth,
+        n_found=n_found,
+        n_matched=n_matched,
+        precision=_ratio(n_matched, n_found),
+        recall=_ratio(n_matched, n_truth),
+        f1=f1,
+        segmentation_quality=quality,
+        panoptic_quality=f1 * quality,
+        aggregated_jaccard=_aggregated_jaccard(pairs),
+        dice=_ratio(2 * int(pairs.shared.sum()), int(pairs.truth_areas.sum() + pairs.found_areas.sum())),
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else float("nan")
+
+
+def _aggregated_jaccard(pairs: Overlaps) -> float:
+    """AJI: each true object takes the found one of the largest IoU, which others may take as well."""
+    # the best pair of each true object: last of its rows when sorted by IoU, the first found object where equal
+    order = np.lexsort((-pairs.found_rows, pairs.iou, pairs.truth_rows))
+    rows = pairs.truth_rows[order]
+    best = order[np.append(rows[1:] != rows[:-1], True)] if len(rows) else order
+    shared = int(pairs.shared[best].sum())
+    taken = pairs.found_rows[best]
+    either = int(pairs.truth_areas.sum() + pairs.found_areas[taken].sum()) - shared
+    alone = np.ones(len(pairs.found_labels), dtype=bool)
+    alone[taken] = False
+    return _ratio(shared, either + int(pairs.found_areas[alone].sum()))

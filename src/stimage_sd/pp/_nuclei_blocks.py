@@ -1,0 +1,298 @@
+"""Blocks of a slide, the nuclei found in each, and how blocks are put together so that none is lost or doubled.
+
+A block is a window with a core. Cores cover the image once; windows overlap by the margins, so that every nucleus is
+seen whole in the window whose core holds its centre, and is that block's. Block by block, nuclei travel through the
+tile stream as one array of fixed length: numbers first, then the points of their outlines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import shapely
+import xarray as xr
+from numpy.typing import NDArray
+
+from stimage_sd.nn.label_maps import measure_objects, trace_objects
+from stimage_sd.nn.nuclear_contrast import haematoxylin
+from stimage_sd.stream import TileJob, iterate_over_tiles
+
+LabelFunction = Callable[[NDArray[np.uint8]], NDArray[np.integer]]
+
+#: numbers a nucleus: points of its outline, x, y, eccentricity, haematoxylin
+_HEADER = 5
+#: room for numbers, part of a window's pixels: some 10,000 nuclei of 16 px a megapixel
+_ROOM = 0.5
+#: corners of outlines are left out that are no further than this from the line without them, px
+_TOLERANCE = 0.5
+#: two nuclei of different blocks that share so much of the smaller one are the same
+_SAME = 0.3
+
+
+class Nuclei(NamedTuple):
+    """Nuclei and what was measured.
+
+    Attributes
+    ----------
+    outlines
+        Polygons, object array ``(n,)``, px of the full resolution.
+    centres
+        ``float64 (n, 2)``, x and y, px of the full resolution.
+    eccentricity, haematoxylin
+        ``float64 (n,)``; natural-log optical density.
+    """
+
+    outlines: NDArray[np.object_]
+    centres: NDArray[np.float64]
+    eccentricity: NDArray[np.float64]
+    haematoxylin: NDArray[np.float64]
+
+    def chosen(self, which: NDArray[np.generic]) -> Nuclei:
+        """Return those of a mask or an order."""
+        return Nuclei(*(column[which] for column in self))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Windows of one size and their cores, px of the full resolution.
+
+    Attributes
+    ----------
+    downsample
+        Full-resolution px a pixel of the working resolution spans.
+    side
+        Of the windows, px of the working resolution.
+    corners
+        ``int64 (n_blocks, 2)``, x and y of the windows' first pixels.
+    cores
+        ``float64 (n_blocks, 4)``: left, top, right, bottom; right and bottom belong to the next one.
+    """
+
+    downsample: int
+    side: int
+    corners: NDArray[np.int64]
+    cores: NDArray[np.float64]
+
+    @property
+    def centers(self) -> NDArray[np.float64]:
+        """Centres of the windows, ``(n_blocks, 2)``."""
+        return np.asarray(self.corners + self.side * self.downsample / 2, dtype=np.float64)
+
+    def chosen(self, which: NDArray[np.bool_]) -> Blocks:
+        """Return those of a mask."""
+        return Blocks(self.downsample, self.side, self.corners[which], self.cores[which])
+
+
+def lay_blocks(width: int, height: int, *, downsample: int, core: int, margin: int) -> Blocks:
+    """Cover an image with blocks.
+
+    Parameters
+    ----------
+    width, height
+        Of the image, px of the full resolution.
+    downsample
+        Full-resolution px a pixel of the working resolution spans.
+    core, margin
+        Side of a core and what is seen around it, px of the working resolution; less of both on a smaller image.
+
+    Returns
+    -------
+    All blocks, row by row. No window reaches over the image's border, so that no nucleus is seen mirrored.
+
+    Examples
+    --------
+    >>> blocks = lay_blocks(200, 100, downsample=1, core=60, margin=20)
+    >>> blocks.corners.tolist(), blocks.cores[:, 0].tolist()
+    ([[0, 0], [60, 0], [100, 0]], [0.0, 80.0, 120.0])
+    """
+    sizes = (max(1, width // downsample), max(1, height // downsample))
+    side = min(core + 2 * margin, *sizes)
+    margin = min(margin, side // 4)
+    (columns, x_edges), (rows, y_edges) = (_along(size, side, margin) for size in sizes)
+    for edges, length in ((x_edges, width), (y_edges, height)):
+        edges *= downsample
+        edges[-1] = length  # what is left of a division is seen by no window
+    row, column = (index.ravel() for index in np.indices((len(rows), len(columns))))
+    return Blocks(
+        downsample=downsample,
+        side=side,
+        corners=np.stack([columns[column], rows[row]], axis=1) * downsample,
+        cores=np.stack([x_edges[column], y_edges[row], x_edges[column + 1], y_edges[row + 1]], axis=1),
+    )
+
+
+def _along(size: int, side: int, margin: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """First pixels of the windows along an axis, and the edges of their cores, one more."""
+    step = side - 2 * margin
+    n_windows = 1 + max(0, -(-(size - side) // step))
+    starts = np.minimum(np.arange(n_windows) * step, size - side)
+    edges = np.concatenate([[0], starts[1:] + margin, [size]]).astype(np.float64)
+    return starts, edges
+
+
+def find_in_blocks(
+    pyramid: list[xr.DataArray],
+    blocks: Blocks,
+    function: LabelFunction,
+    *,
+    key: str,
+    n_workers: int | None,
+    description: str,
+) -> Iterator[Nuclei]:
+    """Find nuclei block by block, through the tile stream.
+
+    Parameters
+    ----------
+    pyramid
+        Levels of the image, finest first.
+    blocks
+        Where to look.
+    function
+        ``uint8 (batch, y, x, 3)`` to integer label maps ``(batch, y, x)``, 0 where there is no nucleus.
+    key
+        What tells the function from another.
+    n_workers, description
+        Of the tile stream.
+
+    Yields
+    ------
+    Of each block the nuclei whose centres lie in its core.
+
+    Raises
+    ------
+    ValueError
+        If the function's labels are not of the expected shape and type, or a block has too many nuclei.
+    """
+    room = int(_ROOM * blocks.side**2) + 1
+    job = TileJob(
+        pyramid=pyramid,
+        centers=blocks.centers,
+        function=PackedNuclei(function, room),
+        sides=[blocks.side * blocks.downsample],
+        target=blocks.side,
+        key=key,
+        shape=(room,),
+        batch_size=1,
+    )
+    for rows, values in iterate_over_tiles(job, n_workers=n_workers, description=description):
+        for number, packed in zip(rows, values[:, 0], strict=True):
+            nuclei = _unpack(packed, blocks.corners[number], blocks.downsample)
+            left, top, right, bottom = blocks.cores[number]
+            x, y = nuclei.centres.T
+            yield nuclei.chosen((x >= left) & (x < right) & (y >= top) & (y < bottom))
+
+
+@dataclass(frozen=True)
+class PackedNuclei:
+    """Finds the nuclei of windows and packs them into arrays of one length, as the tile stream wants it.
+
+    Parameters
+    ----------
+    function
+        Gives label maps.
+    room
+        Length of the arrays.
+    """
+
+    function: LabelFunction
+    room: int
+
+    def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return ``float32 (batch, room)``."""
+        labels = np.asarray(self.function(images))
+        if labels.shape != images.shape[:3] or not np.issubdtype(labels.dtype, np.integer):
+            raise ValueError(
+                f"Expected `method` to give integer labels of shape {images.shape[:3]} for images of shape "
+                f"{images.shape}, found {labels.dtype} of shape {labels.shape}."
+            )
+        if labels.size and labels.min() < 0:
+            raise ValueError(f"Expected `method` to give labels of at least 0, found {labels.min()}.")
+        return np.stack([self._pack(*pair) for pair in zip(images, labels, strict=True)])
+
+    def _pack(self, image: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArray[np.float32]:
+        found = measure_objects(labels, haematoxylin(np.moveaxis(image, -1, 0)))
+        outlines = trace_objects(labels, found.labels, tolerance=_TOLERANCE)
+        n_points = [len(outline) for outline in outlines]
+        points = np.concatenate([np.empty((0, 2), np.int32), *outlines]).ravel()
+        header = np.column_stack([n_points, found.centres, found.eccentricity, found.mean])
+        needed = 1 + header.size + points.size
+        if needed > self.room:
+            raise ValueError(
+                f"Found {len(outlines)} nuclei whose outlines have {points.size // 2} points in a block of "
+                f"{image.shape[1]} x {image.shape[0]} px, more than there is room for ({needed} numbers of "
+                f"{self.room}). Does `method` give one label to each nucleus, or one to each pixel?"
+            )
+        packed = np.zeros(self.room, dtype=np.float32)
+        packed[0] = len(outlines)
+        packed[1:needed] = np.concatenate([header.ravel(), points])
+        return packed
+
+
+def _unpack(packed: NDArray[np.float32], corner: NDArray[np.int64], downsample: int) -> Nuclei:
+    n_nuclei = int(packed[0])
+    header = packed[1 : 1 + n_nuclei * _HEADER].reshape(n_nuclei, _HEADER).astype(np.float64)
+    n_points = header[:, 0].astype(np.int64)
+    start = 1 + n_nuclei * _HEADER
+    points = packed[start : start + 2 * n_points.sum()].reshape(-1, 2).astype(np.float64)
+    # the middle of a pixel is half a pixel from where it begins
+    outlines = _polygons(points + 0.5, n_points)
+    return Nuclei(
+        outlines=shapely.transform(outlines, lambda places: places * downsample + corner),
+        centres=header[:, 1:3] * downsample + corner,
+        eccentricity=header[:, 3],
+        haematoxylin=header[:, 4],
+    )
+
+
+def _polygons(points: NDArray[np.float64], n_points: NDArray[np.int64]) -> NDArray[np.object_]:
+    """Polygons around pixels, from the middles of the pixels along their borders; valid and without holes."""
+    few = np.maximum(3 - n_points, 0)  # a ring wants three points: of one or two the last is repeated
+    owner = np.repeat(np.arange(len(n_points)), n_points + few)
+    places = np.arange(len(owner)) - np.repeat(np.cumsum(n_points + few) - (n_points + few), n_points + few)
+    first = np.cumsum(n_points) - n_points
+    index = first[owner] + np.minimum(places, n_points[owner] - 1)
+    rings = shapely.polygons(shapely.linearrings(points[index], indices=owner))
+    grown = shapely.buffer(shapely.make_valid(rings), 0.5, cap_style="square", join_style="mitre")
+    return shapely.polygons(shapely.get_exterior_ring(grown))
+
+
+def stitch(parts: list[Nuclei]) -> Nuclei:
+    """Put the nuclei of blocks together.
+
+    Parameters
+    ----------
+    parts
+        Of each block those whose centres lie in its core.
+
+    Returns
+    -------
+    All, by their centres from top to bottom, then from left to right. Where two blocks saw one nucleus so differently
+    that both have it, the larger outline is kept.
+
+    Examples
+    --------
+    >>> import numpy as np, shapely
+    >>> one, two = (
+    ...     Nuclei(np.array([shapely.box(0, 0, right, 9)]), np.array([[right / 2, 4.5]]), np.zeros(1), np.zeros(1))
+    ...     for right in (8, 10)
+    ... )
+    >>> stitch([one, two]).centres.tolist()
+    [[5.0, 4.5]]
+    """
+    block = np.repeat(np.arange(len(parts)), [len(part.centres) for part in parts])
+    merged = Nuclei(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    area = shapely.area(merged.outlines)
+    one, other = shapely.STRtree(merged.outlines).query(merged.outlines, predicate="intersects")
+    pairs = (block[one] < block[other]).nonzero()[0]
+    one, other = one[pairs], other[pairs]
+    shared = shapely.area(shapely.intersection(merged.outlines[one], merged.outlines[other]))
+    same = shared > _SAME * np.minimum(area[one], area[other])
+    keep = np.ones(len(area), dtype=bool)
+    for first, second in zip(one[same], other[same], strict=True):
+        if keep[first] and keep[second]:
+            keep[second if area[first] >= area[second] else first] = False
+    kept = merged.chosen(keep)
+    return kept.chosen(np.lexsort((kept.centres[:, 0], kept.centres[:, 1])))

@@ -1,0 +1,82 @@
+"""Sessions: a folder each, results that are theirs alone, and a cache that is nobody else's."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from stimage_sd._cache import cache_dir
+from stimage_sd.app._session import Session, others_calculate, shared_once
+from stimage_sd.app._settings import Settings, choose, chosen
+
+
+def test_a_session_is_a_folder_that_is_gone_when_it_ends(tmp_path: Path) -> None:
+    one, other = Session.open(tmp_path), Session.open(tmp_path)
+    assert one.folder != other.folder
+    assert one.folder.stat().st_mode & 0o077 == 0
+    upload = one.new_folder()
+    (upload / "image.png").write_bytes(b"...")
+    one.close()
+    assert not upload.exists()
+    assert other.folder.is_dir()
+
+
+def test_results_are_computed_once_and_errors_again(tmp_path: Path) -> None:
+    session, calls = Session.open(tmp_path), []
+
+    def compute() -> int:
+        calls.append(None)
+        if len(calls) == 1:
+            raise ValueError("not yet")
+        return len(calls)
+
+    with pytest.raises(ValueError, match="not yet"):
+        session.once("key", compute)
+    assert [session.once("key", compute) for _ in range(3)] == [2, 2, 2]
+    for number in range(60):
+        session.once(number, lambda number=number: number)
+    assert len(session.results) == 40
+    assert "key" not in session.results  # the oldest go first
+
+
+def test_what_is_cached_in_a_calculation_lies_in_the_sessions_folder(tmp_path: Path) -> None:
+    session, usual, seen = Session.open(tmp_path), cache_dir(), []
+    with session.calculating():
+        assert cache_dir() == session.folder / "cache"
+        assert others_calculate()
+        # another visitor's thread has its own
+        thread = threading.Thread(target=lambda: seen.append(cache_dir()))
+        thread.start()
+        thread.join()
+    assert seen == [usual]
+    assert cache_dir() == usual
+    assert not others_calculate()
+
+
+def test_what_all_see_is_computed_by_one(tmp_path: Path) -> None:
+    calls = []
+    began = threading.Event()
+
+    def compute() -> str:
+        calls.append(None)
+        began.wait(5)
+        return "done"
+
+    threads = [threading.Thread(target=shared_once, args=(tmp_path, compute)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    began.set()
+    for thread in threads:
+        thread.join()
+    assert len(calls) == 1
+    assert shared_once(tmp_path, compute) == "done"
+
+
+def test_the_page_is_served_by_the_command_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stimage_sd.app._settings._chosen", [])
+    with pytest.raises(RuntimeError, match="Start the app with `stimage-sd app`"):
+        chosen()
+    choose(Settings(root=tmp_path))
+    assert chosen().upload_mb == 200
