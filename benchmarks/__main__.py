@@ -66,6 +66,7 @@ def _seconds(value: float) -> str:
 def curves(name: str, cases: list[dict[str, Any]], path: Path) -> None:
     """Draw seconds and peak memory against size, a line a side, both axes logarithmic."""
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     sizes = [case["size"] for case in cases]
@@ -77,6 +78,8 @@ def curves(name: str, cases: list[dict[str, Any]], path: Path) -> None:
     for ax, label in zip(axes, ("seconds", "peak MB above imports"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=cases[0]["unit"], ylabel=label)
         ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if label != "seconds" else (1.0,)))
+        ax.yaxis.set_major_formatter("{x:,g}")
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)
