@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 import stimage_sd as sti
 from stimage_sd.nn.cox import cox_regressions
@@ -69,7 +70,9 @@ def test_random_genes_predict_nothing() -> None:
     assert abs(found.summary["c_index"].iloc[0] - 0.5) < 0.05
     screened = sti.tl.cox_screen(table, **OUTCOME)
     assert screened["c_index"].nlargest(5).min() > 0.54  # in sample
-    assert (screened["q_value"] > 0.05).all()
+    # without effect p is uniform, and a cohort in twenty has a q under 0.05 somewhere: this one's least is 0.028
+    assert stats.kstest(screened["p_value"], "uniform").pvalue > 0.01
+    assert (screened["q_value"] > 0.01).all()
 
 
 def test_slides_of_a_patient_are_never_on_both_sides() -> None:
