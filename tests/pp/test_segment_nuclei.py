@@ -20,9 +20,9 @@ from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract, pp
 from stimage_sd._cache import cache_dir
+from stimage_sd._nuclei_blocks import Nuclei, PackedNuclei, _polygons, lay_blocks, stitch
 from stimage_sd.datasets._tissue_painter import Tissue, make_stain, paint, scatter_nuclei
 from stimage_sd.nn.instance_scores import instance_scores
-from stimage_sd.pp._nuclei_blocks import Nuclei, PackedNuclei, _polygons, lay_blocks, stitch
 
 INK, PAPER = (90, 60, 150), (220, 140, 200)
 SIZE = 1600

@@ -7,6 +7,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "_cell_types": ["synthetic_reference"],
         "_her2st": ["her2st"],
         "_synthetic_codex": ["synthetic_codex"],
         "_synthetic_slide": ["synthetic_slide"],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import scipy.sparse as sp
 
+from stimage_sd.datasets._cell_types import TYPES, draw_markers, give_types, marker_names
 from stimage_sd.datasets._synthetic_xenium_cells import CATEGORIES, GENE, Cells
 from stimage_sd.datasets._synthetic_xenium_images import TILE, DapiPainter, write_ome_pyramid
 from stimage_sd.datasets._tenx_matrix import write_10x_h5
@@ -58,6 +60,7 @@ def synthetic_xenium(
     version: str = "3.0",
     align: bool = True,
     pixel_um: float = 0.2125,
+    n_markers: int = 0,
 ) -> Path:
     """Write a synthetic Xenium section, as the instrument writes one, with the H&E of the same tissue.
 
@@ -88,6 +91,10 @@ def synthetic_xenium(
         Whether to write the alignment of the H&E, ``he_imagealignment.csv``.
     pixel_um
         Micrometres a pixel of the morphology image; 0.2125 is the instrument's, a larger one is quicker.
+    n_markers
+        With any, cells are of four types (cancer epithelial, endothelial, immune, stromal), which their nuclei's size,
+        shape and darkness tell apart, none overlaps another, and each type has so many genes that mark it, such as
+        ``IMMUNE_01``.
 
     Returns
     -------
@@ -96,7 +103,7 @@ def synthetic_xenium(
     ``cell_feature_matrix.h5``, the morphology image (DAPI, uint16), ``he_image.ome.tif`` (0.5 µm a pixel) and the
     truth: ``truth_genes.csv`` as of `synthetic_visium`, ``truth_alignment.csv`` (3 × 3, from pixels of the H&E to
     pixels of the morphology image), ``truth_cells.csv`` (a row a cell: ``x``, ``y`` of its nucleus in pixels of the
-    H&E) and ``truth_tissue.json`` (``size``, ``mpp``, ``seed``, ``reach``).
+    H&E, and ``cell_type`` where there are types) and ``truth_tissue.json`` (``size``, ``mpp``, ``seed``, ``reach``).
 
     Raises
     ------
@@ -122,13 +129,21 @@ def synthetic_xenium(
     path = check_folder(path)
     tissue = Tissue(int(np.ceil(size_um / MPP / TILE)) * TILE, MPP, seed)
     nuclei = scatter_nuclei(tissue, REACH)
+    types = None
+    if n_markers:
+        nuclei, types = give_types(tissue, nuclei)
     to_dapi, side = _lay(tissue, pixel_um)
     genes = draw_genes(n_genes, gene_seed)
     cells = Cells(nuclei, np.diag([pixel_um, pixel_um, 1.0]) @ to_dapi, version)
 
     path.mkdir(parents=True, exist_ok=True)
-    features = _features(genes, version)
-    counts = _write_transcripts(path / "transcripts.parquet", tissue, genes, features, cells)
+    features = _features([*genes.index, *marker_names(n_markers)], version)
+    drawn: Iterable[_Drawn] = _draw(
+        tissue, genes, n_features=len(features) - n_markers * len(TYPES), n_markers=n_markers * len(TYPES)
+    )
+    if types is not None:
+        drawn = chain(drawn, [_drawn_markers(nuclei, types, n_markers, first=len(genes), seed=seed)])
+    counts = _write_transcripts(path / "transcripts.parquet", drawn, features, cells, seed)
     about = {"software_version": f"xenium-{version}.0", "chemistry_description": "Xenium"}
     kinds = features.to_list()
     write_10x_h5(
@@ -138,7 +153,10 @@ def synthetic_xenium(
     _write_experiment(path, version, pixel_um, cells, int(counts.sum()))
     _write_images(path, DapiPainter(tissue, REACH, nuclei, to_dapi, side, pixel_um), version, stain_seed)
     genes.to_csv(path / "truth_genes.csv")
-    pd.DataFrame(nuclei[:, :2], columns=["x", "y"], index=cells.barcodes).to_csv(path / "truth_cells.csv")
+    truth = pd.DataFrame(nuclei[:, :2], columns=["x", "y"], index=cells.barcodes)
+    if types is not None:
+        truth["cell_type"] = np.array(TYPES)[types]
+    truth.to_csv(path / "truth_cells.csv")
     (path / "truth_tissue.json").write_text(json.dumps({"size": tissue.size, "mpp": MPP, "seed": seed, "reach": REACH}))
     for name in ["truth_alignment.csv", *(["he_imagealignment.csv"] if align else [])]:
         pd.DataFrame(to_dapi).to_csv(path / name, header=False, index=False)
@@ -159,9 +177,9 @@ def _lay(tissue: Tissue, pixel_um: float) -> tuple[np.ndarray, int]:
     return np.vstack([np.column_stack([linear, shift]), [0.0, 0.0, 1.0]]), side
 
 
-def _features(genes: pd.DataFrame, version: str) -> pd.Series:
+def _features(genes: Sequence[str], version: str) -> pd.Series:
     """Return the type of every feature: the genes, then the controls."""
-    kinds = dict.fromkeys(genes.index, GENE)
+    kinds = dict.fromkeys(genes, GENE)
     for prefix, kind in CONTROLS.items():
         prefix = "BLANK_" if version == "1.0" and prefix.startswith("Unassigned") else prefix
         kinds |= {f"{prefix}{number:05d}": kind for number in range(1, N_CONTROLS + 1)}
@@ -181,8 +199,8 @@ class _Drawn:
     qualities: np.ndarray
 
 
-def _draw(tissue: Tissue, genes: pd.DataFrame, n_features: int) -> Iterator[_Drawn]:
-    """Scatter transcripts over the tissue, a band of blocks at a time."""
+def _draw(tissue: Tissue, genes: pd.DataFrame, *, n_features: int, n_markers: int) -> Iterator[_Drawn]:
+    """Scatter transcripts over the tissue, a band of blocks at a time; markers stand between genes and controls."""
     generator = np.random.default_rng([tissue.seed, 32])
     block = BLOCK_UM / tissue.mpp
     piece = block / PIECES
@@ -209,19 +227,25 @@ def _draw(tissue: Tissue, genes: pd.DataFrame, n_features: int) -> Iterator[_Dra
             QUALITY * generator.beta(4.0, 1.5, len(pieces)),
         )
         inside = (tissue.eccentricity(points) < REACH) & ((points >= 0) & (points < tissue.size)).all(axis=1)
+        features += n_markers * (features >= len(genes))
         yield _Drawn(points[inside], features[inside], qualities[inside].astype(np.float32))
 
 
+def _drawn_markers(nuclei: np.ndarray, types: np.ndarray, n_markers: int, *, first: int, seed: int) -> _Drawn:
+    points, markers = draw_markers(nuclei, types, n_markers=n_markers, seed=seed)
+    return _Drawn(points, markers + first, np.full(len(points), 2 * QUALITY, dtype=np.float32))
+
+
 def _write_transcripts(
-    path: Path, tissue: Tissue, genes: pd.DataFrame, features: pd.Series, cells: Cells
+    path: Path, transcripts: Iterable[_Drawn], features: pd.Series, cells: Cells, seed: int
 ) -> sp.csr_matrix:
     """Write the transcripts, and return the counts of those of good quality, cells × features."""
     counts = sp.csr_matrix((len(cells.ids), len(features)), dtype=np.int32)
-    generator = np.random.default_rng([tissue.seed, 33])
+    generator = np.random.default_rng([seed, 33])
     waiting: list[pa.Table] = []
     writer: pq.ParquetWriter | None = None
     start = 0
-    for drawn in _draw(tissue, genes, len(features)):
+    for drawn in transcripts:
         points = drawn.points @ cells.to_um[:2, :2].T + cells.to_um[:2, 2]
         owners, in_nucleus = cells.owners(points)
         counted = (owners >= 0) & (drawn.qualities >= QUALITY)
@@ -314,7 +338,7 @@ def _write_images(path: Path, painter: DapiPainter, version: str, stain_seed: in
     tissue = painter.tissue
     write_ome_pyramid(
         path / "he_image.ome.tif",
-        paint(tissue, reach=REACH, stain=make_stain(stain_seed), strip=TILE),
+        paint(tissue, reach=REACH, stain=make_stain(stain_seed), strip=TILE, nuclei=painter.nuclei),
         shape=(tissue.size, tissue.size, 3),
         dtype=np.uint8,
         metadata={"axes": "YXS", "PhysicalSizeX": MPP, "PhysicalSizeY": MPP, **units},

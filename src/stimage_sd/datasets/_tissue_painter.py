@@ -104,7 +104,9 @@ class Tissue:
         return np.hypot(middle[:, 0], middle[:, 1]) / radius
 
 
-def paint(tissue: Tissue, *, reach: float, stain: Stain, strip: int) -> Iterator[np.ndarray]:
+def paint(
+    tissue: Tissue, *, reach: float, stain: Stain, strip: int, nuclei: np.ndarray | None = None
+) -> Iterator[np.ndarray]:
     """Paint a tissue from top to bottom.
 
     Parameters
@@ -117,12 +119,14 @@ def paint(tissue: Tissue, *, reach: float, stain: Stain, strip: int) -> Iterator
         How it is stained.
     strip
         Rows a strip, px.
+    nuclei
+        ``(n, 6)``, in place of those of `scatter_nuclei`, from top to bottom.
 
     Yields
     ------
     ``uint8 (strip, size, 3)``, the last one as high as what is left.
     """
-    painter = _Painter(tissue, reach, stain)
+    painter = _Painter(tissue, reach, stain, scatter_nuclei(tissue, reach) if nuclei is None else nuclei)
     for start in range(0, tissue.size, strip):
         yield painter.rows(start, min(start + strip, tissue.size))
 
@@ -130,8 +134,8 @@ def paint(tissue: Tissue, *, reach: float, stain: Stain, strip: int) -> Iterator
 class _Painter:
     """All that is the same for every strip."""
 
-    def __init__(self, tissue: Tissue, reach: float, stain: Stain) -> None:
-        self.tissue = tissue
+    def __init__(self, tissue: Tissue, reach: float, stain: Stain, nuclei: np.ndarray) -> None:
+        self.tissue, self.nuclei = tissue, nuclei
         grid = (np.arange(GRID) + 0.5) * tissue.size / GRID
         points = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
         # Half a unit of opacity lies on the outline itself, and the edge is some 8 px soft.
@@ -139,7 +143,6 @@ class _Painter:
         self.inside = inside.reshape(GRID, GRID).astype(np.float32)
         self.stroma = tissue.field("stroma")
         self.reach = reach
-        self.nuclei = scatter_nuclei(tissue, reach)
         self.fibres, self.grain = (_texture(tissue.seed, number) for number in (0, 1))
         concentration = np.arange(256)[:, None] / 128.0
         self.haematoxylin = (255.0 * np.exp(-concentration * stain.haematoxylin)).round().astype(np.uint8)

@@ -9,6 +9,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["baselines"],
     submod_attrs={
         "_baseline_model": ["BaselineModel"],
+        "_cell_classifier": ["CellClassifier"],
         "_combined": ["CombinedModel"],
         "_extractors": ["Extractor", "extractors", "get_extractor", "register_extractor"],
         "_files": ["load"],

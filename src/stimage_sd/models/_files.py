@@ -123,6 +123,7 @@ def model_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> A
         If something is missing or of another form.
     """
     from stimage_sd.models._baseline_model import BaselineModel
+    from stimage_sd.models._cell_classifier import CellClassifier
     from stimage_sd.models._combined import CombinedModel
     from stimage_sd.models._finetuned import FinetunedModel
     from stimage_sd.models._gene_classifier import GeneClassifier
@@ -130,6 +131,7 @@ def model_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> A
 
     readers: dict[str, Any] = {
         "baseline": BaselineModel.from_parts,
+        "cell_classifier": CellClassifier.from_parts,
         "combined": CombinedModel.from_parts,
         "finetuned": FinetunedModel.from_parts,
         "gene_classifier": GeneClassifier.from_parts,

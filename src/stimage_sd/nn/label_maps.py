@@ -72,6 +72,34 @@ def measure_objects(labels: NDArray[np.integer], values: NDArray[np.floating]) -
     )
 
 
+def means_within(labels: NDArray[np.integer], values: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Average values over the pixels of each object.
+
+    Parameters
+    ----------
+    labels
+        Integers, ``(y, x)``; 0 is no object.
+    values
+        ``(y, x, n_values)``.
+
+    Returns
+    -------
+    ``float64 (n_objects, n_values)``, by their labels.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> means_within(np.array([[0, 3, 3]]), np.array([[[9.0], [1.0], [2.0]]]))
+    array([[1.5]])
+    """
+    numbers, compact = _compact(labels)
+    inside = compact > 0
+    owner = compact[inside] - 1
+    area = np.maximum(np.bincount(owner, minlength=len(numbers)), 1)
+    sums = [np.bincount(owner, channel, minlength=len(numbers)) for channel in values[inside].T.astype(np.float64)]
+    return np.stack(sums, axis=1) / area[:, None] if sums else np.empty((len(numbers), 0))
+
+
 def axes_lengths(
     down: NDArray[np.floating], right: NDArray[np.floating], both: NDArray[np.floating]
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from stimage_sd.nn.densenet import Convolution, Norm, concatenate, convolution, halve, norm
+from stimage_sd.nn.hovernet import Conv, conv, double, trim
 from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, max_pool, relu, relu6
 
 # Old enough for runtimes of several years, new enough for every operator used here.
@@ -134,6 +135,43 @@ def _(value: Symbol, layer: Convolution) -> Symbol:
     return value.then("Conv", kernel, kernel_shape=[layer.kernel_size] * 2, pads=[layer.kernel_size // 2] * 4)
 
 
+@conv.register
+def _(value: Symbol, layer: Conv) -> Symbol:
+    kernel = np.asarray(layer.kernel[...], np.float32)
+    if value.scale is not None:
+        kernel = kernel * value.scale[:, None]
+    inputs = [value.name, value.graph.constant(kernel.transpose(3, 2, 0, 1))]
+    if layer.bias is not None:
+        inputs.append(value.graph.constant(np.asarray(layer.bias[...], np.float32)))
+    name = value.graph.node(
+        "Conv",
+        inputs,
+        kernel_shape=[layer.kernel_size] * 2,
+        strides=[layer.stride] * 2,
+        group=layer.groups,
+        auto_pad="SAME_UPPER" if layer.padding == "same" else "VALID",
+    )
+    return Symbol(value.graph, name)
+
+
+@double.register
+def _(value: Symbol) -> Symbol:
+    scales = value.graph.constant(np.array([1, 1, 2, 2], np.float32))
+    return value.then(
+        "Resize", "", scales, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
+    )
+
+
+@trim.register
+def _(value: Symbol, pixels: int) -> Symbol:
+    if pixels == 0:
+        return value
+    starts, ends, axes = (
+        value.graph.constant(np.array(pair, np.int64)) for pair in ([pixels] * 2, [-pixels] * 2, [2, 3])
+    )
+    return value.then("Slice", starts, ends, axes)
+
+
 @concatenate.register
 def _(value: Symbol, others: Sequence[Symbol]) -> Symbol:
     return value.then("Concat", *(other.name for other in others), axis=1)
@@ -175,7 +213,8 @@ def record(
     Examples
     --------
     >>> from flax import nnx
-    >>> from stimage_sd.nn.layers import ConvNorm
+    >>> from stimage_sd.nn.hovernet import Conv, conv, double, trim
+    from stimage_sd.nn.layers import ConvNorm
     >>> layer = ConvNorm(3, 8, 3, padding="same", epsilon=1e-3, rngs=nnx.Rngs(0))
     >>> def network(tiles):
     ...     return global_mean(conv_norm(tiles, layer))

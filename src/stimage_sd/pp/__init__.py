@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_aggregate": ["aggregate"],
+        "_annotate_cells": ["annotate_cells"],
         "_augment": ["augment"],
         "_context": ["spatial_context"],
         "_embed": ["embed"],

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import cv2
 import geopandas as gpd
 import numpy as np
 import shapely
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._nuclei_blocks import LabelFunction, Nuclei, find_in_blocks, lay_blocks, stitch
+from stimage_sd._slide_region import Region
 from stimage_sd.models._cellpose import CellposeNuclei, cellpose_version
 from stimage_sd.nn.nuclei_watershed import (
     haematoxylin_histogram,
@@ -25,7 +26,6 @@ from stimage_sd.nn.nuclei_watershed import (
     otsu_of_histogram,
     percentiles_of_histogram,
 )
-from stimage_sd.pp._nuclei_blocks import Blocks, LabelFunction, Nuclei, find_in_blocks, lay_blocks, stitch
 from stimage_sd.pp._tissue import tissue_mask
 from stimage_sd.stream import run_over_tiles
 
@@ -137,7 +137,9 @@ def segment_nuclei(
     diameter = (_NUCLEUS_PX if mpp is None else _NUCLEUS_UM / mpp) if nucleus_px is None else float(nucleus_px)
     step = max(1, int(diameter / _WORKING_PX + 0.1)) if downsample is None else int(downsample)
     _check_sizes(diameter, step, block_size)
-    where = _Region.of(sdata, name, tiles)
+    if contract.TISSUE not in sdata.labels and contract.TILES not in sdata.tables:
+        tissue_mask(sdata, image_key=name)
+    where = Region.of(sdata, name, tiles)
     pyramid = contract.levels(sdata, name)
     run = partial(_sampled_histogram, pyramid, where, nucleus_px=diameter / step, downsample=step, n_workers=n_workers)
     find, key, found = _method(method, run, model=model, threshold=threshold, nucleus_px=diameter / step)
@@ -145,7 +147,7 @@ def segment_nuclei(
     blocks = lay_blocks(width, height, downsample=step, core=block_size, margin=int(np.ceil(_MARGIN * diameter / step)))
     parts = find_in_blocks(
         pyramid,
-        blocks.chosen(where.meets(blocks)),
+        blocks.chosen(where.meets(blocks.cores)),
         find,
         key=f"nuclei-{key}",
         n_workers=n_workers,
@@ -236,74 +238,8 @@ class _Watershed:
         )
 
 
-@dataclass(frozen=True)
-class _Region:
-    """Where nuclei are wanted: on tissue and, where some are given, in tiles; full-resolution px.
-
-    Attributes
-    ----------
-    mask
-        ``uint8 (y, x)``, 1 where nuclei are wanted, and the full-resolution px one of its pixels spans (y, x).
-    squares
-        ``float64 (n, 4)``: left, top, right, bottom of the tiles that a nucleus' centre has to lie in; `None`: all.
-    """
-
-    mask: NDArray[np.uint8]
-    scale: tuple[float, float]
-    squares: NDArray[np.float64] | None
-
-    @classmethod
-    def of(cls, sdata: SpatialData, name: str, tiles: Sequence[str | int] | None) -> _Region:
-        squares = None if tiles is None else contract.tile_squares(sdata, tiles)
-        height, width = contract.levels(sdata, name)[0].shape[1:]
-        if contract.TISSUE not in sdata.labels and contract.TILES in sdata.tables:
-            within = contract.tile_squares(sdata) if squares is None else squares
-            return cls(np.ones((1, 1), np.uint8), (float(height), float(width)), within)
-        if contract.TISSUE not in sdata.labels:
-            tissue_mask(sdata, image_key=name)
-        mask, scale = contract.tissue(sdata)
-        # a nucleus at the tissue's edge may have its centre on a pixel that is not half covered
-        return cls(cv2.dilate(mask.astype(np.uint8), np.ones((3, 3), np.uint8)), scale, squares)
-
-    def holds(self, centres: NDArray[np.float64]) -> NDArray[np.bool_]:
-        """Which of ``(n, 2)`` points, x and y, are wanted."""
-        rows, columns = (
-            np.clip((centres[:, 1 - axis] // self.scale[axis]).astype(int), 0, self.mask.shape[axis] - 1)
-            for axis in (0, 1)
-        )
-        wanted = self.mask[rows, columns] > 0
-        if self.squares is None or len(centres) == 0:
-            return wanted
-        return wanted & _met(np.asarray(shapely.points(centres)), self.squares)
-
-    def meets(self, blocks: Blocks) -> NDArray[np.bool_]:
-        """Which blocks' cores have anything to look at."""
-        wanted = np.zeros(len(blocks.cores), dtype=bool)
-        for number, (left, top, right, bottom) in enumerate(blocks.cores):
-            rows = slice(int(top // self.scale[0]), int(np.ceil(bottom / self.scale[0])))
-            columns = slice(int(left // self.scale[1]), int(np.ceil(right / self.scale[1])))
-            wanted[number] = self.mask[rows, columns].any()
-        if self.squares is not None:
-            wanted &= _met(np.asarray(shapely.box(*blocks.cores.T)), self.squares)
-        return wanted
-
-    def sample(self, n_places: int, *, side: float) -> NDArray[np.float64]:
-        """Places ``(n, 2)``, x and y, spread over the mask; as many as squares of `side` px fit in, at most."""
-        rows, columns = np.nonzero(self.mask)
-        area = len(rows) * self.scale[0] * self.scale[1]
-        wanted = int(np.clip(np.ceil(area / side**2), 1, min(n_places, len(rows))))
-        chosen = np.random.default_rng(0).choice(len(rows), wanted, replace=False)
-        return np.stack([columns[chosen] + 0.5, rows[chosen] + 0.5], axis=1) * self.scale[::-1]
-
-
-def _met(shapes: NDArray[np.object_], squares: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which shapes meet any of ``(n, 4)`` squares."""
-    tree = shapely.STRtree(np.asarray(shapely.box(*squares.T)))
-    return np.isin(np.arange(len(shapes)), tree.query(shapes, predicate="intersects")[0])
-
-
 def _sampled_histogram(
-    pyramid: list[xr.DataArray], where: _Region, *, nucleus_px: float, downsample: int, n_workers: int | None
+    pyramid: list[xr.DataArray], where: Region, *, nucleus_px: float, downsample: int, n_workers: int | None
 ) -> NDArray[np.float32]:
     """Haematoxylin on a sample of a section's tissue, whatever blocks and tiles are worked on."""
     height, width = pyramid[0].shape[1:]

@@ -21,6 +21,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_explained": ["compare_explanations", "explained_nuclei", "top_tiles"],
         "_fit_baseline": ["fit_baseline"],
         "_finetune_nb": ["finetune_nb"],
+        "_fit_cell_classifier": ["fit_cell_classifier"],
         "_fit_gene_classifier": ["fit_gene_classifier"],
         "_fit_nb": ["fit_nb"],
         "_predict": ["predict"],

@@ -16,13 +16,14 @@ import shapely
 import xarray as xr
 from numpy.typing import NDArray
 
-from stimage_sd.nn.label_maps import measure_objects, trace_objects
+from stimage_sd.nn.label_maps import means_within, measure_objects, trace_objects
 from stimage_sd.nn.nuclear_contrast import haematoxylin
 from stimage_sd.stream import TileJob, iterate_over_tiles
 
-LabelFunction = Callable[[NDArray[np.uint8]], NDArray[np.integer]]
+#: gives label maps, or label maps and ``float32 (batch, y, x, n_values)``, of which a nucleus has the means
+LabelFunction = Callable[[NDArray[np.uint8]], NDArray[np.integer] | tuple[NDArray[np.integer], NDArray[np.float32]]]
 
-#: numbers a nucleus: points of its outline, x, y, eccentricity, haematoxylin
+#: numbers a nucleus, before its values: points of its outline, x, y, eccentricity, haematoxylin
 _HEADER = 5
 #: room for numbers, part of a window's pixels: some 10,000 nuclei of 16 px a megapixel
 _ROOM = 0.5
@@ -43,12 +44,15 @@ class Nuclei(NamedTuple):
         ``float64 (n, 2)``, x and y, px of the full resolution.
     eccentricity, haematoxylin
         ``float64 (n,)``; natural-log optical density.
+    values
+        ``float64 (n, n_values)``: means of what the function says of a nucleus' pixels.
     """
 
     outlines: NDArray[np.object_]
     centres: NDArray[np.float64]
     eccentricity: NDArray[np.float64]
     haematoxylin: NDArray[np.float64]
+    values: NDArray[np.float64]
 
     def chosen(self, which: NDArray[np.generic]) -> Nuclei:
         """Return those of a mask or an order."""
@@ -141,6 +145,7 @@ def find_in_blocks(
     key: str,
     n_workers: int | None,
     description: str,
+    n_values: int = 0,
 ) -> Iterator[Nuclei]:
     """Find nuclei block by block, through the tile stream.
 
@@ -151,11 +156,14 @@ def find_in_blocks(
     blocks
         Where to look.
     function
-        ``uint8 (batch, y, x, 3)`` to integer label maps ``(batch, y, x)``, 0 where there is no nucleus.
+        ``uint8 (batch, y, x, 3)`` to integer label maps ``(batch, y, x)``, 0 where there is no nucleus; or to such maps
+        and values of every pixel, ``float32 (batch, y, x, n_values)``.
     key
         What tells the function from another.
     n_workers, description
         Of the tile stream.
+    n_values
+        How many values a pixel has.
 
     Yields
     ------
@@ -166,11 +174,12 @@ def find_in_blocks(
     ValueError
         If the function's labels are not of the expected shape and type, or a block has too many nuclei.
     """
-    room = int(_ROOM * blocks.side**2) + 1
+    # some 60 pixels a nucleus at least
+    room = int(_ROOM * blocks.side**2) + 1 + n_values * (blocks.side**2 // 60)
     job = TileJob(
         pyramid=pyramid,
         centers=blocks.centers,
-        function=PackedNuclei(function, room),
+        function=PackedNuclei(function, room, n_values),
         sides=[blocks.side * blocks.downsample],
         target=blocks.side,
         key=key,
@@ -179,7 +188,7 @@ def find_in_blocks(
     )
     for rows, values in iterate_over_tiles(job, n_workers=n_workers, description=description):
         for number, packed in zip(rows, values[:, 0], strict=True):
-            nuclei = _unpack(packed, blocks.corners[number], blocks.downsample)
+            nuclei = _unpack(packed, blocks.corners[number], blocks.downsample, n_values)
             left, top, right, bottom = blocks.cores[number]
             x, y = nuclei.centres.T
             yield nuclei.chosen((x >= left) & (x < right) & (y >= top) & (y < bottom))
@@ -195,14 +204,18 @@ class PackedNuclei:
         Gives label maps.
     room
         Length of the arrays.
+    n_values
+        Values a nucleus.
     """
 
     function: LabelFunction
     room: int
+    n_values: int = 0
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return ``float32 (batch, room)``."""
-        labels = np.asarray(self.function(images))
+        found = self.function(images)
+        labels, values = found if isinstance(found, tuple) else (np.asarray(found), None)
         if labels.shape != images.shape[:3] or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
                 f"Expected `method` to give integer labels of shape {images.shape[:3]} for images of shape "
@@ -210,14 +223,21 @@ class PackedNuclei:
             )
         if labels.size and labels.min() < 0:
             raise ValueError(f"Expected `method` to give labels of at least 0, found {labels.min()}.")
-        return np.stack([self._pack(*pair) for pair in zip(images, labels, strict=True)])
+        n_values = 0 if values is None else values.shape[-1]
+        if n_values != self.n_values:
+            raise ValueError(f"Expected {self.n_values} values a pixel, found {n_values}.")
+        pixels = [None] * len(images) if values is None else list(values)
+        return np.stack([self._pack(*parts) for parts in zip(images, labels, pixels, strict=True)])
 
-    def _pack(self, image: NDArray[np.uint8], labels: NDArray[np.integer]) -> NDArray[np.float32]:
+    def _pack(
+        self, image: NDArray[np.uint8], labels: NDArray[np.integer], values: NDArray[np.float32] | None
+    ) -> NDArray[np.float32]:
         found = measure_objects(labels, haematoxylin(np.moveaxis(image, -1, 0)))
         outlines = trace_objects(labels, found.labels, tolerance=_TOLERANCE)
         n_points = [len(outline) for outline in outlines]
         points = np.concatenate([np.empty((0, 2), np.int32), *outlines]).ravel()
-        header = np.column_stack([n_points, found.centres, found.eccentricity, found.mean])
+        means = np.empty((len(outlines), 0)) if values is None else means_within(labels, values)
+        header = np.column_stack([n_points, found.centres, found.eccentricity, found.mean, means])
         needed = 1 + header.size + points.size
         if needed > self.room:
             raise ValueError(
@@ -231,11 +251,11 @@ class PackedNuclei:
         return packed
 
 
-def _unpack(packed: NDArray[np.float32], corner: NDArray[np.int64], downsample: int) -> Nuclei:
-    n_nuclei = int(packed[0])
-    header = packed[1 : 1 + n_nuclei * _HEADER].reshape(n_nuclei, _HEADER).astype(np.float64)
+def _unpack(packed: NDArray[np.float32], corner: NDArray[np.int64], downsample: int, n_values: int) -> Nuclei:
+    n_nuclei, width = int(packed[0]), _HEADER + n_values
+    header = packed[1 : 1 + n_nuclei * width].reshape(n_nuclei, width).astype(np.float64)
     n_points = header[:, 0].astype(np.int64)
-    start = 1 + n_nuclei * _HEADER
+    start = 1 + n_nuclei * width
     points = packed[start : start + 2 * n_points.sum()].reshape(-1, 2).astype(np.float64)
     # the middle of a pixel is half a pixel from where it begins
     outlines = _polygons(points + 0.5, n_points)
@@ -244,6 +264,7 @@ def _unpack(packed: NDArray[np.float32], corner: NDArray[np.int64], downsample: 
         centres=header[:, 1:3] * downsample + corner,
         eccentricity=header[:, 3],
         haematoxylin=header[:, 4],
+        values=header[:, _HEADER:],
     )
 
 
@@ -275,9 +296,9 @@ def stitch(parts: list[Nuclei]) -> Nuclei:
     Examples
     --------
     >>> import numpy as np, shapely
+    >>> rest = (np.zeros(1), np.zeros(1), np.zeros((1, 0)))
     >>> one, two = (
-    ...     Nuclei(np.array([shapely.box(0, 0, right, 9)]), np.array([[right / 2, 4.5]]), np.zeros(1), np.zeros(1))
-    ...     for right in (8, 10)
+    ...     Nuclei(np.array([shapely.box(0, 0, right, 9)]), np.array([[right / 2, 4.5]]), *rest) for right in (8, 10)
     ... )
     >>> stitch([one, two]).centres.tolist()
     [[5.0, 4.5]]

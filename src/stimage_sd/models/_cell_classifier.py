@@ -1,0 +1,262 @@
+"""A fitted network that finds nuclei and tells their types, and its file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import onnxruntime
+import scipy.special
+from flax import nnx
+from numpy.typing import NDArray
+
+from stimage_sd.models._files import write_model
+from stimage_sd.models._network_arrays import network_arrays, put_arrays
+from stimage_sd.models._weights import sha256_of_arrays
+from stimage_sd.nn import onnx_graph
+from stimage_sd.nn.hovernet import HoVerNet, HoVerNetSize
+from stimage_sd.nn.hv_maps import hv_watershed
+
+#: diameter of a nucleus, µm
+NUCLEUS_UM = 8.0
+#: sides that the network takes are divisible by this
+_STEP = 8
+
+
+@runtime_checkable
+class CellFinder(Protocol):
+    """What finds nuclei and tells their types: a fitted `CellClassifier`, or another network of that kind.
+
+    Attributes
+    ----------
+    classes
+        Names of the types.
+    mpp
+        Micrometres a pixel of the pictures that it is to be given.
+    n_values
+        Values of a pixel: a probability a class, and whatever features follow.
+    key
+        What tells it from others, such as a hash of its weights.
+    """
+
+    classes: tuple[str, ...]
+    mpp: float
+
+    @property
+    def n_values(self) -> int:
+        """How many values a pixel has."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """What tells it from others."""
+        ...
+
+    def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Find the nuclei of pictures.
+
+        Parameters
+        ----------
+        images
+            ``uint8 (batch, y, x, 3)``.
+
+        Returns
+        -------
+        Labels ``int32 (batch, y, x)``, 0 where there is no nucleus, and ``float32 (batch, y, x, n_values)``.
+        """
+        ...
+
+
+class CellMaps(NamedTuple):
+    """What the network says of every pixel, each ``float32``.
+
+    Attributes
+    ----------
+    nuclear
+        ``(batch, y, x)``, probability of being of a nucleus.
+    hv
+        ``(batch, 2, y, x)``, horizontal and vertical distance.
+    types
+        ``(batch, n_classes + 1, y, x)``, probabilities of background and types.
+    features
+        ``(batch, n_features, y, x)``, what the types are told by.
+    """
+
+    nuclear: NDArray[np.float32]
+    hv: NDArray[np.float32]
+    types: NDArray[np.float32]
+    features: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class CellClassifier:
+    """A HoVer-Net that finds the nuclei of H&E and tells the type of each.
+
+    Made by `stimage_sd.tl.fit_cell_classifier`, loaded by `stimage_sd.models.load`.
+
+    Attributes
+    ----------
+    classes
+        Names of the types, in the order of the probabilities.
+    size
+        How large the network is.
+    mpp
+        Micrometres a pixel of the pictures that it was trained on.
+    tile_px
+        Side of the tiles that it was trained on, px.
+    arrays
+        The network's arrays by their path in it.
+    training
+        What was fitted, for the reader: sections, cells a class, options, package versions, history.
+    """
+
+    classes: tuple[str, ...]
+    size: HoVerNetSize
+    mpp: float
+    tile_px: int
+    arrays: dict[str, NDArray[Any]]
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_features(self) -> int:
+        """Features of a nucleus: channels of the last layer of the branch of types."""
+        return self.size.width
+
+    @property
+    def n_values(self) -> int:
+        """Values of a pixel: a probability a class, then the features."""
+        return len(self.classes) + self.n_features
+
+    @cached_property
+    def key(self) -> str:
+        """What tells it from others: a hash of its arrays."""
+        return f"hovernet-{sha256_of_arrays(self.arrays)[:16]}-{self.mpp:g}"
+
+    @cached_property
+    def module(self) -> HoVerNet:
+        """The network."""
+        network: HoVerNet = nnx.eval_shape(lambda: HoVerNet(len(self.classes), size=self.size, rngs=nnx.Rngs(0)))
+        put_arrays(network, self.arrays, name="hovernet")
+        return network
+
+    @cached_property
+    def _lock(self) -> threading.Lock:
+        return threading.Lock()
+
+    @cached_property
+    def _session(self) -> onnxruntime.InferenceSession:
+        model = onnx_graph.record(self.module.stacked, mean=[0.0] * 3, std=[1.0] * 3, embedding_size=None)
+        options = onnxruntime.SessionOptions()
+        # one thread a picture: the tile stream keeps as many on their way as there are cores
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        # its arena would keep the most that any picture ever took
+        options.enable_cpu_mem_arena = False
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = ("module", "_session", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def maps(self, images: NDArray[np.uint8]) -> CellMaps:
+        """Give the network's maps of pictures of any size.
+
+        Parameters
+        ----------
+        images
+            ``uint8 (batch, y, x, 3)``, at `mpp`.
+
+        Returns
+        -------
+        The maps, as large as the pictures. Where a side is not divisible by 8 the picture is mirrored beyond its
+        lower and right border.
+        """
+        height, width = images.shape[1:3]
+        padding = [(0, 0), (0, -height % _STEP), (0, -width % _STEP), (0, 0)]
+        padded = np.pad(images, padding, mode="symmetric") if height % _STEP or width % _STEP else images
+        with self._lock:
+            session = self._session
+        found = [session.run(["embedding"], {"tiles": padded[n : n + 1]})[0] for n in range(len(images))]
+        stacked = np.concatenate(found)[..., :height, :width]
+        nuclear, hv, types, features = np.split(stacked, [2, 4, 5 + len(self.classes)], axis=1)
+        return CellMaps(
+            nuclear=scipy.special.expit(nuclear[:, 1] - nuclear[:, 0]),
+            hv=hv,
+            types=scipy.special.softmax(types, axis=1),
+            features=features,
+        )
+
+    def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Find the nuclei of pictures.
+
+        Parameters
+        ----------
+        images
+            ``uint8 (batch, y, x, 3)``, at `mpp`.
+
+        Returns
+        -------
+        Labels ``int32 (batch, y, x)``, 0 where there is no nucleus, and ``float32 (batch, y, x, n_values)``: the
+        probabilities of the classes, without that of the background, then the features.
+        """
+        maps = self.maps(images)
+        pairs = zip(maps.nuclear, maps.hv, strict=True)
+        labels = np.stack([hv_watershed(*pair, nucleus_px=NUCLEUS_UM / self.mpp) for pair in pairs])
+        return labels, np.moveaxis(np.concatenate([maps.types[:, 1:], maps.features], axis=1), 1, -1)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+
+        Parameters
+        ----------
+        path
+            Where to.
+
+        Returns
+        -------
+        The path.
+        """
+        config = {
+            "classes": list(self.classes),
+            "size": asdict(self.size),
+            "mpp": self.mpp,
+            "tile_px": self.tile_px,
+            "training": self.training,
+        }
+        return write_model(path, kind="cell_classifier", config=config, arrays=self.arrays)
+
+    @classmethod
+    def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> CellClassifier:
+        """Put a model together from what `save` wrote."""
+        size = dict(config["size"])
+        size |= {name: tuple(size[name]) for name in ("depths", "dense")}
+        found = cls(
+            classes=tuple(config["classes"]),
+            size=HoVerNetSize(**size),
+            mpp=float(config["mpp"]),
+            tile_px=int(config["tile_px"]),
+            arrays=dict(arrays),
+            training=dict(config["training"]),
+        )
+        try:
+            _ = found.module
+        except ValueError as error:
+            raise KeyError(str(error)) from error
+        return found
+
+    @classmethod
+    def of(cls, network: nnx.Module, **parts: Any) -> CellClassifier:
+        """Put a model together from a network and all else."""
+        return cls(arrays=network_arrays(network), **parts)
+
+    def __repr__(self) -> str:
+        sections = ", ".join(self.training.get("sections", []))
+        n_numbers = sum(array.size for array in self.arrays.values())
+        return (
+            f"CellClassifier: {', '.join(self.classes)}; HoVer-Net of {n_numbers:,} numbers at {self.mpp:g} µm a "
+            f"pixel; trained on {sections}"
+        )

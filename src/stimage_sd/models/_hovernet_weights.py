@@ -1,0 +1,157 @@
+"""Weights of HoVer-Net and of its encoder, from files in the naming of others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+from numpy.typing import NDArray
+
+from stimage_sd.models._weights import fill_variables, read_safetensors, sha256_of_file
+from stimage_sd.nn.densenet import Norm
+from stimage_sd.nn.hovernet import Decoder, Dense, HoVerNet, Residual
+
+Named = Iterator[tuple[str, nnx.Variable]]
+#: what wraps a network in its authors' files
+_WRAPPERS = ("module.", "desc.", "model.")
+
+
+def load_hovernet(network: HoVerNet, path: Path) -> str:
+    """Put the weights of a file into a network, in place.
+
+    Parameters
+    ----------
+    network
+        The network.
+    path
+        A safetensors file: HoVer-Net's, whole or its encoder alone, in its authors' naming, or ResNet-50's in
+        torchvision's and timm's. ResNet-50 normalises after its convolutions, the encoder before them: it takes the
+        convolutions, and the first two normalisations of each unit, which stand in the same place; the others stay as
+        they are.
+
+    Returns
+    -------
+    The file's sha256.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If its arrays are of another network, or of one of another size.
+    """
+    arrays = {_unwrapped(name): array for name, array in read_safetensors(path).items()}
+    try:
+        if "layer1.0.conv1.weight" in arrays:
+            wanted = dict(resnet_names(network))
+            arrays = {name: array for name, array in arrays.items() if not _without_place(name)}
+        else:
+            wanted = dict(encoder_names(network))
+            if any(name.startswith("decoder.") for name in arrays):
+                wanted |= dict(decoder_names(network))
+        fill_variables(wanted, arrays)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit the network: {error} Is `size=` that of the weights?") from error
+    return sha256_of_file(path)
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def _without_place(name: str) -> bool:
+    """Whether an array of ResNet-50 belongs nowhere in an encoder that normalises first."""
+    return ".bn3." in name or ".downsample.1." in name
+
+
+def encoder_names(network: HoVerNet) -> Named:
+    """Give the encoder's variables the names that their arrays have in the authors' files."""
+    yield "conv0./.weight", network.stem.conv.kernel
+    yield from _norm("conv0.bn", network.stem.norm)
+    for number, block in enumerate(network.blocks):
+        yield from _residual_names(f"d{number}", block)
+    yield "conv_bot.weight", network.bottom.kernel
+
+
+def decoder_names(network: HoVerNet) -> Named:
+    """Give the decoders' variables the names that their arrays have in the authors' files."""
+    branches: Mapping[str, Decoder] = {"np": network.nuclear, "hv": network.hv, "tp": network.types}
+    for branch, decoder in branches.items():
+        prefix = f"decoder.{branch}"
+        yield from _dense_names(f"{prefix}.u3", decoder.coarse)
+        yield from _dense_names(f"{prefix}.u2", decoder.fine)
+        yield f"{prefix}.u1.conva.weight", decoder.last.kernel
+        yield from _norm(f"{prefix}.u0.bn", decoder.norm)
+        yield f"{prefix}.u0.conv.weight", decoder.maps.kernel
+        assert decoder.maps.bias is not None
+        yield f"{prefix}.u0.conv.bias", decoder.maps.bias
+
+
+def resnet_names(network: HoVerNet) -> Named:
+    """Give the encoder's variables the names that their arrays have in torchvision's ResNet-50."""
+    yield "conv1.weight", network.stem.conv.kernel
+    yield from _norm("bn1", network.stem.norm)
+    for stage, block in enumerate(network.blocks, start=1):
+        yield f"layer{stage}.0.downsample.0.weight", block.shortcut.kernel
+        for number in range(len(block.narrow)):
+            prefix = f"layer{stage}.{number}"
+            yield f"{prefix}.conv1.weight", block.narrow[number].kernel
+            yield from _norm(f"{prefix}.bn1", block.norms_1[number])
+            yield f"{prefix}.conv2.weight", block.middle[number].kernel
+            yield from _norm(f"{prefix}.bn2", block.norms_2[number])
+            yield f"{prefix}.conv3.weight", block.widen[number].kernel
+
+
+def _residual_names(prefix: str, block: Residual) -> Named:
+    yield f"{prefix}.shortcut.weight", block.shortcut.kernel
+    for number in range(len(block.narrow)):
+        unit = f"{prefix}.units.{number}"
+        if number:
+            yield from _norm(f"{unit}.preact/bn", block.norms[number - 1])
+        yield f"{unit}.conv1.weight", block.narrow[number].kernel
+        yield from _norm(f"{unit}.conv1/bn", block.norms_1[number])
+        yield f"{unit}.conv2.weight", block.middle[number].kernel
+        yield from _norm(f"{unit}.conv2/bn", block.norms_2[number])
+        yield f"{unit}.conv3.weight", block.widen[number].kernel
+    yield from _norm(f"{prefix}.blk_bna.bn", block.last)
+
+
+def _dense_names(prefix: str, dense: Dense) -> Named:
+    yield f"{prefix}.conva.weight", dense.first.kernel
+    for number in range(len(dense.narrow)):
+        unit = f"{prefix}.dense.units.{number}"
+        yield from _norm(f"{unit}.preact_bna/bn", dense.norms[number])
+        yield f"{unit}.conv1.weight", dense.narrow[number].kernel
+        yield from _norm(f"{unit}.conv1/bn", dense.norms_1[number])
+        yield f"{unit}.conv2.weight", dense.grow[number].kernel
+    yield from _norm(f"{prefix}.dense.blk_bna.bn", dense.last)
+    yield f"{prefix}.convf.weight", dense.out.kernel
+
+
+def _norm(prefix: str, layer: Norm) -> Named:
+    yield f"{prefix}.weight", layer.scale
+    yield f"{prefix}.bias", layer.bias
+    yield f"{prefix}.running_mean", layer.mean
+    yield f"{prefix}.running_var", layer.variance
+
+
+def arrays_in_authors_naming(network: HoVerNet) -> dict[str, NDArray[np.float32]]:
+    """Give a network's arrays the names and the layout that the authors' files have.
+
+    Examples
+    --------
+    >>> from stimage_sd.nn.hovernet import SIZES
+    >>> network = HoVerNet(2, size=SIZES["small"], rngs=nnx.Rngs(0))
+    >>> arrays_in_authors_naming(network)["conv0./.weight"].shape
+    (8, 3, 7, 7)
+    """
+    named = dict([*encoder_names(network), *decoder_names(network)])
+    arrays = {name: np.asarray(variable[...]) for name, variable in named.items()}
+    return {
+        name: np.ascontiguousarray(array.transpose(3, 2, 0, 1)) if array.ndim == 4 else array
+        for name, array in arrays.items()
+    }

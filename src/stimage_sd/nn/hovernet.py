@@ -1,0 +1,425 @@
+"""HoVer-Net: which pixels are nuclear, where in its nucleus each lies, and of which type it is.
+
+Source: Graham et al., "HoVer-Net: simultaneous segmentation and classification of nuclei in multi-tissue histology
+images", Medical Image Analysis 2019. A residual encoder whose blocks normalise before they convolve (He et al.,
+"Identity mappings in deep residual networks", 2016), its first convolution without a stride, and three decoders of
+densely connected units. A layer of the encoder is written in terms of the width of the first, so that the published
+network and one that trains on two cores are the same code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from stimage_sd.nn.densenet import BATCH_NORM_EPSILON, Norm, concatenate, norm
+from stimage_sd.nn.layers import add, relu
+
+#: a layer that normalises: by its running statistics, or by those of the batch
+Normalise = Callable[[Any, Norm], Any]
+Padding = Literal["same", "valid"]
+#: share of a batch's statistics in the running ones after it
+_MOMENTUM = 0.1
+
+
+@dataclass(frozen=True)
+class HoVerNetSize:
+    """How large a network is.
+
+    Attributes
+    ----------
+    width
+        Channels of the first convolution.
+    depths
+        Residual units of the encoder's four blocks.
+    dense
+        Densely connected units of a decoder's first and second block.
+    kernel_size
+        Of the decoders' convolutions.
+    padding
+        Of the decoders' convolutions: ``"same"`` gives maps of the tile's size, ``"valid"`` only the part that sees
+        nothing but tissue.
+    pad_stem
+        Whether zeros are put around the tile for the first convolution.
+    """
+
+    width: int = 64
+    depths: tuple[int, int, int, int] = (3, 4, 6, 3)
+    dense: tuple[int, int] = (8, 4)
+    kernel_size: int = 5
+    padding: Padding = "same"
+    pad_stem: bool = True
+
+
+#: the published network, with maps as large as the tile, and one that trains on two cores
+SIZES = {
+    "published": HoVerNetSize(),
+    "small": HoVerNetSize(width=8, depths=(1, 1, 1, 1), dense=(2, 1), kernel_size=3),
+}
+
+
+class Conv(nnx.Module):
+    """A square convolution.
+
+    Parameters
+    ----------
+    in_channels, out_channels
+        Channels before and after.
+    kernel_size
+        Height and width of the kernel; odd.
+    stride
+        Step, px.
+    groups
+        Groups of channels that do not see each other.
+    padding
+        ``"same"``: zeros around, more of them below and to the right where they cannot be even; ``"valid"``: none.
+    bias
+        Whether a bias is added.
+    rngs
+        Source of the initial kernel (He et al. 2015, fan in).
+
+    Examples
+    --------
+    >>> conv(jnp.ones((1, 8, 8, 3)), Conv(3, 4, 3, stride=2, rngs=nnx.Rngs(0))).shape
+    (1, 4, 4, 4)
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1,
+        padding: Padding = "same", bias: bool = False, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        self.kernel_size, self.stride, self.groups, self.padding = kernel_size, stride, groups, padding
+        shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
+        deviation = (2 * groups / (kernel_size**2 * in_channels)) ** 0.5
+        self.kernel = nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32)) if bias else None
+
+
+@singledispatch
+def conv(value: Any, layer: Conv) -> Any:
+    """Convolve a value.
+
+    Parameters
+    ----------
+    value
+        float32 (batch, height, width, in_channels), or a value of a graph being recorded.
+    layer
+        The layer.
+
+    Returns
+    -------
+    value
+        float32 (batch, height', width', out_channels).
+
+    Examples
+    --------
+    >>> conv(jnp.ones((1, 8, 8, 3)), Conv(3, 4, 5, padding="valid", rngs=nnx.Rngs(0))).shape
+    (1, 4, 4, 4)
+    """
+    # on a CPU, XLA's convolution by 1 px and its grouped one take several times as long as what follows
+    if layer.kernel_size == 1:
+        convolved = value[:, :: layer.stride, :: layer.stride] @ layer.kernel[0, 0]
+    else:
+        pieces = [jnp.split(array, layer.groups, axis=-1) for array in (value, layer.kernel[...])]
+        convolved = jnp.concatenate(
+            [_convolved(piece, kernel, layer) for piece, kernel in zip(*pieces, strict=True)], axis=-1
+        )
+    return convolved if layer.bias is None else convolved + layer.bias[...]
+
+
+def _convolved(value: Any, kernel: Any, layer: Conv) -> Any:
+    return jax.lax.conv_general_dilated(
+        value, kernel, (layer.stride,) * 2, layer.padding.upper(), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@singledispatch
+def double(value: Any) -> Any:
+    """Repeat every pixel twice along both axes.
+
+    Examples
+    --------
+    >>> double(jnp.ones((1, 2, 3, 4))).shape
+    (1, 4, 6, 4)
+    """
+    return value.repeat(2, axis=1).repeat(2, axis=2)
+
+
+@singledispatch
+def trim(value: Any, pixels: int) -> Any:
+    """Leave out as many pixels on each side.
+
+    Examples
+    --------
+    >>> trim(jnp.ones((1, 6, 6, 4)), 2).shape
+    (1, 2, 2, 4)
+    """
+    return value[:, pixels : value.shape[1] - pixels, pixels : value.shape[2] - pixels] if pixels else value
+
+
+def batch_norm(value: Any, layer: Norm) -> Any:
+    """Normalise a value by its own batch, and let the layer's running statistics follow, as training does.
+
+    Parameters
+    ----------
+    value
+        float32 (batch, height, width, channels).
+    layer
+        The layer; its mean and variance are changed.
+
+    Returns
+    -------
+    value
+        Of the same shape.
+
+    Examples
+    --------
+    >>> layer = Norm(1)
+    >>> float(batch_norm(jnp.array([0.0, 2.0]).reshape(2, 1, 1, 1), layer)[1, 0, 0, 0].round(3))
+    1.0
+    >>> layer.mean[...]
+    Array([0.1], dtype=float32)
+    """
+    mean, variance = value.mean((0, 1, 2)), value.var((0, 1, 2))
+    n_values = value.size // value.shape[-1]
+    unbiased = variance * n_values / max(n_values - 1, 1)
+    layer.mean[...] = (1 - _MOMENTUM) * layer.mean[...] + _MOMENTUM * mean
+    layer.variance[...] = (1 - _MOMENTUM) * layer.variance[...] + _MOMENTUM * unbiased
+    return (value - mean) * jax.lax.rsqrt(variance + BATCH_NORM_EPSILON) * layer.scale[...] + layer.bias[...]
+
+
+class Residual(nnx.Module):
+    """Units that add to what they are given, each: normalise, clip, convolve by 1, 3 and 1 px.
+
+    Parameters
+    ----------
+    in_channels
+        Channels before.
+    width
+        Channels within; four times as many come out.
+    depth
+        How many units.
+    stride
+        Of the first unit.
+    rngs
+        Source of the initial kernels.
+    """
+
+    def __init__(self, in_channels: int, width: int, depth: int, *, stride: int, rngs: nnx.Rngs) -> None:
+        out = 4 * width
+        self.shortcut = Conv(in_channels, out, 1, stride=stride, rngs=rngs)
+        befores = [in_channels] + [out] * (depth - 1)
+        # the value that the first unit is given was normalised by whoever gave it
+        self.norms = nnx.List([Norm(out) for _ in range(depth - 1)])
+        self.narrow = nnx.List([Conv(before, width, 1, rngs=rngs) for before in befores])
+        self.norms_1 = nnx.List([Norm(width) for _ in befores])
+        self.middle = nnx.List([Conv(width, width, 3, stride=stride if n == 0 else 1, rngs=rngs) for n in range(depth)])
+        self.norms_2 = nnx.List([Norm(width) for _ in befores])
+        self.widen = nnx.List([Conv(width, out, 1, rngs=rngs) for _ in befores])
+        self.last = Norm(out)
+
+    def __call__(self, value: Any, normalise: Normalise) -> Any:
+        """Apply the units."""
+        kept = conv(value, self.shortcut)
+        for number, narrow in enumerate(self.narrow):
+            inner = value if number == 0 else relu(normalise(kept, self.norms[number - 1]))
+            inner = relu(normalise(conv(inner, narrow), self.norms_1[number]))
+            inner = relu(normalise(conv(inner, self.middle[number]), self.norms_2[number]))
+            kept = add(conv(inner, self.widen[number]), kept)
+        return relu(normalise(kept, self.last))
+
+
+class Dense(nnx.Module):
+    """A convolution, units that each add channels to those of all before, and a convolution by 1 px.
+
+    Parameters
+    ----------
+    in_channels, width
+        Channels before, and after the first convolution.
+    bottleneck, growth
+        Channels within a unit, and those it adds.
+    n_units
+        How many.
+    out_channels
+        Channels after.
+    size
+        Kernel and padding.
+    rngs
+        Source of the initial kernels.
+    """
+
+    def __init__(
+        self, in_channels: int, width: int, *, bottleneck: int, growth: int, n_units: int, out_channels: int,
+        size: HoVerNetSize, rngs: nnx.Rngs,
+    ) -> None:  # fmt: skip
+        kernel = size.kernel_size
+        self.lost = kernel // 2 if size.padding == "valid" else 0
+        self.first = Conv(in_channels, width, kernel, padding=size.padding, rngs=rngs)
+        befores = [width + number * growth for number in range(n_units)]
+        self.norms = nnx.List([Norm(before) for before in befores])
+        self.narrow = nnx.List([Conv(before, bottleneck, 1, rngs=rngs) for before in befores])
+        self.norms_1 = nnx.List([Norm(bottleneck) for _ in befores])
+        self.grow = nnx.List(
+            [Conv(bottleneck, growth, kernel, groups=4, padding=size.padding, rngs=rngs) for _ in befores]
+        )
+        self.last = Norm(width + n_units * growth)
+        self.out = Conv(width + n_units * growth, out_channels, 1, rngs=rngs)
+
+    def __call__(self, value: Any, normalise: Normalise) -> Any:
+        """Apply the convolution, the units and the last convolution."""
+        value = conv(value, self.first)
+        for before, narrow, after, grow in zip(self.norms, self.narrow, self.norms_1, self.grow, strict=True):
+            inner = relu(normalise(conv(relu(normalise(value, before)), narrow), after))
+            value = concatenate(trim(value, self.lost), [conv(inner, grow)])
+        return conv(relu(normalise(value, self.last)), self.out)
+
+
+class Decoder(nnx.Module):
+    """From the encoder's four values to maps of the tile.
+
+    Parameters
+    ----------
+    size
+        Of the network.
+    n_maps
+        Channels of the maps.
+    rngs
+        Source of the initial kernels.
+    """
+
+    def __init__(self, size: HoVerNetSize, n_maps: int, *, rngs: nnx.Rngs) -> None:
+        width, growth = size.width, size.width // 2
+        common: dict[str, Any] = {"bottleneck": 2 * width, "growth": growth, "size": size, "rngs": rngs}
+        n_coarse, n_fine = size.dense
+        self.coarse = Dense(16 * width, 4 * width, n_units=n_coarse, out_channels=8 * width, **common)
+        self.fine = Dense(8 * width, 2 * width, n_units=n_fine, out_channels=4 * width, **common)
+        self.last = Conv(4 * width, width, size.kernel_size, rngs=rngs)
+        self.norm = Norm(width)
+        self.maps = Conv(width, n_maps, 1, bias=True, rngs=rngs)
+        # what is left of the encoder's finer values where convolutions lose their border
+        self._trims = _trims(size)
+
+    def __call__(self, values: tuple[Any, Any, Any, Any], normalise: Normalise) -> tuple[Any, Any]:
+        """Return the maps, and the features that they are made of."""
+        finest, fine, coarse, coarsest = values
+        value = self.coarse(add(double(coarsest), coarse), normalise)
+        value = self.fine(add(double(value), trim(fine, self._trims[0])), normalise)
+        value = conv(add(double(value), trim(finest, self._trims[1])), self.last)
+        features = relu(normalise(value, self.norm))
+        return conv(features, self.maps), features
+
+
+def _trims(size: HoVerNetSize) -> tuple[int, int]:
+    """Pixels a side that the values of the second and of the first block lose."""
+    if size.padding == "same":
+        return 0, 0
+    lost = size.kernel_size // 2
+    after_coarse = lost * (1 + size.dense[0])
+    return 2 * after_coarse, 2 * (2 * after_coarse + lost * (1 + size.dense[1]))
+
+
+class Stem(nnx.Module):
+    """The first convolution."""
+
+    def __init__(self, size: HoVerNetSize, *, rngs: nnx.Rngs) -> None:
+        self.conv = Conv(3, size.width, 7, padding="same" if size.pad_stem else "valid", rngs=rngs)
+        self.norm = Norm(size.width)
+
+    def __call__(self, tiles: Any, normalise: Normalise) -> Any:
+        """Convolve, normalise and clip."""
+        return relu(normalise(conv(tiles, self.conv), self.norm))
+
+
+def as_fitted(module: Any, value: Any) -> Any:
+    """Run a part of the network by its running statistics."""
+    return module(value, norm)
+
+
+def as_trained(module: Any, value: Any) -> Any:
+    """Run a part of the network by the batch's statistics; for the gradient, its activations are computed again."""
+    return nnx.remat(lambda part, given: part(given, batch_norm))(module, value)
+
+
+class HoVerNet(nnx.Module):
+    """The network.
+
+    Parameters
+    ----------
+    n_types
+        Types of nuclei; the background is one more.
+    size
+        How large it is.
+    rngs
+        Source of the initial kernels.
+
+    Examples
+    --------
+    >>> network = HoVerNet(4, size=SIZES["small"], rngs=nnx.Rngs(0))
+    >>> [maps.shape for maps in network(jnp.zeros((1, 64, 64, 3)))]
+    [(1, 64, 64, 2), (1, 64, 64, 2), (1, 64, 64, 5), (1, 64, 64, 8)]
+    """
+
+    def __init__(self, n_types: int, *, size: HoVerNetSize = SIZES["published"], rngs: nnx.Rngs) -> None:
+        width = size.width
+        self.stem = Stem(size, rngs=rngs)
+        blocks, before = [], width
+        for number, depth in enumerate(size.depths):
+            inner = width * 2**number
+            blocks.append(Residual(before, inner, depth, stride=1 if number == 0 else 2, rngs=rngs))
+            before = 4 * inner
+        self.blocks = nnx.List(blocks)
+        self.bottom = Conv(before, 16 * width, 1, rngs=rngs)
+        self.nuclear = Decoder(size, 2, rngs=rngs)
+        self.hv = Decoder(size, 2, rngs=rngs)
+        self.types = Decoder(size, n_types + 1, rngs=rngs)
+
+    def __call__(self, tiles: Any, run: Callable[[Any, Any], Any] = as_fitted) -> tuple[Any, Any, Any, Any]:
+        """Give the maps of tiles.
+
+        Parameters
+        ----------
+        tiles
+            float32 (batch, height, width, 3), 0 to 1; height and width divisible by 8.
+        run
+            `as_fitted`, or `as_trained`.
+
+        Returns
+        -------
+        Logits of background and nucleus; horizontal and vertical distance; logits of background and types; and the
+        features that the last are made of, ``width`` channels.
+        """
+        value = run(self.stem, tiles)
+        values = []
+        for block in self.blocks:
+            value = run(block, value)
+            values.append(value)
+        encoded = (*values[:3], conv(value, self.bottom))
+        (nuclear, _), (hv, _) = run(self.nuclear, encoded), run(self.hv, encoded)
+        types, features = run(self.types, encoded)
+        return nuclear, hv, types, features
+
+    def stacked(self, tiles: Any) -> Any:
+        """Give the maps of tiles in one value, one behind the other, as a graph that is recorded wants it."""
+        nuclear, hv, types, features = self(tiles)
+        return concatenate(nuclear, [hv, types, features])
+
+
+def n_parameters(network: nnx.Module) -> int:
+    """Count a network's trained numbers.
+
+    Examples
+    --------
+    >>> n_parameters(Conv(3, 4, 3, rngs=nnx.Rngs(0)))
+    108
+    """
+    return sum(variable[...].size for variable in jax.tree.leaves(nnx.state(network, nnx.Param), is_leaf=_is_variable))
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
