@@ -70,14 +70,14 @@ class Blocks:
     side
         Of the windows, px of the working resolution.
     corners
-        ``int64 (n_blocks, 2)``, x and y of the windows' first pixels.
+        ``float64 (n_blocks, 2)``, x and y of the windows' corners.
     cores
         ``float64 (n_blocks, 4)``: left, top, right, bottom; right and bottom belong to the next one.
     """
 
-    downsample: int
+    downsample: float
     side: int
-    corners: NDArray[np.int64]
+    corners: NDArray[np.float64]
     cores: NDArray[np.float64]
 
     @property
@@ -90,7 +90,7 @@ class Blocks:
         return Blocks(self.downsample, self.side, self.corners[which], self.cores[which])
 
 
-def lay_blocks(width: int, height: int, *, downsample: int, core: int, margin: int) -> Blocks:
+def lay_blocks(width: int, height: int, *, downsample: float, core: int, margin: int) -> Blocks:
     """Cover an image with blocks.
 
     Parameters
@@ -110,9 +110,9 @@ def lay_blocks(width: int, height: int, *, downsample: int, core: int, margin: i
     --------
     >>> blocks = lay_blocks(200, 100, downsample=1, core=60, margin=20)
     >>> blocks.corners.tolist(), blocks.cores[:, 0].tolist()
-    ([[0, 0], [60, 0], [100, 0]], [0.0, 80.0, 120.0])
+    ([[0.0, 0.0], [60.0, 0.0], [100.0, 0.0]], [0.0, 80.0, 120.0])
     """
-    sizes = (max(1, width // downsample), max(1, height // downsample))
+    sizes = (max(1, int(width / downsample)), max(1, int(height / downsample)))
     side = min(core + 2 * margin, *sizes)
     margin = min(margin, side // 4)
     (columns, x_edges), (rows, y_edges) = (_along(size, side, margin) for size in sizes)
@@ -123,7 +123,7 @@ def lay_blocks(width: int, height: int, *, downsample: int, core: int, margin: i
     return Blocks(
         downsample=downsample,
         side=side,
-        corners=np.stack([columns[column], rows[row]], axis=1) * downsample,
+        corners=np.asarray(np.stack([columns[column], rows[row]], axis=1) * downsample, dtype=np.float64),
         cores=np.stack([x_edges[column], y_edges[row], x_edges[column + 1], y_edges[row + 1]], axis=1),
     )
 
@@ -251,7 +251,7 @@ class PackedNuclei:
         return packed
 
 
-def _unpack(packed: NDArray[np.float32], corner: NDArray[np.int64], downsample: int, n_values: int) -> Nuclei:
+def _unpack(packed: NDArray[np.float32], corner: NDArray[np.float64], downsample: float, n_values: int) -> Nuclei:
     n_nuclei, width = int(packed[0]), _HEADER + n_values
     header = packed[1 : 1 + n_nuclei * width].reshape(n_nuclei, width).astype(np.float64)
     n_points = header[:, 0].astype(np.int64)

@@ -46,6 +46,7 @@ from stimage_sd.contract._access import (
     write_predictions,
     write_tissue,
 )
+from stimage_sd.contract._cells import cell_shapes, cell_types, check_cells_can_be_written, outlines, write_cells
 from stimage_sd.contract._elements import annotate, build_image, build_shapes, levels
 from stimage_sd.contract._explained import (
     LabelWindow,
@@ -65,6 +66,7 @@ from stimage_sd.contract._instrument import (
 from stimage_sd.contract._names import (
     ATTRIBUTE,
     BINS,
+    CELL_TYPES,
     CELLS,
     CHUNK,
     COUNTS,
@@ -98,6 +100,7 @@ __all__ = [
     "ATTRIBUTE",
     "BINS",
     "CELLS",
+    "CELL_TYPES",
     "CHUNK",
     "COUNTS",
     "DAPI",
@@ -131,6 +134,9 @@ __all__ = [
     "build_image",
     "build_multichannel",
     "build_shapes",
+    "cell_shapes",
+    "cell_types",
+    "check_cells_can_be_written",
     "check_counts",
     "check_no_shapes",
     "check_rgb",
@@ -153,6 +159,7 @@ __all__ = [
     "levels",
     "measured",
     "nuclei",
+    "outlines",
     "place_instrument",
     "plain",
     "predictions",
@@ -171,6 +178,7 @@ __all__ = [
     "tissue",
     "units_name",
     "working_image_name",
+    "write_cells",
     "write_explained",
     "write_explanations",
     "write_gene_classes",

@@ -28,6 +28,8 @@ TILE_SQUARES = "tile_squares"
 PREDICTIONS = "predictions"
 #: predicted classes of genes, High or Low
 GENE_CLASSES = "gene_classes"
+#: probabilities of predicted cells' types
+CELL_TYPES = "cell_types"
 #: nuclei, or segments of another kind, with what explanations say of them, and the table of the explained tiles
 NUCLEI_EXPLAINED = "nuclei_explained"
 SEGMENTS_EXPLAINED = "segments_explained"

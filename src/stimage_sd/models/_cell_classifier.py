@@ -44,8 +44,15 @@ class CellFinder(Protocol):
         What tells it from others, such as a hash of its weights.
     """
 
-    classes: tuple[str, ...]
-    mpp: float
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the types."""
+        ...
+
+    @property
+    def mpp(self) -> float:
+        """Micrometres a pixel."""
+        ...
 
     @property
     def n_values(self) -> int:

@@ -1,12 +1,13 @@
-"""Principal components of tiles: of what was predicted on them, or of their embeddings."""
+"""Principal components of tiles: of what was predicted on them, or of their embeddings; and of predicted cells."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 from sklearn.decomposition import PCA
 from spatialdata import SpatialData
 
@@ -14,13 +15,19 @@ from stimage_sd import contract
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._specification import common_specification, features
 
-Use = Literal["predictions", "embeddings"]
+Use = Literal["predictions", "embeddings", "cells"]
+#: key in ``obsm`` of the features that predicted cells' types are told by, and in ``uns`` of places without a nucleus
+CELL_FEATURES, BACKGROUND_FEATURES = "X_cell_features", "background_features"
+#: cells of a section that are laid out at most
+_MOST_CELLS = 5000
 
 
 def kept_table(sdata: SpatialData, use: Use) -> ad.AnnData:
-    """The table of predictions, or the rows of the tiles' table that are kept."""
+    """The table of predictions, the rows of the tiles' table that are kept, or predicted cells and background."""
     if use == "predictions":
         return contract.predictions(sdata)
+    if use == "cells":
+        return _cells_and_background(sdata)
     table = contract.tiles(sdata)
     return table[table.obs["keep"].to_numpy()]
 
@@ -42,6 +49,7 @@ def components(
         Sections with predictions, or embeddings.
     use
         ``"predictions"``: log1p of the predicted means. ``"embeddings"``: those of `extractor`, with their context.
+        ``"cells"``: features of predicted cells.
     extractor
         Whose embeddings.
     n_components
@@ -63,8 +71,8 @@ def components(
         If `use` or `standardize` is none of theirs, `n_components` is not positive, or the sections have fewer than
         two genes in common.
     """
-    if use not in ("predictions", "embeddings"):
-        raise ValueError(f'Expected `use` to be "predictions" or "embeddings", found {use!r}.')
+    if use not in get_args(Use):
+        raise ValueError(f"Expected `use` to be one of {list(get_args(Use))}, found {use!r}.")
     if n_components < 1:
         raise ValueError(f"Expected `n_components` of at least 1, found {n_components}.")
     if standardize not in ("section", "cohort"):
@@ -74,6 +82,11 @@ def components(
         embedded = {name: features(sdata, tiles) for name, sdata in cohort.items()}
         space = FeatureSpace.fit(embedded, n_components=n_components, standardize=standardize, seed=seed)
         return {name: space.reduce(values) for name, values in embedded.items()}
+    if use == "cells":
+        of_cells = {name: np.asarray(_cells_and_background(sdata).X) for name, sdata in cohort.items()}
+        n_components = min(n_components, next(iter(of_cells.values())).shape[1])
+        space = FeatureSpace.fit(of_cells, n_components=n_components, standardize=standardize, seed=seed)
+        return {name: space.reduce(values) for name, values in of_cells.items()}
     tables = [contract.predictions(sdata) for sdata in cohort.values()]
     genes = [gene for gene in tables[0].var_names if all(gene in table.var_names for table in tables[1:])]
     if len(genes) < 2:
@@ -87,6 +100,22 @@ def components(
     reduced = PCA(rank, random_state=seed).fit_transform(scaled).astype(np.float32)
     ends = np.cumsum([table.n_obs for table in tables])[:-1]
     return dict(zip(cohort, np.split(reduced, ends), strict=True))
+
+
+def _cells_and_background(sdata: SpatialData) -> ad.AnnData:
+    """Features of predicted cells, of some where there are many, and of places without a nucleus."""
+    table = contract.cell_types(sdata)
+    if CELL_FEATURES not in table.obsm:
+        raise KeyError(
+            f"The predicted cells of section {contract.sample(sdata)!r} have no features: their network gives none."
+        )
+    rows = np.unique(np.linspace(0, table.n_obs - 1, min(table.n_obs, _MOST_CELLS)).astype(int))
+    background = np.asarray(table.uns.get(BACKGROUND_FEATURES, np.empty((0, table.obsm[CELL_FEATURES].shape[1]))))
+    obs = table.obs.iloc[rows].copy()
+    obs["cell_type"] = obs["cell_type"].astype(object)
+    nothing = pd.DataFrame({"cell_type": "background"}, index=[f"background_{n}" for n in range(len(background))])
+    values = np.concatenate([np.asarray(table.obsm[CELL_FEATURES])[rows], background]).astype(np.float32)
+    return ad.AnnData(values, pd.concat([obs, nothing]))
 
 
 def _standardized(values: np.ndarray) -> np.ndarray:

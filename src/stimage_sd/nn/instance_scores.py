@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import shapely
 from numpy.typing import NDArray
 
 
@@ -21,7 +22,7 @@ class Overlaps(NamedTuple):
     truth_labels, found_labels
         ``int64 (n_truth,)`` and ``(n_found,)``, ascending: the labels there are, without 0.
     truth_areas, found_areas
-        ``int64``, px, in the same order.
+        ``int64``, px, in the same order; ``float64`` of polygons.
     truth_rows, found_rows
         ``int64 (n_pairs,)``: rows in these lists of the objects that share at least one pixel.
     shared
@@ -30,17 +31,30 @@ class Overlaps(NamedTuple):
 
     truth_labels: NDArray[np.int64]
     found_labels: NDArray[np.int64]
-    truth_areas: NDArray[np.int64]
-    found_areas: NDArray[np.int64]
+    truth_areas: NDArray[np.number]
+    found_areas: NDArray[np.number]
     truth_rows: NDArray[np.int64]
     found_rows: NDArray[np.int64]
-    shared: NDArray[np.int64]
+    shared: NDArray[np.number]
 
     @property
     def iou(self) -> NDArray[np.float64]:
         """``float64 (n_pairs,)``: intersection over union of the objects that share a pixel."""
         union = self.truth_areas[self.truth_rows] + self.found_areas[self.found_rows] - self.shared
-        return self.shared / union
+        return np.asarray(self.shared / union, dtype=np.float64)
+
+    def among(self, truth: NDArray[np.bool_], found: NDArray[np.bool_]) -> Overlaps:
+        """Return what is left where only some of the true and of the found objects count."""
+        kept = truth[self.truth_rows] & found[self.found_rows]
+        return Overlaps(
+            truth_labels=self.truth_labels[truth],
+            found_labels=self.found_labels[found],
+            truth_areas=self.truth_areas[truth],
+            found_areas=self.found_areas[found],
+            truth_rows=(np.cumsum(truth) - 1)[self.truth_rows[kept]],
+            found_rows=(np.cumsum(found) - 1)[self.found_rows[kept]],
+            shared=self.shared[kept],
+        )
 
 
 class Matches(NamedTuple):
@@ -144,6 +158,41 @@ def overlaps(truth: NDArray[np.integer], found: NDArray[np.integer]) -> Overlaps
     )
 
 
+def polygon_overlaps(truth: NDArray[np.object_], found: NDArray[np.object_]) -> Overlaps:
+    """Compute the areas that true and found polygons share, as `overlaps` does of pixels.
+
+    Parameters
+    ----------
+    truth, found
+        Object arrays of polygons.
+
+    Returns
+    -------
+    The objects, numbered from 1, their areas, and every pair that shares an area.
+
+    Examples
+    --------
+    >>> import numpy as np, shapely
+    >>> squares = np.array([shapely.box(0, 0, 2, 2)])
+    >>> polygon_overlaps(squares, np.array([shapely.box(1, 0, 3, 2)])).iou.round(2)
+    array([0.33])
+    """
+    truth, found = shapely.make_valid(truth), shapely.make_valid(found)
+    rows, columns = shapely.STRtree(found).query(truth, predicate="intersects")
+    shared = shapely.area(shapely.intersection(truth[rows], found[columns]))
+    some = shared > 0
+    order = np.lexsort((columns[some], rows[some]))
+    return Overlaps(
+        truth_labels=np.arange(1, len(truth) + 1),
+        found_labels=np.arange(1, len(found) + 1),
+        truth_areas=shapely.area(truth),
+        found_areas=shapely.area(found),
+        truth_rows=rows[some][order],
+        found_rows=columns[some][order],
+        shared=shared[some][order],
+    )
+
+
 def matches(pairs: Overlaps, *, threshold: float = 0.5) -> Matches:
     """Match objects by their intersection over union.
 
@@ -206,7 +255,29 @@ def instance_scores(
     >>> scores.n_matched, round(scores.f1, 2), round(scores.panoptic_quality, 2), scores.aggregated_jaccard
     (1, 0.5, 0.33, 0.6)
     """
-    pairs = overlaps(truth, found)
+    return scores_of_overlaps(overlaps(truth, found), threshold=threshold)
+
+
+def scores_of_overlaps(pairs: Overlaps, *, threshold: float = 0.5) -> InstanceScores:
+    """Score found objects against true ones from what they share, as `instance_scores` does.
+
+    Parameters
+    ----------
+    pairs
+        Of label maps, as `overlaps` gives them, or of polygons.
+    threshold
+        IoU above which two objects are the same, at least 0.5.
+
+    Returns
+    -------
+    The scores.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> scores_of_overlaps(overlaps(np.array([[1, 1, 2]]), np.array([[1, 1, 0]]))).recall
+    0.5
+    """
     matched = matches(pairs, threshold=threshold)
     n_truth, n_found, n_matched = len(pairs.truth_labels), len(pairs.found_labels), len(matched.iou)
     f1 = _ratio(2 * n_matched, n_truth + n_found)
@@ -221,7 +292,7 @@ def instance_scores(
         segmentation_quality=quality,
         panoptic_quality=f1 * quality,
         aggregated_jaccard=_aggregated_jaccard(pairs),
-        dice=_ratio(2 * int(pairs.shared.sum()), int(pairs.truth_areas.sum() + pairs.found_areas.sum())),
+        dice=_ratio(2 * float(pairs.shared.sum()), float(pairs.truth_areas.sum() + pairs.found_areas.sum())),
     )
 
 
@@ -235,9 +306,9 @@ def _aggregated_jaccard(pairs: Overlaps) -> float:
     order = np.lexsort((-pairs.found_rows, pairs.iou, pairs.truth_rows))
     rows = pairs.truth_rows[order]
     best = order[np.append(rows[1:] != rows[:-1], True)] if len(rows) else order
-    shared = int(pairs.shared[best].sum())
+    shared = float(pairs.shared[best].sum())
     taken = pairs.found_rows[best]
-    either = int(pairs.truth_areas.sum() + pairs.found_areas[taken].sum()) - shared
+    either = float(pairs.truth_areas.sum() + pairs.found_areas[taken].sum()) - shared
     alone = np.ones(len(pairs.found_labels), dtype=bool)
     alone[taken] = False
-    return _ratio(shared, either + int(pairs.found_areas[alone].sum()))
+    return _ratio(shared, either + float(pairs.found_areas[alone].sum()))

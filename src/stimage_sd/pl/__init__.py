@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_calibration": ["calibration"],
+        "_cells": ["cells", "confusion"],
         "_explanation": ["explanation", "explanation_scores"],
         "_latent": ["latent"],
         "_prediction": ["prediction"],

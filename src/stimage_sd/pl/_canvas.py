@@ -126,10 +126,10 @@ def draw_section(ax: Axes, sdata: SpatialData, positions: np.ndarray, *, image_k
     ax.set_xticks([])
     ax.set_yticks([])
     ax.spines[:].set_visible(False)
-    _add_scale_bar(ax, contract.info(sdata)["mpp"])
+    add_scale_bar(ax, contract.info(sdata)["mpp"])
 
 
-def _add_scale_bar(ax: Axes, mpp: float | None) -> None:
+def add_scale_bar(ax: Axes, mpp: float | None) -> None:
     """Add a bar of a round length, about a fifth of the map, where the section's resolution is known."""
     if mpp is None:
         return

@@ -57,7 +57,8 @@ def latent(
         only nearness means something.
     use
         Which space: ``"predictions"`` (log1p of the predicted means) or ``"embeddings"``, as in
-        `stimage_sd.tl.cluster`.
+        `stimage_sd.tl.cluster`; or ``"cells"``: predicted cells, and places without any, in the features that their
+        types are told by (5,000 a section at most), to be coloured by ``"cell_type"`` or ``"entropy"``.
     observed
         Colour genes by their counts rather than by their predicted mean; tiles without are grey.
     extractor

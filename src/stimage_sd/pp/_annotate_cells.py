@@ -50,8 +50,8 @@ def annotate_cells(
         From types to the coarser ones that are wanted, such as ``{"T cell": "immune", "B cell": "immune"}``; `None` for
         a type that is to be left out. All types that occur must be named.
     n_components, n_neighbors
-        Principal components of the reference, and its nearest cells whose vote is taken, weighted by nearness. Genes are
-        standardised in each of the two by itself, so that what a platform adds to all its cells is taken out.
+        Principal components of the reference, and its nearest cells whose vote is taken, weighted by nearness. Genes
+        are standardised in each of the two by itself: what a platform adds to all its cells is taken out.
     table_key
         Name of the table of counts.
     seed

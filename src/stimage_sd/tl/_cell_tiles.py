@@ -80,7 +80,7 @@ def typed_nuclei(
     frame = contract.nuclei(sdata, shapes_key)
     types = labels_of(sdata, frame, label_key, shapes_key or contract.NUCLEI)
     height, width = contract.levels(sdata, contract.image_name(sdata))[0].shape[1:]
-    outlines = _polygons_only(np.asarray(frame.geometry.array))
+    outlines = contract.outlines(frame)
     x, y = shapely.get_coordinates(shapely.centroid(outlines)).T
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     if inside.mean() < 0.5:
@@ -102,15 +102,6 @@ def labels_of(sdata: SpatialData, frame: pd.DataFrame, label_key: str, name: str
             f"{sorted(map(str, frame.columns.drop('geometry')))}). Run `stimage_sd.pp.annotate_cells(sdata)` first."
         )
     return frame[label_key].astype("string")
-
-
-def _polygons_only(shapes: NDArray[np.object_]) -> NDArray[np.object_]:
-    """The largest part of what has several."""
-    several = np.flatnonzero(shapely.get_type_id(shapes) != 3)
-    shapes = shapes.copy()
-    for number in several:
-        shapes[number] = max(shapely.get_parts(shapes[number]), key=shapely.area)
-    return shapes
 
 
 @dataclass(frozen=True)

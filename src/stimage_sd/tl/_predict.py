@@ -13,11 +13,13 @@ from tqdm.auto import tqdm
 from stimage_sd import contract
 from stimage_sd._cache import keep_compiled
 from stimage_sd._squidpy import spatial_uns
+from stimage_sd.models._cell_classifier import CellClassifier
 from stimage_sd.models._gene_classifier import GeneClassifier
 from stimage_sd.models._predictor import OpenedSection, Predictor
 from stimage_sd.nn.intervals import mixture_interval
 from stimage_sd.nn.mixture_moments import mixture_moments
 from stimage_sd.tl._fit_nb import COVERAGE
+from stimage_sd.tl._predict_cells import predict_cells
 from stimage_sd.tl._predict_classes import predict_classes
 
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
@@ -27,18 +29,19 @@ _BLOCK = 8_000_000
 
 def predict(
     data: SpatialData | contract.Cohort,
-    model: Predictor | GeneClassifier,
+    model: Predictor | GeneClassifier | CellClassifier,
     *,
     size_factors: Literal["total"] | None = None,
     conformal: bool = True,
     table_key: str | None = None,
 ) -> None:
-    """Predict every gene on every kept tile, with its uncertainty.
+    """Predict every gene on every kept tile, or every nucleus and its type, with the uncertainty.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them, tiled and embedded as the model expects. It needs no molecules.
+        A section, or a cohort of them, tiled and embedded as the model expects. It needs no molecules. A classifier of
+        cells needs tissue or tiles, and no embeddings.
     model
         A fitted model.
     size_factors
@@ -56,7 +59,9 @@ def predict(
     variances), ``epistemic`` (variance of the members' means), ``total_variance`` (their sum), ``lower``
     and ``upper`` (central 90 % interval of the members' mixture), all ``float32 (n_tiles, n_genes)``;
     ``obs["ood_score"]`` (above 1: farther from the training tiles than 95 % of those). By a classifier of genes it is
-    ``tables["gene_classes"]``: ``X`` = probability of High, layer ``high`` = above one half, and the same ``obs``.
+    ``tables["gene_classes"]``: ``X`` = probability of High, layer ``high`` = above one half, and the same ``obs``. By a
+    classifier of cells it is ``shapes["nuclei"]`` and ``tables["cell_types"]``, as of `stimage_sd.tl.predict_cells`,
+    which has more options.
 
     Raises
     ------
@@ -81,6 +86,10 @@ def predict(
     >>> section.tables["predictions"].n_vars
     5
     """
+    if isinstance(model, CellClassifier):
+        if size_factors is not None:
+            raise ValueError("A classifier of cells predicts no counts; `size_factors` has no meaning for it.")
+        return predict_cells(data, model)
     if isinstance(model, GeneClassifier):
         if size_factors is not None:
             raise ValueError("A classifier of genes predicts no counts; `size_factors` has no meaning for it.")
