@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_conformal": ["calibrate"],
         "_cox_screen": ["cox_screen"],
         "_cross_validate": ["cross_validate"],
+        "_cross_validate_cells": ["cross_validate_cells"],
         "_drug_response": ["DrugResponse", "drug_response"],
         "_enrichment": ["enrichment"],
         "_evaluate": ["evaluate"],
