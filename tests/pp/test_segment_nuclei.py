@@ -410,7 +410,7 @@ def test_stitch_keeps_the_larger_and_lets_neighbours_be() -> None:
     def part(*boxes: tuple[float, float, float, float]) -> Nuclei:
         outlines = np.array([shapely.box(*box) for box in boxes], dtype=object)
         middle = np.array([[(box[0] + box[2]) / 2, (box[1] + box[3]) / 2] for box in boxes]).reshape(-1, 2)
-        return Nuclei(outlines, middle, np.zeros(len(boxes)), np.arange(float(len(boxes))))
+        return Nuclei(outlines, middle, np.zeros(len(boxes)), np.arange(float(len(boxes))), np.empty((len(boxes), 0)))
 
     merged = stitch([part((0, 0, 10, 10), (40, 0, 50, 10)), part((2, 0, 14, 10), (49, 0, 60, 10)), part()])
     assert shapely.bounds(merged.outlines).tolist() == [[2, 0, 14, 10], [40, 0, 50, 10], [49, 0, 60, 10]]

@@ -10,6 +10,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "_baseline_model": ["BaselineModel"],
         "_cell_classifier": ["CellClassifier"],
+        "_cellvit": ["CellViT", "load_cellvit"],
         "_combined": ["CombinedModel"],
         "_extractors": ["Extractor", "extractors", "get_extractor", "register_extractor"],
         "_files": ["load"],

@@ -1,0 +1,261 @@
+"""CellViT's family beside HoVer-Net: HistoPLUS and NuLite of lazyslide-models, as finders of cells.
+
+They give the same three maps, so that nuclei are found by the same watershed and scored by the same scores. Nothing of
+torch is imported before one is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.special
+from numpy.typing import NDArray
+
+from stimage_sd.models._cell_classifier import NUCLEUS_UM
+from stimage_sd.nn.hv_maps import hv_watershed
+
+#: what is seen around the part of a window that is kept, px
+_BORDER = 32
+#: windows that the network is given at a time
+_BATCH = 4
+
+
+class Family(NamedTuple):
+    """A network of CellViT's family.
+
+    Attributes
+    ----------
+    classes
+        Types, without the background.
+    tile_px
+        Side of the pictures that it takes, by micrometres a pixel.
+    mean, std
+        Normalisation, on the scale 0 … 1.
+    maps
+        Names of its outputs: nuclear pixels, distances, types.
+    repository
+        On the hub.
+    files
+        Its file of weights there, by micrometres a pixel.
+    needs_access
+        Whether its authors grant access one by one.
+    """
+
+    classes: tuple[str, ...]
+    tile_px: dict[float, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    maps: tuple[str, str, str]
+    repository: str
+    files: dict[float, str]
+    needs_access: bool
+
+
+FAMILY = {
+    "histoplus": Family(
+        classes=(
+            "cancer cell", "lymphocyte", "fibroblast", "plasmocyte", "eosinophil", "neutrophil", "macrophage",
+            "muscle cell", "endothelial cell", "red blood cell", "epithelial", "apoptotic body", "mitotic figure",
+            "minor stromal cell",
+        ),
+        tile_px={0.5: 224, 0.25: 448},
+        mean=(0.707223, 0.578729, 0.703617),
+        std=(0.211883, 0.230117, 0.177517),
+        maps=("np", "hv", "tp"),
+        repository="Owkin-Bioptimus/histoplus",
+        files={0.5: "histoplus_cellvit_segmentor_20x.pt", 0.25: "histoplus_cellvit_segmentor_40x.pt"},
+        needs_access=True,
+    ),
+    "nulite": Family(
+        classes=("neoplastic", "inflammatory", "connective", "dead", "epithelial"),
+        tile_px={0.5: 256, 0.25: 256},
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        maps=("nuclei_binary_map", "hv_map", "nuclei_type_map"),
+        repository="RendeiroLab/LazySlide-models",
+        files=dict.fromkeys((0.5, 0.25), "NuLite/NuLite_H_exported.pt2"),
+        needs_access=False,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class CellViT:
+    """A network of CellViT's family that finds nuclei and tells their types; made by `load_cellvit`.
+
+    Attributes
+    ----------
+    name
+        Which network.
+    classes
+        Names of the types.
+    mpp
+        Micrometres a pixel of the pictures that it is to be given.
+    tile_px
+        Side of the windows that it is run on, px.
+    key
+        What tells it from others.
+    network
+        The torch module.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mpp: float
+    tile_px: int
+    key: str
+    network: Callable[..., Any] = field(repr=False)
+
+    @property
+    def n_values(self) -> int:
+        """Values of a pixel: a probability a class."""
+        return len(self.classes)
+
+    def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Find the nuclei of pictures of any size.
+
+        Parameters
+        ----------
+        images
+            ``uint8 (batch, y, x, 3)``, at `mpp`.
+
+        Returns
+        -------
+        Labels ``int32 (batch, y, x)``, 0 where there is no nucleus, and ``float32 (batch, y, x, n_classes)``: the
+        probabilities of the classes, without that of the background.
+
+        Notes
+        -----
+        A picture is run window by window, of each the middle is kept, and nuclei are looked for when the maps are
+        whole, so that no seam is made.
+        """
+        labels, values = [], []
+        for image in images:
+            nuclear, hv, types = self.maps(image)
+            labels.append(hv_watershed(nuclear, hv, nucleus_px=NUCLEUS_UM / self.mpp))
+            values.append(np.moveaxis(types[1:], 0, -1))
+        return np.stack(labels), np.stack(values)
+
+    def maps(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+        """Give the maps of a picture.
+
+        Returns
+        -------
+        Probability of being nuclear ``(y, x)``, distances ``(2, y, x)``, probabilities of background and types
+        ``(n_classes + 1, y, x)``.
+        """
+        height, width = image.shape[:2]
+        core = self.tile_px - 2 * _BORDER
+        rows, columns = -(-height // core), -(-width // core)
+        padding = [(_BORDER, rows * core - height + _BORDER), (_BORDER, columns * core - width + _BORDER), (0, 0)]
+        padded = np.pad(image, padding, mode="symmetric")
+        corners = [(row * core, column * core) for row in range(rows) for column in range(columns)]
+        whole = np.empty((5 + len(self.classes), rows * core, columns * core), np.float32)
+        for start in range(0, len(corners), _BATCH):
+            part = corners[start : start + _BATCH]
+            windows = np.stack([padded[top : top + self.tile_px, left : left + self.tile_px] for top, left in part])
+            for (top, left), found in zip(part, self._run(windows), strict=True):
+                whole[:, top : top + core, left : left + core] = found[:, _BORDER:-_BORDER, _BORDER:-_BORDER]
+        whole = whole[:, :height, :width]
+        nuclear = scipy.special.expit(whole[1] - whole[0])
+        return nuclear, whole[2:4], scipy.special.softmax(whole[4:], axis=0)
+
+    def _run(self, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Logits and distances, ``(batch, maps, y, x)``."""
+        import torch
+
+        family = FAMILY[self.name]
+        mean, std = (np.asarray(of, np.float32) for of in (family.mean, family.std))
+        scaled = ((windows / np.float32(255) - mean) / std).astype(np.float32)
+        with _LOCK, torch.inference_mode():  # the network takes all cores by itself
+            found = self.network(torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))))
+        # HistoPLUS gives the last layer's tokens beside its maps
+        maps = found[0] if isinstance(found, tuple) else found
+        return np.concatenate([maps[name].float().cpu().numpy() for name in family.maps], axis=1)
+
+
+_LOCK = threading.Lock()
+
+
+def load_cellvit(name: str, *, weights: str | Path | None = None, mpp: float = 0.5) -> CellViT:
+    """Load a network of CellViT's family (extra ``foundation``).
+
+    Parameters
+    ----------
+    name
+        ``"histoplus"`` (14 types) or ``"nulite"`` (PanNuke's five).
+    weights
+        A local file: of HistoPLUS its state dict in torch's format, of NuLite a program of `torch.export`. By default
+        they are looked for on the hub.
+    mpp
+        Micrometres a pixel that the network was trained at: 0.5 or 0.25.
+
+    Returns
+    -------
+    What `stimage_sd.tl.predict_cells` takes in the place of a fitted model.
+
+    Raises
+    ------
+    ModuleNotFoundError
+        If the extra is not installed.
+    FileNotFoundError
+        If `weights` is no file, or they cannot be had from the hub.
+    ValueError
+        If the name or the resolution is not known, or the file is of another network.
+
+    Examples
+    --------
+    >>> load_cellvit("cellvit")
+    Traceback (most recent call last):
+    ValueError: Expected `name` to be one of ['histoplus', 'nulite'], found 'cellvit'.
+    """
+    if name not in FAMILY:
+        raise ValueError(f"Expected `name` to be one of {sorted(FAMILY)}, found {name!r}.")
+    family = FAMILY[name]
+    if mpp not in family.tile_px:
+        raise ValueError(f"Expected `mpp` to be one of {sorted(family.tile_px)}, found {mpp}.")
+    try:
+        import torch
+        from lazyslide_models.segmentation.cellvit_family import histoplus
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'Found no {error.name}, which {name!r} needs. Install it with `pip install "stimage-sd[foundation]"`.'
+        ) from error
+    path = Path(weights).expanduser() if weights is not None else _from_hub(family, mpp)
+    if not path.is_file():
+        raise FileNotFoundError(f"Found no file of the weights of {name!r} at {str(path)!r}.")
+    network: Any
+    try:
+        if name == "nulite":
+            network = torch.export.load(path).module()
+        else:
+            network = histoplus.HistoPLUSModel(backbone_tile_size=family.tile_px[mpp])
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            network.load_state_dict(histoplus.remap_state_dict(state))
+            network.eval()
+    except Exception as error:
+        raise ValueError(f"{path} holds no weights of {name!r} ({error}).") from error
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    return CellViT(name, family.classes, mpp, family.tile_px[mpp], f"{name}-{digest}-{mpp:g}", network)
+
+
+def _from_hub(family: Family, mpp: float) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(family.repository, family.files[mpp]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        page = f"https://huggingface.co/{family.repository}"
+        ask = f"Ask for access at {page} and log in with `hf auth login`, or" if family.needs_access else "Or"
+        raise FileNotFoundError(
+            f"Found no {family.files[mpp]} on the hub ({type(error).__name__}). {ask} download it from {page} and pass "
+            "its path as `weights=`."
+        ) from error
