@@ -213,8 +213,7 @@ def record(
     Examples
     --------
     >>> from flax import nnx
-    >>> from stimage_sd.nn.hovernet import Conv, conv, double, trim
-    from stimage_sd.nn.layers import ConvNorm
+    >>> from stimage_sd.nn.layers import ConvNorm
     >>> layer = ConvNorm(3, 8, 3, padding="same", epsilon=1e-3, rngs=nnx.Rngs(0))
     >>> def network(tiles):
     ...     return global_mean(conv_norm(tiles, layer))
