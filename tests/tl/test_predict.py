@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import dask.array as da
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import spatialdata
 import squidpy as sq
 
-from stimage_sd import contract, models, tl
+from stimage_sd import contract, models, pl, tl
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,30 @@ def test_blocks_do_not_show(fitted: tuple, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(module, "_BLOCK", 3 * 5 * 7)  # seven tiles at a time; 64 is no multiple of it
     tl.predict(test, trained["paper"])
     np.testing.assert_allclose(contract.predictions(test).X, whole, rtol=1e-5)
+
+
+def test_on_disk_it_is_the_same(fitted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dask arrays over zarr, block by block; scores, pictures and the store take them as they are."""
+    cohort, trained = fitted
+    test = cohort.sections["c"]
+    tl.predict(test, trained["paper"])
+    expected, scores = contract.predictions(test), tl.evaluate(test)
+    monkeypatch.setattr("stimage_sd.tl._predict._BLOCK", 3 * 5 * 16)
+    monkeypatch.setattr("stimage_sd.tl._predict._CHUNK", 5 * 16)
+    tl.predict(test, trained["paper"], out=tmp_path / "out")
+    found = contract.predictions(test)
+    assert isinstance(found.X, da.Array)
+    np.testing.assert_allclose(found.X.compute(), expected.X, rtol=1e-5)
+    for name, layer in expected.layers.items():
+        assert isinstance(found.layers[name], da.Array)
+        np.testing.assert_allclose(found.layers[name].compute(), layer, rtol=1e-5)
+    pd.testing.assert_frame_equal(tl.evaluate(test), scores, rtol=1e-4)
+    pl.prediction(test, cohort.genes[0])
+    test.write(tmp_path / "section.zarr")
+    back = spatialdata.read_zarr(tmp_path / "section.zarr").tables["predictions"]
+    np.testing.assert_allclose(back.X, expected.X, rtol=1e-5)
+    with pytest.raises(FileExistsError, match="has predictions already"):
+        tl.predict(test, trained["paper"], out=tmp_path / "out")
 
 
 def test_a_section_without_molecules_is_predicted(fitted: tuple) -> None:

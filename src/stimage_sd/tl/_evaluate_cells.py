@@ -14,7 +14,8 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.nn.cell_scores import calibration_error, class_scores, confusion, match_centres, separation
 from stimage_sd.nn.hovernet_loss import IGNORED
-from stimage_sd.nn.instance_scores import Overlaps, matches, polygon_overlaps, scores_of_overlaps
+from stimage_sd.nn.instance_scores import Overlaps, matches, scores_of_overlaps
+from stimage_sd.nn.polygons import polygon_overlaps
 from stimage_sd.tl._cell_tiles import CELL_TYPE, TypedNuclei, typed_nuclei
 
 Match = Literal["iou", "centres"]

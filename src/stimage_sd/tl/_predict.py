@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
 
 import anndata as ad
+import dask.array as da
 import numpy as np
 import pandas as pd
+import zarr
 from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
@@ -23,8 +27,8 @@ from stimage_sd.tl._predict_cells import predict_cells
 from stimage_sd.tl._predict_classes import predict_classes
 
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
-#: elements (members x tiles x genes) that are computed at a time
-_BLOCK = 8_000_000
+#: elements (members x tiles x genes) that are computed at a time, and (tiles x genes) of a chunk on disk
+_BLOCK, _CHUNK = 8_000_000, 1_000_000
 
 
 def predict(
@@ -33,6 +37,7 @@ def predict(
     *,
     size_factors: Literal["total"] | None = None,
     conformal: bool = True,
+    out: str | Path | None = None,
     table_key: str | None = None,
 ) -> None:
     """Predict every gene on every kept tile, or every nucleus and its type, with the uncertainty.
@@ -50,6 +55,10 @@ def predict(
     conformal
         Whether the intervals are those that covered 90 % of the training cohort's held-out counts, or
         nominal ones.
+    out
+        A folder for what is predicted of genes, where it is larger than memory: ``X`` and the layers are then dask
+        arrays over zarr arrays in it, written a block of tiles at a time, a subfolder a section. It must not have one
+        of these yet, and has to stay where it is.
     table_key
         Name of the table of counts, for `size_factors`.
 
@@ -65,6 +74,8 @@ def predict(
 
     Raises
     ------
+    FileExistsError
+        If `out` has predictions of a section already.
     KeyError
         If the section was not tiled or embedded.
     ValueError
@@ -89,10 +100,14 @@ def predict(
     if isinstance(model, CellClassifier):
         if size_factors is not None:
             raise ValueError("A classifier of cells predicts no counts; `size_factors` has no meaning for it.")
+        if out is not None:
+            raise ValueError("`out` is for predictions of genes; cells are written to the section alone.")
         return predict_cells(data, model)
     if isinstance(model, GeneClassifier):
         if size_factors is not None:
             raise ValueError("A classifier of genes predicts no counts; `size_factors` has no meaning for it.")
+        if out is not None:
+            raise ValueError("`out` is for predicted distributions; classes are written to the section alone.")
         return predict_classes(contract.sections(data), model)
     if size_factors is not None and model.total is None:
         raise ValueError('The model was fitted without size factors; `size_factors="total"` has no meaning for it.')
@@ -100,13 +115,18 @@ def predict(
     cohort = contract.sections(data)
     # all are checked before any is written
     opened = {name: model.open(sdata, section=name) for name, sdata in cohort.items()}
+    folders = {name: _new_folder(out, name) for name in cohort}
     for name, sdata in cohort.items():
         table = contract.tiles(sdata)
         kept = table[table.obs["keep"].to_numpy()]
         factors = _size_factors(sdata, kept, model, size_factors, table_key)
         level = model.interval_level if conformal else COVERAGE
         section = opened[name]
-        layers = _distribution(model, section, factors, level=level, label=contract.sample(sdata))
+        shape = (kept.n_obs, len(model.genes))
+        layers = _results(shape, folders[name])
+        _distribution(layers, model, section, factors, level=level, label=contract.sample(sdata))
+        if folders[name] is not None:
+            layers = {key: da.from_zarr(array) for key, array in layers.items()}
         predictions = ad.AnnData(
             X=layers.pop("mean"),
             obs=kept.obs.drop(columns=contract.REGION_KEY).copy(),
@@ -141,13 +161,32 @@ def _size_factors(
     return factors
 
 
+def _new_folder(out: str | Path | None, section: str) -> Path | None:
+    """Where a section's results go; nothing is there yet."""
+    if out is None:
+        return None
+    folder = Path(out).expanduser() / quote(section, safe="")
+    if folder.exists():
+        raise FileExistsError(f"{folder} has predictions already. Choose another `out=`, or delete it.")
+    return folder
+
+
+def _results(shape: tuple[int, int], folder: Path | None) -> dict[str, Any]:
+    """Arrays to be filled: in memory, or on disk."""
+    names = ("mean", *LAYERS)
+    if folder is None:
+        return {name: np.empty(shape, dtype=np.float32) for name in names}
+    group = zarr.open_group(folder, mode="w")
+    chunks = (max(1, min(shape[0], _CHUNK // shape[1])), shape[1])
+    return {name: group.create_array(name, shape=shape, chunks=chunks, dtype=np.float32) for name in names}
+
+
 def _distribution(
-    model: Predictor, section: OpenedSection, factors: np.ndarray, *, level: float, label: str
-) -> dict[str, np.ndarray]:
-    """Mean, variances and interval of the mixture, a block of tiles at a time."""
+    out: dict[str, Any], model: Predictor, section: OpenedSection, factors: np.ndarray, *, level: float, label: str
+) -> None:
+    """Mean, variances and interval of the mixture, a block of tiles at a time, into `out`."""
     weights = np.asarray(model.member_weights)
     shape = (len(factors), len(model.genes))
-    out = {name: np.empty(shape, dtype=np.float32) for name in ("mean", *LAYERS)}
     # the power of two below: blocks of tiles are filled up to one
     step = 1 << max((_BLOCK // (len(weights) * shape[1])).bit_length() - 1, 0)
     scaled = bool((factors != 1).any())
@@ -161,4 +200,3 @@ def _distribution(
             out["total_variance"][rows] = moments.aleatoric + moments.epistemic
             out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level, weights=weights)
             bar.update(rows.stop - start)
-    return out
