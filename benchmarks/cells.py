@@ -62,6 +62,7 @@ class Watershed:
     classes, mpp, n_values, key = ("nucleus",), MPP, 1, "watershed-of-patches"
 
     def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the nuclei of patches."""
         return np.stack([ours(image) for image in images]), np.ones((*images.shape[:3], 1), np.float32)
 
 

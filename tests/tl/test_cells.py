@@ -216,6 +216,34 @@ def test_a_killed_run_goes_on_to_the_same_network(section: Section, tmp_path: Pa
         )
 
 
+class Counting:
+    """A finder that counts its calls, and stops at one of them."""
+
+    def __init__(self, model: CellClassifier, stop: int | None = None) -> None:
+        self.classes, self.mpp, self.n_values, self.key = model.classes, model.mpp, model.n_values, "counting"
+        self._model, self._stop, self.calls = model, stop, 0
+
+    def __call__(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        self.calls += 1
+        if self.calls == self._stop:
+            raise RuntimeError("stopped")
+        return self._model(images)
+
+
+def test_an_interrupted_slide_goes_on(section: Section, held_out: SpatialData, model: CellClassifier) -> None:
+    sdata = section(13)
+    options = {"shapes_key": "nuclei_predicted", "block_size": 128, "n_workers": 1}
+    stopping, going, whole = Counting(model, stop=20), Counting(model), Counting(model)
+    with pytest.raises(RuntimeError, match="stopped"):
+        sti.tl.predict_cells(sdata, stopping, **options)
+    assert "nuclei_predicted" not in sdata.shapes
+    sti.tl.predict_cells(sdata, going, **options)
+    found = sdata.shapes["nuclei_predicted"].geometry.array
+    sti.tl.predict_cells(sdata, whole, **options)
+    assert going.calls <= whole.calls - 15
+    assert shapely.equals(found, sdata.shapes["nuclei_predicted"].geometry.array).all()
+
+
 def test_cross_validation_by_section(section: Section, tmp_path: Path) -> None:
     cohort = {f"run{n}": section(n) for n in (12, 13)}
     models = {"tiny": partial(sti.tl.fit_cell_classifier, size=TINY, n_epochs=4, **FIT)}
