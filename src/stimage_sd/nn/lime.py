@@ -112,10 +112,17 @@ def perturbed_images(image: np.ndarray, hidden: np.ndarray, segments: np.ndarray
     >>> perturbed_images(image, image * 0, np.array([[0, 1]]), np.array([[1, 0]]))[0, 0, :, 0]
     array([9, 0], dtype=uint8)
     """
-    always = np.ones((len(shown), 1), dtype=bool)
-    # the last column is that of the number -1
-    visible = np.concatenate([shown.astype(bool), always], axis=1)[:, np.maximum(segments, -1)]
-    return np.where(visible[..., None], image, hidden)
+    n_segments = shown.shape[1]
+    # the last column is that of negative numbers; all bits of a byte, so that what differs is switched on by one `and`
+    masks = np.full((len(shown), n_segments + 1), 255, dtype=np.uint8)
+    masks[:, :n_segments] *= shown.astype(bool)
+    visible = np.take(masks, np.where(segments >= 0, segments, n_segments).ravel(), axis=1)
+    differs = (image ^ hidden).reshape(-1, 3)
+    images = np.empty((*visible.shape, 3), dtype=np.uint8)
+    for channel in range(3):
+        np.bitwise_and(visible, differs[:, channel], out=images[..., channel])
+    images ^= hidden.reshape(-1, 3)
+    return images.reshape(len(shown), *image.shape)
 
 
 @dataclass(frozen=True)
