@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import anndata as ad
 import numpy as np
 import pandas as pd
@@ -10,7 +12,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.models._features import Standardize
-from stimage_sd.models._latent_space import Use, components
+from stimage_sd.models._latent_space import components
 
 
 def cluster(
@@ -19,7 +21,7 @@ def cluster(
     resolution: float = 1.0,
     n_components: int = 50,
     n_neighbors: int = 15,
-    use: Use = "predictions",
+    use: Literal["predictions", "embeddings"] = "predictions",
     extractor: str = "efficientnet_lite0",
     standardize: Standardize = "section",
     key_added: str = "leiden",
@@ -85,6 +87,8 @@ def cluster(
             "Expected `resolution` to be positive and `n_neighbors` to be 2 or more, found "
             f"{resolution} and {n_neighbors}."
         )
+    if use not in ("predictions", "embeddings"):
+        raise ValueError(f'Expected `use` to be "predictions" or "embeddings", found {use!r}.')
     placed = components(
         cohort, use=use, extractor=extractor, n_components=n_components, standardize=standardize, seed=seed
     )
