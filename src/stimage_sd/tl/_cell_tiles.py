@@ -182,7 +182,7 @@ class CellTiles:
         rows
             Which.
         size
-            Tiles of the batch; what is missing is filled up with weight 0.
+            Tiles of the batch; what is missing is filled up by the same tiles, with weight 0.
         seed
             Of random flips, turns and stains; `None`: as they are.
 
@@ -204,6 +204,9 @@ class CellTiles:
             pictures[number] = picture / np.float32(255)
             nuclear[number], types[number] = instances > 0, kinds
             hv[number] = np.moveaxis(hv_maps(instances), 0, -1)
+        # repeated, not blank: normalisation by the batch sees all of it
+        filled = np.arange(len(rows), size)
+        pictures[filled] = pictures[filled % len(rows)]
         weight = (np.arange(size) < len(rows)).astype(np.float32)
         return pictures, CellTargets(nuclear, hv, types, weight)
 
