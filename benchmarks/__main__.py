@@ -78,7 +78,8 @@ def curves(name: str, cases: list[dict[str, Any]], path: Path) -> None:
     for ax, label in zip(axes, ("seconds", "peak MB above imports"), strict=True):
         ax.set(xscale="log", yscale="log", xlabel=cases[0]["unit"], ylabel=label)
         ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if label != "seconds" else (1.0,)))
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 1000 else (1.0,)))
         ax.yaxis.set_major_formatter("{x:,g}")
         ax.minorticks_off()
         ax.spines[["top", "right"]].set_visible(False)
