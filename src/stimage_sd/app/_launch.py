@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,6 +86,8 @@ def launch(
         check_section(data)
     from streamlit.web import cli
 
+    # loaded before the server listens, so that the first visitor does not wait for it
+    import_module("stimage_sd.app._figures")
     # nothing leaves the machine: weights that are not here are not looked for on the hub
     os.environ["HF_HUB_OFFLINE"] = "1"
     root = Path(tempfile.mkdtemp(prefix=PREFIX))
