@@ -24,6 +24,8 @@ from stimage_sd.nn.hv_maps import hv_watershed
 
 #: diameter of a nucleus, µm
 NUCLEUS_UM = 8.0
+#: a slide may be so much coarser than what the network was trained on
+MOST_COARSE = 1.25
 #: sides that the network takes are divisible by this
 _STEP = 8
 

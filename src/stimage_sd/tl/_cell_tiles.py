@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models._cell_classifier import NUCLEUS_UM
+from stimage_sd.models._cell_classifier import MOST_COARSE, NUCLEUS_UM
 from stimage_sd.nn.augmentation import augment
 from stimage_sd.nn.hovernet_loss import IGNORED, CellTargets
 from stimage_sd.nn.hv_maps import hv_maps
@@ -26,8 +26,6 @@ from stimage_sd.tl._tile_store import TileStore
 
 #: fractional bits of OpenCV's drawing coordinates
 _SHIFT = 4
-#: a section may be so much coarser than what is asked for
-_COARSER = 1.25
 #: tiles that the nuclei's stain is looked at on, and the least area under the curve that it is told by
 _N_LOOKED_AT, _LEAST_CONTRAST = 24, 0.6
 #: columns of the shapes
@@ -238,7 +236,7 @@ def tile_side(sdata: SpatialData, *, mpp: float, tile_px: int) -> float:
         If the section's resolution is unknown or coarser than that of the tiles, or the section is smaller than one.
     """
     own = contract.require_mpp(sdata, purpose="finding nuclei")
-    if own > _COARSER * mpp:
+    if own > MOST_COARSE * mpp:
         raise ValueError(
             f"Expected section {contract.sample(sdata)!r} at {mpp:g} µm a pixel or finer, found {own:g}: nuclei of "
             f"{NUCLEUS_UM:g} µm are {NUCLEUS_UM / own:.0f} px there. Use a finer scan, or fit with `mpp={own:g}`."

@@ -19,7 +19,7 @@ from stimage_sd import contract
 from stimage_sd._nuclei_blocks import Blocks, Nuclei, find_in_blocks, lay_blocks, stitch
 from stimage_sd._slide_region import Region
 from stimage_sd._squidpy import spatial_uns
-from stimage_sd.models._cell_classifier import NUCLEUS_UM, CellFinder
+from stimage_sd.models._cell_classifier import MOST_COARSE, NUCLEUS_UM, CellFinder
 from stimage_sd.models._latent_space import BACKGROUND_FEATURES, CELL_FEATURES
 from stimage_sd.nn.cell_scores import entropy
 from stimage_sd.stream import run_over_tiles
@@ -28,8 +28,6 @@ from stimage_sd.stream import run_over_tiles
 _N_WINDOWS, _WINDOW_PX, _PLACES = 16, 256, 32
 #: what is seen around a block's core, diameters of a nucleus
 _MARGIN = 4.0
-#: a slide may be so much coarser than what the network was trained on
-_COARSER = 1.25
 
 
 def predict_cells(
@@ -130,7 +128,7 @@ class _Plan:
         name = contract.image_name(sdata, image_key)
         contract.check_rgb(sdata, name)
         mpp = contract.require_mpp(sdata, purpose="finding nuclei")
-        if mpp > _COARSER * model.mpp:
+        if mpp > MOST_COARSE * model.mpp:
             raise ValueError(
                 f"Expected section {contract.sample(sdata)!r} at {model.mpp:g} µm a pixel or finer, as the network was "
                 f"trained on, found {mpp:g}. Use a finer scan, or a network that was fitted with `mpp={mpp:g}`."
