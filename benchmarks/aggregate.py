@@ -83,7 +83,7 @@ def draw_part(random: np.random.Generator, size: int, extent: np.ndarray) -> pd.
     cells = random.uniform((0, 0), extent, (size // 100 + 1, 2))
     xy = (cells[random.integers(0, len(cells), size)] + random.normal(0, 4.0 / MPP, (size, 2))).clip(0, extent)
     share = random.permutation(1 / np.arange(1, N_GENES + 1))
-    names = np.array([f"GENE{number}" for number in range(N_GENES)])
+    names = pd.Index([f"GENE{number}" for number in range(N_GENES)])
     genes = random.choice(N_GENES, size, p=share / share.sum())
     return pd.DataFrame(
         {
@@ -165,7 +165,8 @@ def compare(n_transcripts: int, folder: Path) -> dict[str, Any]:
         if peer is not None:
             break
         n_transcripts //= 2
-    ways = [in_a_process(store, way, folder / f"{way}.npz", warm=warm, limit=None) for way in ("discs", "circles")]
+    names = ("discs", "circles")
+    ways = [in_a_process(store, way, folder / f"{way}.npz", warm=warm, limit=None) or {} for way in names]
     hexagonal = in_a_process(store, "hex", None, warm=warm, limit=None)
     counts = {way: sp.load_npz(folder / f"{way}.npz") for way in ("spatialdata", "discs", "circles")}
     return {

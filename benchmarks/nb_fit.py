@@ -96,7 +96,8 @@ def _write_ours(n_tiles: int, path: Path) -> None:
 
 def _write_member(n_tiles: int, target: float, path: Path) -> None:
     """Train one member until it is as good as ours, or stops by itself."""
-    loop, losses = _Loop(n_tiles), []
+    loop = _Loop(n_tiles)
+    losses: list[float] = []
     while len(losses) < MAX_EPOCHS:
         loop.learn(loop.n_steps)
         losses.append(loop.validation_loss(1.0))

@@ -5,6 +5,7 @@ and the central 90 % interval of the mixture (at the model's own level: that whi
 counts); ours gives the variances' sum, and how strange a tile is, beside them.
 
 - Ours is `stimage_sd.tl.predict`: embeddings standardised and reduced, and the results in the section's table.
+- Ours with ``out=``, the layers on disk: they are dask arrays then, and the mean is read back from there.
 - The peer runs the same members in torch, one after the other on batches of 256 tiles: a linear layer of 2,048 features
   each, which is ours multiplied out, on embeddings that were standardised beforehand; moments are added up from member
   to member. Its interval is the recurrence of the probabilities from zero upwards, in double precision, over all
@@ -19,6 +20,7 @@ ours there and its mean over all genes and tiles; `bounds_off` is the share of b
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,15 +33,16 @@ from benchmarks.compare import OURS, Comparison
 from benchmarks.slides import made, needs_bench
 
 N_MEMBERS, BATCH = 30, 256
-SIZES = (10_000, 100_000, 300_000)
+SIZES = (1_000, 10_000, 100_000)
 MOMENTS, BOUNDS = ("mean", "aleatoric", "epistemic"), ("lower", "upper")
 TORCH, WITHOUT = "torch, a member at a time", "torch, without the interval"
+ON_DISK = "stimage-sd, out="
 #: the cohort that the model is fitted on
 _FITTED_ON = 2_000
 Job = Callable[[], Mapping[str, Any]]
 
 
-def ours(n_tiles: int) -> Job:
+def ours(n_tiles: int, *, on_disk: bool = False) -> Job:
     """Prepare ours: the section in memory, and the model; a few tiles are predicted first, so that it is compiled."""
     from stimage_sd import contract, models, tl
 
@@ -49,10 +52,12 @@ def ours(n_tiles: int) -> Job:
     tl.predict(nb_cohort.section(embedded[:512].copy(), None, "few"), model)
 
     def job() -> Mapping[str, Any]:
-        tl.predict(sdata, model)
-        table = contract.predictions(sdata)
+        with tempfile.TemporaryDirectory() as folder:
+            tl.predict(sdata, model, out=Path(folder) / "layers" if on_disk else None)
+            table = contract.predictions(sdata)
+            mean = float(table.X.mean(dtype=np.float64))
         return {
-            "mean": float(table.X.mean(dtype=np.float64)),
+            "mean": mean,
             "results_mb": round(sum(values.nbytes for values in (table.X, *table.layers.values())) / 1e6),
             "embeddings_mb": round(embedded.nbytes / 1e6),
         }
@@ -156,21 +161,28 @@ def _write_layers(path: Path) -> None:
 
 def _write_reference(path: Path) -> None:
     """Ours on the first batch of the smallest section, and its embeddings as that section standardises them."""
-    from stimage_sd import models
-    from stimage_sd.tl._predict import _distribution
+    from stimage_sd import contract, models, tl
 
     model = models.load(made("nb_predict.stimage", _write_model))
     embedded = np.array(nb_cohort.features(SIZES[0]))
-    section = model.open(nb_cohort.section(embedded, None, "slide"), section="slide")
-    level, factors = model.interval_level, np.ones(BATCH, np.float32)
-    layers = _distribution(model, section, factors, level=level, label="reference")
-    np.savez(path, standardized=model.features.standardized(embedded)[:BATCH], level=level, **layers)
+    sdata = nb_cohort.section(embedded, None, "slide")
+    tl.predict(sdata, model)
+    table = contract.predictions(sdata)[:BATCH]
+    layers = {"mean": table.X, **{name: table.layers[name] for name in table.layers}}
+    standardized = model.features.standardized(embedded)[:BATCH]
+    np.savez(path, standardized=standardized, level=model.interval_level, **layers)
 
 
 WORK = Comparison(
     title="Predicting with 30 members, 1,522 genes",
     unit="tiles",
     sizes=SIZES,
-    sides={OURS: ours, TORCH: partial(by_torch, interval=True), WITHOUT: partial(by_torch, interval=False)},
+    sides={
+        OURS: ours,
+        ON_DISK: partial(ours, on_disk=True),
+        TORCH: partial(by_torch, interval=True),
+        WITHOUT: partial(by_torch, interval=False),
+    },
     reach={TORCH: 3.0},
+    target=SIZES[-1],
 )

@@ -224,7 +224,7 @@ def apart(function: Callable[..., Any], *arguments: Any) -> Any:
     context = get_context("forkserver")
     context.set_forkserver_preload(["benchmarks.register"])
     # a process that hangs says where
-    watch = {"initializer": faulthandler.dump_traceback_later, "initargs": (240,)}
+    watch: dict[str, Any] = {"initializer": faulthandler.dump_traceback_later, "initargs": (240,)}
     with ProcessPoolExecutor(1, mp_context=context, **watch) as pool:
         return pool.submit(function, *arguments).result(timeout=300)
 

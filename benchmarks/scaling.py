@@ -101,7 +101,7 @@ def scheduling(side: int) -> dict[str, float]:
         LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         Client(cluster),
     ):
-        options = {"sides": [224.0], "target": 224, "shape": (3,)}
+        options: dict[str, Any] = {"sides": [224.0], "target": 224, "shape": (3,)}
         run_over_tiles(pyramid, centers[:64], means, key="warm", **options)
         own, clock = time.process_time(), time.perf_counter()
         run_over_tiles(pyramid, centers, means, key="scheduling", **options)
@@ -114,7 +114,7 @@ def predicting(n_tiles: int, n_genes: int = 1000, n_members: int = 10) -> dict[s
     """Predict a section's tiles by an ensemble of random weights on 16 shared patterns."""
     from stimage_sd.models._nb import NBModel, NBSection
     from stimage_sd.models._shared_patterns import SharedPatterns
-    from stimage_sd.tl._predict import _distribution
+    from stimage_sd.tl._predict import _distribution, _results
 
     random = np.random.default_rng(0)
     parameters = {
@@ -124,13 +124,15 @@ def predicting(n_tiles: int, n_genes: int = 1000, n_members: int = 10) -> dict[s
     basis = np.linalg.qr(random.normal(size=(n_members, 256, 16)))[0].astype(np.float32)
     patterns = SharedPatterns(basis, np.zeros((n_members, 256), np.float32))
     genes = tuple(map(str, range(n_genes)))
-    model = NBModel(genes, None, None, "paper", parameters, np.ones((2, n_genes)), patterns=patterns)  # type: ignore[arg-type]
+    unfitted: Any = None
+    model: Any = NBModel(genes, unfitted, unfitted, "paper", parameters, np.ones((2, n_genes)), patterns=patterns)
     reduced = random.normal(size=(n_tiles, 256)).astype(np.float32)
-    section = NBSection(model, reduced, np.zeros(n_tiles, np.float32))
+    section: Any = NBSection(model, reduced, np.zeros(n_tiles, np.float32))
     seconds = []
     for _ in range(2):  # the first compiles
         start = time.process_time()
-        layers = _distribution(model, section, np.ones(n_tiles, np.float32), level=0.9, label="random")
+        layers = _results((n_tiles, n_genes), None)
+        _distribution(layers, model, section, np.ones(n_tiles, np.float32), level=0.9, label="random")
         seconds.append(time.process_time() - start)
     return {
         "tiles": n_tiles,

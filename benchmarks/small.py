@@ -122,7 +122,8 @@ STEPS = {
 def run_side(step: str, side: str) -> dict[str, Any]:
     """Run one side of a step in this process: seconds of the first call, and of those after it."""
     work = (STEPS[step].ours if side == OURS else STEPS[step].plain)()
-    seconds, result = [], None
+    seconds: list[float] = []
+    result = None
     while len(seconds) <= CALLS and (len(seconds) <= LEAST or sum(seconds[1:]) < ENOUGH):
         begin = time.perf_counter()
         result = work()

@@ -93,7 +93,7 @@ def stain() -> Work:
     read, n_tiles = _cut()
     own, target = fit_section(section("raw"), method="vahadane"), json.loads(reference().read_text())
     scale = np.array(target["concentrations"]) / own.concentrations
-    matrix = np.array(target["stain_matrix"]) @ np.diag([*scale, 1.0]) @ np.linalg.inv(own.stain_matrix)
+    matrix = np.array(target["stain_matrix"]) @ np.diag([*scale, 1.0]) @ np.linalg.inv(np.array(own.stain_matrix))
     white, target_white = np.array(own.white_point) + 1, np.array(target["white_point"]) + 1
 
     def normalize(tile: np.ndarray) -> np.ndarray:
