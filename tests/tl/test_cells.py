@@ -118,8 +118,9 @@ def test_labels_of_others_teach_nothing(section: Section) -> None:
     sti.tl.predict_cells(test, shuffled, shapes_key="nuclei_predicted")
     scores = sti.tl.evaluate_cells(test)
     shares = scores.confusion.groupby("truth")["n"].sum()
-    assert scores.summary["accuracy"].iloc[0] < shares.max() / shares.sum() + 0.1
-    assert scores.summary["mean_f1"].iloc[0] < 0.35
+    # the largest class is what a constant guess gets; classes that are mistaken for each other may land on the right one
+    assert scores.summary["accuracy"].iloc[0] < shares.max() / shares.sum() + 0.15
+    assert scores.summary["mean_f1"].iloc[0] < 0.4
     assert scores.summary["f1"].iloc[0] > 0.7  # nuclei are nuclei
 
 
