@@ -27,6 +27,7 @@ import stimage_sd as sti
 from stimage_sd import contract
 from stimage_sd.models import CellClassifier
 from stimage_sd.nn.hovernet import HoVerNetSize
+from stimage_sd.tl._cell_tiles import CellTiles, typed_nuclei
 
 pytestmark = pytest.mark.slow
 #: so small that an epoch takes a second
@@ -108,6 +109,20 @@ def test_entropy_tells_wrong_types_from_right_ones(section: Section, model: Cell
     assert summary["entropy_auc"] > 0.7
 
 
+def test_a_batch_that_is_not_full_is_filled_up_by_its_own_tiles(section: Section, tmp_path: Path) -> None:
+    sdata = section(12)
+    classes = sorted(sdata.shapes["nuclei"]["cell_type"].astype(str).unique())
+    nuclei = {"run12": typed_nuclei(sdata, classes, shapes_key=None)}
+    tiles = CellTiles.cut(
+        {"run12": sdata}, nuclei, tmp_path / "tiles", mpp=0.5, tile_px=128, min_nuclei=2, image_key=None
+    )
+    pictures, targets = tiles.batch(np.array([3, 1]), 5, seed=None)
+    np.testing.assert_array_equal(pictures[[2, 3, 4]], pictures[[0, 1, 0]])
+    assert targets.weight.tolist() == [1, 1, 0, 0, 0]
+    assert targets.nuclear[:2].any()
+    assert not targets.nuclear[2:].any()
+
+
 def test_labels_of_others_teach_nothing(section: Section) -> None:
     cohort = {f"run{n}": section(n) for n in (11, 12)}
     for sdata in cohort.values():
@@ -118,7 +133,7 @@ def test_labels_of_others_teach_nothing(section: Section) -> None:
     sti.tl.predict_cells(test, shuffled, shapes_key="nuclei_predicted")
     scores = sti.tl.evaluate_cells(test)
     shares = scores.confusion.groupby("truth")["n"].sum()
-    # the largest class is what a constant guess gets; classes that are mistaken for each other may land on the right one
+    # the largest class is what a constant guess gets; classes mistaken for each other may land on the right one
     assert scores.summary["accuracy"].iloc[0] < shares.max() / shares.sum() + 0.15
     assert scores.summary["mean_f1"].iloc[0] < 0.4
     assert scores.summary["f1"].iloc[0] > 0.7  # nuclei are nuclei
