@@ -145,7 +145,8 @@ def test_on_disk_it_is_the_same(fitted: tuple, tmp_path: Path, monkeypatch: pyte
     np.testing.assert_allclose(found.X.compute(), expected.X, rtol=1e-5)
     for name, layer in expected.layers.items():
         assert isinstance(found.layers[name], da.Array)
-        np.testing.assert_allclose(found.layers[name].compute(), layer, rtol=1e-5)
+        # blocks of another size round last digits otherwise, which a variance between members shows
+        np.testing.assert_allclose(found.layers[name].compute(), layer, rtol=1e-4, atol=1e-6)
     pd.testing.assert_frame_equal(tl.evaluate(test), scores, rtol=1e-4)
     pl.prediction(test, cohort.genes[0])
     test.write(tmp_path / "section.zarr")
