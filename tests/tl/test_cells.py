@@ -21,6 +21,7 @@ import pytest
 import shapely
 import spatialdata
 import squidpy as sq
+from anndata import AnnData
 from spatialdata import SpatialData
 
 import stimage_sd as sti
@@ -92,6 +93,7 @@ def test_a_held_out_sections_cells_are_found_and_told_apart(held_out: SpatialDat
         assert summary["mean_f1"] >= 0.75
         assert summary["accuracy"] > 0.85
         assert scores.confusion["n"].sum() <= summary["n_matched"]
+    assert _held_true(held_out.tables["cell_types"]) > 0.85
     assert "detection F1" in repr(scores)
 
 
@@ -132,11 +134,16 @@ def test_labels_of_others_teach_nothing(section: Section) -> None:
     test = section(13)
     sti.tl.predict_cells(test, shuffled, shapes_key="nuclei_predicted")
     scores = sti.tl.evaluate_cells(test)
-    shares = scores.confusion.groupby("truth")["n"].sum()
-    # the largest class is what a constant guess gets; classes mistaken for each other may land on the right one
-    assert scores.summary["accuracy"].iloc[0] < shares.max() / shares.sum() + 0.15
-    assert scores.summary["mean_f1"].iloc[0] < 0.4
     assert scores.summary["f1"].iloc[0] > 0.7  # nuclei are nuclei
+    # four near ties: which type is ahead is luck, a planted type at a time, and how likely the true one is held is not
+    assert _held_true(test.tables["cell_types"]) < 0.45
+
+
+def _held_true(table: AnnData) -> float:
+    """Mean probability of the true type, of the nuclei that have one."""
+    known = table[table.obs["true_type"].notna()]
+    columns = known.var_names.get_indexer(known.obs["true_type"].astype(str))
+    return float(np.asarray(known.X)[np.arange(known.n_obs), columns].mean())
 
 
 def test_what_is_written(held_out: SpatialData, model: CellClassifier, tmp_path: Path) -> None:
