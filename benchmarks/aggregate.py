@@ -166,7 +166,7 @@ def compare(n_transcripts: int, folder: Path) -> dict[str, Any]:
             break
         n_transcripts //= 2
     names = ("discs", "circles")
-    ways = [in_a_process(store, way, folder / f"{way}.npz", warm=warm, limit=None) or {} for way in names]
+    ways: Any = [in_a_process(store, way, folder / f"{way}.npz", warm=warm, limit=None) for way in names]
     hexagonal = in_a_process(store, "hex", None, warm=warm, limit=None)
     counts = {way: sp.load_npz(folder / f"{way}.npz") for way in ("spatialdata", "discs", "circles")}
     return {

@@ -4,8 +4,8 @@ Run it where Cellpose 3 is, which wants an older numpy than the package, in an e
 ``pip install torch==2.13.0 "cellpose>=3.1,<4" "numpy<2.1" lazy-loader numba scikit-image``, then
 ``PYTHONPATH=src python -m benchmarks.cells_cellpose --epochs 60``. Cellpose trains itself (AdamW, crops of 224 px, its
 own augmentation) on the haematoxylin channel, as `pp.segment_nuclei` feeds it, at the learning rate of
-``benchmarks/cells.py`` and a crop a step, so that it takes as many steps and sees as many pixels as HoVer-Net does
-there. Its scores are those of the label maps.
+``benchmarks/cells.py`` and a crop a step, so that it takes about as many steps and sees as many pixels as HoVer-Net
+does there. Its scores are those of the label maps.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def found(images: list[np.ndarray], truth: list[np.ndarray], held_out: tuple[int
 
 
 def main() -> None:
-    """Leave out a patch, then a field, at a time; print a line of JSON each and the means."""
+    """Leave out a field, then a patch, at a time; print a line of JSON each and the means."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("STIMAGE_SD_DATA", ".")) / "nuclei")
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=60)
     options = parser.parse_args()
     nine = np.load(options.data / "patches.npz")
     images = [contrast(image) for image in nine["images"]]

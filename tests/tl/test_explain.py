@@ -211,10 +211,10 @@ def test_uncertainty_and_seeds(section: SpatialData, model: models.NBModel) -> N
         tl.explain(other, model, "PLANTED", tiles=[31], n_samples=40, of="epistemic", seed=seed)
         each.append(other.shapes["nuclei_explained"]["lime_PLANTED_epistemic"].to_numpy())
     # a variance between members in float32: batches of another size round its last digits otherwise
-    close = partial(np.testing.assert_allclose, rtol=0, atol=1e-3 * np.abs(each).max())
+    close = partial(np.testing.assert_allclose, rtol=0, atol=2e-4 * np.abs(each).max())
     close(frame["lime_PLANTED_epistemic"], np.mean(each, axis=0))
     close(frame["lime_PLANTED_epistemic_sd"], np.std(each, axis=0))
-    np.testing.assert_allclose(table.layers["stability_epistemic"][0, 0], np.corrcoef(*each)[0, 1], atol=1e-3)
+    np.testing.assert_allclose(table.layers["stability_epistemic"][0, 0], np.corrcoef(*each)[0, 1], atol=2e-4)
 
 
 @pytest.mark.parametrize("kind", ["slic", "labels", "function"])
