@@ -136,7 +136,7 @@ def test_labels_of_others_teach_nothing(section: Section) -> None:
     scores = sti.tl.evaluate_cells(test)
     assert scores.summary["f1"].iloc[0] > 0.7  # nuclei are nuclei
     # four near ties: which type is ahead is luck, a planted type at a time, and how likely the true one is held is not
-    assert _held_true(test.tables["cell_types"]) < 0.45
+    assert _held_true(test.tables["cell_types"]) < 0.35
 
 
 def _held_true(table: AnnData) -> float:
