@@ -22,6 +22,7 @@ negative binomial a gene, for scale. The two sides' likelihoods agree to the las
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -133,7 +134,7 @@ class _Loop:
             self._layer.weight.mul_(0.01)
             mean = np.maximum(np.asarray(counts[self._seen].mean(axis=0)).ravel(), 1e-4)
             # r of 1, and p so that the mean is right
-            self._layer.bias[: len(mean)] = float(np.log(np.e - 1))
+            self._layer.bias[: len(mean)] = math.log(math.expm1(1))
             self._layer.bias[len(mean) :] = torch.from_numpy(-np.log(mean)).float()
         self._optimiser = torch.optim.Adam(self._layer.parameters(), lr=learning_rate)
 
