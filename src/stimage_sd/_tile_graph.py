@@ -82,7 +82,7 @@ def batches(
         return
     levels = {view.level: _LevelTasks(arrays[view.level]) for view in recipe.cutting.views}
     shared = f"recipe-{name}"
-    size = recipe.results.values.chunks[0]
+    size = recipe.results.batch_size
     for number in numbers:
         chosen = centers[number * size : (number + 1) * size]
         chunks = recipe.cutting.chunks(chosen)

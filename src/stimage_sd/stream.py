@@ -4,8 +4,8 @@ Reading, cutting, embedding, predicting, segmenting and explaining are all "run 
 tiles". A batch of tiles that lie close together is one dask task; it depends on the image chunks its
 tiles touch, so a chunk is read (and stain-normalised, where the image is lazy about that) once, and is
 freed when its last batch is done. The tasks run on threads, or unchanged on the active
-`dask.distributed` client; those of several images run together. Each batch writes its own chunk of a zarr
-array, so memory is bounded by the batches in flight and an interrupted run goes on where it stopped.
+`dask.distributed` client; those of several images run together. Each batch writes its own file, so memory
+is bounded by the batches in flight and an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -222,9 +222,8 @@ def iterate_over_tiles(
         If results are not of the `shape` that was given.
     """
     for complete in _completed([job], n_workers=n_workers, description=description, keep_store=False):
-        for start in range(0, len(complete.order), job.batch_size):
-            rows = complete.order[start : start + job.batch_size]
-            yield rows, complete.results.values[start : start + len(rows)]
+        for number, start in enumerate(range(0, len(complete.order), job.batch_size)):
+            yield complete.order[start : start + job.batch_size], complete.results.batch(number)
 
 
 def _completed(
@@ -286,7 +285,7 @@ def _pending(jobs: Sequence[TileJob], opened: deque[_Opened], bar: Any) -> Itera
             n_views=len(job.sides),
             batch_size=job.batch_size,
         )
-        numbers: list[int] = np.flatnonzero(~results.done[:]).tolist()
+        numbers = results.pending()
         before = len(order) - sum(min(job.batch_size, len(order) - number * job.batch_size) for number in numbers)
         bar.initial += before
         bar.update(before)
