@@ -6,10 +6,12 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import cv2
 import dask
 import dask.array as da
 import dask.threaded
 import numpy as np
+import zarr
 from dask.callbacks import Callback
 from dask.core import get_dependencies
 from dask.highlevelgraph import HighLevelGraph
@@ -17,6 +19,7 @@ from dask.task_spec import DataNode, List, Task, TaskRef
 
 from stimage_sd._tile_cutting import Chunk, Cutting
 from stimage_sd._tile_results import Results
+from stimage_sd._zarr_chunks import ChunkReader
 
 TileFunction = Callable[[np.ndarray], np.ndarray]
 
@@ -96,27 +99,39 @@ def batches(
 
 
 class _LevelTasks:
-    """The tasks of a level's chunks, fused."""
+    """The tasks of a level's chunks, fused, and of each a last one that lays its channels side by side."""
 
     def __init__(self, array: da.Array) -> None:
         (fused,) = dask.optimize(array)
         self._name = fused.name
-        self._tasks = dict(fused.__dask_graph__())
+        self._tasks = {key: _read_quickly(key, task) for key, task in dict(fused.__dask_graph__()).items()}
 
-    def key(self, row: int, column: int) -> tuple[str, int, int, int]:
-        """Name of a chunk."""
-        return self._name, 0, row, column
+    def key(self, row: int, column: int) -> tuple[str, int, int]:
+        """Name of a chunk, ``uint8 (y, x, 3)``."""
+        return f"pixels-{self._name}", row, column
 
     def of(self, row: int, column: int) -> dict[Any, Any]:
         """Give the tasks that a chunk takes."""
-        found: dict[Any, Any] = {}
-        wanted: list[Any] = [self.key(row, column)]
+        key, planes = self.key(row, column), (self._name, 0, row, column)
+        found: dict[Any, Any] = {key: Task(key, _side_by_side, TaskRef(planes))}
+        wanted: list[Any] = [planes]
         while wanted:
             key = wanted.pop()
             if key not in found:
                 found[key] = self._tasks[key]
                 wanted += get_dependencies(self._tasks, key)
         return found
+
+
+def _side_by_side(planes: np.ndarray) -> np.ndarray:
+    """Lay the channels ``(3, y, x)`` of pixels side by side; a chunk at once is many times as fast as tile by tile."""
+    return cv2.merge(tuple(planes))
+
+
+def _read_quickly(key: Any, task: Any) -> Any:
+    """Have a zarr array that chunks are read from read by a `ChunkReader`, where it can be."""
+    reader = ChunkReader.of(task.value) if isinstance(task, DataNode) and isinstance(task.value, zarr.Array) else None
+    return task if reader is None else DataNode(key, reader)
 
 
 def _run_batch(recipe: Recipe, held: list[np.ndarray], chunks: list[Chunk], centers: np.ndarray, number: int) -> int:
