@@ -121,6 +121,21 @@ def on_a_slide(folder: Path, *, size: int, model: CellClassifier) -> dict[str, A
     return {**found, "difference of numbers": f"{shift:+.3%}", "tissue_mm2": round(float(tissue), 1)}
 
 
+def fitted(folder: Path) -> CellClassifier:
+    """Fit the small network to two synthetic Xenium sections; it is kept in the folder."""
+    path = folder / "cells.stimage"
+    if not path.exists():
+        reference = sti.datasets.synthetic_reference(n_markers=4)
+        sections = {}
+        for seed in (11, 12):
+            run = folder / f"xenium_{seed}"
+            sti.datasets.synthetic_xenium(run, size_um=450, n_genes=6, seed=seed, pixel_um=0.425, n_markers=4)
+            sections[run.name] = sti.io.xenium(run, he_image=run / "he_image.ome.tif", sample=run.name)
+            sti.pp.annotate_cells(sections[run.name], reference, merge=reference.uns["merge"])
+        sti.tl.fit_cell_classifier(sections, n_epochs=14, tile_px=128, batch_size=4, learning_rate=3e-3).save(path)
+    return sti.models.load(path)
+
+
 def _moved(sdata: SpatialData, pixels: int) -> SpatialData:
     """The same slide, with a margin of glass on the left and on top."""
     level = contract.levels(sdata, contract.image_name(sdata))[0].data
@@ -141,14 +156,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "stimage-sd-slides")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--size", type=int, default=20_000)
-    parser.add_argument("--model", type=Path, help="a fitted cell classifier, for `slide`")
+    parser.add_argument("--model", type=Path, help="a cell classifier, for `slide`; one is fitted where none is given")
     options = parser.parse_args()
     if options.what == "patches":
         rows = on_patches(options.data, n_epochs=options.epochs, out=options.folder / "cells")
         print(pd.DataFrame(rows).to_markdown(index=False))
         report(RESULTS / "cells_patches.json", {"rows": rows, "machine": machine()})
         return
-    found = on_a_slide(options.folder, size=options.size, model=sti.models.load(options.model))
+    model = fitted(options.folder) if options.model is None else sti.models.load(options.model)
+    found = on_a_slide(options.folder, size=options.size, model=model)
     print(found)
     report(RESULTS / "cells_slide.json", {**found, "machine": machine()})
 

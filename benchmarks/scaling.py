@@ -73,7 +73,7 @@ def store(n_tiles: int = 1024) -> dict[str, float]:
         for number in range(n_tiles // 32):
             results.write(number, values[number * 32 : (number + 1) * 32])
         seconds = time.process_time() - start
-        files = [path for path in Path(folder).rglob("c/**/*") if path.is_file()]
+        files = list(Path(folder).rglob("*.zst"))
         size = sum(path.stat().st_size for path in files)
     return {
         "bytes_a_tile": size / n_tiles,

@@ -99,22 +99,22 @@ def batches(
 
 
 class _LevelTasks:
-    """The tasks of a level's chunks, fused, and of each a last one that lays its channels side by side."""
+    """The tasks of a level's chunks, fused, the last of each laying its channels side by side."""
 
     def __init__(self, array: da.Array) -> None:
-        (fused,) = dask.optimize(array)
+        pixels = da.blockwise(_side_by_side, "yxc", array, "cyx", meta=np.empty((0, 0, 0), dtype=array.dtype))
+        (fused,) = dask.optimize(pixels)
         self._name = fused.name
         self._tasks = {key: _read_quickly(key, task) for key, task in dict(fused.__dask_graph__()).items()}
 
-    def key(self, row: int, column: int) -> tuple[str, int, int]:
+    def key(self, row: int, column: int) -> tuple[str, int, int, int]:
         """Name of a chunk, ``uint8 (y, x, 3)``."""
-        return f"pixels-{self._name}", row, column
+        return self._name, row, column, 0
 
     def of(self, row: int, column: int) -> dict[Any, Any]:
         """Give the tasks that a chunk takes."""
-        key, planes = self.key(row, column), (self._name, 0, row, column)
-        found: dict[Any, Any] = {key: Task(key, _side_by_side, TaskRef(planes))}
-        wanted: list[Any] = [planes]
+        found: dict[Any, Any] = {}
+        wanted: list[Any] = [self.key(row, column)]
         while wanted:
             key = wanted.pop()
             if key not in found:
