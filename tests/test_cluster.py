@@ -7,12 +7,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import cv2
+import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
+import xarray as xr
 from distributed import Client, LocalCluster
 from spatialdata import SpatialData
 
@@ -75,6 +79,42 @@ def log_and_wait(log: Path, delay: float) -> Callable[[np.ndarray], np.ndarray]:
         return tiles.mean(axis=(1, 2))
 
     return means
+
+
+def logged_rows(log: Path) -> Callable[..., np.ndarray]:
+    """A function of a block that says which row of chunks it is of."""
+
+    def block(values: np.ndarray, block_info: Any = None) -> np.ndarray:
+        with log.open("a") as file:
+            file.write(f"{block_info[0]['chunk-location'][1]}\n")
+        return values
+
+    return block
+
+
+# --------------------------------------------------------------------------------------------------
+# in turn
+
+
+@pytest.mark.parametrize("where", ["threads", "cluster"])
+def test_chunks_are_read_row_by_row(where: str, cluster: LocalCluster, tmp_path: Path) -> None:
+    """Rows are let go before those after the next are read, so that memory does not grow with the slide's height."""
+    zeros = da.zeros((3, 1280, 1280), chunks=(3, 128, 128), dtype=np.uint8)
+    rows = zeros.map_blocks(logged_rows(tmp_path / "rows"), dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8))
+    pyramid = [xr.DataArray(rows, dims=("c", "y", "x")), xr.DataArray(zeros[:, :128, :128], dims=("c", "y", "x"))]
+    centers = (np.stack(np.divmod(np.arange(45**2), 45), axis=1) + 0.5) * 28
+    job = TileJob(
+        pyramid=pyramid, centers=centers, function=log_and_wait(tmp_path / "calls", 0.005), sides=[28.0], target=28,
+        key=where, shape=(3,), batch_size=8,
+    )  # fmt: skip
+    with Client(cluster) if where == "cluster" else nullcontext():
+        (values,) = run_over_images([job])
+    assert not values.any()
+    read = np.array((tmp_path / "rows").read_text().split(), dtype=int)
+    np.testing.assert_array_equal(np.unique(read), np.arange(10))
+    assert read[0] <= 1
+    # a row's chunks are followed by the next row's, whose tops its last tiles reach into; a cluster may leave one
+    assert ((np.maximum.accumulate(read) - read) > 2).sum() <= (2 if where == "cluster" else 0)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import cv2
@@ -149,7 +150,7 @@ def run_on_threads(pending: Iterator[Batch], *, bar: Any, n_workers: int | None)
     """Run batches on threads, a span at a time; give those that are done and move a bar."""
     for span in _spans(pending):
         by_key = {batch.key: batch for batch in span}
-        with _Progress(by_key, bar):
+        with _InTurn(by_key, bar):
             dask.threaded.get(_graph(span), list(by_key), num_workers=n_workers)
         yield from span
 
@@ -158,7 +159,8 @@ def run_on_cluster(client: Any, pending: Iterator[Batch], *, bar: Any) -> Genera
     """Run batches on a `dask.distributed` client; give each that is done and move a bar.
 
     Spans follow each other without a gap, and no more batches are handed over than keep all threads busy: a
-    scheduler that is given a million tasks at once spends minutes and gigabytes on them before the first runs.
+    scheduler that is given a million tasks at once spends minutes and gigabytes on them before the first runs. Of those
+    it has, the tasks that the first batch waits for come first, as on threads.
     """
     from distributed import as_completed
 
@@ -166,12 +168,17 @@ def run_on_cluster(client: Any, pending: Iterator[Batch], *, bar: Any) -> Genera
     by_key: dict[str, Batch] = {}
     spans = _spans(pending)
     span: list[Batch] | None = next(spans, None)
+    n_tasks = 0
     try:
         while span is not None or by_key:
             if span is not None and len(by_key) < _BATCHES_A_THREAD * max(1, sum(client.nthreads().values())):
                 by_key |= {batch.key: batch for batch in span}
+                tasks = _graph(span)
                 # a high-level graph has a name; a dict would get one by hashing all it holds
-                graph = HighLevelGraph.from_collections("tiles", _graph(span))
+                graph = HighLevelGraph.from_collections("tiles", tasks)
+                turn = dict(zip(tasks, count(-n_tasks, -1)))
+                graph.layers["tiles"].annotations = {"priority": turn.get}
+                n_tasks += len(tasks)
                 running.update(client.get(graph, [batch.key for batch in span], sync=False))
                 span = next(spans, None)
                 continue
@@ -202,13 +209,21 @@ def _graph(span: list[Batch]) -> dict[Any, Any]:
     return graph
 
 
-class _Progress(Callback):
-    """Move a bar whenever one of the batches is done."""
+class _InTurn(Callback):
+    """Have batches run in the order they were made in, and move a bar whenever one is done.
+
+    By dask's own order several rows of chunks were in memory at a time.
+    """
 
     def __init__(self, batches: dict[str, Batch], bar: Any) -> None:
-        super().__init__(posttask=self._posttask)
+        super().__init__(start_state=self._start_state, posttask=self._posttask)
         self._batches = batches
         self._bar = bar
+
+    def _start_state(self, graph: dict[Any, Any], state: dict[str, Any]) -> None:
+        """Sort what is ready, mostly chunks that are to be read, by the first batch that waits for it."""
+        turn = {key: number for number, key in enumerate(graph)}
+        state["ready"].sort(key=turn.__getitem__, reverse=True)  # the last is taken first
 
     def _posttask(self, key: Any, *_: Any) -> None:
         if key in self._batches:
