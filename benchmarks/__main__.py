@@ -35,7 +35,7 @@ ALONE = ("startup", "small")
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    """A Markdown table, a row a size and side."""
+    """A Markdown table, one row per size and side."""
     lines = [
         f"| {cases[0]['unit']} | side | seconds | first run | times as fast | asked | peak MB above imports |",
         "|---|---|---|---|---|---|---|",

@@ -44,15 +44,15 @@ LIMIT_SECONDS = 600
 def make(path: Path, *, n_transcripts: int, seed: int = 0) -> None:
     """Write a section with transcripts and spots on a lattice, both in pixels of its H&E.
 
-    In its own micrometres, as a run has them, the peer would have to transform the points first; version 0.7.3 gives
+    In its own micrometers, as a run has them, the peer would have to transform the points first; version 0.7.3 gives
     them the y of other points then, where a store holds more than two partitions.
     """
     columns = int(np.ceil(np.sqrt(N_SPOTS)))
     rows, across = np.divmod(np.arange(N_SPOTS), columns)
     pitch = PITCH_UM / MPP
-    centres = np.column_stack([across + 0.5 * (rows % 2) + 0.6, rows * np.sqrt(3) / 2 + 0.6]) * pitch
-    extent = centres.max(axis=0) + 0.6 * pitch
-    circles = gpd.GeoDataFrame({"radius": np.full(N_SPOTS, SPOT_UM / 2 / MPP)}, geometry=shapely.points(centres))
+    centers = np.column_stack([across + 0.5 * (rows % 2) + 0.6, rows * np.sqrt(3) / 2 + 0.6]) * pitch
+    extent = centers.max(axis=0) + 0.6 * pitch
+    circles = gpd.GeoDataFrame({"radius": np.full(N_SPOTS, SPOT_UM / 2 / MPP)}, geometry=shapely.points(centers))
     # what the peer makes of circles by itself
     discs = gpd.GeoDataFrame(geometry=circles.buffer(circles["radius"], quad_segs=16))
     here = {"global": Identity()}
@@ -119,12 +119,12 @@ def run(store: Path, way: str, out: Path | None) -> dict[str, Any]:
 
 
 def brute_force(store: Path) -> sp.csr_matrix:
-    """Count transcripts in exact discs with a tree of the centres, partition by partition."""
+    """Count transcripts in exact discs with a tree of the centers, partition by partition."""
     sdata = spatialdata.read_zarr(store)
-    centres = shapely.get_coordinates(sdata["circles"].geometry.to_numpy())
-    tree, radius = cKDTree(centres), float(sdata["circles"]["radius"].iloc[0])
+    centers = shapely.get_coordinates(sdata["circles"].geometry.to_numpy())
+    tree, radius = cKDTree(centers), float(sdata["circles"]["radius"].iloc[0])
     genes = {name: number for number, name in enumerate(sorted(f"GENE{number}" for number in range(N_GENES)))}
-    total = sp.csr_matrix((len(centres), N_GENES), dtype=np.int64)
+    total = sp.csr_matrix((len(centers), N_GENES), dtype=np.int64)
     for part in sdata["transcripts"][["x", "y", "feature_name"]].partitions:
         frame = part.compute()
         xy = frame[["x", "y"]].to_numpy(dtype=np.float64)

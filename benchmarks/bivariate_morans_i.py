@@ -12,7 +12,7 @@ import numpy as np
 
 from benchmarks.compare import OURS, Comparison
 from benchmarks.spots import N_GENES, SPOTS, by_hand, made
-from stimage_sd.nn.spatial import morans_i
+from stimage_sd.stats.spatial import morans_i
 
 #: genes that esda is run on
 FEW = 10

@@ -30,8 +30,8 @@ from benchmarks.compare import RESULTS
 from benchmarks.measure import Steps, machine, report
 from benchmarks.nuclei import ours
 from stimage_sd import contract
+from stimage_sd.image.label_maps import trace_objects
 from stimage_sd.models import CellClassifier
-from stimage_sd.nn.label_maps import trace_objects
 
 MPP = 0.25
 CLASSES = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
@@ -51,7 +51,7 @@ def section(image: np.ndarray, instances: np.ndarray, types: np.ndarray, folder:
               else shapely.MultiPoint(ring).buffer(0.5, cap_style="square").envelope for ring in rings]  # fmt: skip
     kinds = [CLASSES[int(np.bincount(types[instances == number])[1:].argmax())] for number in numbers]
     frame = gpd.GeoDataFrame({"cell_type": pd.Categorical(kinds)}, geometry=shapes)
-    contract.write_nuclei(sdata, frame.assign(geometry=frame.geometry.buffer(0)))
+    contract.write_shapes(sdata, frame.assign(geometry=frame.geometry.buffer(0)), name=contract.NUCLEI)
     sti.pp.tile(sdata, layout="grid", size_um=256 * MPP, min_tissue=0.0)
     return sdata
 
@@ -67,7 +67,7 @@ class Watershed:
 
 
 def on_patches(data: Path, *, n_epochs: int, out: Path) -> list[dict[str, Any]]:
-    """Scores of held-out patches, a row a model and way of holding out."""
+    """Scores of held-out patches, one row per model and way of holding out."""
     nine = np.load(data / "patches.npz")
     rows = []
     with tempfile.TemporaryDirectory() as folder:

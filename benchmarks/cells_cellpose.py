@@ -3,7 +3,7 @@
 Run it where Cellpose 3 is, which wants an older numpy than the package, in an environment of its own:
 ``pip install torch==2.13.0 "cellpose>=3.1,<4" "numpy<2.1" lazy-loader numba scikit-image``, then
 ``PYTHONPATH=src python -m benchmarks.cells_cellpose --epochs 60``. Cellpose trains itself (AdamW, crops of 224 px, its
-own augmentation) on the haematoxylin channel, as `pp.segment_nuclei` feeds it, at the learning rate of
+own augmentation) on the hematoxylin channel, as `pp.segment_nuclei` feeds it, at the learning rate of
 ``benchmarks/cells.py`` and a crop a step, so that it takes about as many steps and sees as many pixels as HoVer-Net
 does there. Its scores are those of the label maps.
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from cellpose import models, train
 
-from stimage_sd.nn.instance_scores import instance_scores
-from stimage_sd.nn.nuclear_contrast import haematoxylin
+from stimage_sd.image.instance_scores import instance_scores
+from stimage_sd.image.nuclear_contrast import hematoxylin
 
 #: patches of the same tissue, as in ``benchmarks/cells.py``
 FIELDS = ((0, 1, 2), (3, 4, 5), (6, 7, 8))
@@ -29,8 +29,8 @@ SHOWN = ("f1", "panoptic_quality", "aggregated_jaccard", "dice")
 
 
 def contrast(image: np.ndarray) -> np.ndarray:
-    """Haematoxylin from its 1st to its 99th percentile."""
-    stain = haematoxylin(np.moveaxis(image, -1, 0))
+    """Hematoxylin from its 1st to its 99th percentile."""
+    stain = hematoxylin(np.moveaxis(image, -1, 0))
     low, high = np.percentile(stain, (1, 99))
     return np.clip((stain - low) / (high - low), 0, 1).astype(np.float32)
 

@@ -1,7 +1,7 @@
 """Every model on the same splits and genes: leave-one-section-out over her2st C2 to C5, the literature's 785 genes.
 
 Run as ``python -m benchmarks.cross_validation --data FOLDER`` (the folder with ``genes/her2st_785_hvg.txt``). Prints a
-Markdown table, a row a model, and writes ``benchmarks/results/cross_validation.json``.
+Markdown table, one row per model, and writes ``benchmarks/results/cross_validation.json``.
 
 All spots are scored by default, as the literature does; ``--drop-sparse`` keeps what `pp.tile` keeps, spots of 70 %
 tissue. Scores are the mean over genes, and over the 50 genes of a held-out section that are most expressed, on log
@@ -28,7 +28,7 @@ from spatialdata import SpatialData
 import stimage_sd as sti
 from benchmarks.measure import Steps, machine, report
 from stimage_sd import contract
-from stimage_sd.models.baselines import (
+from stimage_sd.baselines import (
     IGIDL,
     Hist2ST,
     HisToGene,
@@ -40,8 +40,8 @@ from stimage_sd.models.baselines import (
     THItoGene,
     ViTNB,
 )
-from stimage_sd.nn.expectation import expected_log1p
-from stimage_sd.nn.spatial import pattern_iou, pearson
+from stimage_sd.likelihood.expectation import expected_log1p
+from stimage_sd.stats.spatial import pattern_iou, pearson
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 EXTRACTORS = ("efficientnet_lite0", "tissue_statistics")
@@ -70,7 +70,7 @@ Fit = Callable[..., Any]
 
 
 def models(n_members: int) -> dict[str, dict[str, Fit]]:
-    """By name, how each model is fitted: to counts, and where it can be to log-normalised counts."""
+    """By name, how each model is fitted: to counts, and where it can be to log-normalized counts."""
     recipes: dict[str, tuple[type, dict[str, Any], Sequence[str]]] = {
         "mean only": (MeanOnly, {}, EXTRACTORS[:1]),
         "ridge, PCA 128": (Ridge, {"n_components": 128}, EXTRACTORS[:1]),

@@ -128,7 +128,7 @@ def by_lazyslide(network: Network, n_tiles: int) -> Job:
 
     module, levels, scale = _torch_parts(network)
 
-    def normalised(tile: np.ndarray) -> torch.Tensor:
+    def normalized(tile: np.ndarray) -> torch.Tensor:
         return (torch.from_numpy(tile).permute(2, 0, 1).float() - levels) * scale
 
     def embed(batch: torch.Tensor) -> torch.Tensor:
@@ -142,7 +142,7 @@ def by_lazyslide(network: Network, n_tiles: int) -> Job:
 
     def job() -> Mapping[str, Any]:
         lazyslide.tl.feature_extraction(
-            wsi, embed, model_name=network.name, transform=normalised, batch_size=TORCH_BATCH, pbar=False
+            wsi, embed, model_name=network.name, transform=normalized, batch_size=TORCH_BATCH, pbar=False
         )
         values = np.asarray(wsi.tables[f"{network.name}_tiles"].X)
         _write_embeddings(values)

@@ -22,9 +22,10 @@ from tqdm.auto import tqdm
 import stimage_sd as sti
 from benchmarks.measure import Steps, machine, report
 from stimage_sd import contract
+from stimage_sd.baselines import IGIDL, Hist2ST, HisToGene, THItoGene, _training
+from stimage_sd.models import TrainingSection
 from stimage_sd.models._baseline_model import section_data
-from stimage_sd.models.baselines import IGIDL, Hist2ST, HisToGene, THItoGene, TrainingSection, _training
-from stimage_sd.tl._fit_nb import _measured
+from stimage_sd.tl._fit.training_set import measured_counts
 
 SECTIONS = ("C2", "C3", "C4")
 RECIPES = (HisToGene(), Hist2ST(), THItoGene(), IGIDL())
@@ -38,7 +39,7 @@ def prepare(recipe: Any, genes: Sequence[str]) -> list[TrainingSection]:
         sti.pp.tile(sdata, min_tissue=0.0)
         seen = section_data(sdata, (), recipe)
         measured = [gene for gene in genes if gene in set(sdata.tables[contract.COUNTS].var_names)]
-        rows, counts, totals = _measured(sdata, measured, None)
+        rows, counts, totals = measured_counts(sdata, measured, contract.Source())
         found.append(TrainingSection((), seen.positions, rows, counts, totals, pixels=seen.pixels))
     return found
 

@@ -20,12 +20,12 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from benchmarks.measure import Steps, machine, report
-from stimage_sd.nn import elastic_net
-from stimage_sd.tl._fit_gene_classifier import _saga
+from stimage_sd.stats import elastic_net
+from stimage_sd.tl._fit.fit_gene_classifier import _saga
 
 
 def made(n_tiles: int, n_features: int, n_genes: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Standardised features with a spectrum that falls as 1 / rank, and noisy labels, 8 to 50 % of them High."""
+    """Standardized features with a spectrum that falls as 1 / rank, and noisy labels, 8 to 50 % of them High."""
     random = np.random.default_rng(seed)
     variances = 1 / (np.arange(n_features) + 2.0) ** 1.1
     variances *= n_features / variances.sum()

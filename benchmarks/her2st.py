@@ -20,8 +20,8 @@ from spatialdata import SpatialData
 import stimage_sd as sti
 from benchmarks.measure import Steps, machine, report
 from stimage_sd import contract
-from stimage_sd.nn.lattice import neighbour_graph
-from stimage_sd.nn.spatial import morans_i, pattern_iou, pearson
+from stimage_sd.stats.lattice import neighbor_graph
+from stimage_sd.stats.spatial import morans_i, pattern_iou, pearson
 
 TRAIN, TEST = ("C2", "C3", "C4"), "C5"
 #: the paper's 14 markers as its code has them (the text names TP53 and VEGFA for TTLL12 and CD24)
@@ -46,7 +46,7 @@ def prepare(sections: dict[str, SpatialData], steps: Steps, *, extractor: str) -
 def ridge(train: dict[str, SpatialData], test: SpatialData, genes: list[str], *, extractor: str) -> dict[str, Any]:
     """The HEST benchmark's head on the same embeddings and split: PCA to 256, ridge on log1p counts.
 
-    Its penalty is scikit-learn's on standardised inputs, chosen among five by leave-one-section-out over
+    Its penalty is scikit-learn's on standardized inputs, chosen among five by leave-one-section-out over
     the training sections, which is more than the benchmark itself does.
     """
     arrays = {name: _embedded(sdata, genes, extractor) for name, sdata in train.items()}
@@ -74,7 +74,7 @@ def ridge(train: dict[str, SpatialData], test: SpatialData, genes: list[str], *,
     return {
         "penalty": best,
         "pearson": correlation,
-        "bivariate_morans_i": morans_i(predicted, neighbour_graph(coordinates), observed),
+        "bivariate_morans_i": morans_i(predicted, neighbor_graph(coordinates), observed),
         "iou": pattern_iou(predicted, observed, coordinates),
     }
 

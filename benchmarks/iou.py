@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.compare import OURS, Comparison
 from benchmarks.spots import N_GENES, SPOTS, agreement, made
-from stimage_sd.nn.spatial import pattern_iou
+from stimage_sd.stats.spatial import pattern_iou
 
 #: genes that scikit-learn is run on
 FEW = 100

@@ -110,8 +110,8 @@ def _section() -> tuple[Any, Any]:
 def _opened(sdata: Any, model: Any) -> tuple[Any, int, np.ndarray, np.ndarray]:
     """Give the opened tile, its row, its pixels and its segments."""
     from stimage_sd import contract
-    from stimage_sd.tl._segments import segment_tile
-    from stimage_sd.tl._tile_views import open_tiles
+    from stimage_sd.tl._explain.segments import segment_tile
+    from stimage_sd.tl._explain.tile_views import open_tiles
 
     opened = open_tiles(sdata, model, [TILE], section="section", extractors=())
     row, views, area = next(opened.read())

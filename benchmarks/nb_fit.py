@@ -7,7 +7,7 @@ member when its validation loss has not improved for ten epochs; its best epoch 
 - Ours is `stimage_sd.tl.fit_nb` with its defaults: from embeddings to the finished model, compiling, components,
   patterns and the level of the intervals included.
 - The peer is the loop one would write in torch, a member after the other: a linear layer from the embeddings, each
-  section's standardised by itself, to the logits of r and p; the same likelihood by `torch.lgamma`, dense counts, the
+  section's standardized by itself, to the logits of r and p; the same likelihood by `torch.lgamma`, dense counts, the
   bias started at each gene's mean, and the learning rate, of 1e-3, 3e-4, 1e-4 and 3e-5, with which it got within 0.0005
   of the lowest loss of all in the fewest epochs (at 2,000 tiles).
   It ends as soon as it has a validation loss as low as ours; where it never has, it ends by its own early stopping.
@@ -16,7 +16,7 @@ member when its validation loss has not improved for ten epochs; its best epoch 
 
 `validation_nll` is the mean negative log-likelihood a gene and tile of the held-out section, over the members, each at
 its best epoch; `peer_nll` the same of the peer's one member, `reached` whether it came as low; `mean_only` that of one
-negative binomial a gene, for scale. The two sides' likelihoods agree to the last digits of float32 (tests/nn).
+negative binomial a gene, for scale. The two sides' likelihoods agree to the last digits of float32 (tests/likelihood).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def ours(n_tiles: int) -> Job:
 
 
 def by_torch(n_tiles: int) -> Job:
-    """Prepare torch's: features standardised, counts dense, and how many epochs a member takes, found once and kept."""
+    """Prepare torch's: features standardized, counts dense, and how many epochs a member takes, found once and kept."""
     target = json.loads(made(f"nb_fit_ours_{n_tiles}.json", partial(_write_ours, n_tiles)).read_text())
     kept = f"nb_fit_torch_{n_tiles}_{LEARNING_RATE:g}.json"
     member = json.loads(made(kept, partial(_write_member, n_tiles, target["validation_nll"])).read_text())
@@ -86,10 +86,10 @@ def by_torch(n_tiles: int) -> Job:
 
 def _write_ours(n_tiles: int, path: Path) -> None:
     """What the peer is to reach, and the loss of one negative binomial a gene."""
-    from stimage_sd.tl._fit_nb import _floor
+    from stimage_sd.likelihood.mean_only import floor
 
     counts, held = nb_cohort.counts(n_tiles), nb_cohort.section_of(n_tiles) == nb_cohort.HELD_OUT
-    mean, r = _floor(counts[~held], None).astype(np.float64)
+    mean, r = floor(counts[~held], None).astype(np.float64)
     mean_only = -scipy.stats.nbinom.logpmf(counts[held].toarray(), r, r / (r + mean)).mean()
     reached = ours(n_tiles)()["validation_nll"]
     path.write_text(json.dumps({"validation_nll": reached, "mean_only": float(mean_only)}))
@@ -109,7 +109,7 @@ def _write_member(n_tiles: int, target: float, path: Path) -> None:
 
 
 class _Loop:
-    """One member in torch: its data, its layer and optimiser, and epochs of them."""
+    """One member in torch: its data, its layer and optimizer, and epochs of them."""
 
     def __init__(self, n_tiles: int, *, learning_rate: float = LEARNING_RATE) -> None:
         try:
@@ -136,16 +136,16 @@ class _Loop:
             # r of 1, and p so that the mean is right
             self._layer.bias[: len(mean)] = math.log(math.expm1(1))
             self._layer.bias[len(mean) :] = torch.from_numpy(-np.log(mean)).float()
-        self._optimiser = torch.optim.Adam(self._layer.parameters(), lr=learning_rate)
+        self._optimizer = torch.optim.Adam(self._layer.parameters(), lr=learning_rate)
 
     def learn(self, n_steps: int) -> None:
         """So many minibatches of an epoch."""
         order = self._random.permutation(self._drawn)
         for start in range(0, n_steps * BATCH, BATCH):
             rows = self._torch.from_numpy(order[start : start + BATCH])
-            self._optimiser.zero_grad()
+            self._optimizer.zero_grad()
             self._nll(self._x[rows], self._y[rows]).mean().backward()
-            self._optimiser.step()
+            self._optimizer.step()
 
     def validation_loss(self, share: float) -> float:
         """Mean over genes and a share of the held-out tiles."""

@@ -4,10 +4,10 @@ Every side gives, for every tile and gene, the mixture's mean, the members' mean
 and the central 90 % interval of the mixture (at the model's own level: that which covered 90 % of held-out
 counts); ours gives the variances' sum, and how strange a tile is, beside them.
 
-- Ours is `stimage_sd.tl.predict`: embeddings standardised and reduced, and the results in the section's table.
+- Ours is `stimage_sd.tl.predict`: embeddings standardized and reduced, and the results in the section's table.
 - Ours with ``out=``, the layers on disk: they are dask arrays then, and the mean is read back from there.
 - The peer runs the same members in torch, one after the other on batches of 256 tiles: a linear layer of 2,048 features
-  each, which is ours multiplied out, on embeddings that were standardised beforehand; moments are added up from member
+  each, which is ours multiplied out, on embeddings that were standardized beforehand; moments are added up from member
   to member. Its interval is the recurrence of the probabilities from zero upwards, in double precision, over all
   members and cells of the batch at once; cells that are done are left out whenever half of the rest are.
 - The same without the interval, for scale.
@@ -66,7 +66,7 @@ def ours(n_tiles: int, *, on_disk: bool = False) -> Job:
 
 
 def by_torch(n_tiles: int, *, interval: bool) -> Job:
-    """Prepare torch's: a batch standardised as its section is, and the members' layers."""
+    """Prepare torch's: a batch standardized as its section is, and the members' layers."""
     try:
         import torch
     except ImportError as error:
@@ -148,19 +148,19 @@ def _write_model(path: Path) -> None:
 
 
 def _write_layers(path: Path) -> None:
-    """Each member as one layer from standardised embeddings to its logits."""
+    """Each member as one layer from standardized embeddings to its logits."""
     from stimage_sd import models
 
     model = models.load(made("nb_predict.stimage", _write_model))
     basis, weight = model.patterns.basis.astype(np.float64), model.parameters["weight"].astype(np.float64)
     weight = np.matmul(basis, weight)
-    bias = model.parameters["bias"] - np.matmul(model.patterns.centre[:, None, :], weight)[:, 0]
+    bias = model.parameters["bias"] - np.matmul(model.patterns.center[:, None, :], weight)[:, 0]
     weight = np.matmul(model.features.components.astype(np.float64), weight)
     np.savez(path, weight=weight.astype(np.float32), bias=bias.astype(np.float32))
 
 
 def _write_reference(path: Path) -> None:
-    """Ours on the first batch of the smallest section, and its embeddings as that section standardises them."""
+    """Ours on the first batch of the smallest section, and its embeddings as that section standardizes them."""
     from stimage_sd import contract, models, tl
 
     model = models.load(made("nb_predict.stimage", _write_model))

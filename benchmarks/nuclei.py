@@ -25,11 +25,11 @@ from skimage.measure import label
 from skimage.segmentation import watershed
 
 from benchmarks.measure import machine, report
-from stimage_sd.nn.instance_scores import InstanceScores, instance_scores
-from stimage_sd.nn.nuclei_watershed import (
+from stimage_sd.image.instance_scores import InstanceScores, instance_scores
+from stimage_sd.image.nuclei_watershed import (
     RECIPE,
     Recipe,
-    haematoxylin_histogram,
+    hematoxylin_histogram,
     nuclei_watershed,
     otsu_of_histogram,
 )
@@ -72,14 +72,14 @@ def published(image: np.ndarray) -> np.ndarray:
 
 def ours(image: np.ndarray, recipe: Recipe = RECIPE) -> np.ndarray:
     """`nuclei_watershed` at the image's own resolution."""
-    threshold = otsu_of_histogram(haematoxylin_histogram(image, nucleus_px=NUCLEUS_PX, recipe=recipe))
+    threshold = otsu_of_histogram(hematoxylin_histogram(image, nucleus_px=NUCLEUS_PX, recipe=recipe))
     return nuclei_watershed(image, threshold=threshold, nucleus_px=NUCLEUS_PX, recipe=recipe)
 
 
 def ours_at_half(image: np.ndarray) -> np.ndarray:
     """The same at 0.5 µm a pixel, where `pp.segment_nuclei` works by default."""
     small = cv2.resize(image, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-    threshold = otsu_of_histogram(haematoxylin_histogram(small, nucleus_px=NUCLEUS_PX / 2))
+    threshold = otsu_of_histogram(hematoxylin_histogram(small, nucleus_px=NUCLEUS_PX / 2))
     return np.kron(nuclei_watershed(small, threshold=threshold, nucleus_px=NUCLEUS_PX / 2), np.ones((2, 2), np.int32))
 
 

@@ -1,7 +1,7 @@
 """Pearson's correlation of 1,522 genes, predicted and measured: all at once, against a call a gene.
 
 scipy's `pearsonr` is what is called in such loops; numpy's `corrcoef` of two columns is the quicker habit. "numpy, all
-at once" is what one writes who knows better: standardised copies of both matrices, multiplied and added up.
+at once" is what one writes who knows better: standardized copies of both matrices, multiplied and added up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.compare import OURS, Comparison
 from benchmarks.spots import N_GENES, SPOTS, agreement, made
-from stimage_sd.nn.spatial import pearson
+from stimage_sd.stats.spatial import pearson
 
 Job = Callable[[], Mapping[str, Any]]
 

@@ -22,16 +22,16 @@ import stimage_sd as sti
 from benchmarks.cross_validation import FROM_PIXELS, SECTIONS, average, lognorm, table
 from benchmarks.measure import Steps, machine, report
 from stimage_sd import contract
+from stimage_sd.models import Recipe, TrainingSection
 from stimage_sd.models._baseline_model import section_data
-from stimage_sd.models.baselines import Recipe, TrainingSection
-from stimage_sd.nn.spatial import pattern_iou, pearson
-from stimage_sd.tl._fit_nb import _measured
+from stimage_sd.stats.spatial import pattern_iou, pearson
+from stimage_sd.tl._fit.training_set import measured_counts
 
 
 def training_section(sdata: SpatialData, recipe: Recipe, genes: list[str]) -> TrainingSection:
     """All spots of a section, with their pictures."""
     seen = section_data(sdata, (), recipe)
-    rows, counts, totals = _measured(sdata, genes, None)
+    rows, counts, totals = measured_counts(sdata, genes, contract.Source())
     return TrainingSection((), seen.positions, rows, counts, totals, pixels=seen.pixels)
 
 
@@ -67,8 +67,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     steps, rows, result = Steps(), [], {}
     for held_out in options.folds:
         with steps.step(held_out):
-            learnt = recipe.fit([part for key, part in data.items() if key != held_out], seed=0)
-            mean = recipe.mean(learnt, data[held_out])
+            learned = recipe.fit([part for key, part in data.items() if key != held_out], seed=0)
+            mean = recipe.mean(learned, data[held_out])
         cost = {key: steps.rows[-1][key] for key in ("seconds", "peak_mb_above_imports")}
         found = scores(mean, data[held_out], options.target)
         rows.append({"model": name, "scale": options.target, "section": held_out, **found, **cost})

@@ -1,6 +1,6 @@
 """Laying a DAPI image on a real H&E: how often, how well, how fast, in how much memory; and what is refused.
 
-Run as ``python -m benchmarks.register``. The DAPI is made from the haematoxylin of a real section: turned, scaled,
+Run as ``python -m benchmarks.register``. The DAPI is made from the hematoxylin of a real section: turned, scaled,
 shifted, blurred, of another gamma, lit unevenly, noisy, its border cut, and in every second case with dark nuclei.
 Each case runs in a process of its own, which begins with the imports alone. Prints a line of JSON a case, then the
 summary, which is written to ``benchmarks/results/register.json``.
@@ -31,13 +31,13 @@ from benchmarks.measure import Steps, machine, report
 from stimage_sd import contract
 from stimage_sd.datasets._her2st import _locate
 from stimage_sd.datasets._synthetic_xenium_images import TILE, write_ome_pyramid
-from stimage_sd.nn.nuclear_contrast import haematoxylin
+from stimage_sd.image.nuclear_contrast import hematoxylin
 
 # imported here, and not where they are first called and measured
 _ = sti.io.codex, sti.io.slide, sti.io.xenium, sti.datasets.synthetic_xenium, sti.pp.register, sti.pp.tissue_mask
 
 SECTIONS = ("C2", "C3", "C4", "C5")
-#: micrometres a pixel of the H&E
+#: micrometers a pixel of the H&E
 MPP = 0.69
 #: what is asked of the run: residual against the truth, µm, and in how many of the transforms
 MOST_UM, LEAST_FOUND = 2.0, 0.95
@@ -92,13 +92,13 @@ class Dapi:
         height, width = self.shape
         # where the image is coarser than the H&E, a pixel's light is that of its whole area
         smooth = cv2.GaussianBlur(stain, (0, 0), 0.4 / self.scale) if self.scale < 1 else stain
-        centre = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
+        center = np.array([[1.0, 0.0, 0.5], [0.0, 1.0, 0.5], [0.0, 0.0, 1.0]])
         phase = np.random.default_rng([18, self.seed]).uniform(0, 2 * np.pi)
         across = np.linspace(-1.0, 1.0, width, dtype=np.float32)
         for top in range(0, height, TILE):
             rows = min(TILE, height - top)
             down = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, top - HALO], [0.0, 0.0, 1.0]])
-            to_stain = np.linalg.inv(centre) @ np.linalg.inv(np.array(self.matrix)) @ down @ centre
+            to_stain = np.linalg.inv(center) @ np.linalg.inv(np.array(self.matrix)) @ down @ center
             light = cv2.warpAffine(
                 smooth, to_stain[:2], (width, rows + 2 * HALO), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
             )
@@ -127,10 +127,10 @@ def image_of(section: str) -> Path:
 
 
 def stain_of(rgb: np.ndarray) -> np.ndarray:
-    """Return the haematoxylin of an image ``(y, x, 3)``, ``float32 (y, x)`` from 0 to 1."""
+    """Return the hematoxylin of an image ``(y, x, 3)``, ``float32 (y, x)`` from 0 to 1."""
     stain = np.empty(rgb.shape[:2], np.float32)
     for top in range(0, len(rgb), TILE):
-        stain[top : top + TILE] = haematoxylin(np.moveaxis(rgb[top : top + TILE], -1, 0))
+        stain[top : top + TILE] = hematoxylin(np.moveaxis(rgb[top : top + TILE], -1, 0))
     return np.clip(stain / np.percentile(stain[::8, ::8], 99.9), 0.0, 1.0)
 
 
@@ -249,7 +249,7 @@ def similarities(folder: Path, n_cases: int, *, section: str = "C2") -> list[dic
 
 
 def others(folder: Path) -> list[dict[str, Any]]:
-    """Try to lay the DAPI of one section on the H&E of another: neighbours in one block, and synthetic tissues."""
+    """Try to lay the DAPI of one section on the H&E of another: neighbors in one block, and synthetic tissues."""
     rows = []
     for number, mine in enumerate(SECTIONS):
         stain, shape = write_stain(folder, image_of(mine))
@@ -301,7 +301,7 @@ def mirrored(folder: Path, n_cases: int = 3) -> list[dict[str, Any]]:
 
 
 def small(folder: Path, n_cases: int = 8) -> list[dict[str, Any]]:
-    """Register a field of 512 px: immunohistochemistry with brown nuclei, and a DAPI made from its haematoxylin.
+    """Register a field of 512 px: immunohistochemistry with brown nuclei, and a DAPI made from its hematoxylin.
 
     The file is said to hold a real DAPI panel beside it; its six panels are one and the same, which is stated.
     """

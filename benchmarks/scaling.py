@@ -64,7 +64,7 @@ def embedding(slide: Path, n_tiles: int) -> dict[str, float]:
 
 def store(n_tiles: int = 1024) -> dict[str, float]:
     """Bytes and files on disk of results that look like embeddings."""
-    from stimage_sd._tile_results import Results
+    from stimage_sd.stream.results import Results
 
     values = np.maximum(np.random.default_rng(0).normal(size=(n_tiles, 3, 1280)), 0).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,7 @@ def scheduling(side: int) -> dict[str, float]:
     import xarray as xr
     from distributed import Client, LocalCluster
 
-    from stimage_sd.stream import run_over_tiles
+    from stimage_sd.stream.driver import run_over_tiles
 
     pixels = side * 224
     pyramid = [
@@ -114,7 +114,7 @@ def predicting(n_tiles: int, n_genes: int = 1000, n_members: int = 10) -> dict[s
     """Predict a section's tiles by an ensemble of random weights on 16 shared patterns."""
     from stimage_sd.models._nb import NBModel, NBSection
     from stimage_sd.models._shared_patterns import SharedPatterns
-    from stimage_sd.tl._predict import _distribution, _results
+    from stimage_sd.tl._predict.predict import _distribution, _results
 
     random = np.random.default_rng(0)
     parameters = {

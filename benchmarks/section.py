@@ -19,7 +19,7 @@ from benchmarks.measure import Steps, machine, report
 
 
 def run(section: str, extractor: str) -> dict[str, Any]:
-    """Read, normalise, tile and embed one section of her2st, each step measured."""
+    """Read, normalize, tile and embed one section of her2st, each step measured."""
     # imported, and its lazy parts touched, before the measuring begins
     import squidpy  # noqa: F401
 

@@ -106,7 +106,7 @@ def lazyslides(side: int) -> Job:
     module, levels, scale = _torch_parts(NETWORK)
     model = _model()
 
-    def normalised(tile: np.ndarray) -> torch.Tensor:
+    def normalized(tile: np.ndarray) -> torch.Tensor:
         return (torch.from_numpy(tile).permute(2, 0, 1).float() - levels) * scale
 
     def embed(batch: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ def lazyslides(side: int) -> Job:
             wsi.shapes["tiles"] = wsi.shapes["tiles"].iloc[:AT_MOST]
             with clock("embed"):
                 lazyslide.tl.feature_extraction(
-                    wsi, embed, model_name="lite0", transform=normalised, batch_size=TORCH_BATCH, pbar=False
+                    wsi, embed, model_name="lite0", transform=normalized, batch_size=TORCH_BATCH, pbar=False
                 )
             with clock("predict"):
                 table = _predictions(model, np.asarray(wsi.tables["lite0_tiles"].X))
@@ -175,11 +175,11 @@ def _predictions(model: NBModel, embeddings: np.ndarray, *, block: int = 256) ->
 
 
 def _heads(model: NBModel, embeddings: np.ndarray, rows: slice) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """Mean and variances of some tiles, which are standardised by the mean and deviation of all of them."""
+    """Mean and variances of some tiles, which are standardized by the mean and deviation of all of them."""
     space, patterns, head = model.features, model.patterns, model.parameters
     values = (embeddings[rows] - embeddings.mean(axis=0)) / np.maximum(embeddings.std(axis=0), 1e-6)
     reduced = (values * space.weight) @ space.components
-    seen = (reduced - patterns.centre[:, None]) @ patterns.basis
+    seen = (reduced - patterns.center[:, None]) @ patterns.basis
     r_logits, p_logits = np.split(seen @ head["weight"] + head["bias"][:, None], 2, axis=-1)
     r, p = np.logaddexp(0, r_logits.clip(-15, 100)), 1 / (1 + np.exp(-p_logits.clip(-15, 15)))
     means = r * (1 - p) / p

@@ -28,9 +28,9 @@ from benchmarks.compare import OURS
 from benchmarks.measure import machine
 from benchmarks.small_section import EXTRACTOR, columns, fitted, normalized, section
 from stimage_sd import contract
-from stimage_sd.nn import spatial
-from stimage_sd.nn.lattice import neighbour_graph
-from stimage_sd.stream import run_over_tiles
+from stimage_sd.stats import spatial
+from stimage_sd.stats.lattice import neighbor_graph
+from stimage_sd.stream.driver import run_over_tiles
 
 #: calls in a process, after the first: so many, unless they take longer than this, seconds, and then these at least
 CALLS, ENOUGH, LEAST = 50, 2.0, 3
@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
 
 def stain_ours() -> Work:
-    """Tiles of the normalised image, through the tile stream; of each a few pixels are kept."""
+    """Tiles of the normalized image, through the tile stream; of each a few pixels are kept."""
     sdata = normalized()
     tiles, tiling = contract.tiles(sdata), contract.tiling(sdata)
     centers, side, target = np.asarray(tiles.obsm["spatial"]), tiling["side_px"], tiling["target_px"]
@@ -90,26 +90,26 @@ def evaluate_ours() -> Work:
 
 
 def morans_i_ours() -> Work:
-    """`stimage_sd.nn.spatial.morans_i`, neighbours given."""
+    """`stimage_sd.stats.spatial.morans_i`, neighbors given."""
     _, measured, positions = columns()
-    weights = neighbour_graph(positions)
+    weights = neighbor_graph(positions)
     return lambda: spatial.morans_i(measured, weights)
 
 
 def pearson_ours() -> Work:
-    """`stimage_sd.nn.spatial.pearson`."""
+    """`stimage_sd.stats.spatial.pearson`."""
     predicted, measured, _ = columns()
     return lambda: spatial.pearson(predicted, measured)
 
 
 def iou_ours() -> Work:
-    """`stimage_sd.nn.spatial.pattern_iou`, from coordinates on."""
+    """`stimage_sd.stats.spatial.pattern_iou`, from coordinates on."""
     predicted, measured, positions = columns()
     return lambda: spatial.pattern_iou(predicted, measured, positions)
 
 
 STEPS = {
-    "stain normalisation": Step(stain_ours, plain.stain, 3.0),
+    "stain normalization": Step(stain_ours, plain.stain, 3.0),
     "embedding": Step(embed_ours, plain.embed, 1e-3),
     "predict": Step(predict_ours, plain.predict, 1e-3),
     "evaluate": Step(evaluate_ours, plain.evaluate, 1e-5),
@@ -164,7 +164,7 @@ def measure(runs: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row a step."""
+    """One row per step."""
     lines = [
         "| step | ours, ms | plain, ms | times as fast | asked | first call: ours, ms | plain, ms | times as fast |",
         "|---|---|---|---|---|---|---|---|",

@@ -17,7 +17,7 @@ from benchmarks.small_section import EXTRACTOR, columns, fitted, reference, sect
 from benchmarks.spots import by_hand
 from stimage_sd import contract
 
-#: of a normalised tile, one pixel in so many is kept along both axes
+#: of a normalized tile, one pixel in so many is kept along both axes
 KEPT = 23
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
 SCORES = (
@@ -86,7 +86,7 @@ def embed() -> Work:
 def stain() -> Work:
     """Tile by tile: optical density, a matrix product, and back; stains are fitted beforehand, as ours are.
 
-    Tiles are normalised after they are resampled, which rounds differently.
+    Tiles are normalized after they are resampled, which rounds differently.
     """
     from stimage_sd.pp._stain import fit_section
 
@@ -117,7 +117,7 @@ def predict() -> Work:
     def work() -> np.ndarray:
         values = (embeddings - embeddings.mean(axis=0)) / np.maximum(embeddings.std(axis=0), 1e-6)
         reduced = (values * space.weight) @ space.components
-        seen = (reduced - patterns.centre[:, None]) @ patterns.basis
+        seen = (reduced - patterns.center[:, None]) @ patterns.basis
         r_logits, p_logits = np.split(seen @ head["weight"] + head["bias"][:, None], 2, axis=-1)
         r, p = np.logaddexp(0, r_logits.clip(-15, 100)), expit(p_logits.clip(-15, 15))
         means = r * (1 - p) / p
@@ -146,7 +146,7 @@ def evaluate() -> Work:
         table, counts = predictions[rows], np.asarray(units[:, genes].X.todense(), dtype=np.float64)
         mean, variance = np.asarray(table.X, np.float64), np.asarray(table.layers["total_variance"], np.float64)
         inside = (counts >= table.layers["lower"]) & (counts <= table.layers["upper"])
-        weights = _neighbours(positions)
+        weights = _neighbors(positions)
         places = _places(positions)
         scores = []
         for gene in range(len(genes)):
@@ -170,9 +170,9 @@ def evaluate() -> Work:
 
 
 def morans_i() -> Work:
-    """Gene by gene, neighbours given."""
+    """Gene by gene, neighbors given."""
     _, measured, positions = columns()
-    weights = _neighbours(positions)
+    weights = _neighbors(positions)
     return lambda: np.array([by_hand(values, values, weights) for values in measured.T])
 
 
@@ -202,8 +202,8 @@ def _pitch(positions: np.ndarray) -> float:
     return float(np.median(cKDTree(positions).query(positions, k=2)[0][:, 1]))
 
 
-def _neighbours(positions: np.ndarray) -> sp.csr_matrix:
-    """Weights of hexagonal neighbours, rows summing to one; every spot has some."""
+def _neighbors(positions: np.ndarray) -> sp.csr_matrix:
+    """Weights of hexagonal neighbors, rows summing to one; every spot has some."""
     graph = sp.csr_matrix(cKDTree(positions).sparse_distance_matrix(cKDTree(positions), 1.25 * _pitch(positions)))
     graph.eliminate_zeros()  # a spot and itself
     graph.data[:] = 1

@@ -1,9 +1,9 @@
-"""Stain normalisation of tiles of 299 px: this package, squidpy, staintools and torchstain, on one image.
+"""Stain normalization of tiles of 299 px: this package, squidpy, staintools and torchstain, on one image.
 
 The image is a mosaic of real tissue on disk, chunked as the package writes its images. Every side reads it through
-the same driver, `stimage_sd.stream.run_over_tiles`, and hands on ``uint8`` tiles a batch at a time; of each tile a few
-pixels are kept, so that the results can be compared. Stains are fitted beforehand and untimed, but by the peers that
-fit every tile anew. How many threads a peer works with is what it was found fastest with on two cores.
+the same driver, `stimage_sd.stream.driver.run_over_tiles`, and hands on ``uint8`` tiles in batches; of each tile a
+few pixels are kept, so that the results can be compared. Stains are fitted beforehand and untimed, but by the peers
+that fit every tile anew. How many threads a peer works with is what it was found fastest with on two cores.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from benchmarks.compare import OURS, Comparison
 from stimage_sd import contract
 from stimage_sd.pp._stain import StainReference, fit_section
 from stimage_sd.pp._tile import tissue_fraction
-from stimage_sd.stream import run_over_tiles
+from stimage_sd.stream.driver import run_over_tiles
 
 SIDE = 299
 SOURCE = "C5"
@@ -194,12 +194,12 @@ def squidpys(size: int) -> Work:
 
 
 def staintools_fitted(size: int) -> Work:
-    """`staintools.StainNormalizer` as it is: stains of every tile, its concentrations, the target's colours."""
+    """`staintools.StainNormalizer` as it is: stains of every tile, its concentrations, the target's colors."""
     staintools = _peer("staintools")
     data = mosaic(size)
     normalizer = staintools.StainNormalizer(method="vahadane")
     normalizer.fit(data.target_pixels)
-    return _work(data, _raw(data), _each(normalizer.transform), n_workers=1)
+    return _work(data, _raw(data), _each(normalizer.transform), n_jobs=1)
 
 
 def staintools_fixed(size: int) -> Work:
@@ -214,12 +214,12 @@ def staintools_fixed(size: int) -> Work:
         np.percentile(get_concentrations(pixels, matrix), 99, axis=0)
         for pixels, matrix in ((data.source_pixels, own), (data.target_pixels, target))
     ]
-    colours = (strengths[1] / strengths[0])[:, None] * target
+    colors = (strengths[1] / strengths[0])[:, None] * target
 
     def transform(tile: np.ndarray) -> np.ndarray:
-        return (255 * np.exp(-get_concentrations(tile, own) @ colours)).reshape(tile.shape).astype(np.uint8)
+        return (255 * np.exp(-get_concentrations(tile, own) @ colors)).reshape(tile.shape).astype(np.uint8)
 
-    return _work(data, _raw(data), _each(transform), n_workers=1)
+    return _work(data, _raw(data), _each(transform), n_jobs=1)
 
 
 def torchstains(size: int) -> Work:
@@ -279,9 +279,9 @@ def _each(transform: Normalize) -> Normalize:
 
 
 def _run(
-    image: Sequence[xr.DataArray], centers: np.ndarray, normalize: Normalize, *, n_workers: int | None = None
+    image: Sequence[xr.DataArray], centers: np.ndarray, normalize: Normalize, *, n_jobs: int | None = None
 ) -> np.ndarray:
-    """Normalise all tiles and keep some pixels of each."""
+    """Normalize all tiles and keep some pixels of each."""
 
     def function(tiles: np.ndarray) -> np.ndarray:
         # the driver asks for the shape of a result with a blank tile, which has no stains to fit
@@ -290,7 +290,7 @@ def _run(
         return result[:, ::KEPT, ::KEPT]
 
     return run_over_tiles(
-        image, centers, function, sides=[SIDE], target=SIDE, key="stain", batch_size=BATCH, n_workers=n_workers
+        image, centers, function, sides=[SIDE], target=SIDE, key="stain", batch_size=BATCH, n_jobs=n_jobs
     )[:, 0]
 
 
@@ -299,15 +299,15 @@ def _work(
     image: Sequence[xr.DataArray],
     normalize: Normalize,
     *,
-    n_workers: int | None = None,
+    n_jobs: int | None = None,
     expected: np.ndarray | None = None,
 ) -> Work:
     """Make the timed part; a few tiles are worked on first, so that it loads and compiles nothing."""
-    _run(image, data.centers[:2], normalize, n_workers=n_workers)
+    _run(image, data.centers[:2], normalize, n_jobs=n_jobs)
     before = _run(_raw(data), data.centers[:CHECKED], _as_they_are)
 
     def work() -> dict[str, float]:
-        kept = _run(image, data.centers, normalize, n_workers=n_workers)
+        kept = _run(image, data.centers, normalize, n_jobs=n_jobs)
         figures = {"mean": float(kept.mean()), "mean_change": float(np.abs(kept[: len(before)] - before).mean())}
         if expected is not None:
             difference = np.abs(kept[: len(expected)] - expected)
@@ -318,7 +318,7 @@ def _work(
 
 
 WORK = Comparison(
-    title="Stain normalisation of tiles of 299 px",
+    title="Stain normalization of tiles of 299 px",
     unit="tiles",
     sizes=(200, 2000, 8000),
     sides={

@@ -45,7 +45,7 @@ def measure(runs: int) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A row a command."""
+    """One row per command."""
     lines = ["| command | seconds | asked |", "|---|---|---|"]
     for row in rows:
         met = "" if row["asked"] is None else f"under {row['asked']}"

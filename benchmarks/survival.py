@@ -19,7 +19,7 @@ import pandas as pd
 
 import stimage_sd as sti
 
-COLUMNS = {"time": "survival_months", "event": "event", "patient": "case_id"}
+COLUMNS = {"time_key": "survival_months", "event_key": "event", "patient_key": "case_id"}
 ABOUT = ("case_id", "slide_id", "age", "site", "survival_months", "censorship", "oncotree_code")
 
 

@@ -29,6 +29,7 @@ extensions = [
     "sphinx_copybutton",
     "myst_nb",
     "prose_returns",
+    "signature_table",
 ]
 exclude_patterns = ["_build", "_extensions", "**.ipynb_checkpoints", "jupyter_execute"]
 suppress_warnings = ["mystnb.unknown_mime_type"]
@@ -74,7 +75,7 @@ def copy_notebooks() -> None:
 
 
 def write_help() -> None:
-    """Write what each command says to `--help`, without colours and boxes, for the command line page."""
+    """Write what each command says to `--help`, without colors and boxes, for the command line page."""
     folder = DOCS / "generated" / "help"
     folder.mkdir(parents=True, exist_ok=True)
     group = typer.main.get_command(app)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+import stimage_sd
 
 FIT = """
     import json, sys
@@ -80,3 +83,27 @@ def test_a_second_process_takes_what_the_first_compiled(tmp_path: Path) -> None:
     assert own["digest"] == first["digest"]
     assert any("run_block" in name for name in kept(tmp_path / "own"))  # compiled anew, in the folder chosen
     assert kept(tmp_path / "cache" / "jit") == again
+
+
+def test_an_installation_and_a_home_that_cannot_be_written_are_no_obstacle(tmp_path: Path) -> None:
+    """Also for root, whom no permission stops: files lie where folders would be made."""
+    package = Path(stimage_sd.__file__).parent
+    shutil.copytree(package, tmp_path / "stimage_sd", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("", "likelihood"):
+        (tmp_path / "stimage_sd" / folder / "__pycache__").touch()
+    (tmp_path / "temporary").mkdir()
+    script = """
+        from stimage_sd._cache import cache_dir
+        from stimage_sd.likelihood import mixture_moments
+        print(cache_dir())
+        print(mixture_moments._moments._cache.cache_path)
+    """
+    environment = {"PATH": os.environ["PATH"], "HOME": "/dev/null", "PYTHONDONTWRITEBYTECODE": "1",
+                   "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path / "temporary")}  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    cache, kernels = map(Path, done.stdout.split())
+    assert cache.parent == tmp_path / "temporary"
+    assert kernels.is_relative_to(cache / "numba")

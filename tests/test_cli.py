@@ -24,7 +24,7 @@ from stimage_sd import __version__, _demo, contract, datasets, io, models, pp, t
 from stimage_sd._store import staged
 from stimage_sd.cli import app
 
-COMMANDS = ("demo", "train", "predict", "evaluate", "explain", "info")
+COMMANDS = ("demo", "train", "predict", "evaluate", "explain", "cache", "info")
 
 
 def run(*arguments: object) -> Result:
@@ -165,14 +165,14 @@ def test_train_runs_what_is_missing_and_leaves_the_stores(stores: Path, tmp_path
     outcome = run("train", stores / "first.zarr", *arguments, "--out", tmp_path / "model.stimage")
     assert outcome.exit_code == 0, outcome.output
     assert "- first: tiling\n- first: embedding (efficientnet_lite0)\n" in outcome.stdout
-    assert "stain normalisation" not in outcome.stdout
+    assert "stain normalization" not in outcome.stdout
     model = models.load(tmp_path / "model.stimage")
     assert model.genes == ("SIGNAL002", "SIGNAL001", "NOISE001")
     assert (model.head, model.n_members, model.tiles.stain) == ("dispersion", 2, None)
     assert listing(stores / "first.zarr") == before
 
 
-def test_train_normalises_to_the_first_section(stores: Path) -> None:
+def test_train_normalizes_to_the_first_section(stores: Path) -> None:
     model = models.load(stores / "model.stimage")
     first = spatialdata.read_zarr(stores / "first.zarr")
     own = pp.stain_normalize(first)
@@ -233,7 +233,7 @@ def test_predict_writes_what_the_functions_give(stores: Path, predicted: Path) -
 
 def test_predict_says_which_steps_it_ran(prediction: Result, stores: Path) -> None:
     assert prediction.stdout.splitlines() == [
-        "- test: stain normalisation (vahadane, to the model's reference)",
+        "- test: stain normalization (vahadane, to the model's reference)",
         "- test: tiling",
         "- test: embedding (efficientnet_lite0)",
         "- test: predicting 6 genes",
@@ -371,7 +371,7 @@ def test_evaluate_against_proteins(predicted: Path, tmp_path: Path) -> None:
     assert f"best predicted: {gene} {scores['pearson'][0]:.2f}" in outcome.output
     assert "NLL" not in outcome.output
     names.write_text("A B C\n")
-    assert "a gene and its other name a line" in refused(
+    assert "one gene and its other name per line" in refused(
         "evaluate", tmp_path / "s.zarr", "--against", "proteins", "--names", names
     )
 
@@ -392,7 +392,7 @@ def test_info_of_a_model(stores: Path) -> None:
     outcome = run("info", stores / "model.stimage")
     assert outcome.exit_code == 0, outcome.output
     assert "model        negative binomial, head 'paper', 2 members" in outcome.output
-    assert "tiles        55 µm, stain-normalised (vahadane)" in outcome.output
+    assert "tiles        55 µm, stain-normalized (vahadane)" in outcome.output
     assert "trained on   first, second" in outcome.output
 
 

@@ -35,6 +35,8 @@ def test_register_writes_what_belongs_to_the_section(make_slide: Callable[..., S
         "image": "he",
         "mpp": 0.5,
         "history": [],
+        "image_px": {"he": [60, 80]},
+        "image_scale": {"he": {"global": 1.0}},
     }
     assert contract.sample(sdata) == "s1"
     assert contract.require_mpp(sdata, purpose="a test") == 0.5
@@ -42,7 +44,7 @@ def test_register_writes_what_belongs_to_the_section(make_slide: Callable[..., S
 
 @pytest.mark.parametrize("mpp", [0.0, -1.0, float("nan"), float("inf")])
 def test_register_refuses_an_impossible_resolution(make_slide: Callable[..., SpatialData], mpp: float) -> None:
-    with pytest.raises(ValueError, match="positive number of micrometres a pixel"):
+    with pytest.raises(ValueError, match="positive number of micrometers per pixel"):
         make_slide(np.zeros((8, 8, 3), np.uint8), mpp=mpp)
 
 
@@ -172,22 +174,41 @@ def test_a_single_scale_image_is_a_pyramid_of_one_level() -> None:
     np.testing.assert_array_equal(level, pixels)
 
 
+def test_levels_that_shrink_x_and_y_differently_are_left_out() -> None:
+    """One factor places a level's pixels: those of a pyramid with oblong pixels would be placed wrongly."""
+    shapes = [(400, 600), (200, 600), (200, 300), (1, 2)]
+    element = contract.build_image([da.zeros((3, *shape), dtype=np.uint8) for shape in shapes])
+    found = contract.levels(SpatialData(images={"he": element}), "he")
+    assert [level.shape[1:] for level in found] == [(400, 600), (200, 300)]
+
+
+def test_a_crop_of_a_pyramid_down_to_one_column_is_tiled(make_slide: Callable[..., SpatialData]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 640, 3), dtype=np.uint8)
+    pyramid = [da.from_array(np.moveaxis(pixels[::step, ::step], -1, 0).copy()) for step in (1, 2, 4, 8, 16, 32)]
+    whole = make_slide(pyramid)
+    part = spatialdata.bounding_box_query(
+        whole, axes=("x", "y"), min_coordinate=[100, 0], max_coordinate=[140, 64], target_coordinate_system="global"
+    )
+    assert min(part["he"]["scale5"]["image"].shape) == 1
+    assert [level.sizes["x"] for level in contract.levels(part, "he")] == [40, 20, 10, 6, 3]
+
+
 @pytest.mark.parametrize(("shape", "dtype"), [((1, 9, 9), "u1"), ((3, 9, 9), "u2"), ((4, 9, 9), "u1")])
 def test_what_is_no_8_bit_rgb_is_refused(shape: tuple[int, ...], dtype: str) -> None:
     image = Image2DModel.parse(np.ones(shape, dtype), dims=("c", "y", "x"))
-    sdata = SpatialData(images={"grey": image, "he": contract.build_image([da.ones((3, 9, 9), dtype="u1")])})
+    sdata = SpatialData(images={"gray": image, "he": contract.build_image([da.ones((3, 9, 9), dtype="u1")])})
     with pytest.raises(ValueError, match=rf"8-bit RGB .* found {shape[0]} channel\(s\) of uint"):
-        contract.check_rgb(sdata, "grey")
+        contract.check_rgb(sdata, "gray")
     with pytest.raises(ValueError, match=r"8-bit RGB .*`image_key=`"):
-        pp.tissue_mask(sdata, image_key="grey")
+        pp.tissue_mask(sdata, image_key="gray")
     assert not sdata.labels
 
 
-def test_working_image_is_the_normalised_one_where_there_is_one(make_slide: Callable[..., SpatialData]) -> None:
+def test_working_image_is_the_normalized_one_where_there_is_one(make_slide: Callable[..., SpatialData]) -> None:
     sdata = make_slide(np.full((40, 60, 3), 9, np.uint8))
     assert contract.working_image_name(sdata) == "he"
     sdata.images["better"] = contract.build_image([da.ones((3, 40, 60), dtype="u1")])
-    contract.info(sdata)["normalized_image"] = "better"
+    contract.remember(sdata, normalized_image="better")
     assert contract.working_image_name(sdata) == "better"
     assert contract.working_image_name(sdata, "he") == "he"
     assert contract.image_name(sdata) == "he"
@@ -219,7 +240,7 @@ def foreign(tables: dict[str, object], shapes: dict[str, gpd.GeoDataFrame]) -> S
     ("values", "message"),
     [
         ([[1.0, -2.0], [0.0, 3.0]], r"negative values \(lowest -2.0\)"),
-        ([[1.0, 2.5], [0.0, 3.0]], r"raw integer counts in table 'counts' .* found .*2\.5.* before normalisation"),
+        ([[1.0, 2.5], [0.0, 3.0]], r"raw counts in table 'counts' .* found .*2\.5.* before normalization"),
         ([[1.0, np.nan], [0.0, 3.0]], "not finite numbers"),
         ([[1.0, np.inf], [0.0, 3.0]], "not finite numbers"),
     ],
@@ -238,10 +259,22 @@ def test_counts_of_any_number_type_are_taken(dtype: str) -> None:
     assert contract.counts(foreign({"counts": table}, {"spots": shapes})).n_obs == 2
 
 
-def test_counts_without_positions_are_refused() -> None:
+def test_positions_are_those_of_the_shapes_whatever_the_table_says() -> None:
     shapes, table = spots_and_counts(np.ones((3, 2), int), spatial=False)
-    with pytest.raises(ValueError, match=r'\["counts"\].obsm\["spatial"\]` .*, found \[\]'):
-        contract.counts(foreign({"counts": table}, {"spots": shapes}))
+    sdata = foreign({"counts": table}, {"spots": shapes})
+    expected = shapely.get_coordinates(shapes.geometry)
+    np.testing.assert_array_equal(contract.find_units(sdata).positions(sdata), expected)
+    table.obsm["spatial"] = expected + 77
+    np.testing.assert_array_equal(contract.find_units(sdata).positions(sdata), expected)
+
+
+def test_a_table_that_annotates_nothing_has_counts_and_no_positions() -> None:
+    shapes, table = spots_and_counts(np.ones((3, 2), int))
+    del table.uns["spatialdata_attrs"]
+    sdata = foreign({"counts": table}, {"spots": shapes})
+    assert contract.counts(sdata).n_obs == 3
+    with pytest.raises(ValueError, match=r"'counts' .* does not say which shapes its rows belong to.*from_anndata"):
+        contract.find_units(sdata)
 
 
 def test_one_candidate_is_found_and_several_are_listed() -> None:
@@ -256,7 +289,7 @@ def test_one_candidate_is_found_and_several_are_listed() -> None:
         contract.counts(both)
     assert contract.counts_name(both, "rna") == "rna"
     with pytest.raises(KeyError, match=r"no table of counts among \['protein', 'rna'\]"):
-        contract.counts(both, "absent")
+        contract.counts(both, contract.Source("absent"))
     with pytest.raises(KeyError, match=r"No shapes 'cells'.*\['spots'\]"):
         contract.units_name(both, "cells", "rna")
 
@@ -286,6 +319,42 @@ def test_missing_embeddings_name_the_extractor(make_spots: Callable[..., Spatial
     sdata = make_spots(n_side=5, features=np.zeros((25, 2)))
     with pytest.raises(KeyError, match=r"no embeddings by 'resnet50' \(found \['toy'\]\).*embed\(sdata, 'resnet50'\)"):
         contract.embeddings(sdata, "resnet50")
+
+
+def test_a_few_features_may_be_zero(make_spots: Callable[..., SpatialData]) -> None:
+    shares = np.eye(4)[np.arange(25) % 4]
+    shares[3] = 0
+    sdata = make_spots(n_side=5, features=shares)
+    np.testing.assert_array_equal(contract.embeddings(sdata, "toy"), shares)
+
+
+@pytest.mark.parametrize("of", ["own", "context"])
+@pytest.mark.parametrize("chunk", [(slice(8, 16), slice(None)), (slice(8, 16), slice(128, 300)), (slice(None),) * 2])
+def test_embeddings_of_zeros_are_those_of_a_missing_chunk(make_spots: Callable, of: str, chunk: tuple) -> None:
+    sdata = make_spots(n_side=5, features=np.maximum(np.random.default_rng(0).normal(size=(25, 300)), 0))
+    table = contract.tiles(sdata)
+    table.obsm["X_toy"][:, 50:60] = 0  # features that no tile has
+    table.obsm["X_toy_context"] = table.obsm["X_toy"].copy()
+    np.testing.assert_array_equal(contract.embeddings(sdata, "toy"), table.obsm["X_toy"])
+    table.obsm["X_toy" if of == "own" else "X_toy_context"][chunk] = 0
+    n_lost = len(range(25)[chunk[0]])
+    with pytest.raises(ValueError, match=rf"zeros for {n_lost} tiles.*pp.embed"):
+        contract.embeddings(sdata, "toy")
+    table.obs["keep"] = ~np.isin(np.arange(25), np.arange(25)[chunk[0]])
+    contract.embeddings(sdata, "toy")
+
+
+def test_a_store_that_was_moved_is_an_error_and_not_black(make_slide: Callable, tmp_path: Path) -> None:
+    made = make_slide(np.full((300, 260, 3), 180, np.uint8))
+    contract.write_tissue(made, np.ones((30, 26), dtype=bool), downsample=(10.0, 10.0))
+    made.write(tmp_path / "there.zarr")
+    sdata = spatialdata.read_zarr(tmp_path / "there.zarr")
+    assert (contract.thumbnail(sdata, "he")[0] == 180).all()
+    (tmp_path / "there.zarr").rename(tmp_path / "moved.zarr")
+    with pytest.raises(FileNotFoundError, match="moved or deleted"):
+        contract.thumbnail(sdata, "he")
+    with pytest.raises(FileNotFoundError, match="moved or deleted"):
+        contract.tissue(sdata)
 
 
 def test_align_to_spots_matches_by_name_whatever_the_order(make_spots: Callable[..., SpatialData]) -> None:
@@ -320,12 +389,13 @@ def test_align_refuses_tiles_off_spots(make_spots: Callable[..., SpatialData]) -
 @given(
     height=st.integers(1, 30),
     width=st.integers(1, 30),
-    factor=st.tuples(st.floats(0.5, 40), st.floats(0.5, 40)),
+    factor=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     mpp=st.none() | st.floats(0.1, 5),
 )
-def test_tissue_round_trip(height: int, width: int, factor: tuple[float, float], mpp: float | None) -> None:
+def test_tissue_round_trip(height: int, width: int, factor: tuple[int, int], mpp: float | None) -> None:
     mask = np.random.default_rng(height * width).random((height, width)) > 0.5
-    sdata = SpatialData(images={"he": contract.build_image([da.zeros((3, 8, 8), dtype="u1")])})
+    whole = da.zeros((3, height * factor[0], width * factor[1]), dtype="u1")
+    sdata = SpatialData(images={"he": contract.build_image([whole])})
     contract.register(sdata, sample="s", platform="p", image="he", mpp=mpp)
     contract.write_tissue(sdata, mask, downsample=factor)
     back, downsample = contract.tissue(sdata)
@@ -335,7 +405,8 @@ def test_tissue_round_trip(height: int, width: int, factor: tuple[float, float],
 
 
 def test_everything_survives_the_disk(make_spots: Callable[..., SpatialData], tmp_path: Path) -> None:
-    sdata = make_spots(n_side=6, features=np.random.default_rng(0).normal(size=(36, 3)), sample="kept")
+    features = np.random.default_rng(0).normal(size=(36, 3))
+    sdata = make_spots(n_side=6, features=features, sample="kept", stripes=True)
     pp.spatial_context(sdata, "toy")
     sdata.write(tmp_path / "section.zarr")
     back = spatialdata.read_zarr(tmp_path / "section.zarr")
@@ -367,8 +438,8 @@ def test_tables_annotate_their_shapes(make_spots: Callable[..., SpatialData]) ->
             sdata=sdata, spatial_element_names=shapes, table_name=name, how="inner"
         )
         assert table.n_obs == 25
-        centres = np.stack([joined[shapes].centroid.x, joined[shapes].centroid.y], axis=1)
-        np.testing.assert_allclose(centres, table.obsm["spatial"])
+        centers = np.stack([joined[shapes].centroid.x, joined[shapes].centroid.y], axis=1)
+        np.testing.assert_allclose(centers, table.obsm["spatial"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,3 +484,60 @@ def test_a_single_foreign_table_is_tiled_by_its_spots() -> None:
     pp.tile(sdata)
     assert contract.tiling(sdata)["layout"] == "spots"
     assert list(contract.tiles(sdata).obs["spot_id"]) == list(table.obs_names)
+
+
+def test_genes_and_shapes_that_are_there_twice_are_named(make_spots: Callable[..., SpatialData]) -> None:
+    sdata = make_spots(n_side=3, genes=["A", "B", "B", "C"], tiled=False, sample="left")
+    message = (
+        r"every gene once in table 'counts' of section 'left', found 1 repeated, such as 'B'.*var_names_make_unique"
+    )
+    with pytest.raises(ValueError, match=message):
+        contract.counts(sdata)
+    sdata = make_spots(n_side=3, tiled=False, sample="left")
+    sdata.tables["counts"].obs_names = ["s", "s", *"abcdefg"]
+    with pytest.raises(ValueError, match=r"once in table 'counts' of section 'left', found 's' more.*obs_names_make_"):
+        contract.counts(sdata)
+    sdata.shapes["spots"].index = [0, 0, *range(2, 9)]
+    with pytest.raises(
+        ValueError, match=r"index of shapes 'spots' of section 'left', found 0 more than once. Keep one"
+    ):
+        contract.counts(sdata)
+
+
+@pytest.mark.parametrize("kind", [sp.csr_array, sp.csc_array])
+@pytest.mark.parametrize("layer", [None, "raw"])
+def test_sparse_arrays_and_versions_of_ensembl_ids(
+    make_spots: Callable[..., SpatialData], kind: type, layer: str | None
+) -> None:
+    sdata = make_spots(n_side=4, genes=["ENSG00000141736.14", "ENSMUSG00000062312.8", "A.1", "B"], tiled=False)
+    table = sdata.tables.pop("counts")
+    expected = table.X.toarray()
+    if layer is None:
+        table.X = kind(table.X)
+    else:
+        table.layers[layer] = kind(table.X)
+    sdata.tables["counts"] = table
+    found = contract.counts(sdata, contract.Source(layer=layer))
+    assert isinstance(found.X, sp.csr_matrix)
+    np.testing.assert_array_equal(found.X.toarray(), expected)
+    assert found.var_names.tolist() == ["ENSG00000141736", "ENSMUSG00000062312", "A.1", "B"]
+    assert sdata.tables["counts"].var_names[0] == "ENSG00000141736.14"
+    assert len(pp.select_genes(sdata, n_top=2)) == 2
+
+
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_antibodies_in_a_table_of_counts_are_no_genes(
+    make_spots: Callable[..., SpatialData], layer: str | None
+) -> None:
+    """As `spatialdata_io.visium` reads them: one table with genes and antibodies."""
+    values = np.random.default_rng(0).poisson(3.0, (25, 5))
+    values[:, 3:] *= 1000
+    sdata = make_spots(n_side=5, counts=values, genes=["A", "B", "C", "CD3E", "CD3E.1"])
+    table = sdata.tables["counts"]
+    table.var["feature_types"] = ["Gene Expression"] * 3 + ["Antibody Capture"] * 2
+    table.layers["counts"] = table.X.copy()
+    counts = contract.counts(sdata, contract.Source(None, layer))
+    assert counts.var_names.tolist() == ["A", "B", "C"]
+    np.testing.assert_array_equal(counts.X.toarray(), values[:, :3])
+    table.var["feature_types"] = ["Custom"] * 5  # types that say nothing of genes
+    assert contract.counts(sdata).n_vars == 5

@@ -10,15 +10,13 @@ from types import ModuleType
 
 import pytest
 
-import stimage_sd as sti
-
 REPOSITORY = Path(__file__).resolve().parents[1]
 API = REPOSITORY / "docs" / "api.md"
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
 #: lazy subpackages, whose `__all__` is what they expose
-SUBPACKAGES = ["datasets", "io", "models", "pl", "pp", "tl"]
+SUBPACKAGES = ["baselines", "datasets", "io", "models", "pl", "pp", "tl"]
 #: modules, which expose what they define
-MODULES = ["contract", "stream", *(f"nn.{name}" for name in sti.nn.__all__)]
+MODULES = ["likelihood.negative_binomial", "stats.spatial"]
 
 
 def public_names(module: ModuleType) -> set[str]:

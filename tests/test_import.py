@@ -25,8 +25,8 @@ PUBLIC = {
     "pl": ["prediction", "uncertainty", "scores", "training", "tiles", "calibration"],
     "models": ["NBModel", "load", "extractors", "get_extractor", "register_extractor"],
     "datasets": ["her2st", "synthetic_visium"],
-    "nn.negative_binomial": ["log_prob", "log_prob_from_logits", "mean", "variance"],
-    "nn.spatial": ["morans_i", "pattern_iou"],
+    "likelihood.negative_binomial": ["log_prob", "log_prob_from_logits", "mean", "variance"],
+    "stats.spatial": ["morans_i", "pattern_iou"],
 }
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names]
 HEAVY = ("jax", "squidpy", "spatialdata", "matplotlib", "torch", "scanpy", "dask", "pandas", "numpy")
@@ -78,7 +78,7 @@ def test_submodules_load_on_first_use() -> None:
         "print(json.dumps([before, [hasattr(sti, name) for name in before]]))"
     )
     names, present = run(code)
-    assert {"io", "pp", "tl", "pl", "models", "nn", "datasets"} <= set(names)
+    assert {"io", "pp", "tl", "pl", "models", "likelihood", "stats", "datasets"} <= set(names)
     assert all(present)
     with pytest.raises(AttributeError, match="nothing"):
         _ = stimage_sd.nothing
@@ -122,6 +122,7 @@ def test_subpackages_list_their_names(module: str) -> None:
     assert set(package.__all__) <= set(dir(package))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_run(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

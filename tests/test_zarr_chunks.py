@@ -16,8 +16,8 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, GzipCodec, ZstdCodec
 
-from stimage_sd._tile_graph import _LevelTasks
-from stimage_sd._zarr_chunks import ChunkReader
+from stimage_sd._zarr_chunks import ChunkReader, WholeStore, guarded, is_whole
+from stimage_sd.stream.graph import _LevelTasks
 
 READ = [
     (3, "auto"), (3, ZstdCodec(level=9, checksum=True)), (3, BloscCodec()), (3, BloscCodec(cname="lz4")),
@@ -72,7 +72,12 @@ def test_chunks_equal_zarrs(
 
 @pytest.mark.parametrize("options", LEFT_TO_ZARR)
 def test_what_only_zarr_can_read_is_left_to_it(tmp_path: Path, options: dict[str, Any]) -> None:
-    assert ChunkReader.of(stored(tmp_path, **options)[0]) is None
+    array, values = stored(tmp_path, **options)
+    reader = ChunkReader.of(array)
+    assert reader is not None
+    assert reader.compression is None
+    for chunk in chunks():
+        np.testing.assert_array_equal(reader[chunk], values[chunk])
 
 
 def test_arrays_in_memory_are_left_to_zarr() -> None:
@@ -97,6 +102,38 @@ def error_of(read: Callable) -> Exception | None:
     except (RuntimeError, ValueError) as error:
         return error
     return None
+
+
+@pytest.mark.parametrize("options", [{}, {"zarr_format": 2}, {"compressors": GzipCodec()}])
+def test_an_array_that_is_not_there_is_an_error_and_not_zeros(tmp_path: Path, options: dict[str, Any]) -> None:
+    array, values = stored(tmp_path, **options)
+    level = da.from_zarr(array)
+    plain, checked = level[:, ::3], guarded(level)[:, ::3]
+    assert checked.name == plain.name
+    np.testing.assert_array_equal(checked, values[:, ::3])  # also the chunk that is empty, and has no file
+    (tmp_path / "values.zarr").rename(tmp_path / "moved.zarr")
+    with pytest.raises(FileNotFoundError, match="all workers see"):
+        checked.compute()
+
+
+def test_lost_chunks_of_a_store_that_has_all_are_told(tmp_path: Path) -> None:
+    group = zarr.create_group(tmp_path / "group.zarr")
+    array = group.create_array("0", shape=(6, 5), chunks=(2, 5), dtype="u1", config={"write_empty_chunks": True})
+    array[:] = 0
+    assert is_whole(tmp_path / "group.zarr", names=["0"])
+    assert not is_whole(tmp_path / "group.zarr", names=["0", "1"])
+    assert not is_whole(tmp_path / "no.zarr", names=["0"])
+    chunk = tmp_path / "group.zarr" / "0" / "c" / "1" / "0"
+    content = chunk.read_bytes()
+    chunk.unlink()
+    assert not is_whole(tmp_path / "group.zarr", names=["0"])
+    lost = zarr.open_group(WholeStore(tmp_path / "group.zarr", read_only=True), mode="r")["0"]
+    np.testing.assert_array_equal(lost[:2], 0)
+    for read in (lost, pickle.loads(pickle.dumps(ChunkReader.of(lost)))):
+        with pytest.raises(FileNotFoundError, match="0/c/1/0"):
+            read[2:4, 0:5]
+    chunk.write_bytes(content[:0])
+    assert not is_whole(tmp_path / "group.zarr", names=["0"])
 
 
 def test_a_chunk_of_another_size_is_not_taken_for_one(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``python -m stimage_sd`` is the command ``stimage-sd``."""
+"""Run the command ``stimage-sd`` by ``python -m stimage_sd``."""
 
 from __future__ import annotations
 

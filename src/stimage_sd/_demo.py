@@ -1,32 +1,30 @@
-"""The whole job, from sections to figures: what `stimage-sd demo` runs."""
+"""Run the demo of `stimage-sd demo`, from sections to figures."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd import contract, datasets, io, pl, pp, tl
-from stimage_sd._store import move
+from stimage_sd._files import replacing, scratch
 from stimage_sd.models import NBModel
 
-#: what the job leaves in its folder
+#: files and folders that the demo writes
 PRODUCTS = ("test_section.zarr", "model.stimage", "scores.csv", "figures")
-#: genes of breast cancer whose prediction the paper shows
+#: breast cancer genes with predictions in the paper
 MARKERS = (
     "COX6C", "TTLL12", "PABPC1", "GNAS", "HSP90AB1", "TFF3", "ATP1A1", "B2M", "FASN", "SPARC", "CD74", "CD63",
     "CD24", "CD81",
 )  # fmt: skip
 HER2ST_TRAINING, HER2ST_TEST = ("C2", "C3", "C4"), "C5"
-#: sizes of the synthetic job, such that two cores take about a minute and a half
+#: sizes of the synthetic demo, which takes about 90 s on two cores
 N_SPOTS, N_GENES, N_TRAINING = 180, 100, 3
 
 Say = Callable[[str], None]
@@ -43,19 +41,19 @@ def run_demo(
     n_members: int = 10,
     max_epochs: int = 100,
 ) -> pd.DataFrame:
-    """Train on three sections, predict a fourth, score it, draw it, and write all of that.
+    """Train on three sections, predict and score a fourth, and write the results and figures.
 
     Parameters
     ----------
     dataset
-        ``"synthetic"``: sections made for the occasion, which needs no network; ``"her2st"``: C2, C3 and C4 of a
-        breast tumour, C5 to test.
+        ``"synthetic"``: generated sections, which need no network. ``"her2st"``: sections C2, C3 and C4 of a breast
+        tumor for training, and C5 for testing.
     out
-        Folder that `PRODUCTS` are written to, when all of them are complete.
+        Folder for `PRODUCTS`. They are moved there when all are complete.
     overwrite
-        Whether earlier products there may be replaced.
+        Whether existing products may be replaced.
     say
-        Is told which step is run.
+        Function that prints the current step.
     n_spots, n_genes
         Size of a synthetic section.
     n_members, max_epochs
@@ -63,17 +61,15 @@ def run_demo(
 
     Returns
     -------
-    The scores, as of `stimage_sd.tl.evaluate`.
+    The scores, as from `stimage_sd.tl.evaluate`.
 
     Raises
     ------
     FileExistsError
-        If products are there and not to be replaced, or `out` is a file.
+        If products exist and must not be replaced, or if `out` is a file.
     """
     _check_out(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with scratch(out.parent, prefix=f".{out.name}") as work:
         training, test = _sections(dataset, work, say, n_spots=n_spots, n_genes=n_genes)
         _prepare({**training, contract.sample(test): test}, say)
         include = MARKERS if dataset == "her2st" else ()
@@ -87,9 +83,8 @@ def run_demo(
         _write(work, test, model, scores)
         out.mkdir(exist_ok=True)
         for name in PRODUCTS:
-            move(work / name, out / name, aside=work / f"replaced-{name}")
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+            with replacing(out / name) as path:
+                (work / name).rename(path)
     return scores
 
 
@@ -110,7 +105,7 @@ def _sections(
     if dataset == "her2st":
         say(f"reading sections {', '.join(HER2ST_TRAINING)} and {HER2ST_TEST} of her2st")
         return {name: datasets.her2st(name) for name in HER2ST_TRAINING}, datasets.her2st(HER2ST_TEST)
-    say(f"making {N_TRAINING + 1} synthetic Visium sections, each of another tissue and staining")
+    say(f"making {N_TRAINING + 1} synthetic Visium sections with different tissues and stains")
     names = [f"training_{number + 1}" for number in range(N_TRAINING)] + ["test"]
     made = {}
     for seed, name in enumerate(names):
@@ -125,7 +120,7 @@ def _sections(
 def _prepare(cohort: dict[str, SpatialData], say: Say) -> None:
     reference: Any = None
     for name, sdata in cohort.items():
-        say(f"{name}: stain normalisation, tiling, embedding")
+        say(f"{name}: stain normalization, tiling, embedding")
         reference = pp.stain_normalize(sdata, reference)
         pp.tile(sdata)
         pp.embed(sdata)
@@ -135,25 +130,19 @@ def _write(work: Path, test: SpatialData, model: NBModel, scores: pd.DataFrame) 
     scores.to_csv(work / "scores.csv", index=False)
     model.save(work / "model.stimage")
     (work / "figures").mkdir()
-    mpl.use("agg")  # files, no windows
+    mpl.use("agg")  # write files without opening windows
     for name, draw in _figures(test, model, scores).items():
-        _save(draw(), work / "figures" / f"{name}.png")
+        plt.close(draw(save=work / "figures" / f"{name}.png", return_fig=True))
     test.write(work / "test_section.zarr")
 
 
-def _figures(test: SpatialData, model: NBModel, scores: pd.DataFrame) -> dict[str, Callable[[], Any]]:
+def _figures(test: SpatialData, model: NBModel, scores: pd.DataFrame) -> dict[str, Callable[..., Any]]:
     gene = "ERBB2" if "ERBB2" in model.genes else str(scores["gene"].iloc[int(scores["pearson"].argmax())])
     return {
-        "tiles": lambda: pl.tiles(test, n_examples=8),
-        "training": lambda: pl.training(model),
-        f"prediction_{gene}": lambda: pl.prediction(test, gene),
-        f"uncertainty_{gene}": lambda: pl.uncertainty(test, gene),
-        "scores": lambda: pl.scores(scores),
-        "calibration": lambda: pl.calibration(test),
+        "tiles": partial(pl.tiles, test, n_examples=8),
+        "training": partial(pl.training, model),
+        f"prediction_{gene}": partial(pl.prediction, test, gene),
+        f"uncertainty_{gene}": partial(pl.uncertainty, test, gene),
+        "scores": partial(pl.scores, scores),
+        "calibration": partial(pl.calibration, test),
     }
-
-
-def _save(axes: Any, path: Path) -> None:
-    figure = np.ravel(axes)[0].figure
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)

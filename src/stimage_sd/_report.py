@@ -1,4 +1,4 @@
-"""What the command line says about scores, sections and models, as text."""
+"""Write the command line's reports on scores, sections and models as text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.models import NBModel
 
-#: how many of the best genes make a score of their own
+#: number of best genes with their own mean score
 TOP = 50
 SCORES = {
     "pearson": "Pearson (log1p)",
@@ -18,20 +18,20 @@ SCORES = {
     "bivariate_morans_i": "bivariate Moran's I",
     "iou": "IoU of patterns",
     "coverage": "90% interval covers",
-    "nll": "NLL a count",
-    "nll_floor": "NLL a count, mean-only",
+    "nll": "NLL per count",
+    "nll_floor": "NLL per count, mean-only",
 }
 
 
 def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
-    """Summarise the scores of `stimage_sd.tl.evaluate`: means over genes, a column a section.
+    """Summarize the scores of `stimage_sd.tl.evaluate`: means over genes, one column per section.
 
     Parameters
     ----------
     scores
-        A row a section and gene.
+        One row per section and gene.
     n_best
-        How many genes to name, those of the highest Pearson correlation.
+        Number of genes to name, by highest Pearson correlation.
 
     Returns
     -------
@@ -39,7 +39,7 @@ def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
     """
     columns = {}
     for section, part in scores.groupby("section", sort=False):
-        # against proteins there is no likelihood of counts to report
+        # scores against proteins have no likelihood of counts
         known = {name: label for name, label in SCORES.items() if part[name].notna().any()}
         means = {label: f"{part[name].mean():.3f}" for name, label in known.items()}
         top = f"{part['pearson'].nlargest(TOP).mean():.3f}" if len(part) > TOP else "-"
@@ -53,14 +53,14 @@ def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
 
 
 def section_report(sdata: SpatialData, path: Path) -> str:
-    """Say what a section holds, what was done to it, and what to run next.
+    """Describe the content and history of a section, and name the next command.
 
     Parameters
     ----------
     sdata
         The section.
     path
-        Its store, for the command to run next.
+        Store of the section, for the next command.
 
     Returns
     -------
@@ -88,12 +88,12 @@ def section_report(sdata: SpatialData, path: Path) -> str:
 
 
 def _image_line(sdata: SpatialData) -> str:
-    mpp = contract.info(sdata)["mpp"]
-    resolution = "resolution unknown" if mpp is None else f"{mpp:.4g} µm a pixel"
+    mpp = contract.mpp(sdata)
+    resolution = "resolution unknown" if mpp is None else f"{mpp:.4g} µm per pixel"
     try:
         name = contract.image_name(sdata)
     except KeyError:
-        return f"none; pixels are the instrument's, {resolution}"
+        return f"none, pixels of the instrument, {resolution}"
     height, width = contract.levels(sdata, name)[0].shape[1:]
     return f"{name}, {width} x {height} px, {resolution}"
 
@@ -106,7 +106,7 @@ def _tiles_lines(sdata: SpatialData) -> list[str]:
         fields = ", ".join(f"{float(value):g}" for value in how["fields_of_view"])
         lines.append(
             f"embeddings   {extractor}, fields of view {fields}, context rings {int(how['context_rings'])}, "
-            f"{'stain-normalised' if how['stain'] else 'image as it is'}"
+            f"{'stain-normalized' if how['stain'] else 'image as it is'}"
         )
     return lines
 
@@ -114,7 +114,7 @@ def _tiles_lines(sdata: SpatialData) -> list[str]:
 def _next(sdata: SpatialData, path: Path) -> str:
     has_counts = contract.has_counts(sdata)
     if contract.has_units(sdata) and not contract.stands_on_spots(sdata):
-        return f'in Python: stimage_sd.pp.aggregate(spatialdata.read_zarr("{path}")), spots of its cells or bins'
+        return f'in Python: stimage_sd.pp.aggregate(spatialdata.read_zarr("{path}")) to make spots of cells or bins'
     if contract.PREDICTIONS in sdata.tables:
         if has_counts and "pearson" not in contract.predictions(sdata).var:
             return f"stimage-sd evaluate {path}"
@@ -125,7 +125,7 @@ def _next(sdata: SpatialData, path: Path) -> str:
 
 
 def model_report(model: NBModel) -> str:
-    """Say what a model predicts, from what, and how it was trained.
+    """Describe what a model predicts, its inputs, and its training.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ def model_report(model: NBModel) -> str:
     """
     tiles, training = model.tiles, model.training
     size = f"{tiles.size_um:.4g} µm" if tiles.size_um is not None else f"{tiles.side_px:.0f} px"
-    stain = "image as it is" if tiles.stain is None else f"stain-normalised ({tiles.stain['method']})"
+    stain = "image as it is" if tiles.stain is None else f"stain-normalized ({tiles.stain['method']})"
     genes = ", ".join(model.genes[:8]) + (", ..." if len(model.genes) > 8 else "")
     lines = [
         f"model        negative binomial, head {model.head!r}, {model.n_members} members",
@@ -155,7 +155,7 @@ def model_report(model: NBModel) -> str:
         lines.append(f"trained on   {', '.join(training['sections'])} ({training['n_tiles']} tiles)")
     if "metrics" in training:
         losses = training["metrics"]["validation_nll"]
-        lines.append(f"validation   NLL a count {sum(losses) / len(losses):.4f}, mean of members")
+        lines.append(f"validation   NLL per count {sum(losses) / len(losses):.4f}, mean over members")
     if "versions" in training:
         lines.append("versions     " + ", ".join(f"{name} {text}" for name, text in training["versions"].items()))
     return "\n".join([*lines, "next         stimage-sd predict SECTION.zarr --model MODEL --out NEW.zarr"])

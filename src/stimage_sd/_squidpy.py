@@ -1,35 +1,33 @@
-"""What squidpy's and scanpy's spatial plots look for in a table."""
+"""Add the entries that squidpy's and scanpy's spatial plots need to tables."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from spatialdata.models import TableModel
-from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
-#: longest side of the image that travels in a table, px
+#: longest side of the image in a table, px
 THUMBNAIL = 1000
 
 
-def spatial_uns(sdata: SpatialData, *, spot_diameter_px: float) -> dict[str, Any]:
-    """Build ``uns["spatial"]`` of a table, so that `squidpy.pl.spatial_scatter` draws it as it is.
+def spatial_uns(sdata: SpatialData, *, spot_diameter_px: float, image_key: str | None = None) -> dict[str, Any]:
+    """Build ``uns["spatial"]`` of a table for `squidpy.pl.spatial_scatter`.
 
     Parameters
     ----------
     sdata
         The section.
     spot_diameter_px
-        Diameter to draw an observation with, pixels of the H&E at full resolution.
+        Drawn diameter of an observation, pixels of the image at full resolution.
+    image_key
+        The image whose pixels the table's positions are in. The section's H&E by default.
 
     Returns
     -------
-    The section's sample id, mapped to ``images`` (``hires``: ``uint8 (y, x, 3)``, at most 1,000 px a
+    The section's sample id, mapped to ``images`` (``hires``: ``uint8 (y, x, 3)``, at most 1,000 px per
     side) and ``scalefactors`` (``tissue_hires_scalef``, ``spot_diameter_fullres``).
 
     Examples
@@ -44,7 +42,7 @@ def spatial_uns(sdata: SpatialData, *, spot_diameter_px: float) -> dict[str, Any
     >>> spatial_uns(sdata, spot_diameter_px=100.0)["blank"]["scalefactors"]["tissue_hires_scalef"]
     0.5
     """
-    image, downsample = contract.thumbnail(sdata, contract.image_name(sdata), max_side=THUMBNAIL)
+    image, downsample = contract.thumbnail(sdata, contract.image_name(sdata, image_key), max_side=THUMBNAIL)
     return {
         contract.sample(sdata): {
             "images": {"hires": image},
@@ -57,26 +55,18 @@ def spatial_uns(sdata: SpatialData, *, spot_diameter_px: float) -> dict[str, Any
 
 
 def attach_spatial(sdata: SpatialData) -> None:
-    """Fill ``uns["spatial"]`` of the tables of measured units that are placed on the H&E and lack it.
+    """Fill a missing ``uns["spatial"]`` in the tables of measured units that are placed on the H&E.
 
     Parameters
     ----------
     sdata
-        The section; without an H&E nothing is done, since there is no picture to draw on.
+        The section. A section without an H&E is not changed.
     """
     if contract.info(sdata)["image"] is None:
         return
-    for table in sdata.tables.values():
-        region = table.uns.get(TableModel.ATTRS_KEY, {}).get(TableModel.REGION_KEY)
-        if "spatial" in table.obsm and "spatial" not in table.uns and region in sdata.shapes:
-            table.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=_diameter_px(sdata, region))
-
-
-def _diameter_px(sdata: SpatialData, region: str) -> float:
-    """Median diameter of the units, global pixels; of polygons that of the circle of their area."""
-    shapes = sdata.shapes[region]
-    to_global = get_transformation(shapes, to_coordinate_system="global").to_affine_matrix(("x", "y"), ("x", "y"))
-    scale = float(np.sqrt(abs(np.linalg.det(to_global[:2, :2]))))
-    if "radius" in shapes:
-        return 2.0 * scale * float(shapes["radius"].median())
-    return 2.0 * scale * float(np.sqrt(shapes.geometry.area.median() / np.pi))
+    for name, table in sdata.tables.items():
+        if "spatial" not in table.obsm or "spatial" in table.uns or contract.is_result(name, table):
+            continue
+        if any(region in sdata.shapes for region in contract.regions_of(table)):
+            diameter = contract.units_of(sdata, name).diameter(sdata)
+            table.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=diameter)

@@ -1,4 +1,4 @@
-"""Run the steps that a section lacks before a model can be trained on it, or predict on it."""
+"""Run the missing steps of sections before training or prediction."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Say = Callable[[str], None]
 def prepare_cohort(
     cohort: Mapping[str, SpatialData], *, extractor: str, stain: str | None, weights: Path | None, say: Say
 ) -> None:
-    """Stain-normalise, tile and embed the sections of a cohort that are not embedded yet.
+    """Stain-normalize, tile and embed the sections of a cohort that have no embeddings.
 
     Parameters
     ----------
     cohort
-        The sections; changed in memory.
+        The sections. They are changed in memory.
     extractor
-        Whose embeddings are needed.
+        Name of the extractor.
     stain
-        Method of stain normalisation; `None`: the images as they are.
+        Method of stain normalization. `None` uses the images without normalization.
     weights
-        The extractor's weights file, where they are not found by themselves.
+        The extractor's weights file, if it is not found automatically.
     say
-        Is told which step is run.
+        Function that prints the current step.
 
     Notes
     -----
-    The reference is that of the first section that is normalised already, else the first section itself.
+    The reference of the stain normalization is that of the first normalized section, else the first section itself.
     """
     reference: Any = next(
         (
@@ -49,7 +49,7 @@ def prepare_cohort(
         if _is_embedded(sdata, extractor):
             continue
         if stain is not None and not _is_normalized(sdata):
-            say(f"{name}: stain normalisation ({stain})")
+            say(f"{name}: stain normalization ({stain})")
             reference = pp.stain_normalize(sdata, reference, method=stain)
         if contract.TILES not in sdata.tables:
             say(f"{name}: tiling")
@@ -59,28 +59,28 @@ def prepare_cohort(
 
 
 def prepare_for_model(sdata: SpatialData, model: NBModel, *, weights: Path | None, say: Say) -> list[str]:
-    """Stain-normalise, tile and embed a section as a model expects, where that was not done.
+    """Run the missing stain normalization, tiling and embedding of a section with a model's settings.
 
-    Steps that were done otherwise are left; `stimage_sd.tl.predict` then says which to run again.
+    Steps that were run with other settings are not repeated. `stimage_sd.tl.predict` reports which to run again.
 
     Parameters
     ----------
     sdata
-        The section; changed in memory.
+        The section. The section is changed in memory.
     model
-        The model that is to predict on it.
+        The model for the prediction.
     weights
-        The extractor's weights file, where they are not found by themselves.
+        The extractor's weights file, if it is not found automatically.
     say
-        Is told which step is run.
+        Function that prints the current step.
 
     Returns
     -------
-    Names of the elements that were written, the normalised image not among them: it is a transfer applied
-    lazily, and made again by `stimage_sd.pp.stain_normalize`.
+    Names of the written elements, without the normalized image. That image is computed lazily, and
+    `stimage_sd.pp.stain_normalize` makes it again.
     """
     name, tiles = contract.sample(sdata), model.tiles
-    had_tissue = contract.TISSUE in sdata.labels
+    had_tissue = contract.has_tissue(sdata)
     changed: list[str] = []
     if not model.embeddings:
         _make_tiles(sdata, tiles, changed, say=say)
@@ -102,27 +102,27 @@ def prepare_for_model(sdata: SpatialData, model: NBModel, *, weights: Path | Non
             pp.spatial_context(sdata, embedding.extractor, n_rings=embedding.context_rings)
             changed.append(contract.TILES)
     changed = list(dict.fromkeys(changed))
-    return changed if had_tissue or contract.TISSUE not in sdata.labels else [contract.TISSUE, *changed]
+    return changed if had_tissue or not contract.has_tissue(sdata) else [contract.tissue_name(sdata), *changed]
 
 
 def _make_tiles(sdata: SpatialData, tiles: TileSpecification, changed: list[str], *, say: Say) -> None:
-    """Stain-normalise and tile a section as a model expects, where that was not done."""
+    """Run the missing stain normalization and tiling of a section with a model's settings."""
     name = contract.sample(sdata)
     normalize_for_model(sdata, tiles, say=say)
     if contract.TILES not in sdata.tables:
         say(f"{name}: tiling")
-        # a section with spots whose resolution is unknown is tiled by the spots' own size
-        known = contract.info(sdata)["mpp"] is not None or not contract.has_units(sdata)
+        # without a known resolution, the spots give the tile size
+        known = contract.mpp(sdata) is not None or not contract.has_units(sdata)
         pp.tile(sdata, size_um=tiles.size_um if known else None, target_px=tiles.input_px)
         changed.append(contract.TILE_SQUARES)
 
 
 def normalize_for_model(sdata: SpatialData, tiles: TileSpecification, *, say: Say) -> None:
-    """Make the stain-normalised image that a model's tiles are cut from, which no store holds, where it is not here."""
+    """Make the stain-normalized image for a model's tiles if it is missing, as after reading from a store."""
     if tiles.stain is None or _is_normalized(sdata):
         return
     method, concentrations = tiles.stain["method"], tiles.stain["concentrations"]
-    say(f"{contract.sample(sdata)}: stain normalisation ({method}, to the model's reference)")
+    say(f"{contract.sample(sdata)}: stain normalization ({method}, to the model's reference)")
     pp.stain_normalize(sdata, tiles.stain["reference"], method=method, concentrations=concentrations)
 
 

@@ -1,11 +1,9 @@
-"""Zarr stores of sections: read with a clear error, written beside and moved when complete."""
+"""Read zarr stores of sections with clear errors, and write them atomically."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +11,17 @@ from pathlib import Path
 import spatialdata
 from spatialdata import SpatialData
 
+from stimage_sd._files import replacing, restored
+
 
 def is_store(path: Path) -> bool:
-    """Tell whether a zarr group lies at a path, of either format of zarr."""
+    """Return whether a path holds a zarr group, in zarr format 2 or 3."""
     return any((path / name).is_file() for name in ("zarr.json", ".zgroup", ".zattrs"))
 
 
 def check_section(path: Path) -> None:
-    """Raise `FileNotFoundError` or `ValueError` where no zarr store of a section lies at a path."""
-    if not path.exists():
+    """Raise `FileNotFoundError` or `ValueError` if a path does not hold the zarr store of a section."""
+    if not restored(path).exists():
         raise FileNotFoundError(f"No zarr store at {path}.")
     if not is_store(path) or not _is_spatialdata(path):
         raise ValueError(
@@ -45,9 +45,9 @@ def read_section(path: Path) -> SpatialData:
     Raises
     ------
     FileNotFoundError
-        If nothing is there.
+        If the path does not exist.
     ValueError
-        If it is no store of `spatialdata`, or is damaged.
+        If the path is not a store of `spatialdata`, or is damaged.
 
     Examples
     --------
@@ -69,24 +69,24 @@ def _is_spatialdata(path: Path) -> bool:
         if (path / name).is_file():
             try:
                 content = json.loads((path / name).read_text())
-            except json.JSONDecodeError:
+            except ValueError:  # JSON or encoding error
                 continue
-            if "spatialdata_attrs" in content.get("attributes", content):
+            if isinstance(content, dict) and "spatialdata_attrs" in (content.get("attributes") or content):
                 return True
     return False
 
 
 def check_free(target: Path, *, overwrite: bool) -> None:
-    """Raise `FileExistsError` where something lies at a path that is not to be replaced.
+    """Raise `FileExistsError` if a path holds something that must not be replaced.
 
     Parameters
     ----------
     target
-        Where something is to be written.
+        The path to write to.
     overwrite
-        Whether a file, or a zarr store, that is there may be replaced; another folder never is.
+        Whether an existing file, zarr store or model may be replaced. Other folders are never replaced.
     """
-    if not target.exists():
+    if not restored(target).exists():
         return
     if not overwrite:
         raise FileExistsError(f"{target} exists. Choose another place, or pass --overwrite to replace it.")
@@ -96,58 +96,40 @@ def check_free(target: Path, *, overwrite: bool) -> None:
 
 @contextmanager
 def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Give a path to write to, beside `target`, and move what is there to `target` when all went well.
+    """Yield a path to write to, as `_files.replacing`, after a check that `target` may be replaced.
 
     Parameters
     ----------
     target
-        Where a file or folder is to be in the end.
+        Final path of the file or folder.
     overwrite
-        Whether what is there may be replaced.
+        Whether existing content may be replaced.
 
     Yields
     ------
-    A path in a new folder on the same file system, with the name of `target`. On an error, or an interruption,
-    that folder is deleted and `target` is as it was.
+    A path with the name of `target`, in a new folder on the same file system.
     """
     check_free(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield folder / target.name
-        move(folder / target.name, target, aside=folder / "replaced")
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def move(source: Path, target: Path, *, aside: Path) -> None:
-    """Move a file or folder to where another may be, which is put aside first and back again on failure."""
-    if target.exists():
-        os.replace(target, aside)
-    try:
-        os.replace(source, target)
-    except OSError:
-        if aside.exists():
-            os.replace(aside, target)
-        raise
+    with replacing(target) as path:
+        yield path
 
 
 def write_changed(sdata: SpatialData, *, source: Path, target: Path, changed: Iterable[str], overwrite: bool) -> None:
-    """Write a section that was read from one store to another place, or back to its own.
+    """Write the changed elements of a section into a copy of its store, or back to its own store.
 
-    The store is copied file by file, nothing decoded; into the copy go the elements that changed, by
-    SpatialData's incremental writing, and the attributes; the complete copy is then moved to its place.
+    The store is copied file by file, without decoding. The changed elements and the attributes are written into the
+    copy. The complete copy is then moved to `target`.
 
     Parameters
     ----------
     sdata
         The section, read from `source`.
     source
-        Its store.
+        Store of the section.
     target
-        Where to; may be `source`.
+        Path of the new store, which may be `source`.
     changed
-        Names of the elements to write; the others are as they are in the store. Those that the section lacks are gone.
+        Names of the elements to write. Names that the section lacks are deleted. Other elements stay as in the store.
     overwrite
         Whether a store at `target` may be replaced.
     """

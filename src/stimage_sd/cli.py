@@ -1,36 +1,34 @@
-"""The command line: the package's functions over zarr stores and model files.
+"""Run the package's functions on zarr stores and model files from the command line.
 
-Heavy imports happen inside the commands, so that ``--help`` is quick.
+Heavy imports are inside the commands, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
 
-import logging
-import traceback
-import warnings
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from stimage_sd import __version__
+from stimage_sd._cli_messages import OneLineErrors
+from stimage_sd._damaged_files import reading
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
 
 
 class Dataset(StrEnum):
-    """What the demo runs on."""
+    """Dataset of the demo."""
 
     synthetic = "synthetic"
     her2st = "her2st"
 
 
 class Stain(StrEnum):
-    """How sections that are not normalised yet are normalised."""
+    """Method of stain normalization."""
 
     vahadane = "vahadane"
     macenko = "macenko"
@@ -39,21 +37,21 @@ class Stain(StrEnum):
 
 
 class Head(StrEnum):
-    """The head of the model."""
+    """Head of the model."""
 
     paper = "paper"
     dispersion = "dispersion"
 
 
 class Against(StrEnum):
-    """What predictions are compared with."""
+    """Measurements to compare predictions with."""
 
     counts = "counts"
     proteins = "proteins"
 
 
 class Of(StrEnum):
-    """What of a prediction is explained."""
+    """Part of a prediction to explain."""
 
     mean = "mean"
     epistemic = "epistemic"
@@ -62,69 +60,25 @@ class Of(StrEnum):
 
 
 class Standardize(StrEnum):
-    """What embeddings are standardised by."""
+    """Scope of the standardization of embeddings."""
 
     section = "section"
     cohort = "cohort"
 
 
-class _Group(TyperGroup):
-    """Turns a user's mistake into one line and exit code 2."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run a command, with warnings and errors a line each on standard error."""
-        # a store of SpatialData is read with a notice about labels that are no image's
-        logging.getLogger("ome_zarr").setLevel(logging.ERROR)
-        try:
-            with warnings.catch_warnings():
-                _show_warnings_to_users()
-                return super().invoke(ctx)
-        except (ValueError, KeyError, OSError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            if ctx.params.get("show_traceback"):
-                typer.echo(traceback.format_exc(), err=True)
-            typer.echo(f"stimage-sd: error: {_one_line(error)}", err=True)
-            raise typer.Exit(2) from error
-
-
 app = typer.Typer(
     name="stimage-sd",
-    cls=_Group,
+    cls=OneLineErrors,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Spatial gene expression from H&E images, as distributions with uncertainty. "
-    "Works on zarr stores of sections (SpatialData), as the readers of stimage_sd.io and sdata.write() make them.",
+    "Works on zarr stores of sections (SpatialData), made with a reader of stimage_sd.io and sdata.write().",
 )
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there, once the new one is complete.")]
-Weights = Annotated[
-    Path | None, typer.Option(help="Weights file of the extractor, where they are not found by themselves.")
-]
-
-
-def _one_line(error: BaseException) -> str:
-    # str() of a KeyError is its message in quotes
-    message = error.args[0] if isinstance(error, KeyError) and error.args else error
-    return " ".join(str(message).split())
-
-
-def _show_warnings_to_users() -> None:
-    """Show what a user can act on, once and in one line; what is to come in other packages concerns developers."""
-    for category in (DeprecationWarning, FutureWarning, SyntaxWarning):
-        warnings.simplefilter("ignore", category)
-    warnings.filterwarnings("ignore", message="zarr v3 autosharding", category=UserWarning)
-    shown: set[str] = set()
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        text = " ".join(str(message).split())
-        if text not in shown:
-            shown.add(text)
-            typer.echo(f"stimage-sd: warning: {text}", err=True)
-
-    warnings.showwarning = show
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights file of the extractor, if it is not found automatically.")]
 
 
 def _version(show: bool) -> None:
@@ -140,66 +94,66 @@ def _say(message: str) -> None:
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
-    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+    show_traceback: Annotated[bool, typer.Option("--traceback", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Take the options that all commands share; they are dealt with before and around them."""
+    """Declare the options that all commands share."""
 
 
 @app.command()
 def demo(
     dataset: Annotated[
-        Dataset, typer.Option(help="synthetic: made for the occasion, offline; her2st: a breast tumour, fetched once.")
+        Dataset, typer.Option(help="synthetic (generated, offline) or her2st (a breast tumor, downloaded once).")
     ] = Dataset.synthetic,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("stimage-sd-demo"),
     overwrite: Overwrite = False,
 ) -> None:
-    """Do the whole job: train on three sections, predict a fourth, score and draw it."""
+    """Run the whole pipeline: train on three sections, then predict, score and draw a fourth."""
     from stimage_sd._demo import run_demo
     from stimage_sd._report import score_report
 
     scores = run_demo(dataset.value, out, overwrite=overwrite, say=_say)
     typer.echo(f"\n{score_report(scores)}\n")
     typer.echo(
-        f"In {out}: test_section.zarr (section with predictions), model.stimage (model), scores.csv (a row a gene), "
-        "figures (PNG)."
+        f"In {out}: test_section.zarr (section with predictions), model.stimage (model), scores.csv (one row per gene) "
+        "and figures (PNG)."
     )
 
 
 @app.command()
 def train(
     sections: Annotated[list[Path], typer.Argument(metavar="ZARR...", help="Zarr stores of sections with counts.")],
-    out: Annotated[Path, typer.Option(help="Where to save the model; one file where the name ends in .stimage.")],
-    genes: Annotated[Path | None, typer.Option(help="Text file of genes to learn, one a line.")] = None,
+    out: Annotated[Path, typer.Option(help="Path of the model. A name ending in .stimage makes one file.")],
+    genes: Annotated[Path | None, typer.Option(help="Text file of genes to learn, one per line.")] = None,
     n_top: Annotated[int | None, typer.Option(min=1, help="Highly variable genes to learn [default: 1000].")] = None,
-    include: Annotated[Path | None, typer.Option(help="Text file of genes to learn besides, one a line.")] = None,
+    include: Annotated[Path | None, typer.Option(help="Text file of additional genes to learn, one per line.")] = None,
     extractor: Annotated[str, typer.Option(help="Network that embeds the tiles.")] = "efficientnet_lite0",
     weights: Weights = None,
-    stain: Annotated[Stain, typer.Option(help="Normalisation of sections that are not embedded yet.")] = Stain.vahadane,
+    stain: Annotated[Stain, typer.Option(help="Stain normalization of sections without embeddings.")] = Stain.vahadane,
     head: Annotated[Head, typer.Option(help="Head of the model.")] = Head.paper,
     standardize: Annotated[
-        Standardize, typer.Option(help="Standardise embeddings by their own section, or by all.")
+        Standardize, typer.Option(help="Standardize embeddings within every section, or over the cohort.")
     ] = Standardize.section,
     n_members: Annotated[int, typer.Option(min=1, help="Members of the ensemble.")] = 10,
-    max_epochs: Annotated[int, typer.Option(min=1, help="Epochs to train at most.")] = 100,
+    max_epochs: Annotated[int, typer.Option(min=1, help="Largest number of training epochs.")] = 100,
     validation: Annotated[
-        list[str] | None, typer.Option(help="A section to validate on; by default each member has its own.")
+        list[str] | None, typer.Option(help="A section to validate on. By default every member holds out 30% of them.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a model on sections with counts.
 
-    Sections that are not embedded yet are stain-normalised to the first, tiled and embedded, in memory: the stores
-    are only read.
+    Sections without embeddings are stain-normalized to the first section, tiled and embedded in memory. The stores are
+    not changed.
     """
     from stimage_sd import pp, tl
     from stimage_sd._steps import prepare_cohort
     from stimage_sd._store import check_free, read_section
 
     if genes is not None and (n_top is not None or include is not None):
-        raise ValueError("--genes is the whole list; pass it, or --n-top and --include.")
+        raise ValueError("--genes is the whole list of genes. Pass either --genes, or --n-top and --include.")
     check_free(out, overwrite=overwrite)
     listed = None if genes is None else _read_genes(genes)
     besides = [] if include is None else _read_genes(include)
@@ -226,18 +180,17 @@ def train(
 
 @app.command()
 def predict(
-    section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store of a section; it needs no counts.")],
+    section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store of a section. Counts are not needed.")],
     model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
-    out: Annotated[Path | None, typer.Option(help="Zarr store to write; by default ZARR itself.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Zarr store to write. By default ZARR itself.")] = None,
     weights: Weights = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Predict genes with their uncertainty.
 
-    Steps that the section lacks are run as the model expects them. A store is never changed where it stands: it is
-    copied, tiles and predictions are written into the copy, and the complete copy is moved to --out, or, with
-    --overwrite and without --out, to the place of ZARR. The stain-normalised image is not stored, as it is made
-    again in no time.
+    Missing steps are run with the model's settings. A store is never changed in place. It is copied, tiles and
+    predictions are written into the copy, and the complete copy is moved to --out. With --overwrite and without --out,
+    the copy replaces ZARR. The stain-normalized image is not stored, as it is quick to compute again.
     """
     from stimage_sd import contract, models, tl
     from stimage_sd._steps import prepare_for_model
@@ -261,14 +214,14 @@ def predict(
 @app.command()
 def evaluate(
     section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store with predictions and counts.")],
-    against: Annotated[Against, typer.Option(help="What the predictions are compared with.")] = Against.counts,
+    against: Annotated[Against, typer.Option(help="Measurements to compare predictions with.")] = Against.counts,
     names: Annotated[
-        Path | None, typer.Option(help="Table of genes and the names they were measured under, a pair a line.")
+        Path | None, typer.Option(help="Table of genes and their names in the measurements, one pair per line.")
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="File for the scores of each gene.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="File for the scores per gene.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Compare predictions with counts, or proteins, and print the scores; the store is only read."""
+    """Compare predictions with counts or proteins, and print the scores. The store is not changed."""
     from stimage_sd import tl
     from stimage_sd._report import score_report
     from stimage_sd._store import check_free, read_section, staged
@@ -282,30 +235,31 @@ def evaluate(
     if csv is not None:
         with staged(csv, overwrite=overwrite) as path:
             scores.to_csv(path, index=False)
-        typer.echo(f"Scores of each gene in {csv}.")
+        typer.echo(f"Scores per gene in {csv}.")
 
 
 @app.command()
 def explain(
     section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store of a section with nuclei.")],
     model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
-    gene: Annotated[list[str], typer.Option(help="Gene to explain; several, where it is given several times.")],
+    gene: Annotated[list[str], typer.Option(help="Gene to explain. Repeat the option for several genes.")],
     tile: Annotated[
-        list[int] | None, typer.Option(help="Tile to explain; by default those with the highest prediction of a gene.")
+        list[int] | None,
+        typer.Option(help="Tile to explain. By default the tiles with the highest prediction of a gene."),
     ] = None,
-    n_tiles: Annotated[int, typer.Option(min=1, help="Tiles a gene, where none are named.")] = 5,
-    of: Annotated[list[Of] | None, typer.Option(help="What is explained [default: mean].")] = None,
+    n_tiles: Annotated[int, typer.Option(min=1, help="Tiles per gene, if --tile is not given.")] = 5,
+    of: Annotated[list[Of] | None, typer.Option(help="Part of the prediction to explain [default: mean].")] = None,
     segments: Annotated[str, typer.Option(help="nuclei, slic (superpixels), or the name of labels.")] = "nuclei",
-    n_samples: Annotated[int, typer.Option(min=10, help="Perturbed copies of a tile.")] = 1000,
+    n_samples: Annotated[int, typer.Option(min=10, help="Perturbed copies per tile.")] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the perturbations.")] = 0,
     figure: Annotated[Path | None, typer.Option(help="PNG file for the explained tiles.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Zarr store to write; by default ZARR itself.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Zarr store to write. By default ZARR itself.")] = None,
     weights: Weights = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score the nuclei that predictions rest on, by LIME.
+    """Score nuclei by their effect on predictions, with LIME.
 
-    Steps that the section lacks are run as the model expects them, and the store is written as predict writes it.
+    Missing steps are run with the model's settings. The store is written in the same way as by predict.
     """
     from stimage_sd import contract, models, pl, tl
     from stimage_sd._steps import normalize_for_model, prepare_for_model
@@ -339,7 +293,7 @@ def explain(
     )
     if figure is not None:
         with staged(figure, overwrite=overwrite) as path:
-            pl.explanation(sdata, gene)[0].figure.savefig(path, dpi=120)
+            pl.explanation(sdata, gene, save=path)
     for name in set(sdata.images) - on_disk:
         del sdata.images[name]
     written = [contract.PREDICTIONS, contract.NUCLEI_EXPLAINED, contract.SEGMENTS_EXPLAINED, contract.EXPLANATIONS]
@@ -353,21 +307,26 @@ def explain(
 
 @app.command()
 def cohort(
-    slides: Annotated[Path, typer.Argument(help="CSV table of slides: path; slide, patient, mpp where wanted.")],
+    slides: Annotated[
+        Path, typer.Argument(help="CSV table of slides with column path, and optionally slide, patient, mpp.")
+    ],
     model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results; the same command goes on where it stopped.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results. The same command resumes an interrupted run.")],
     weights: Weights = None,
-    quality: Annotated[bool, typer.Option(help="Leave slides of poor quality out.")] = True,
-    stores: Annotated[bool, typer.Option(help="Write a zarr store a slide, without its image, too.")] = False,
+    quality: Annotated[bool, typer.Option(help="Leave out slides of poor quality.")] = True,
+    stores: Annotated[bool, typer.Option(help="Also write one zarr store per slide, without the image.")] = False,
 ) -> None:
-    """Predict a cohort of whole slides: one row a slide, and what became of each."""
+    """Predict a cohort of whole slides, with one row and one status per slide."""
     import pandas as pd
 
     from stimage_sd import models, tl
+    from stimage_sd.io._text import open_text, punctuation
 
     if not slides.is_file():
         raise FileNotFoundError(f"No table of slides at {slides}.")
-    table = pd.read_csv(slides, dtype={"slide": str, "patient": str, "path": str})
+    with reading(slides, what="a CSV table of slides"), open_text(slides) as lines:
+        marks = punctuation(lines, ",")
+        table = pd.read_csv(lines, **marks, dtype={"slide": str, "patient": str, "path": str})
     found = tl.predict_cohort(table, models.load(model), out=out, quality=quality, stores=stores, weights=weights)
     report = found.uns["slides"]
     for name, row in report[report["status"] != "predicted"].iterrows():
@@ -379,29 +338,57 @@ def cohort(
 def serve(
     model: Annotated[Path | None, typer.Option(help="Model that visitors may choose.")] = None,
     data: Annotated[
-        Path | None, typer.Option(metavar="ZARR", help="Zarr store of a section that they may choose.")
+        Path | None, typer.Option(metavar="ZARR", help="Zarr store of a section that visitors may choose.")
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8501,
     address: Annotated[
-        str, typer.Option(help="Address to listen on; by default no other machine reaches the app.")
+        str, typer.Option(help="Address to listen on. By default only this computer reaches the app.")
     ] = "localhost",
     max_upload: Annotated[int, typer.Option(min=1, max=4000, help="Largest file that may be uploaded, MB.")] = 200,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another host name for the app in browsers, such as a proxy's."),
+    ] = None,
 ) -> None:
-    """Serve the web app: predictions over a slide, and its tiles explained (extra app)."""
+    """Serve the web app with predictions and explanations of a slide (needs the extra app)."""
     from stimage_sd.app._launch import check_extra, launch
 
     check_extra()
-    typer.echo(f"The app is at http://{address}:{port}; stop it with Ctrl-C.")
-    launch(model=model, data=data, address=address, port=port, upload_mb=max_upload)
+    typer.echo(f"The app is at http://{address}:{port}. Stop the app with Ctrl-C.")
+    launch(model=model, data=data, address=address, port=port, upload_mb=max_upload,
+           allow_hosts=tuple(allow_host or ()))  # fmt: skip
+
+
+@app.command()
+def cache(
+    limit: Annotated[
+        float | None,
+        typer.Option(min=0, help="Delete the oldest images, tables and interrupted runs until they take this many GB."),
+    ] = None,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete everything that no process works in.")] = False,
+) -> None:
+    """List the cache folder, and delete files from it.
+
+    First close sections that were read from JPEG, PNG or striped TIFF, because their pixels are in the cache folder.
+    """
+    from stimage_sd import _cache_size
+
+    if clear and limit is not None:
+        raise ValueError("--clear deletes everything. Pass either --clear or --limit.")
+    if clear:
+        typer.echo(f"Deleted {_cache_size.clear() / 1e9:.3f} GB.")
+    elif limit is not None:
+        typer.echo(f"Deleted {_cache_size.trim(limit * 1e9, in_use=0.0) / 1e9:.3f} GB.")
+    typer.echo(_cache_size.report())
 
 
 @app.command()
 def info(path: Annotated[Path, typer.Argument(help="Zarr store of a section, or a model.")]) -> None:
-    """Say what a section holds, what was done to it and what to run next; or what a model is."""
+    """Describe a model, or the content, history and next command of a section."""
     from stimage_sd._store import is_store, read_section
 
     if not path.exists():
-        raise FileNotFoundError(f"Nothing at {path}; expected the zarr store of a section, or a model.")
+        raise FileNotFoundError(f"Nothing at {path}. Expected the zarr store of a section, or a model.")
     if is_store(path):
         from stimage_sd._report import section_report
 
@@ -416,21 +403,27 @@ def info(path: Annotated[Path, typer.Argument(help="Zarr store of a section, or 
 
 
 def _read_genes(path: Path) -> list[str]:
+    from stimage_sd.io._text import open_text
+
     if not path.is_file():
         raise FileNotFoundError(f"No list of genes at {path}.")
-    genes = list(dict.fromkeys(path.read_text().split()))
+    with reading(path, what="a list of genes"), open_text(path) as text:
+        genes = list(dict.fromkeys(text.read().split()))
     if not genes:
-        raise ValueError(f"Expected genes in {path}, one a line, found none.")
+        raise ValueError(f"Expected genes in {path}, one per line, found none.")
     return genes
 
 
 def _read_names(path: Path) -> dict[str, str]:
+    from stimage_sd.io._text import open_text
+
     if not path.is_file():
         raise FileNotFoundError(f"No table of names at {path}.")
-    lines = [line.replace(",", " ").split() for line in path.read_text().splitlines() if line.strip()]
+    with reading(path, what="a table of names"), open_text(path) as text:
+        lines = [line.replace(",", " ").split() for line in text.read().splitlines() if line.strip()]
     if any(len(line) != 2 for line in lines):
         wrong = next(line for line in lines if len(line) != 2)
-        raise ValueError(f"Expected a gene and its other name a line in {path}, found {' '.join(wrong)!r}.")
+        raise ValueError(f"Expected one gene and its other name per line in {path}, found {' '.join(wrong)!r}.")
     return dict(line for line in lines if line != ["gene", "channel"])
 
 
@@ -442,7 +435,7 @@ def _median(values: Any) -> str:
 
 
 def _name_sections(paths: Sequence[Path], sections: Sequence[SpatialData]) -> dict[str, SpatialData]:
-    """Return a cohort, by sample id where these differ, by the stores' names otherwise."""
+    """Return a cohort with sample ids as names, or with the stores' names if sample ids repeat."""
     from stimage_sd import contract
 
     stems = [path.resolve().stem for path in paths]

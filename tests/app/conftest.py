@@ -31,7 +31,7 @@ FLAGS = (
 
 
 def _write_flat_png(path: Path, width: int, height: int) -> Path:
-    """Write a PNG of one colour, row by row: of 30,000 x 30,000 px it has a few megabytes and needs no memory."""
+    """Write a PNG of one color, row by row: of 30,000 x 30,000 px it has a few megabytes and needs no memory."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -115,6 +115,8 @@ def serving(folder: Path, *arguments: str) -> Iterator[Server]:
         process = subprocess.Popen(
             [sys.executable, "-m", "stimage_sd", "app", "--port", str(port), *arguments],
             env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder,
+            # tests may run where a terminal's end is ignored, as under nohup
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         )  # fmt: skip
         server = Server(f"http://localhost:{port}", temporary, cache, process)
         try:

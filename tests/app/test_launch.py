@@ -20,8 +20,8 @@ def test_options_are_streamlits_and_keep_to_this_machine() -> None:
     known = config.get_config_options()
     assert set(options) <= set(known)
     assert options["server.address"] == "localhost"
-    assert options["browser.gatherUsageStats"] == "false"
-    assert options["server.enableXsrfProtection"] == "true"
+    assert options["browser.gatherUsageStats"] is False
+    assert options["server.enableXsrfProtection"] is True
 
 
 @pytest.mark.parametrize(("option", "message"), [("--model", "No model at"), ("--data", "No zarr store at")])

@@ -41,6 +41,21 @@ def test_results_are_computed_once_and_errors_again(tmp_path: Path) -> None:
     assert "key" not in session.results  # the oldest go first
 
 
+def test_an_upload_outlives_any_number_of_explanations(tmp_path: Path) -> None:
+    session, stored = Session.open(tmp_path), []
+    for number in range(100):
+        assert session.once(("image", "a"), lambda: stored.append(None)) is None
+        session.once(("explanation", number), lambda number=number: number)
+    assert stored == [None]
+    for number in range(100, 200):
+        session.once(("explanation", number), lambda number=number: number)
+        session.once(("explanation", 99), lambda: -1)
+    assert ("image", "a") in session.results
+    # what was asked for last stays
+    assert session.results["explanation", 99] == 99
+    assert len(session.results) == 41
+
+
 def test_what_is_cached_in_a_calculation_lies_in_the_sessions_folder(tmp_path: Path) -> None:
     session, usual, seen = Session.open(tmp_path), cache_dir(), []
     with session.calculating():

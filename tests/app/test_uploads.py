@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
+import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -15,7 +16,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stimage_sd.app import _uploads
+from stimage_sd.app import _sections, _uploads
 from stimage_sd.app._uploads import UploadError, check_image, check_model, display_name, store_image, store_model
 
 MEGABYTE = 1 << 20
@@ -96,13 +97,78 @@ def test_tiffs_that_would_be_decoded_whole_or_in_huge_tiles_are_refused(tmp_path
     # what the tags say is enough
     tifffile.imwrite(tmp_path / "striped.tif", np.zeros((20, 20, 3), np.uint8))
     with tifffile.TiffFile(tmp_path / "striped.tif", mode="r+") as tiff:
-        for name in ("ImageWidth", "ImageLength"):
+        for name in ("ImageWidth", "ImageLength", "RowsPerStrip"):
             tiff.pages[0].tags[name].overwrite(20_000)
     with pytest.raises(UploadError, match="20,000 x 20,000 px"):
         check_image(tmp_path / "striped.tif")
     tifffile.imwrite(tmp_path / "pages.tif", np.zeros((1001, 4, 4), np.uint8), photometric="minisblack")
     with pytest.raises(UploadError, match="1001 pages; at most 1000"):
         check_image(tmp_path / "pages.tif")
+
+
+OWN, OTHER = (f"urn:uuid:00000000-0000-0000-0000-00000000000{number}" for number in (1, 2))
+PIXELS = (
+    '<Image ID="Image:0"><Pixels ID="Pixels:0" DimensionOrder="XYCZT" Type="uint8" SizeX="64" SizeY="64" SizeC="3" '
+    'SizeZ="1" SizeT="1"><Channel ID="Channel:0" SamplesPerPixel="3"/><TiffData IFD="0">{}</TiffData></Pixels></Image>'
+)
+
+
+def ome_tiff(path: Path, root: str, inner: str) -> bytes:
+    """Write an OME-TIFF of one white page with metadata as given."""
+    ome = f'<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06"{root}>{inner}</OME>'
+    tifffile.imwrite(path, np.full((64, 64, 3), 255, np.uint8), photometric="rgb", description=ome, metadata=None)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def opened() -> Iterator[list[str]]:
+    """Names of the files that this process opens; a hook cannot be taken out again, so that it is told to rest."""
+    names: list[str] = []
+    watching = [True]
+    sys.addaudithook(lambda event, given: names.append(str(given[0])) if watching and event == "open" else None)
+    yield names
+    watching.clear()
+
+
+@pytest.mark.parametrize(
+    ("root", "inner"),
+    [
+        (f' UUID="{OWN}"', PIXELS.format(f'<UUID FileName="SECRET">{OTHER}</UUID>')),
+        (f' UUID="{OWN}"', PIXELS.format('<UUID FileName="SECRET"/>')),
+        ("", PIXELS.format(f'<UUID FileName="SECRET">{OTHER}</UUID>')),
+        ("", PIXELS.format(f'<UUID FileName="../secret.tif">{OTHER}</UUID>')),
+    ],
+)
+def test_an_upload_never_names_another_file(tmp_path: Path, opened: list[str], root: str, inner: str) -> None:
+    secret, folder = tmp_path / "secret.tif", tmp_path / "session"
+    folder.mkdir()
+    tifffile.imwrite(secret, np.zeros((64, 64, 3), np.uint8), photometric="rgb")
+    opened.clear()
+    content = ome_tiff(tmp_path / "sent.tif", root, inner.replace("SECRET", str(secret)))
+    with pytest.raises(UploadError, match="metadata of this OME-TIFF name other files"):
+        store_image(content, folder, most_bytes=MEGABYTE)
+    assert list(folder.iterdir()) == []
+    assert any(path.endswith("image.tif") for path in opened)
+    assert not any(path.endswith("secret.tif") for path in opened)
+
+
+def test_metadata_in_another_file_are_not_looked_for(tmp_path: Path, opened: list[str]) -> None:
+    companion = tmp_path / "secret.companion.ome"
+    companion.write_text("<OME/>")
+    content = ome_tiff(tmp_path / "sent.tif", "", f'<BinaryOnly MetadataFile="{companion}" UUID="a"/>')
+    opened.clear()
+    path = store_image(content, tmp_path, most_bytes=MEGABYTE)
+    assert _sections.open_image(path, mpp=0.5, name="a", all_tissue=True).images["he"]
+    assert any(path.endswith("image.tif") for path in opened)
+    assert not any(path.endswith(companion.name) for path in opened)
+
+
+def test_ome_tiffs_of_one_file_are_taken_and_malformed_ones_refused(tmp_path: Path) -> None:
+    inner = PIXELS.format(f'<UUID FileName="exported.ome.tif">{OWN}</UUID>')
+    path = store_image(ome_tiff(tmp_path / "a.tif", f' UUID="{OWN}"', inner), tmp_path, most_bytes=MEGABYTE)
+    assert _sections.open_image(path, mpp=0.5, name="a", all_tissue=True).images["he"]
+    with pytest.raises(UploadError, match="truncated, damaged or no image"):
+        store_image(ome_tiff(tmp_path / "b.tif", "", "<Image>"), tmp_path, most_bytes=MEGABYTE)
 
 
 def test_sizes_are_limited(tmp_path: Path) -> None:

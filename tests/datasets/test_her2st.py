@@ -68,6 +68,7 @@ def test_hashes_are_those_of_the_files(data_dir: Path) -> None:
             assert hashlib.sha256((data_dir / "her2st" / section / name).read_bytes()).hexdigest() == known
 
 
+@pytest.mark.slow
 def test_fetched_checked_and_kept(
     server: tuple[str, Path], data_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -116,7 +116,7 @@ def test_levels_are_the_picture_reduced(plain: Path) -> None:
     with tifffile.TiffFile(plain / "slide.svs") as tiff:
         assert [level.shape for level in tiff.series[0].levels] == [(SIZE, SIZE, 3), (1125, 1125, 3)]
         finest, coarse = (level.asarray().astype(float) for level in tiff.series[0].levels)
-    # Of the light alone: JPEG keeps colours at half the resolution.
+    # Of the light alone: JPEG keeps colors at half the resolution.
     reduced = finest.mean(axis=2).reshape(1125, 4, 1125, 4).mean(axis=(1, 3))
     assert np.abs(reduced - coarse.mean(axis=2)).mean() < 2.0
 

@@ -81,9 +81,9 @@ def test_counts_have_the_stated_mean_and_variance(tmp_path: Path) -> None:
     run = synthetic_visium(tmp_path / "run", n_spots=600, n_genes=12, seed=5)
     truth, genes = pd.read_csv(run / "truth_spots.csv", index_col=0), pd.read_csv(run / "truth_genes.csv", index_col=0)
     table = contract.counts(visium(run, image=run / "image.tif"))
-    standardised = (truth.loc[table.obs_names, FIELDS].to_numpy() - 0.5) * np.sqrt(12.0)
+    standardized = (truth.loc[table.obs_names, FIELDS].to_numpy() - 0.5) * np.sqrt(12.0)
     mean = truth.loc[table.obs_names, ["size_factor"]].to_numpy() * np.exp(
-        genes["intercept"].to_numpy() + standardised @ genes[FIELDS].to_numpy().T
+        genes["intercept"].to_numpy() + standardized @ genes[FIELDS].to_numpy().T
     )
     variance = mean + mean**2 / genes["dispersion"].to_numpy()
     residual = (table.X.toarray() - mean) / np.sqrt(variance)

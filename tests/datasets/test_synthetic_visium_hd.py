@@ -77,7 +77,7 @@ def test_the_slides_transformation_maps_its_squares_to_the_bins(run: Path) -> No
         mask = file["masks/square_008um"]
         covered = set(zip(mask["row"][:].tolist(), mask["col"][:].tolist(), strict=True))
     matrix = np.array(about["transform_matrices"]["spot_colrow_to_microscope_colrow"])
-    # A bin of 8 µm is 4 x 4 squares of 2 µm, of which the second and third are 1.5 from the first's centre.
+    # A bin of 8 µm is 4 x 4 squares of 2 µm, of which the second and third are 1.5 from the first's center.
     at = 4 * positions[["array_col", "array_row"]].to_numpy() + 1.5
     mapped = np.column_stack([at, np.ones(len(at))]) @ matrix.T
     np.testing.assert_allclose(mapped[:, :2], positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]], atol=1e-9)
@@ -95,6 +95,7 @@ def test_the_array_is_turned_by_the_angle_that_was_asked_for(tmp_path: Path) -> 
     np.testing.assert_allclose(by_place.mean(), 256.0)
 
 
+@pytest.mark.slow
 def test_image_is_that_of_the_synthetic_xenium(run: Path, tmp_path: Path) -> None:
     xenium = synthetic_xenium(tmp_path / "xenium", size_um=1000.0, n_genes=3, seed=3, pixel_um=1.7)
     ours, theirs = (tifffile.imread(file).astype(float) for file in (run / "image.tif", xenium / "he_image.ome.tif"))
@@ -111,10 +112,10 @@ def test_bins_in_a_spot_sum_to_the_mean_of_a_spot(run: Path) -> None:
     """Closed form: the mean is the intercept and slopes, and a sum over many spots has the variance of its parts."""
     tissue, genes = truth(run)
     counts, positions = read_bins(run, 8)
-    centres = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
+    centers = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
     # One total a gene over the whole tissue: what is expected is the mean of a spot, times the part that a bin is.
-    expected = np.exp(log_mean(tissue, centres, genes)) * 8**2 / (np.pi * SPOT_UM**2 / 4.0)
-    blocks = (centres * 0.5 // (SPOT_UM * np.sqrt(np.pi) / 2.0)).astype(int)
+    expected = np.exp(log_mean(tissue, centers, genes)) * 8**2 / (np.pi * SPOT_UM**2 / 4.0)
+    blocks = (centers * 0.5 // (SPOT_UM * np.sqrt(np.pi) / 2.0)).astype(int)
     _, block = np.unique(blocks, axis=0, return_inverse=True)
     in_block = np.zeros((block.max() + 1, expected.shape[1]))
     np.add.at(in_block, block.ravel(), expected)
@@ -124,6 +125,7 @@ def test_bins_in_a_spot_sum_to_the_mean_of_a_spot(run: Path) -> None:
     assert 0.5 < z.std() < 1.6
 
 
+@pytest.mark.slow
 def test_spots_vary_about_as_much_as_those_of_visium(tmp_path: Path) -> None:
     """Pearson residuals of spots have the variance 1 where they are distributed as the truth says."""
     ratios = []
@@ -131,11 +133,11 @@ def test_spots_vary_about_as_much_as_those_of_visium(tmp_path: Path) -> None:
         folder = synthetic_visium_hd(tmp_path / str(seed), size_um=1500.0, n_genes=30, seed=seed, bins=[8])
         tissue, genes = truth(folder)
         counts, positions = read_bins(folder, 8)
-        centres = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
+        centers = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy()
         spots = np.random.default_rng(seed).uniform(0.0, tissue.size, (600, 2))
         spots = spots[tissue.eccentricity(spots) < 0.85]
-        members = cKDTree(centres).query_ball_point(spots, SPOT_UM / 2.0 / 0.5)
-        means = np.exp(log_mean(tissue, centres, genes)) * 8**2 / (np.pi * SPOT_UM**2 / 4.0)
+        members = cKDTree(centers).query_ball_point(spots, SPOT_UM / 2.0 / 0.5)
+        means = np.exp(log_mean(tissue, centers, genes)) * 8**2 / (np.pi * SPOT_UM**2 / 4.0)
         mean, sums = (
             np.stack([of_bins[rows].sum(axis=0) for rows in members]) for of_bins in (means, counts.toarray())
         )
@@ -144,6 +146,7 @@ def test_spots_vary_about_as_much_as_those_of_visium(tmp_path: Path) -> None:
     assert np.mean(ratios) == pytest.approx(1.0, abs=0.1)
 
 
+@pytest.mark.slow
 def test_spots_made_of_bins_follow_the_fields_as_those_of_visium(run: Path) -> None:
     tissue, genes = truth(run)
     sdata = visium_hd(run, image=run / "image.tif")

@@ -45,21 +45,21 @@ def test_means_follow_the_truth(run: Path) -> None:
     genes = pd.read_csv(run / "truth_genes.csv", index_col=0)
     radius = SPOT_UM / 2.0 / about["mpp"]
     grid = np.arange(radius, tissue.size - radius, 2.0 * radius)
-    centres = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
+    centers = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     turns = np.arange(16) * np.pi / 8.0
-    rim = centres[:, None] + 1.05 * radius * np.stack([np.cos(turns), np.sin(turns)], axis=-1)
-    centres = centres[(tissue.eccentricity(rim.reshape(-1, 2)).reshape(-1, 16) < REACH).all(axis=1)]
-    assert len(centres) > 60
+    rim = centers[:, None] + 1.05 * radius * np.stack([np.cos(turns), np.sin(turns)], axis=-1)
+    centers = centers[(tissue.eccentricity(rim.reshape(-1, 2)).reshape(-1, 16) < REACH).all(axis=1)]
+    assert len(centers) > 60
     frame = on_he(run)
     good = frame[frame["qv"] >= 20]
     places, names = good[["x", "y"]].to_numpy(), good["feature_name"].to_numpy()
-    near = np.linalg.norm(places[:, None] - centres[None], axis=-1) < radius
+    near = np.linalg.norm(places[:, None] - centers[None], axis=-1) < radius
     found = np.stack([near[names == gene].sum(axis=0) for gene in genes.index], axis=1)
     # The mean over a circle of the field, by points evenly spread over it.
     spread = np.sqrt((np.arange(40) + 0.5) / 40.0) * radius
     golden = np.arange(40) * np.pi * (3.0 - np.sqrt(5.0))
     offsets = spread[:, None] * np.column_stack([np.cos(golden), np.sin(golden)])
-    expected = np.mean([np.exp(log_mean(tissue, centres + offset, genes)) for offset in offsets], axis=0)
+    expected = np.mean([np.exp(log_mean(tissue, centers + offset, genes)) for offset in offsets], axis=0)
     ratio = found.sum(axis=0) / expected.sum(axis=0)
     # Of each gene some hundreds or thousands; a standard error is about 4 % a gene, 1 % over all.
     assert np.abs(ratio - 1.0).max() < 0.2
@@ -100,6 +100,7 @@ def test_controls_are_there(run: Path) -> None:
     assert sums.sum() > 0
 
 
+@pytest.mark.slow
 def test_transcripts_lie_in_their_cells(run: Path) -> None:
     """Independently of how cells were looked up: by the polygons that were written."""
     frame = pd.read_parquet(run / "transcripts.parquet")

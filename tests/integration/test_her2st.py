@@ -98,7 +98,7 @@ def test_spatialdata_plot_renders_it(job: tuple) -> None:
         )
         assert axes.images
         assert axes.collections
-        # picture and tiles lie in the section's own pixels or micrometres
+        # picture and tiles lie in the section's own pixels or micrometers
         assert np.ptp(axes.get_xlim()) == pytest.approx(width * unit, rel=0.01)
         assert np.ptp(axes.get_ylim()) == pytest.approx(height * unit, rel=0.01)
         plt.close(figure)
@@ -119,7 +119,8 @@ def test_a_tile_set_of_another_size_is_refused(job: tuple) -> None:
     tiles = test.tables["tiles"].copy()
     squares, predictions = test.shapes["tile_squares"], test.tables["predictions"]
     try:
-        pp.tile(test, size_um=55.0)
+        with pytest.warns(UserWarning, match="has new tiles. .* are removed: .*predictions"):
+            pp.tile(test, size_um=55.0)
         with pytest.raises(KeyError, match="no embeddings by 'efficientnet_lite0'"):
             tl.predict(test, model)
         test.tables["tiles"].obsm["X_efficientnet_lite0"] = tiles.obsm["X_efficientnet_lite0"]
@@ -128,5 +129,5 @@ def test_a_tile_set_of_another_size_is_refused(job: tuple) -> None:
         with pytest.raises(ValueError, match=r"tiles of 55.0 µm, expected 100.0 µm: run .*size_um=100"):
             tl.predict(test, model)
     finally:
-        del test.tables["tiles"], test.tables["predictions"], test.shapes["tile_squares"]
+        del test.tables["tiles"], test.shapes["tile_squares"]
         test.shapes["tile_squares"], test.tables["tiles"], test.tables["predictions"] = squares, tiles, predictions

@@ -77,7 +77,7 @@ def test_real_tonsil(data_dir: Path) -> None:
     assert {"acquisition_region", "tile_num", "size", "homogeneity"} <= set(table.obs)
     assert contract.info(sdata)["mpp"] == AKOYA_MPP
     assert contract.info(sdata)["platform"] == "codex"
-    with pytest.raises(ValueError, match=r"tonsil-akoya-2018-500.csv has pixels alone.*Pass `mpp=`"):
+    with pytest.raises(ValueError, match=r"tonsil-akoya-2018-500.csv does not state it.*Pass `mpp=`"):
         codex(path)
 
 
@@ -143,10 +143,10 @@ def test_alignment_that_is_given_in_other_ways(run: Path) -> None:
     same = codex(run / "cells.csv", run / "multiplex.ome.tif", he_image=run / "he.tif", alignment=None)
     assert "global" not in get_transformation(same.shapes["cells"], get_all=True)
     with pytest.raises(ValueError, match=r"run.* not placed|not placed on its H&E yet"):
-        contract.proteins(same)
+        contract.find_units(same).positions(same)
     contract.place_instrument(same, np.linalg.inv(np.diag([0.8, 0.8, 1.0]) @ matrix))
     np.testing.assert_allclose(contract.proteins(same).obsm["spatial"], contract.proteins(read(run)).obsm["spatial"])
-    with pytest.warns(UserWarning, match=r"he.tif states 0.5000 µm a pixel; by `alignment=` it has 0.8000"):
+    with pytest.warns(UserWarning, match=r"he.tif states 0.5000 µm per pixel; by `alignment=` it has 0.8000"):
         identical = read(run, alignment=np.eye(3))
     raw = pd.read_csv(run / "cells.csv")
     np.testing.assert_allclose(contract.proteins(identical).obsm["spatial"], raw[["x:x", "y:y"]])
@@ -244,9 +244,9 @@ QUPATH = "Image\tObject ID\tClassification\tCentroid X µm\tCentroid Y µm\tCell
 LAYOUTS = {
     "mcmicro.csv": "CellID,DAPI,CD3,X_centroid,Y_centroid,Area,Solidity\n7,1,-2,10,20,12.5,0.9\n8,3,4,12,22,10,0.8\n",
     "qupath.tsv": f"{QUPATH}DAPI: Cell: Mean\tCD3: Cell: Mean\tCD3: Nucleus: Mean\n"
-    "a.tif\tid-7\tTumour\t5\t10\t3.125\t2\t1\t-2\t9\na.tif\tid-8\t\t6\t11\t2.5\t1\t3\t4\t9\n",
+    "a.tif\tid-7\tTumor\t5\t10\t3.125\t2\t1\t-2\t9\na.tif\tid-8\t\t6\t11\t2.5\t1\t3\t4\t9\n",
     "old qupath.txt": f"{QUPATH}Cell: DAPI mean\tCell: CD3 mean\tCell: CD3 max\n"
-    "a.tif\t7\tTumour\t5\t10\t3.125\t2\t1\t-2\t9\na.tif\t8\t\t6\t11\t2.5\t1\t3\t4\t9\n",
+    "a.tif\t7\tTumor\t5\t10\t3.125\t2\t1\t-2\t9\na.tif\t8\t\t6\t11\t2.5\t1\t3\t4\t9\n",
     "plain.csv": '"",cell type,centroid_x,centroid_y,area,CD3,DAPI\n0,B,10,20,12.5,-2,1\n1,T,12,22,10,4,3\n',
 }
 
@@ -321,8 +321,8 @@ def test_truncation_anywhere_is_noticed_in_fcs(run: Path) -> None:
     ("text", "message"),
     [
         ("x,y,CD3\n", "Expected cells in .*c.csv, found 0 rows"),
-        ("x,y,CD3\n1,2,3\n4,5\n", "Expected 3 values a row in .*c.csv"),
-        ("x,y,CD3\n1,2,3,4\n4,5,6,7\n", "Expected 3 values a row in .*c.csv"),
+        ("x,y,CD3\n1,2,3\n4,5\n", "Expected 3 values per row in .*c.csv"),
+        ("x,y,CD3\n1,2,3,4\n4,5,6,7\n", "Expected 3 values per row in .*c.csv"),
         ("x,y,CD3\n1,2,3\n4,5,6,7\n", "complete table of cells in .*c.csv"),
         ("x,y,CD3\n1,2,\n4,5,6\n", "finite numbers in column 'CD3' of .*c.csv, found 1 missing or infinite.* in row 1"),
         ("x,y,CD3\n1,2,3\n4,inf,6\n", "finite numbers in column 'y' of .*c.csv, .* in row 2"),
@@ -330,7 +330,7 @@ def test_truncation_anywhere_is_noticed_in_fcs(run: Path) -> None:
         ("x,y,cyc001_ch001:CD3\n1,2,high\n", "Expected numbers in column 'cyc001_ch001:CD3' of .*c.csv"),
         ("x,y,area\n1,2,3\n", "columns of intensities in .*c.csv, found none among"),
         ("x,y,size,CD3\n1,2,0,3\n", "positive areas in column 'size' of .*c.csv, found 0 in row 1"),
-        ("id,x,y,CD3\n5,1,2,3\n5,2,3,4\n", "every cell id once in .*c.csv, found 1 repeated, as '5'"),
+        ("id,x,y,CD3\n5,1,2,3\n5,2,3,4\n", "every cell id once in .*c.csv, found 1 repeated, such as '5'"),
         (
             "region,x,y,cyc001_ch001:A\n1,1,2,3\n2,2,3,4\n",
             r"one picture in .*c.csv, found 2 by column 'region': \[1, 2\]",
@@ -351,13 +351,94 @@ def test_positions_that_are_not_found_are_spoken_of(tmp_path: Path) -> None:
         codex(path, mpp=0.5)
 
 
+QUPATH_STARDIST = (
+    "Image\tObject ID\tCentroid X µm\tCentroid Y µm\tDetection probability\tArea µm^2\tLength µm\tCircularity\t"
+    "Solidity\tMax diameter µm\tMin diameter µm\tDAPI: Mean\tDAPI: Median\tDAPI: Std.Dev.\tDAPI: Max\tCD3: Mean\t"
+    "CD3: Median\tCD3: Std.Dev.\tCD3: Max\n"
+    "a.tif\tid-7\t5\t10\t0.9\t3.1\t6\t0.9\t0.95\t2\t1.5\t1\t1\t0.5\t2\t-2\t-2\t0.1\t0\n"
+)
+COSMX = (
+    "fov,cell_ID,cell_id,Area,Area.um2,AspectRatio,Width,Height,CenterX_local_px,CenterY_local_px,CenterX_global_px,"
+    "CenterY_global_px,Mean.DAPI,Max.DAPI,Mean.CD3,Max.CD3,nCount_RNA,nFeature_RNA\n"
+    "1,1,c_1_1,90,3,1.2,9,10,5,6,105,106,1,9,-2,7,300,90\n2,1,c_1_2_1,80,2,1.1,8,9,5,6,205,206,1,8,-2,7,200,80\n"
+)
+SCIMAP = (
+    "CellID,DAPI,CD3,CD3_std,X_centroid,Y_centroid,column_centroid,Area,MajorAxisLength,Eccentricity,imageid,leiden,"
+    "kmeans,phenograph_cluster,spatial_lda_1,umap_1,UMAP2,neighborhood_10,nCount\n"
+    "7,1,-2,0.5,5,6,6,90,9,0.5,a,3,2,11,0.2,4.5,1.5,2,80\n"
+)
+FIJI = "Label,X,Y,Area,Perim.,Circ.,Feret,StdDev,Min,Max,AR_ratio,DAPI_mean,DAPI_median,DAPI_sum,CD3_mean,CD3_sd\n"
+FIJI += "a,5,6,90,30,0.9,12,0.4,0,9,1.2,1,1.1,90,-2,0.3\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "channels"),
+    [
+        ("stardist.tsv", QUPATH_STARDIST, ["DAPI", "CD3"]),
+        ("cosmx.csv", COSMX, ["DAPI", "CD3"]),
+        ("scimap.csv", SCIMAP, ["DAPI", "CD3"]),
+        ("fiji.csv", FIJI, ["DAPI_mean", "CD3_mean"]),
+    ],
+)
+def test_measurements_that_are_no_proteins_stay_beside_them(
+    name: str, text: str, channels: list[str], tmp_path: Path
+) -> None:
+    table = contract.proteins(codex(small(tmp_path / name, text), mpp=0.5))
+    assert table.var_names.tolist() == channels
+    assert table.X[0].tolist() == [1.0, -2.0]
+    columns = len(text.splitlines()[0].split("\t" if name.endswith(".tsv") else ","))
+    assert table.obs.shape[1] >= columns - 2 - 3  # but for channels, position and id
+
+
+def test_cosmx_is_placed_by_its_whole_slide(tmp_path: Path) -> None:
+    table = contract.proteins(codex(small(tmp_path / "cosmx.csv", COSMX), mpp=0.12))
+    assert table.obsm["spatial"].tolist() == [[105.0, 106.0], [205.0, 206.0]]
+    assert table.obs_names.tolist() == ["c_1_1", "c_1_2_1"]
+    local = COSMX.replace("_global_", "_elsewhere_")
+    with pytest.raises(ValueError, match=r"cells of one picture in .*cosmx.csv, found 2 by column 'fov'"):
+        codex(small(tmp_path / "cosmx.csv", local), mpp=0.12)
+
+
+def test_proteins_whose_names_say_otherwise(tmp_path: Path) -> None:
+    text = "x,y,CD8,Clusterin,Perforin,PCA3,HLA Class I,SDHA,cluster,MAX\n1,2,3,4,5,6,7,8,9,10\n"
+    path = small(tmp_path / "c.csv", text)
+    names = ["CD8", "Clusterin", "Perforin", "PCA3", "HLA Class I", "SDHA"]
+    assert contract.proteins(codex(path, mpp=0.5)).var_names.tolist() == names
+    chosen = contract.proteins(codex(path, mpp=0.5, channels=["MAX", "CD8"]))
+    assert chosen.to_df().to_dict("list") == {"MAX": [10.0], "CD8": [3.0]}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "cp1252"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_tables_in_other_encodings(encoding: str, compressed: bool, tmp_path: Path) -> None:
+    data = LAYOUTS["qupath.tsv"].encode(encoding)
+    path = tmp_path / ("c.tsv.gz" if compressed else "c.tsv")
+    path.write_bytes(gzip.compress(data) if compressed else data)
+    table = contract.proteins(codex(path, mpp=0.5))
+    assert table.to_df().to_dict("list") == {"DAPI": [1.0, 3.0], "CD3": [-2.0, 4.0]}
+    assert table.obsm["spatial_um"].tolist() == [[5.0, 10.0], [6.0, 11.0]]
+
+
+def test_cells_off_the_image_are_left_out_and_counted(run: Path) -> None:
+    expected = contract.proteins(read(run))
+    off = list(range(3))
+    rewrite(run, lambda frame: frame.assign(**{"x:x": frame["x:x"].where(~frame.index.isin(off), -5)}), "off.csv")
+    with pytest.warns(UserWarning, match=rf"cells of .*off.csv inside .*3 of {expected.n_obs} outside.* left out"):
+        sdata = read(run, "off.csv")
+    table = contract.proteins(sdata)
+    assert table.obs_names.tolist() == expected.obs_names[3:].tolist()
+    np.testing.assert_array_equal(table.X, expected.X[3:])
+    np.testing.assert_array_equal(table.obsm["spatial"], expected.obsm["spatial"][3:])
+    np.testing.assert_array_equal(sdata.shapes["cells"].radius, read(run).shapes["cells"].radius[3:])
+
+
 def test_an_outlined_region_is_no_picture(tmp_path: Path) -> None:
-    path = small(tmp_path / "c.csv", "x,y,region,CD3\n1,2,tumour,3\n1,2,stroma,3\n")
-    assert list(contract.proteins(codex(path, mpp=0.5)).obs["acquisition_region"]) == ["tumour", "stroma"]
+    path = small(tmp_path / "c.csv", "x,y,region,CD3\n1,2,tumor,3\n1,2,stroma,3\n")
+    assert list(contract.proteins(codex(path, mpp=0.5)).obs["acquisition_region"]) == ["tumor", "stroma"]
 
 
 def test_inconsistent_files(run: Path) -> None:
-    far = rewrite(run, lambda frame: frame.assign(**{"x:x": frame["x:x"] + 900}), "far.csv")
+    far = rewrite(run, lambda frame: frame.assign(**{"x:x": frame["x:x"] + 90_000}), "far.csv")
     with pytest.raises(ValueError, match=r"cells of .*far\.csv inside .*multiplex\.ome\.tif"):
         read(run, far.name)
     backwards = np.linalg.inv(np.loadtxt(run / "he_alignment.csv", delimiter=","))
@@ -374,7 +455,7 @@ def test_arguments_that_do_not_go_together(run: Path, tmp_path: Path) -> None:
         codex()
     with pytest.raises(ValueError, match="found no H&E"):
         codex(run / "cells.csv", mpp=0.8, alignment=np.eye(3))
-    with pytest.raises(ValueError, match="positive number of micrometres a pixel, found -1"):
+    with pytest.raises(ValueError, match="positive number of micrometers per pixel, found -1"):
         codex(run / "cells.csv", mpp=-1)
     with pytest.raises(FileNotFoundError, match=r"at .*run, found a folder"):
         codex(run, mpp=0.8)
@@ -388,3 +469,22 @@ def test_arguments_that_do_not_go_together(run: Path, tmp_path: Path) -> None:
 def test_a_resolution_that_is_given_wins(run: Path) -> None:
     table: AnnData = contract.proteins(codex(run / "cells.csv", run / "multiplex.ome.tif", mpp=0.4))
     np.testing.assert_allclose(table.obsm["spatial_um"], 0.4 * pd.read_csv(run / "cells.csv")[["x:x", "y:y"]])
+
+
+@pytest.mark.parametrize(("separator", "decimal"), [(";", ","), (";", "."), ("\t", "."), (",", ".")])
+def test_tables_of_every_language(tmp_path: Path, separator: str, decimal: str) -> None:
+    """QuPath writes numbers as the computer's language has them."""
+    random = np.random.default_rng(0)
+    places, values = random.uniform(10, 300, (20, 2)), random.uniform(0, 5, (20, 2))
+    frame = pd.DataFrame({
+        "Object ID": [f"id, {number}" for number in range(20)],
+        "Centroid X µm": places[:, 0],
+        "Centroid Y µm": places[:, 1],
+        "Cell: CD3 mean": values[:, 0],
+        "Cell: CD8 mean": values[:, 1],
+    })  # fmt: skip
+    frame.to_csv(tmp_path / "cells.csv", sep=separator, decimal=decimal, index=False)
+    table = codex(tmp_path / "cells.csv", mpp=0.5).tables["proteins"]
+    assert table.var_names.tolist() == ["CD3", "CD8"]
+    np.testing.assert_allclose(table.X, values, rtol=1e-5)
+    np.testing.assert_allclose(table.obsm["spatial"], places / 0.5)

@@ -21,17 +21,17 @@ PITCH, SIZE = 60, 500
 
 
 class Files:
-    """A 6 x 5 array of spots on a drawn image; each spot's place is a square of a colour of its own."""
+    """A 6 x 5 array of spots on a drawn image; each spot's place is a square of a color of its own."""
 
     def __init__(self, folder: Path) -> None:
         self.counts, self.image, self.spots = folder / "P1.counts.tsv.gz", folder / "he.png", folder / "spots.tsv"
         places = [(x, y) for x in range(6) for y in range(5)]
         self.names = [f"{x}x{y}" for x, y in places]
-        self.centres = np.array([(70.0 + PITCH * x, 90.0 + PITCH * y) for x, y in places])
-        self.colours = np.random.default_rng(0).integers(0, 200, (len(places), 3), dtype=np.uint8)
+        self.centers = np.array([(70.0 + PITCH * x, 90.0 + PITCH * y) for x, y in places])
+        self.colors = np.random.default_rng(0).integers(0, 200, (len(places), 3), dtype=np.uint8)
         image = np.full((SIZE, SIZE + 40, 3), 240, np.uint8)
-        for (x, y), colour in zip(self.centres.astype(int), self.colours, strict=True):
-            image[y - 5 : y + 6, x - 5 : x + 6] = colour
+        for (x, y), color in zip(self.centers.astype(int), self.colors, strict=True):
+            image[y - 5 : y + 6, x - 5 : x + 6] = color
         cv2.imwrite(str(self.image), image[..., ::-1])
         self.table = pd.DataFrame(
             {
@@ -39,8 +39,8 @@ class Files:
                 "y": [y for _, y in places],
                 "new_x": 0.0,
                 "new_y": 0.0,
-                "pixel_x": self.centres[:, 0],
-                "pixel_y": self.centres[:, 1],
+                "pixel_x": self.centers[:, 0],
+                "pixel_y": self.centers[:, 1],
                 "selected": 1,
             }
         )
@@ -88,10 +88,10 @@ def test_image_is_lazy_and_spots_land_on_their_pixels(files: Files) -> None:
     finest = contract.levels(sdata, "he")[0]
     assert isinstance(finest.data, da.Array)
     pixels = finest.data.compute()
-    for (x, y), colour in zip(contract.counts(sdata).obsm["spatial"].astype(int), files.colours, strict=True):
-        np.testing.assert_array_equal(pixels[:, y, x], colour)
+    for (x, y), color in zip(contract.counts(sdata).obsm["spatial"].astype(int), files.colors, strict=True):
+        np.testing.assert_array_equal(pixels[:, y, x], color)
     points = np.column_stack([sdata.shapes["spots"].geometry.x, sdata.shapes["spots"].geometry.y])
-    np.testing.assert_array_equal(points, files.centres)
+    np.testing.assert_array_equal(points, files.centers)
     to_microns = get_transformation(sdata.shapes["spots"], "microns").to_affine_matrix(("x", "y"), ("x", "y"))
     np.testing.assert_allclose(np.diag(to_microns), [200.0 / PITCH, 200.0 / PITCH, 1.0])
 
@@ -123,7 +123,7 @@ def test_selected_spots_with_counts_are_kept_in_the_order_of_the_counts(files: F
     assert list(table.obs_names) == [name for name in files.values.index if not name.startswith("5x")]
     np.testing.assert_array_equal(table.X.toarray(), files.values.loc[table.obs_names].to_numpy())
     where = [files.names.index(name) for name in table.obs_names]
-    np.testing.assert_array_equal(table.obsm["spatial"], files.centres[where])
+    np.testing.assert_array_equal(table.obsm["spatial"], files.centers[where])
 
 
 def test_misplaced_spots_do_not_move_the_resolution(files: Files) -> None:
@@ -195,7 +195,7 @@ def test_no_shared_barcode(files: Files) -> None:
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [(-1, "found negative values"), (0.5, "Expected raw integer counts .*0.5"), ("NA", "found text in row '0x1'")],
+    [(-1, "found negative values"), (0.5, "Expected raw counts .*0.5"), ("NA", "found text in row '0x1'")],
 )
 def test_values_that_are_no_counts(files: Files, value: object, message: str) -> None:
     files.values = files.values.astype(object)
@@ -250,10 +250,40 @@ def test_spot_table_with_text_or_nothing_selected(files: Files) -> None:
 
 
 def test_spots_outside_the_image(files: Files) -> None:
+    whole = contract.counts(files.read())
     files.table["pixel_x"] += 200.0
     files.write()
-    with pytest.raises(ValueError, match=r"inside its image of 540 x 500 px \(x, y\), found 5 of 30 outside"):
+    with pytest.warns(
+        UserWarning, match=r"inside its image of 540 x 500 px \(x, y\), found 5 of 30 outside.* left out"
+    ):
+        table = contract.counts(files.read())
+    assert table.n_obs == 25
+    np.testing.assert_array_equal(table.X.toarray(), whole[table.obs_names].X.toarray())
+    np.testing.assert_array_equal(table.obsm["spatial"], whole[table.obs_names].obsm["spatial"] + [200.0, 0.0])
+    files.table["pixel_x"] += 400.0
+    files.write()
+    with pytest.raises(ValueError, match=r"found 30 of 30 outside.*Pass the image"):
         files.read()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_tables_of_other_programs(files: Files, encoding: str, compressed: bool) -> None:
+    files.values.columns = ["Gµ", *files.values.columns[1:]]
+    for path, table, index in ((files.spots, files.table, False), (files.counts, files.values, True)):
+        data = table.to_csv(sep="\t", index=index).encode(encoding)
+        path.write_bytes(gzip.compress(data) if compressed else data)
+    table = contract.counts(files.read())
+    assert table.var_names.tolist() == files.values.columns.tolist()
+    np.testing.assert_array_equal(table.X.toarray(), files.values)
+    assert table.obs_names.tolist() == files.names
+
+
+def test_spots_that_are_not_selected_are_spoken_of(files: Files) -> None:
+    files.table.loc[files.table.index[:4], "selected"] = 0
+    files.write()
+    with pytest.warns(UserWarning, match=r"4 of 30 spots of .* are not among the 26 selected spots of .*one section"):
+        assert contract.counts(files.read()).n_obs == 26
 
 
 def test_resolution_that_cannot_be_estimated(files: Files) -> None:

@@ -64,7 +64,7 @@ def test_real_qptiff(data_dir: Path) -> None:
     image = open_multichannel(path)
     assert image.channels == ["DAPI", "FITC", "Cy3"]
     assert image.named
-    # 4294967295 / 213260 pixels a centimetre, as its tags say
+    # 4294967295 / 213260 pixels a centimeter, as its tags say
     assert image.pixel_um == pytest.approx(1e4 * 213260 / 4294967295)
     with tifffile.TiffFile(path) as tiff:
         expected = np.stack([tiff.pages[number].asarray() for number in range(3)])
@@ -162,7 +162,7 @@ def test_image_of_several_files(tmp_path: Path) -> None:
     array = planes(3, 1400, 1200)
     names = ["DAPI", "ATP1A1/CD45/E-Cadherin", "18S"]
     files = write_parts(tmp_path, array, names)
-    image = open_multichannel(files[0])
+    image = open_multichannel(files[0], several_files=True)
     assert image.channels == names
     assert image.pixel_um == 0.2125
     np.testing.assert_array_equal(image.levels[0].compute(), array)
@@ -174,11 +174,11 @@ def test_image_of_several_files_that_lacks_one(tmp_path: Path) -> None:
     whole = files[1].read_bytes()
     files[1].unlink()
     with pytest.raises(FileNotFoundError, match=r"Expected morphology_focus_0001.ome.tif beside .*_0000.ome.tif"):
-        open_multichannel(files[0])
+        open_multichannel(files[0], several_files=True)
     for size in (0, 100, len(whole) // 2):
         files[1].write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"morphology_focus_0001.ome.tif"):
-            open_multichannel(files[0])
+            open_multichannel(files[0], several_files=True)
 
 
 # --------------------------------------------------------------------------------------------------

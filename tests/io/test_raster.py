@@ -27,14 +27,14 @@ from stimage_sd.io._raster import open_raster, raster_from_array, raster_size
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """A smooth colour picture, so that JPEG keeps it."""
+    """A smooth color picture, so that JPEG keeps it."""
     small = np.random.default_rng(seed).integers(40, 250, (height // 40 + 2, width // 40 + 2, 3), dtype=np.uint8)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def save(path: Path, image: np.ndarray, *parameters: int) -> Path:
-    colours = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 and image.shape[2] == 3 else image
-    assert cv2.imwrite(str(path), colours, parameters)
+    colors = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 and image.shape[2] == 3 else image
+    assert cv2.imwrite(str(path), colors, parameters)
     return path
 
 
@@ -146,11 +146,11 @@ def test_aperios_jpeg_2000(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# colours that lie apart
+# colors that lie apart
 
 
 def write_planes(path: Path, image: np.ndarray, *, names: list[str] | None = None, levels: int = 1, **options) -> Path:
-    """Write three grey planes as an OME-TIFF, as converters write H&E and microscopes write three markers."""
+    """Write three gray planes as an OME-TIFF, as converters write H&E and microscopes write three markers."""
     metadata = {"axes": "CYX", "PhysicalSizeX": 0.25, "PhysicalSizeXUnit": "µm"}
     if names is not None:
         metadata["Channel"] = {"Name": names}
@@ -162,7 +162,7 @@ def write_planes(path: Path, image: np.ndarray, *, names: list[str] | None = Non
     return path
 
 
-def test_planes_named_by_their_colours(tmp_path: Path) -> None:
+def test_planes_named_by_their_colors(tmp_path: Path) -> None:
     image = picture(1500, 2100) // 4  # dark, but named
     path = write_planes(tmp_path / "a.ome.tif", image, names=["Red", "Green", "Blue"], levels=3, tile=(256, 256))
     levels, mpp = open_raster(path)
@@ -176,7 +176,7 @@ def test_planes_named_by_their_colours(tmp_path: Path) -> None:
     [{"tile": (256, 256)}, {"rowsperstrip": 32, "compression": "zlib"}, {}],
     ids=["tiles", "strips", "one piece"],
 )
-def test_unnamed_planes_that_are_light_are_colours(tmp_path: Path, layout: dict) -> None:
+def test_unnamed_planes_that_are_light_are_colors(tmp_path: Path, layout: dict) -> None:
     image = np.maximum(picture(1100, 1300), 90)
     path = write_planes(tmp_path / "a.ome.tif", image, **layout)
     with pytest.warns(UserWarning, match=r"a.ome.tif has three planes .* taken for red, green and blue"):
@@ -329,6 +329,23 @@ def test_interrupted_pyramid_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     np.testing.assert_array_equal(pixels(open_raster(path)[0][0]), image)
 
 
+def test_purged_chunks_of_a_cached_pyramid_are_read_anew_and_never_black(tmp_path: Path) -> None:
+    image = picture(2100, 1100)
+    image[:1024, :1024] = 0  # black is no sign of a missing chunk
+    path = save(tmp_path / "a.png", image)
+    (level, *_), _ = open_raster(path)
+    chunks = [chunk for chunk in cache_dir().glob("images/*.zarr/0/c/*/*/*") if chunk.is_file()]
+    newest = max(chunks, key=lambda chunk: chunk.stat().st_mtime_ns).parents[4]
+    for chunk in (newest / "0" / "c").rglob("1"):
+        if chunk.is_file():
+            chunk.unlink()
+    with pytest.raises(FileNotFoundError, match="is missing"):
+        level.compute()
+    with pytest.warns(UserWarning, match=r"missing; a.png is read again"):
+        (level, *_), _ = open_raster(path)
+    np.testing.assert_array_equal(pixels(level), image)
+
+
 # --------------------------------------------------------------------------------------------------
 # refusals and warnings
 
@@ -343,10 +360,10 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "image", "found"),
     [
-        ("grey.png", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uchar \(b-w\)"),
-        ("grey.jpg", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uchar"),
+        ("gray.png", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uchar \(b-w\)"),
+        ("gray.jpg", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uchar"),
         ("deep.png", np.zeros((50, 50, 3), np.uint16), r"3 channel\(s\) of ushort \(rgb16\)"),
-        ("grey.tif", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uint8 \(MINISBLACK\)"),
+        ("gray.tif", np.zeros((50, 50), np.uint8), r"1 channel\(s\) of uint8 \(MINISBLACK\)"),
         ("deep.tif", np.zeros((50, 50, 3), np.uint16), r"3 channel\(s\) of uint16 \(RGB\)"),
     ],
 )
@@ -359,7 +376,7 @@ def test_not_8_bit_rgb(tmp_path: Path, name: str, image: np.ndarray, found: str)
         open_raster(tmp_path / name)
 
 
-def test_fluorescence_is_not_taken_for_colours(data_dir: Path) -> None:
+def test_fluorescence_is_not_taken_for_colors(data_dir: Path) -> None:
     with pytest.raises(ValueError, match=r"found 3 channel\(s\) of uint8 \(MINISBLACK\)"):
         open_raster(data_dir / "slides" / "small_vectra.qptiff")
 
@@ -440,11 +457,42 @@ def test_arrays_of_either_layout(tmp_path: Path) -> None:
         assert levels[1].shape == (3, 750, 550)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_numbers_from_0_to_1_are_colors(dtype: str) -> None:
+    image = picture(1100, 90)
+    fraction = (image / 255.0).astype(dtype)
+    for given_array in (fraction, np.moveaxis(fraction, -1, 0), da.from_array(fraction, chunks=(300, 90, 3))):
+        levels = raster_from_array(given_array)
+        assert levels[0].dtype == np.uint8
+        np.testing.assert_array_equal(pixels(levels[0]), image)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "uint16"])
+def test_numbers_from_0_to_255_are_colors(dtype: str) -> None:
+    image = picture(50, 90)
+    np.testing.assert_array_equal(pixels(raster_from_array(image.astype(dtype))[0]), image)
+
+
+def test_alpha_of_numbers_from_0_to_1() -> None:
+    image = np.full((6, 6, 4), (0.2, 0.4, 0.6, 0.5))
+    with pytest.warns(UserWarning, match="alpha channel"):
+        levels = raster_from_array(image)
+    # 0.5 is 128 of 255: colors as 51 * 128/255 + 255 * 127/255
+    assert levels[0][:, 0, 0].compute().tolist() == [153, 178, 204]
+
+
 def test_arrays_that_are_refused() -> None:
     with pytest.raises(ValueError, match=r"found uint8 \(50, 50\)"):
         raster_from_array(np.zeros((50, 50), np.uint8))
-    with pytest.raises(ValueError, match=r"found float64 \(50, 50, 3\)"):
-        raster_from_array(np.zeros((50, 50, 3)))
+    with pytest.raises(ValueError, match=r"found uint8 \(4, 50, 50\)"):
+        raster_from_array(np.zeros((4, 50, 50), np.uint8))
+    for values in (np.full((5, 5, 3), -0.1), np.full((5, 5, 3), 256.0), np.full((5, 5, 3), np.nan)):
+        with pytest.raises(ValueError, match=r"numbers from 0 to 1 or from 0 to 255, found float64 from "):
+            raster_from_array(values)
+    with pytest.raises(ValueError, match="found uint16 from 256 to 256"):
+        raster_from_array(np.full((5, 5, 3), 256, np.uint16))
+    with pytest.raises(ValueError, match="found bool from nan"):
+        raster_from_array(np.ones((5, 5, 3), bool))
     with pytest.warns(UserWarning, match="alpha channel"):
         assert (raster_from_array(np.zeros((5, 5, 4), np.uint8))[0].compute() == 255).all()
 
@@ -462,7 +510,7 @@ def peak():
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
-small = pathlib.Path(tempfile.mkdtemp()) / "small.png"
+small = pathlib.Path(tempfile.mkdtemp()) / "small.jpg"  # of the same kind, so that all code is loaded
 cv2.imwrite(str(small), np.zeros((9, 9, 3), np.uint8))
 open_raster(small)
 before = peak()

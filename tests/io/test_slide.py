@@ -14,7 +14,7 @@ import spatialdata
 from stimage_sd import contract
 from stimage_sd.datasets import synthetic_slide
 from stimage_sd.io import slide
-from stimage_sd.stream import run_over_tiles
+from stimage_sd.stream.driver import run_over_tiles
 
 
 def test_svs_states_its_resolution(data_dir: Path) -> None:
@@ -48,22 +48,20 @@ def test_unknown_resolution_is_not_guessed(data_dir: Path) -> None:
 
 
 def test_fluorescence_is_sent_to_its_reader(data_dir: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"small_vectra.qptiff. An image of fluorescence belongs to `stimage_sd.io.codex"
-    ):
+    with pytest.raises(ValueError, match=r"small_vectra.qptiff. Read a fluorescence image with `stimage_sd.io.codex"):
         slide(data_dir / "slides" / "small_vectra.qptiff")
 
 
 def test_wide_fields_are_cut_from_the_level_that_suffices(tmp_path: Path) -> None:
     """Four tiles' sides of 256 px are 256 px of the level that is a fourth, and no pixel of the finest is read."""
     path = synthetic_slide(tmp_path / "slide", size=4096) / "slide.svs"
-    centre = np.array([[2200.0, 1900.0]])
+    center = np.array([[2200.0, 1900.0]])
     levels = contract.levels(slide(path), "he")
     assert [level.shape[2] for level in levels[:2]] == [4096, 1024]
     unreadable = levels[0].copy(
         data=da.map_blocks(refuse, levels[0].data, dtype=np.uint8, meta=np.empty((0, 0, 0), "u1"))
     )
-    cut = run_over_tiles([unreadable, *levels[1:]], centre, np.asarray, sides=[1024.0], target=256, key="pixels")
+    cut = run_over_tiles([unreadable, *levels[1:]], center, np.asarray, sides=[1024.0], target=256, key="pixels")
     with openslide.OpenSlide(path) as opened:
         expected = np.asarray(opened.read_region((2200 - 512, 1900 - 512), 1, (256, 256)))[..., :3]
     # OpenSlide resamples where a region does not begin at a pixel of the level; this one does.

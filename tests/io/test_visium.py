@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import shutil
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -18,7 +21,8 @@ import scipy.sparse as sp
 import spatialdata
 
 from stimage_sd import contract
-from stimage_sd.datasets import synthetic_visium
+from stimage_sd.datasets import synthetic_visium, synthetic_visium_hd
+from stimage_sd.datasets._tenx_matrix import write_10x_h5
 from stimage_sd.io import visium
 
 COARSE = "ignore:No full-resolution image:UserWarning"
@@ -119,10 +123,10 @@ def test_every_form_gives_the_same_section(run: Path, form: str) -> None:
     assert contract.sample(found) == ("run8" if form == "outs" else "run7")
 
 
-def write_mtx(run: Path) -> None:
-    matrix = run / "filtered_feature_bc_matrix.h5"
+def write_mtx(run: Path, name: str = "filtered_feature_bc_matrix") -> None:
+    matrix = run / f"{name}.h5"
     table = scanpy.read_10x_h5(matrix)
-    folder = run / "filtered_feature_bc_matrix"
+    folder = run / name
     folder.mkdir()
     scipy.io.mmwrite(folder / "matrix.mtx", sp.coo_matrix(table.X.T.astype(int)))
     features = "".join(f"{row.gene_ids}\t{name}\tGene Expression\n" for name, row in table.var.iterrows())
@@ -136,7 +140,8 @@ def write_mtx(run: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*alpha channel:UserWarning")
 @pytest.mark.filterwarnings(COARSE)
 def test_real_cut_down_run(data_dir: Path) -> None:
-    sdata = visium(data_dir / "visium_mini")
+    with pytest.warns(UserWarning, match="4135 of 4235 in tissue have no counts; 100 are kept"):
+        sdata = visium(data_dir / "visium_mini")
     table = contract.counts(sdata)
     assert table.shape == (100, 100)
     # 65 µm over the published spot diameter is the resolution that 10x states for this section.
@@ -169,7 +174,7 @@ def test_given_and_estimated_resolution(run: Path) -> None:
 def test_pitch_and_diameter_that_disagree(run: Path) -> None:
     path = run / "spatial" / "scalefactors_json.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"spot_diameter_fullres": 100.0}))
-    with pytest.warns(UserWarning, match="which makes 0.500. µm a pixel and is used; .* 0.6500"):
+    with pytest.warns(UserWarning, match="which gives 0.500. µm per pixel and is used; .* 0.6500"):
         sdata = visium(run, image=run / "image.tif")
     assert contract.info(sdata)["mpp"] == pytest.approx(0.5, rel=0.005)
 
@@ -177,7 +182,7 @@ def test_pitch_and_diameter_that_disagree(run: Path) -> None:
 def test_image_of_another_size(run: Path) -> None:
     size = contract.levels(visium(run, image=run / "image.tif"), "he")[0].shape[1]
     cv2.imwrite(str(run / "larger.png"), np.full((2 * size, 2 * size, 3), 255, np.uint8))
-    with pytest.warns(UserWarning, match="the image that Space Ranger was given had about"):
+    with pytest.warns(UserWarning, match="the input image of Space Ranger had about"):
         visium(run, image=run / "larger.png")
     cv2.imwrite(str(run / "smaller.png"), np.full((300, 300, 3), 255, np.uint8))
     with (
@@ -227,7 +232,7 @@ def test_no_shared_barcode(run: Path) -> None:
     positions.index = [name.replace("-1", "-9") for name in positions.index]
     positions.index.name = "barcode"
     positions.to_csv(run / "spatial" / "tissue_positions.csv")
-    with pytest.raises(ValueError, match=r"share no barcode: .*-1'.*-9'"):
+    with pytest.raises(ValueError, match=r"share no barcode. .*-1'.*-9'"):
         visium(run, image=run / "image.tif")
 
 
@@ -251,3 +256,138 @@ def test_folders_of_something_else(run: Path) -> None:
     (run / "binned_outputs").mkdir()
     with pytest.raises(ValueError, match="Visium HD"):
         visium(run)
+
+
+# --------------------------------------------------------------------------------------------------
+# what people have
+
+
+def change_positions(run: Path, change: Callable[[pd.DataFrame], object]) -> None:
+    """Write the positions anew, with a change that is made in place."""
+    positions = positions_of(run)
+    change(positions)
+    positions.to_csv(run / "spatial" / "tissue_positions.csv")
+
+
+def test_counts_and_positions_that_differ_are_spoken_of(run: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Barcodes of", category=UserWarning)
+        visium(run, image=run / "image.tif")
+    inside = positions_of(run).query("in_tissue == 1").index
+
+    def leave_out(positions: pd.DataFrame) -> None:
+        positions.loc[inside[:12], "in_tissue"] = 0
+        positions.loc[positions.index.difference(inside)[:5], "in_tissue"] = 1
+
+    change_positions(run, leave_out)
+    message = r"12 of 40 with counts are not in tissue, 5 of 33 in tissue have no counts; 28 are kept.* of one section"
+    with pytest.warns(UserWarning, match=message):
+        sdata = visium(run, image=run / "image.tif")
+    assert sorted(contract.counts(sdata).obs_names) == sorted(inside[12:])
+
+
+@pytest.mark.parametrize("form", ["quoted", "BOM", "UTF-16", "semicolons", "boolean", "list with BOM"])
+def test_positions_as_other_programs_save_them(run: Path, form: str) -> None:
+    expected = visium(run, image=run / "image.tif")
+    path = run / "spatial" / "tissue_positions.csv"
+    text = path.read_text()
+    if form == "quoted":
+        positions_of(run).to_csv(path, quoting=csv.QUOTE_ALL)
+    elif form == "BOM":
+        path.write_text(text, encoding="utf-8-sig")
+    elif form == "UTF-16":
+        path.write_text(text, encoding="utf-16")
+    elif form == "semicolons":
+        path.write_text(text.replace(",", ";"))
+    elif form == "boolean":
+        positions_of(run).astype({"in_tissue": bool}).to_csv(path)
+    else:
+        listed = positions_of(run).to_csv(header=False, quoting=csv.QUOTE_NONNUMERIC)
+        path.unlink()
+        (run / "spatial" / "tissue_positions_list.csv").write_text(listed, encoding="utf-8-sig")
+    same_section(visium(run, image=run / "image.tif"), expected)
+
+
+def test_spots_off_the_image_are_left_out_and_counted(run: Path) -> None:
+    expected = visium(run, image=run / "image.tif")
+    inside = positions_of(run).query("in_tissue == 1").index
+    change_positions(run, lambda table: table.__setitem__(
+        "pxl_col_in_fullres", table["pxl_col_in_fullres"].where(~table.index.isin(inside[:3]), -40)))  # fmt: skip
+    with pytest.warns(UserWarning, match=r"spots of section 'run7' inside its image .*3 of 40 outside.* left out"):
+        sdata = visium(run, image=run / "image.tif")
+    table, whole = contract.counts(sdata), contract.counts(expected)
+    assert sorted(table.obs_names) == sorted(inside[3:])
+    np.testing.assert_array_equal(table.X.toarray(), whole[table.obs_names].X.toarray())
+    units = contract.find_units(sdata)
+    np.testing.assert_array_equal(units.positions(sdata), whole[table.obs_names].obsm["spatial"])
+    change_positions(run, lambda table: table.__setitem__("pxl_col_in_fullres", -40))
+    with pytest.raises(ValueError, match=r"40 of 40 outside.*Pass the image"):
+        visium(run, image=run / "image.tif", mpp=0.5)
+
+
+@pytest.mark.parametrize("form", ["h5", "mtx"])
+def test_a_raw_matrix_gives_the_spots_in_tissue(run: Path, form: str) -> None:
+    expected = visium(run, image=run / "image.tif")
+    path = run / "filtered_feature_bc_matrix.h5"
+    table = scanpy.read_10x_h5(path)
+    path.unlink()
+    names = positions_of(run).index
+    counts = np.full((len(names), table.n_vars), 7)
+    counts[names.get_indexer(table.obs_names)] = table.X.toarray()
+    write_10x_h5(run / "raw_feature_bc_matrix.h5", sp.csr_matrix(counts), names, table.var_names, attributes={})
+    if form == "mtx":
+        write_mtx(run, "raw_feature_bc_matrix")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Barcodes of", category=UserWarning)
+        found = visium(run, image=run / "image.tif")
+    names = contract.counts(expected).obs_names
+    np.testing.assert_array_equal(
+        contract.counts(found)[names].X.toarray(), contract.counts(expected)[names].X.toarray()
+    )
+
+
+def test_antibodies_become_proteins_of_the_same_spots(run: Path, tmp_path: Path) -> None:
+    path = run / "filtered_feature_bc_matrix.h5"
+    table = scanpy.read_10x_h5(path)
+    types = ["Gene Expression"] * 9 + ["Antibody Capture"] * 2 + ["Custom"]
+    counts = sp.csr_matrix(table.X, dtype=np.int32)
+    write_10x_h5(path, counts, table.obs_names, table.var_names, attributes={}, feature_types=types)
+    with pytest.warns(UserWarning, match=r"Features of the types \['Custom'\] .* left out"):
+        sdata = visium(run, image=run / "image.tif")
+    proteins = contract.proteins(sdata)
+    assert contract.counts(sdata).n_vars == 9
+    assert proteins.var_names.tolist() == table.var_names[9:11].tolist()
+    np.testing.assert_array_equal(proteins.X, counts[:, 9:11].toarray())
+    assert proteins.obs_names.tolist() == contract.counts(sdata).obs_names.tolist()
+    np.testing.assert_array_equal(proteins.obsm["spatial"], contract.counts(sdata).obsm["spatial"])
+    assert contract.find_units(sdata, against="proteins").shapes == "spots"
+    sdata.write(tmp_path / "section.zarr")
+    np.testing.assert_array_equal(contract.proteins(spatialdata.read_zarr(tmp_path / "section.zarr")).X, proteins.X)
+
+
+def test_barcodes_that_are_there_twice(run: Path) -> None:
+    positions = positions_of(run)
+    pd.concat([positions, positions.iloc[:1]]).to_csv(run / "spatial" / "tissue_positions.csv")
+    with pytest.raises(ValueError, match=r"every barcode once in .*tissue_positions\.csv, found 1 repeated.*Leave one"):
+        visium(run, image=run / "image.tif")
+
+
+def test_positions_that_are_missing(run: Path) -> None:
+    positions = positions_of(run).astype({"pxl_row_in_fullres": float})
+    positions.iloc[3, 3] = np.nan
+    positions.to_csv(run / "spatial" / "tissue_positions.csv")
+    with pytest.raises(ValueError, match=r"numbers in every row of .*tissue_positions\.csv"):
+        visium(run, image=run / "image.tif")
+
+
+def test_folders_of_visium_hd_are_referred_to_their_reader(tmp_path: Path) -> None:
+    run = synthetic_visium_hd(tmp_path / "hd", size_um=250.0, n_genes=9)
+    folder = run / "binned_outputs" / "square_008um"
+    for path in (run, folder):
+        with pytest.raises(ValueError, match=r"stimage_sd\.io\.visium_hd"):
+            visium(path)
+    scales = json.loads((folder / "spatial" / "scalefactors_json.json").read_text())
+    del scales["bin_size_um"]
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(scales))
+    with pytest.raises(ValueError, match=r"found bins .* such as 's_008um_.*stimage_sd\.io\.visium_hd"):
+        visium(folder)

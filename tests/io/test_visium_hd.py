@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract
 from stimage_sd.datasets import synthetic_visium, synthetic_visium_hd
+from stimage_sd.datasets._tenx_matrix import write_10x_h5
 from stimage_sd.io import visium_hd
 
 COARSE = "ignore:No full-resolution image:UserWarning"
@@ -92,7 +94,7 @@ def test_bins_are_squares_turned_as_the_slide_lay(original: Path, side: int) -> 
     np.testing.assert_allclose(np.degrees(np.arctan2(sides[:, 0, 1], sides[:, 0, 0])), 25.0)
 
 
-def test_neighbouring_bins_share_a_side_and_cover_no_place_twice(original: Path) -> None:
+def test_neighboring_bins_share_a_side_and_cover_no_place_twice(original: Path) -> None:
     sdata = visium_hd(original, bin_um=16, image=original / IMAGE)
     squares, obs = sdata.shapes["bins"].geometry.to_numpy(), contract.counts(sdata).obs
     where = {place: number for number, place in enumerate(zip(obs["array_row"], obs["array_col"], strict=True))}
@@ -274,6 +276,7 @@ def test_a_size_that_is_no_whole_number_is_refused(original: Path, wrong: Any) -
 @pytest.mark.parametrize("name", [MATRIX, POSITIONS, SCALEFACTORS, HIRES, SLICE])
 def test_a_missing_file_is_named(run: Path, name: str) -> None:
     (run / name).unlink()
+    (run / BIN / "raw_feature_bc_matrix.h5").unlink()
     with pytest.raises(FileNotFoundError, match=Path(name).name):
         visium_hd(run)
 
@@ -404,7 +407,7 @@ def repeat_first(values: np.ndarray) -> np.ndarray:
         (rewrite_scales(microns_per_pixel=None), r"scalefactors_json.json.*\['microns_per_pixel'\]"),
         (rewrite_scales(tissue_hires_scalef=-1.0), r"scalefactors_json.json.*\['tissue_hires_scalef'\]"),
         (lambda run: (run / SCALEFACTORS).write_text("[1]"), "scalefactors_json.json"),
-        (rewrite_matrix("barcodes", repeat_first), "every bin once.*filtered_feature_bc_matrix.h5"),
+        (rewrite_matrix("barcodes", repeat_first), "every barcode once.*filtered_feature_bc_matrix.h5"),
         (rewrite_matrix("barcodes", lambda v: v[:-1]), "filtered_feature_bc_matrix.h5.*names of"),
         (rewrite_matrix("features/name", lambda v: v[:-1]), "filtered_feature_bc_matrix.h5"),
         (rewrite_matrix("data", lambda v: v[:-1]), "filtered_feature_bc_matrix.h5"),
@@ -437,3 +440,138 @@ def test_folders_that_are_no_run_are_refused(tmp_path: Path) -> None:
     spots = synthetic_visium(tmp_path / "spots", n_spots=10, n_genes=3)
     with pytest.raises(FileNotFoundError, match=r"binned_outputs.*It holds.*stimage_sd.io.visium"):
         visium_hd(spots)
+
+
+# --------------------------------------------------------------------------------------------------
+# what people have
+
+
+def test_a_raw_matrix_gives_the_bins_in_tissue(run: Path) -> None:
+    expected = contract.counts(visium_hd(run, image=run / IMAGE))
+    (run / MATRIX).unlink()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not in tissue", category=UserWarning)
+        found = contract.counts(visium_hd(run, image=run / IMAGE))
+    assert found.obs_names.tolist() == expected.obs_names.tolist()
+    np.testing.assert_array_equal(found.X.toarray(), expected.X.toarray())
+
+
+def test_positions_with_a_boolean_in_tissue(run: Path) -> None:
+    expected = contract.counts(visium_hd(run, image=run / IMAGE))
+    read_positions(run).astype({"in_tissue": bool}).to_parquet(run / POSITIONS)
+    assert contract.counts(visium_hd(run, image=run / IMAGE)).obs_names.equals(expected.obs_names)
+
+
+def test_bins_off_the_image_are_left_out_and_counted(run: Path) -> None:
+    whole = visium_hd(run, image=run / IMAGE)
+    centers = contract.counts(whole).obsm["spatial"]
+    width = int(np.quantile(centers[:, 0], 0.9))
+    cv2.imwrite(str(run / "cut.png"), np.full((1024, width, 3), 255, np.uint8))
+    n_off = int((centers[:, 0] >= width).sum())
+    with pytest.warns(UserWarning, match=rf"bins of .* inside .*cut.png.*{n_off} of {len(centers)} outside.*left out"):
+        sdata = visium_hd(run, image=run / "cut.png")
+    table = contract.counts(sdata)
+    assert table.n_obs == len(centers) - n_off
+    np.testing.assert_array_equal(table.X.toarray(), contract.counts(whole)[table.obs_names].X.toarray())
+    np.testing.assert_allclose(shapely.get_coordinates(sdata.shapes["bins"].centroid), table.obsm["spatial"])
+
+
+def test_the_folder_of_one_size_is_referred_to_the_one_above(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"Pass the folder .*binned_outputs, and `bin_um=8`"):
+        visium_hd(run / BIN)
+
+
+CELLS = {1: (100, 100, 9), 2: (200, 100, 12), 3: (300, 250, 10), 7: (500, 400, 8)}
+
+
+def outlines(path: Path, shrink: float, cells: dict[int, tuple[int, int, int]] = CELLS) -> None:
+    """Squares as Space Ranger writes outlines: rings in full-resolution pixels, a number each."""
+    features = []
+    for number, (x, y, half) in cells.items():
+        reach = half * shrink
+        ring = [[x + dx * reach, y + dy * reach] for dx, dy in ((-1, -1), (1, -1), (1, 1), (-1, 1), (-1, -1))]
+        geometry = {"type": "Polygon", "coordinates": [ring]}
+        features.append({"type": "Feature", "properties": {"cell_id": number}, "geometry": geometry})
+    path.write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+
+
+def write_cells(run: Path, *, nuclei: bool = True) -> np.ndarray:
+    """Add what Space Ranger 4 writes about cells; the filtered matrix has all but the first, in another order."""
+    folder = run / "segmented_outputs"
+    (folder / "spatial").mkdir(parents=True)
+    counts = np.array([[0, 5, 1], [2, 0, 0], [9, 9, 9]])
+    names = pd.Index([f"cellid_{number:09d}-1" for number in (7, 2, 3)])
+    about = {"software_version": "spaceranger-4.0.1"}
+    write_10x_h5(
+        folder / "filtered_feature_cell_matrix.h5", sp.csr_matrix(counts), names, pd.Index(["A", "B", "C"]),
+        attributes=about,
+    )  # fmt: skip
+    outlines(folder / "cell_segmentations.geojson", 1.0)
+    if nuclei:
+        outlines(folder / "nucleus_segmentations.geojson", 0.5)
+    scales = {"microns_per_pixel": 0.5, "tissue_hires_scalef": 1.0, "tissue_lowres_scalef": 0.5}
+    (folder / "spatial" / "scalefactors_json.json").write_text(json.dumps(scales))
+    return counts
+
+
+def test_cells_and_nuclei_of_space_ranger_4(run: Path, tmp_path: Path) -> None:
+    counts = write_cells(run)
+    assert list(visium_hd(run, image=run / IMAGE).shapes) == ["bins"]
+    sdata = visium_hd(run, image=run / IMAGE, units="cells")
+    table = contract.counts(sdata)
+    assert table.obs_names.tolist() == ["cellid_000000007-1", "cellid_000000002-1", "cellid_000000003-1"]
+    np.testing.assert_array_equal(table.X.toarray(), counts)
+    np.testing.assert_allclose(table.obsm["spatial"], [CELLS[number][:2] for number in (7, 2, 3)])
+    cells, nuclei = sdata.shapes["cells"], sdata.shapes["nuclei"]
+    np.testing.assert_allclose(cells.area, [(2 * CELLS[number][2]) ** 2 for number in (7, 2, 3)])
+    np.testing.assert_allclose(nuclei.area, [CELLS[number][2] ** 2 for number in CELLS])
+    assert nuclei["cell_id"].tolist() == [f"cellid_{number:09d}-1" for number in CELLS]
+    assert contract.find_units(sdata).shapes == "cells"
+    assert contract.info(sdata)["mpp"] == 0.5
+    sdata.write(tmp_path / "cells.zarr")
+    back = spatialdata.read_zarr(tmp_path / "cells.zarr")
+    np.testing.assert_allclose(contract.find_units(back).positions(back), table.obsm["spatial"])
+
+
+def test_cells_as_spatialdata_io_reads_them(run: Path) -> None:
+    write_cells(run)
+    ours = visium_hd(run, image=run / IMAGE, units="cells")
+    theirs = spatialdata_io.visium_hd(
+        run, dataset_id="hd", load_segmentations_only=True, fullres_image_file=run / IMAGE
+    )
+    table, shapes = theirs.tables["cell_segmentations"], theirs.shapes["hd_cell_segmentations"]
+    names = contract.counts(ours).obs_names
+    np.testing.assert_array_equal(contract.counts(ours).X.toarray(), table[names].X.toarray())
+    assert (ours.shapes["cells"].geometry.to_numpy() == shapes.loc[names].geometry.to_numpy()).all()
+
+
+@pytest.mark.filterwarnings(COARSE)
+def test_a_run_with_cells_alone(run: Path) -> None:
+    write_cells(run, nuclei=False)
+    shutil.copy(run / HIRES, run / "segmented_outputs" / "spatial")
+    shutil.rmtree(run / "binned_outputs")
+    for path in (run, run / "segmented_outputs"):
+        sdata = visium_hd(path)
+        assert list(sdata.shapes) == ["cells"]
+        assert contract.sample(sdata) == "run7"
+
+
+def test_cells_that_do_not_fit(run: Path) -> None:
+    write_cells(run)
+    folder = run / "segmented_outputs"
+    outlines(folder / "cell_segmentations.geojson", 1.0, {7: CELLS[7], 3: (5000, 40, 9)})
+    with (
+        pytest.warns(UserWarning, match=r"1 of 3 cells .* have no outline"),
+        pytest.warns(UserWarning, match=r"cells of .*cell_segmentations.geojson inside .*1 of 2 outside.*left out"),
+    ):
+        assert contract.counts(visium_hd(run, image=run / IMAGE, units="cells")).obs_names.tolist() == [
+            "cellid_000000007-1"
+        ]
+    outlines(folder / "cell_segmentations.geojson", 1.0, {50: CELLS[7]})
+    with pytest.raises(ValueError, match=r"share no cell. .*cell_matrix.h5 has cells such as 'cellid_000000007-1'"):
+        visium_hd(run, image=run / IMAGE, units="cells")
+    shutil.rmtree(folder)
+    with pytest.raises(FileNotFoundError, match=r"segmented_outputs.*from version 4 on"):
+        visium_hd(run, units="cells")
+    with pytest.raises(ValueError, match="'bins' or 'cells'"):
+        visium_hd(run, units="nuclei")

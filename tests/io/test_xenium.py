@@ -139,7 +139,7 @@ def test_cells_lie_on_nuclei_of_the_he(originals: Callable[[str], Path]) -> None
     run = originals("3.0")
     sdata = read(run)
     truth = pd.read_csv(run / "truth_cells.csv")[["x", "y"]].to_numpy()
-    # A cell's centre is that of its outline: a few micrometres from its nucleus at most.
+    # A cell's center is that of its outline: a few micrometers from its nucleus at most.
     away = np.linalg.norm(sdata.tables["counts"].obsm["spatial"] - truth, axis=1)
     assert np.median(away) * 0.5 < 1.5
     assert away.max() * 0.5 < 4.0
@@ -372,6 +372,54 @@ def test_proteins_are_a_table_of_their_own(run: Path) -> None:
     np.testing.assert_array_equal(counts.obsm["spatial"], proteins.obsm["spatial"])
 
 
+def test_proteins_are_intensities_and_not_the_whole_numbers_of_the_file(originals: Callable[[str], Path]) -> None:
+    run = originals("4.0")
+    truth = pd.read_csv(run / "truth_proteins.csv", index_col="cell_id")
+    proteins = read(run).tables["proteins"]
+    np.testing.assert_allclose(proteins.X, truth, rtol=1e-6)
+    assert proteins.var_names.tolist() == list(truth)
+    with h5py.File(run / "cell_feature_matrix.h5") as file:
+        assert file.attrs["protein_scaling_factor"] == 10.0
+    theirs = spatialdata_io.xenium(
+        run, cells_boundaries=False, nucleus_boundaries=False, cells_as_circles=False, cells_labels=False,
+        nucleus_labels=False, transcripts=False, morphology_mip=False, morphology_focus=False, aligned_images=False,
+        gex_only=False,
+    )  # fmt: skip
+    np.testing.assert_allclose(proteins.X, theirs.tables["table"][:, list(truth)].X.toarray(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", [".parquet", ".csv"])
+def test_an_imported_segmentation_without_nuclei(run: Path, form: str, tmp_path: Path) -> None:
+    expected = read(run)
+    path = run / "nucleus_boundaries.parquet"
+    empty = pd.read_parquet(path).iloc[:0]
+    path.unlink()
+    if form == ".csv":
+        empty.to_csv(run / "nucleus_boundaries.csv", index=False)
+    else:
+        empty.to_parquet(path)
+    cells = pd.read_parquet(run / "cells.parquet").assign(nucleus_area=np.nan, nucleus_count=0)
+    cells.to_parquet(run / "cells.parquet")
+    with pytest.warns(UserWarning, match=r"No nuclei in .*run: nucleus_boundaries is empty"):
+        sdata = xenium(run, he_image=run / "he_image.ome.tif")
+    assert list(sdata.shapes) == ["cells"]
+    np.testing.assert_array_equal(sdata.tables["counts"].X.toarray(), expected.tables["counts"].X.toarray())
+    sdata.write(tmp_path / "section.zarr")
+    assert "nuclei" not in spatialdata.read_zarr(tmp_path / "section.zarr").shapes
+
+
+def test_transcripts_without_a_name(run: Path) -> None:
+    path = run / "transcripts.parquet"
+    frame = pd.read_parquet(path)
+    frame.loc[[2, 5, 9], "feature_name"] = None
+    frame.to_parquet(path)
+    message = (
+        rf"transcripts\.parquet: expected a `feature_name` of every .* 3 of {len(frame)} without .*Leave these rows"
+    )
+    with pytest.raises(ValueError, match=message):
+        read(run)
+
+
 def test_cells_in_pieces_and_without_outline(run: Path) -> None:
     path = run / "cell_boundaries.parquet"
     frame = pd.read_parquet(path)
@@ -447,7 +495,7 @@ def test_without_an_alignment_cells_are_not_placed(run: Path) -> None:
     assert "global" not in get_transformation(sdata.points["transcripts"], get_all=True)
     assert contract.info(sdata)["mpp"] == pytest.approx(0.5)
     with pytest.raises(ValueError, match="not placed on its H&E"):
-        contract.counts(sdata)
+        contract.find_units(sdata).positions(sdata)
 
 
 def test_without_an_he_the_morphology_image_is_global(run: Path) -> None:
@@ -511,6 +559,10 @@ def test_every_file_truncated_or_empty(originals: Callable[[str], Path], run: Pa
 @pytest.mark.parametrize("name", [name for name in FILES if name not in ("experiment.xenium", "he_imagealignment.csv")])
 def test_every_file_missing(run: Path, name: str) -> None:
     (run / name).unlink()
+    if name == "nucleus_boundaries.parquet":
+        with pytest.warns(UserWarning, match=r"No nuclei in .*: nucleus_boundaries is missing.*segment_nuclei"):
+            assert list(xenium(run).shapes) == ["cells"]
+        return
     named = "morphology_focus" if "/" in name else name.removesuffix(".parquet").replace(".", r"\.")
     with pytest.raises(FileNotFoundError, match=named):
         read(run)
@@ -568,7 +620,7 @@ def test_transcripts_of_another_panel(run: Path) -> None:
 
 def test_experiment_of_another_run_is_spoken_of(originals: Callable[[str], Path], run: Path) -> None:
     shutil.copy(originals("other") / "experiment.xenium", run / "experiment.xenium")
-    with pytest.warns(UserWarning, match=r"experiment.xenium of .* speaks of \d+ cells, cells.parquet has \d+"):
+    with pytest.warns(UserWarning, match=r"experiment.xenium of .* states \d+ cells, cells.parquet has \d+"):
         xenium(run)
 
 
@@ -580,7 +632,7 @@ def change_experiment(run: Path, **values: object) -> None:
 def test_newer_versions_are_tried(run: Path) -> None:
     change_experiment(run, analysis_sw_version="xenium-5.0.1.2")
     with pytest.warns(
-        UserWarning, match="experiment.xenium is of version 'xenium-5.0.1.2'.* versions 1 to 4 and tries"
+        UserWarning, match="experiment.xenium is of version 'xenium-5.0.1.2'.* versions 1 to 4 and may fail"
     ):
         assert xenium(run).tables["counts"].n_vars == 9
     change_experiment(run, xenium_ranger={"version": "xenium-3.1.0.5"})
@@ -643,8 +695,8 @@ def test_real_cut_out(data_dir: Path, tmp_path: Path) -> None:
         assert np.median(ratio) == pytest.approx(share, abs=0.002)
         assert np.corrcoef(area, raw[column])[0, 1] > 0.998
     assert len(points(sdata)) == 5260
-    centres = shapely.points(raw[["x_centroid", "y_centroid"]])
-    assert shapely.dwithin(sdata.shapes["cells"].geometry.to_numpy(), centres, 2.0).mean() > 0.98
+    centers = shapely.points(raw[["x_centroid", "y_centroid"]])
+    assert shapely.dwithin(sdata.shapes["cells"].geometry.to_numpy(), centers, 2.0).mean() > 0.98
     height, width = contract.levels(sdata, "dapi")[0].shape[1:]
     inside = ((table.obsm["spatial"] >= 0) & (table.obsm["spatial"] < (width, height))).all(axis=1)
     assert inside.mean() > 0.95

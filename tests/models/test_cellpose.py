@@ -1,4 +1,4 @@
-"""Nuclei by Cellpose: its real classes, versions 3 and 4, with small random weights in its own format."""
+"""Nuclei by Cellpose: its real classes, version 4, with small random weights in its own format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stimage_sd.models._cellpose import CellposeNuclei, cellpose_version
+from stimage_sd.models._cellpose import CellposeNuclei, check_cellpose
 
 IMAGE = np.random.default_rng(0).integers(60, 240, (1, 64, 64, 3), dtype=np.uint8)
 
@@ -27,11 +27,11 @@ def test_a_missing_package_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> 
         CellposeNuclei(None, nucleus_px=16, low=0, high=1)
 
 
-@pytest.mark.parametrize("found", ["2.2.3", "5.0"])
+@pytest.mark.parametrize("found", ["3.1.1", "5.0"])
 def test_an_unknown_version_says_which(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
-    with pytest.raises(ImportError, match=f"Expected Cellpose 3 or 4, found {found}"):
-        cellpose_version()
+    with pytest.raises(ImportError, match=f"Expected Cellpose 4, found {found}"):
+        check_cellpose()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -42,18 +42,17 @@ def test_an_unknown_version_says_which(monkeypatch: pytest.MonkeyPatch, found: s
 def models() -> Iterator[Any]:
     models = pytest.importorskip("cellpose.models")
     with pytest.MonkeyPatch.context() as patch:
-        if cellpose_version() == 4:
-            # the transformer that is released has 300 million weights; Segment Anything builds a small one as well
-            from segment_anything.build_sam import _build_sam, sam_model_registry
+        # the transformer that is released has 300 million weights; Segment Anything builds a small one as well
+        from segment_anything.build_sam import _build_sam, sam_model_registry
 
-            small = partial(
-                _build_sam,
-                encoder_embed_dim=32,
-                encoder_depth=2,
-                encoder_num_heads=2,
-                encoder_global_attn_indexes=[0, 1],
-            )
-            patch.setitem(sam_model_registry, "vit_l", lambda checkpoint: small(checkpoint=checkpoint))
+        small = partial(
+            _build_sam,
+            encoder_embed_dim=32,
+            encoder_depth=2,
+            encoder_num_heads=2,
+            encoder_global_attn_indexes=[0, 1],
+        )
+        patch.setitem(sam_model_registry, "vit_l", lambda checkpoint: small(checkpoint=checkpoint))
         yield models
 
 
@@ -64,14 +63,6 @@ def weights(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(2)
     path = tmp_path_factory.mktemp("cellpose") / "weights"
-    if cellpose_version() == 3:
-        from cellpose.resnet_torch import CPnet
-
-        network = CPnet([2, 32, 64, 128, 256], 3, sz=3, diam_mean=16.0)
-        network.eval()
-        network.output[2].bias.data[2] += 5.0  # everything is a cell
-        network.save_model(str(path))
-        return path
     network = models.CPSAM(dtype=torch.float32)
     network.out.bias.data[2 * network.ps**2 :] += 5.0
     torch.save(network.state_dict(), path)
@@ -86,13 +77,13 @@ def test_weights_of_a_file_are_run(models: Any, weights: Path) -> None:
     np.testing.assert_array_equal(cellpose(IMAGE), labels)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(cellpose))(IMAGE), labels)
     other = CellposeNuclei(weights, nucleus_px=20.0, low=0.05, high=1.5)
-    assert cellpose.key.startswith(f"cellpose{cellpose_version()}-")
+    assert cellpose.key.startswith("cellpose4-")
     assert cellpose.key != other.key
     assert str(weights) not in cellpose.key
 
 
-def test_it_is_cellpose_itself_on_haematoxylin(models: Any, weights: Path) -> None:
-    """The same as Cellpose's own call on a plane of haematoxylin."""
+def test_it_is_cellpose_itself_on_hematoxylin(models: Any, weights: Path) -> None:
+    """The same as Cellpose's own call on a plane of hematoxylin."""
     from skimage.color import rgb2hed
 
     cellpose = CellposeNuclei(weights, nucleus_px=16.0, low=0.0, high=1.0)
@@ -118,16 +109,15 @@ def test_it_is_cellpose_itself_on_haematoxylin(models: Any, weights: Path) -> No
     assert labels.any()
     np.testing.assert_array_equal(labels[0], expected.reshape(64, 64))
     assert options["diameter"] == 16.0
-    assert ("channels" in options) == (cellpose_version() == 3)
 
 
 def test_names_and_paths_that_are_none(models: Any, tmp_path: Path) -> None:
     for model in (tmp_path / "none", str(tmp_path / "none"), "none.pth"):
         with pytest.raises(FileNotFoundError, match="Found no file of Cellpose's weights at"):
             CellposeNuclei(model, nucleus_px=16.0, low=0, high=1)
-    with pytest.raises(ValueError, match=rf"one of Cellpose {cellpose_version()}'s names \[.*found 'nucleii'"):
+    with pytest.raises(ValueError, match=r"one of Cellpose 4's names \[.*found 'nucleii'"):
         CellposeNuclei("nucleii", nucleus_px=16.0, low=0, high=1)
     default = CellposeNuclei(None, nucleus_px=16.0, low=0, high=1)
-    assert default.model == "nuclei" if cellpose_version() == 3 else default.model in models.MODEL_NAMES
+    assert default.model in models.MODEL_NAMES
     named = CellposeNuclei(models.MODEL_NAMES[0], nucleus_px=16.0, low=0, high=1)
     assert models.MODEL_NAMES[0] in named.key

@@ -105,7 +105,7 @@ def test_contract(name):
     assert embeddings.std(axis=0).max() > 1e-3
     assert len(extractor.weights_hash) == 64
     assert int(extractor.weights_hash, 16) > 0
-    assert extractor.licence
+    assert extractor.license
     assert get_extractor(name) is extractor
     assert extractor(tiles[:0]).shape == (0, extractor.embedding_size)
     # A view and its copy, and a tile alone and in a batch, embed the same.
@@ -114,14 +114,15 @@ def test_contract(name):
     assert extractor(random_tiles(1, 75)).shape == (1, extractor.embedding_size)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_weights_found")
 @pytest.mark.parametrize("name", [*EFFICIENTNETS, "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)])
 def test_module_is_the_same_network(name):
     extractor = get_extractor(name)
     tiles = random_tiles(2, 64)
-    normalised = (tiles / np.float32(255) - np.float32(extractor.mean)) / np.float32(extractor.std)
+    normalized = (tiles / np.float32(255) - np.float32(extractor.mean)) / np.float32(extractor.std)
     module = extractor.module()
-    direct = np.asarray(nnx.jit(lambda module, tiles: module(tiles))(module, normalised))
+    direct = np.asarray(nnx.jit(lambda module, tiles: module(tiles))(module, normalized))
     np.testing.assert_allclose(extractor(tiles), direct, rtol=1e-4, atol=1e-4 * np.abs(direct).max())
     stem = module.stem.kernel
     stem.set_value(stem[...] * 0)
@@ -131,7 +132,7 @@ def test_module_is_the_same_network(name):
 @pytest.mark.parametrize(
     ("name", "size"), [*[(name, 299) for name in EFFICIENTNETS], *zip(EFFICIENTNETS, (224, 240, 260), strict=True)]
 )
-def test_efficientnets_see_colour_at_the_sizes_in_use(name, size):
+def test_efficientnets_see_color_at_the_sizes_in_use(name, size):
     extractor = get_extractor(name)
     tiles = np.zeros((2, size, size, 3), np.uint8)
     tiles[0, ..., 0] = tiles[1, ..., 2] = 200
@@ -140,7 +141,7 @@ def test_efficientnets_see_colour_at_the_sizes_in_use(name, size):
 
 
 @pytest.mark.parametrize("name", EFFICIENTNETS)
-def test_normalisation_of_efficientnets_is_that_of_their_training(name):
+def test_normalization_of_efficientnets_is_that_of_their_training(name):
     extractor = get_extractor(name)
     np.testing.assert_allclose(255 * np.array(extractor.mean), 127)
     np.testing.assert_allclose(255 * np.array(extractor.std), 128)
@@ -191,31 +192,31 @@ def test_unknown_name_lists_the_known():
         get_extractor("resnet51")
 
 
-def test_function_without_normalisation_gets_bytes():
+def test_function_without_normalization_gets_bytes():
     seen = []
 
-    def colour(tiles):
+    def color(tiles):
         seen.append(tiles.dtype)
         return tiles.mean(axis=(1, 2))
 
-    register_extractor("colour", colour, input_size=16, embedding_size=3)
+    register_extractor("color", color, input_size=16, embedding_size=3)
     tiles = random_tiles(2, 16)
-    np.testing.assert_allclose(get_extractor("colour")(tiles), tiles.mean(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(get_extractor("color")(tiles), tiles.mean(axis=(1, 2)), rtol=1e-6)
     assert seen == [np.uint8]
-    with pytest.raises(TypeError, match="'colour' is a plain function"):
-        get_extractor("colour").module()
+    with pytest.raises(TypeError, match="'color' is a plain function"):
+        get_extractor("color").module()
     with pytest.raises(ValueError, match="registered with its weights"):
-        get_extractor("colour", weights="other.safetensors")
+        get_extractor("color", weights="other.safetensors")
 
 
-def test_function_with_normalisation_gets_normalised_floats():
+def test_function_with_normalization_gets_normalized_floats():
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
     register_extractor(
-        "colour", lambda tiles: tiles.mean(axis=(1, 2)), input_size=16, embedding_size=3, mean=mean, std=std
+        "color", lambda tiles: tiles.mean(axis=(1, 2)), input_size=16, embedding_size=3, mean=mean, std=std
     )
     tiles = random_tiles(2, 16)
     expected = ((tiles / 255 - mean) / std).mean(axis=(1, 2))
-    np.testing.assert_allclose(get_extractor("colour")(tiles), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(get_extractor("color")(tiles), expected, rtol=1e-4, atol=1e-5)
 
 
 class SmallNetwork(nnx.Module):
@@ -226,6 +227,7 @@ class SmallNetwork(nnx.Module):
         return global_mean(conv_norm(tiles, self.layer))
 
 
+@pytest.mark.slow
 def test_flax_module_can_be_registered():
     settings = {"input_size": 16, "embedding_size": 7, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     network = SmallNetwork(0)
@@ -270,6 +272,7 @@ def test_pickled_extractor_is_the_one_of_the_process():
     assert pickle.loads(pickle.dumps(extractor)) is extractor
 
 
+@pytest.mark.slow
 def test_extractors_travel_to_another_process(tmp_path):
     factor = 2.0
     register_extractor("doubled", lambda tiles: factor * tiles.mean(axis=(1, 2)), input_size=8, embedding_size=3)

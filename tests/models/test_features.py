@@ -49,7 +49,7 @@ def test_reduced_is_sklearns_pca(standardize: str) -> None:
     same_up_to_sign(ours, theirs, rtol=5e-3)
 
 
-def test_a_new_section_is_standardised_by_itself_or_by_the_cohort() -> None:
+def test_a_new_section_is_standardized_by_itself_or_by_the_cohort() -> None:
     sections = {"a": embeddings(100, seed=1), "b": embeddings(100, seed=2)}
     new = embeddings(60, seed=3)
     stained = 1.7 * new + 4.0  # as another stain or scanner might shift all its tiles
@@ -79,7 +79,7 @@ def test_components_are_as_many_as_there_can_be(n_tiles: int, n_features: int, a
     assert space.reduce(values).shape == (n_tiles, found)
 
 
-def test_too_few_tiles_to_standardise_a_section() -> None:
+def test_too_few_tiles_to_standardize_a_section() -> None:
     space = FeatureSpace.fit({"a": embeddings(60)}, n_components=4, standardize="section", seed=0)
     few = embeddings(LEAST_TILES - 1)
     with pytest.raises(ValueError, match=rf"at least {LEAST_TILES} tiles, found {LEAST_TILES - 1}. Fit with `stand"):
@@ -152,6 +152,7 @@ def test_strangers_that_are_usual_feature_by_feature_are_told_too() -> None:
     assert roc_auc_score(labels, np.concatenate(by_feature)) < 0.7
 
 
+@pytest.mark.slow
 def test_noise_and_inverted_pictures_are_strangers(synthetic: Callable) -> None:
     """Real embeddings of a synthetic section's tiles, half of them to learn from, and of planted ones."""
     section = synthetic(n_spots=240, n_genes=10, seed=3)
@@ -171,7 +172,7 @@ def test_noise_and_inverted_pictures_are_strangers(synthetic: Callable) -> None:
         "noise": random.integers(0, 256, (20, 128, 128, 3), dtype=np.uint8),
         "inverted": 255 - held[:20],
     }
-    # a network trained to see shapes in any colour minds an inverted picture less
+    # a network trained to see shapes in any color minds an inverted picture less
     for kind, least in (("noise", 0.95), ("inverted", 0.75)):
         found = space.strangeness(extractor(planted[kind]))
         labels = np.r_[np.zeros(len(real)), np.ones(len(found))]

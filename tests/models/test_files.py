@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
 import zipfile
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import save, save_file
 
 from stimage_sd import models
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import FORMAT_VERSION, write_model
 from stimage_sd.models._nb import NBModel
 from stimage_sd.models._specification import TileSpecification
+
+STORED = Path(__file__).parent / "stored"
 
 
 @pytest.fixture
@@ -45,8 +48,28 @@ def model() -> NBModel:
         floor=random.uniform(1, 2, (2, 3)).astype(np.float32),
         total=1234.5,
         interval_level=0.87,
-        training={"sections": ["a", "b"], "seed": 0, "history": {"epoch": [1, 1], "member": [0, 1]}},
+        training={
+            "sections": ["a", "b"],
+            "seed": 0,
+            "options": {"size_factors": "total"},
+            "history": {"epoch": [1, 1], "member": [0, 1]},
+        },
     )
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_model_folder_is_never_gone_while_it_is_replaced(
+    model: NBModel, exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr("stimage_sd._files._system_exchange", lambda: None)
+    model.save(tmp_path / "model")
+    replace(model, total=2.0).save(tmp_path / "model")
+    assert models.load(tmp_path / "model").total == 2.0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    # killed between the two renames of a file system that cannot exchange
+    (tmp_path / "model").rename(tmp_path / ".model.replaced")
+    assert models.load(tmp_path / "model").total == 2.0
 
 
 def parts(path: Path) -> dict[str, bytes]:
@@ -104,7 +127,7 @@ def test_loading_never_unpickles(model: NBModel, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"model at .*m\.stimage"):
             models.load(rewritten(model.save(path), **files))
     (tmp_path / "p.stimage").write_bytes(trap)
-    with pytest.raises(ValueError, match="truncated or something else"):
+    with pytest.raises(ValueError, match="truncated or not a model"):
         models.load(tmp_path / "p.stimage")
     assert not (tmp_path / "sprung").exists()
 
@@ -113,7 +136,7 @@ def test_every_truncation_is_noticed(model: NBModel, tmp_path: Path) -> None:
     whole = model.save(tmp_path / "m.stimage").read_bytes()
     for length in [0, 1, 100, len(whole) // 2, len(whole) - 30, len(whole) - 1]:
         (tmp_path / "cut.stimage").write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"cannot be read .* truncated or something else; save the model again"):
+        with pytest.raises(ValueError, match=r"cannot be read .* truncated or not a model. Save the model again"):
             models.load(tmp_path / "cut.stimage")
 
 
@@ -149,8 +172,9 @@ def test_truncated_arrays_in_a_folder(model: NBModel, tmp_path: Path) -> None:
 
 
 def changed_config(model: NBModel, path: Path, **change: object) -> Path:
+    """As a file of version 1, which has no checksum that would refuse any change."""
     config = json.loads(parts(model.save(path))["config.json"])
-    config.update(change)
+    config |= {"format_version": 1, "checksum": ..., **change}
     config = {key: value for key, value in config.items() if value is not ...}
     return rewritten(path, config_json=json.dumps(config).encode())
 
@@ -177,6 +201,65 @@ def test_tampered_configs_are_refused(model: NBModel, tmp_path: Path, change: di
         models.load(changed_config(model, tmp_path / "m.stimage", **change))
 
 
+@pytest.mark.parametrize(
+    "change", [{"genes": ["ERBB2", "CD4", "ACTG1"]}, {"total": 1234.4}, {"training": {}}, {"x": 1}]
+)
+@pytest.mark.parametrize("checksum", ["kept", "dropped"])
+def test_any_change_of_a_config_is_noticed(model: NBModel, tmp_path: Path, change: dict, checksum: str) -> None:
+    path = model.save(tmp_path / "m.stimage")
+    config = json.loads(parts(path)["config.json"]) | change
+    if checksum == "dropped":
+        del config["checksum"]
+    with pytest.raises(ValueError, match=r"m\.stimage is damaged: .*does not match its checksum"):
+        models.load(rewritten(path, config_json=json.dumps(config).encode()))
+
+
+def test_any_change_of_an_array_is_noticed(model: NBModel, tmp_path: Path) -> None:
+    path = model.save(tmp_path / "folder")
+    arrays = path / "model.safetensors"
+    whole = arrays.read_bytes()
+    for place in range(len(whole) - 1, 8, -37):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        arrays.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged|cannot be read"):
+            models.load(path)
+    arrays.write_bytes(whole)
+    # the layout of the JSON is no content
+    (path / "config.json").write_text(json.dumps(json.loads((path / "config.json").read_text()), sort_keys=True))
+    assert models.load(path).genes == model.genes
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_arrays_that_are_not_finite_are_neither_saved_nor_loaded(model: NBModel, tmp_path: Path, value: float) -> None:
+    weight = model.parameters["weight"].copy()
+    weight[0, 0, 0] = value
+    broken = replace(model, parameters={**model.parameters, "weight": weight})
+    match = "1 of 48 values of its array 'head.weight' are not finite"
+    with pytest.raises(ValueError, match=f"cannot be saved: {match}"):
+        broken.save(tmp_path / "broken.stimage")
+    assert list(tmp_path.iterdir()) == []
+    # a file of version 1 may hold them
+    path = changed_config(model, tmp_path / "m.stimage")
+    arrays = {**model.parts()[1], "head.weight": weight}
+    with pytest.raises(ValueError, match=rf"m\.stimage is damaged: {match}"):
+        models.load(rewritten(path, model_safetensors=save(arrays)))
+
+
+def test_models_of_the_first_version_load(tmp_path: Path) -> None:
+    """Files that version 0.1.0 wrote, without a checksum; and what they become when they are saved again."""
+    for name, kind in (("nb", NBModel), ("combined", models.CombinedModel), ("genes", models.GeneClassifier)):
+        old = models.load(STORED / f"{name}-0.1.0.stimage")
+        assert type(old) is kind
+        assert old.genes == ("ERBB2", "CD4")
+        again = old.save(tmp_path / f"{name}.stimage")
+        assert json.loads(parts(again)["config.json"])["format_version"] == FORMAT_VERSION
+        assert models.load(again).genes == old.genes
+    assert np.isneginf(old.intercepts[1])  # that of a gene that was never high
+    with pytest.warns(UserWarning, match="multiplied r by depth.*Fit it again"):
+        assert models.load(STORED / "nb-depth-0.1.0.stimage").total == 500.0
+
+
 @pytest.mark.parametrize("content", [b"[1, 2]", b"3", b'"text"', b"\xff\xfe", b"{"])
 def test_configs_that_are_none(model: NBModel, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ValueError, match=r"model at .*m.stimage"):
@@ -190,12 +273,27 @@ def test_missing_arrays_are_refused(model: NBModel, tmp_path: Path) -> None:
         models.load(path)
 
 
+@pytest.mark.parametrize("part", ["config.json", "model.safetensors"])
+def test_a_small_file_does_not_unpack_to_a_large_one(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "bomb.stimage"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", "{}" if part != "config.json" else b" " * (65 << 20))
+        archive.writestr("model.safetensors", b"" if part == "config.json" else bytes(65 << 20))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=rf"bomb.stimage, .*its {part} unpacks from [\d,]+ to 68,157,440 bytes"):
+            models.load(path)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
 def test_other_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"No model at .*none\.stimage"):
         models.load(tmp_path / "none.stimage")
     with zipfile.ZipFile(tmp_path / "other.zip", "w") as archive:
         archive.writestr("readme.txt", "no model")
-    with pytest.raises(ValueError, match=r"cannot be read .*something else"):
+    with pytest.raises(ValueError, match=r"cannot be read .*not a model"):
         models.load(tmp_path / "other.zip")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot be read"):
@@ -211,7 +309,7 @@ def test_saving_replaces_models_and_nothing_else(model: NBModel, tmp_path: Path)
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
     (tmp_path / "notes.txt").write_text("more of it")
     for name in ("thesis", "notes.txt"):
-        with pytest.raises(FileExistsError, match="is no stimage-sd model, so it is not replaced"):
+        with pytest.raises(FileExistsError, match="is not a stimage-sd model, so it is not replaced"):
             model.save(tmp_path / name)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 

@@ -53,7 +53,7 @@ def enter(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, foundation.Foundati
 
 
 def tiles_of(side: int) -> np.ndarray:
-    """Tiles of different colours."""
+    """Tiles of different colors."""
     random = np.random.default_rng(1)
     return (random.random((3, side, side, 3)) + 3 * random.normal(size=(3, 1, 1, 3))).astype(np.float32)
 
@@ -161,10 +161,10 @@ def test_an_extractor_of_it_embeds_tiles_of_a_section(tmp_path: Path, enter: Cal
         extractor("uni", weights=tmp_path / "uni.safetensors")(np.zeros((2, 224, 224, 3), np.uint8))
     loaded, _ = foundation.load_foundation("uni", tmp_path / "uni.safetensors")
     tiles = np.random.default_rng(0).integers(0, 255, (2, 224, 224, 3)).astype(np.uint8)
-    normalised = (tiles / 255.0 - np.array(model.normalisation[0])) / np.array(model.normalisation[1])
+    normalized = (tiles / 255.0 - np.array(model.normalization[0])) / np.array(model.normalization[1])
     with torch.inference_mode():
-        expected = network(torch.from_numpy(np.moveaxis(normalised, -1, 1).copy()).float())
-    np.testing.assert_allclose(loaded(normalised.astype(np.float32)), expected.numpy(), atol=1e-5)
+        expected = network(torch.from_numpy(np.moveaxis(normalized, -1, 1).copy()).float())
+    np.testing.assert_allclose(loaded(normalized.astype(np.float32)), expected.numpy(), atol=1e-5)
 
 
 @needs_extra
@@ -213,7 +213,7 @@ def test_all_are_listed_with_their_terms() -> None:
     assert set(foundation.FOUNDATION_MODELS) <= set(models.extractors())
     assert len(foundation.FOUNDATION_MODELS) == 11
     for model in foundation.FOUNDATION_MODELS.values():
-        assert model.licence
+        assert model.license
         assert model.page.startswith("https://")
         assert model.input_size >= model.crop >= 224
 

@@ -27,7 +27,7 @@ def counted(network: nnx.Module) -> int:
 
 
 def by_hand(n_types: int, kernel: int) -> dict[str, int]:
-    """Numbers of the published network: kernels, and two a channel for each normalisation."""
+    """Numbers of the published network: kernels, and two a channel for each normalization."""
 
     def residual(before: int, width: int, depth: int) -> int:
         out = 4 * width
@@ -69,6 +69,7 @@ def test_the_published_count() -> None:
     assert counted(blank(5, FAST)) == 37_639_626
 
 
+@pytest.mark.slow
 def test_shapes_layer_by_layer() -> None:
     """270 px in, 80 px out; 256 in, 164 out; and with padding as many out as in."""
     blocks: list[tuple[int, ...]] = []
@@ -90,6 +91,7 @@ def test_shapes_layer_by_layer() -> None:
         assert blocks == [(first, first, 64), *((first // 2**n, first // 2**n, 256 * 2**n) for n in range(4))]
 
 
+@pytest.mark.slow
 def test_the_recorded_graph_equals_the_module() -> None:
     for size, side in ((SIZES["small"], 64), (HoVerNetSize(8, (2, 1, 1, 1), (2, 1), 3, "valid"), 96)):
         network = HoVerNet(3, size=size, rngs=nnx.Rngs(0))
@@ -103,7 +105,7 @@ def test_the_recorded_graph_equals_the_module() -> None:
         np.testing.assert_allclose(found.transpose(0, 2, 3, 1), expected, atol=1e-4 * np.abs(expected).max())
 
 
-def test_batch_norm_normalises_and_follows() -> None:
+def test_batch_norm_normalizes_and_follows() -> None:
     layer = Norm(3)
     value = jnp.asarray(np.random.default_rng(0).normal(2.0, 3.0, (4, 8, 8, 3)), jnp.float32)
     for _ in range(200):
@@ -114,6 +116,7 @@ def test_batch_norm_normalises_and_follows() -> None:
     np.testing.assert_allclose(layer.variance[...], np.var(np.asarray(value), axis=(0, 1, 2), ddof=1), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_computing_activations_again_changes_no_gradient() -> None:
     network = HoVerNet(2, size=HoVerNetSize(8, (1, 1, 1, 1), (1, 1), 3), rngs=nnx.Rngs(0))
     graph, parameters, rest = nnx.split(network, nnx.Param, ...)

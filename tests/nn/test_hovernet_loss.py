@@ -54,7 +54,7 @@ def test_losses_equal_numpys() -> None:
     np.testing.assert_allclose(found.distances, ((hv - targets.hv) ** 2).mean() + 2 * error, rtol=1e-4)
 
 
-def test_uncertain_types_are_left_out_where_types_are_learnt_alone() -> None:
+def test_uncertain_types_are_left_out_where_types_are_learned_alone() -> None:
     (nuclear, hv, types), targets = example()
     unsure = targets.types.copy()
     unsure[:, :6] = IGNORED

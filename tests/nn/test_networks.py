@@ -75,14 +75,15 @@ def network(request: pytest.FixtureRequest) -> tuple[nnx.Module, onnxruntime.Inf
     return built, onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(224, 224), (299, 299), (65, 98)])
 def test_onnx_graph_equals_flax_module(network, shape):
     module, session = network
     tiles = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
-    tiles[1] = 255  # a bright border is where padding before or after normalisation differs
+    tiles[1] = 255  # a bright border is where padding before or after normalization differs
     recorded = session.run(["embedding"], {"tiles": tiles})[0]
-    normalised = (tiles.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
-    direct = nnx.jit(lambda network, tiles: network(tiles))(module, jnp.asarray(normalised))
+    normalized = (tiles.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)
+    direct = nnx.jit(lambda network, tiles: network(tiles))(module, jnp.asarray(normalized))
     assert recorded.dtype == np.float32
     assert direct.dtype == jnp.float32
     scale = np.abs(direct).max()
@@ -145,6 +146,7 @@ def test_parts_of_efficientnet_lite_begin_where_the_tile_is_halved(name):
     assert sizes == [(16, 16), (8, 8), (4, 4), ()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", [(14, 14), (9, 12)])
@@ -176,7 +178,7 @@ def test_shifted_products_equal_grouped_convolution(kernel_size, stride, shape):
 
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [(1, 1), (3, 2), (7, 2)])
-def test_conv_norm_is_convolution_then_normalisation(kernel_size, stride):
+def test_conv_norm_is_convolution_then_normalization(kernel_size, stride):
     random = np.random.default_rng(3)
     layer = layers.ConvNorm(3, 8, kernel_size, stride=stride, padding="same", epsilon=1e-3, rngs=nnx.Rngs(0))
     for variable in (layer.scale, layer.bias, layer.mean, layer.variance):
@@ -212,6 +214,7 @@ def test_halving_leaves_an_odd_row_out():
     np.testing.assert_allclose(halve(value)[0, :, :, 0], expected)
 
 
+@pytest.mark.slow
 def test_attention_is_a_weighted_mean_of_values():
     random = np.random.default_rng(0)
     block = Block(128, rngs=nnx.Rngs(1))
@@ -219,24 +222,25 @@ def test_attention_is_a_weighted_mean_of_values():
         layer.bias.set_value(jnp.asarray(random.normal(0, 0.3, layer.bias.shape), jnp.float32))
     tokens = random.normal(size=(2, 7, 128))
 
-    def normalised(value):
+    def normalized(value):
         return (value - value.mean(axis=-1, keepdims=True)) / np.sqrt(value.var(axis=-1, keepdims=True) + 1e-6)
 
     def dense(value, layer):
         return value @ np.asarray(layer.kernel[...], np.float64) + np.asarray(layer.bias[...], np.float64)
 
-    packed = dense(normalised(tokens), block.queries_keys_values)
+    packed = dense(normalized(tokens), block.queries_keys_values)
     heads = []
     for head in range(2):
         queries, keys, values = (packed[..., start + 64 * head :][..., :64] for start in (0, 128, 256))
         weights = np.exp(queries @ keys.transpose(0, 2, 1) / 8)
         heads.append(weights / weights.sum(axis=-1, keepdims=True) @ values)
     middle = tokens + dense(np.concatenate(heads, axis=-1), block.project)
-    inner = dense(normalised(middle), block.expand)
+    inner = dense(normalized(middle), block.expand)
     expected = middle + dense(inner * stats.norm.cdf(inner), block.contract)
     np.testing.assert_allclose(block(jnp.asarray(tokens, jnp.float32)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_vision_transformer_tells_where_a_patch_lies():
     network = SMALL_VIT(rngs=nnx.Rngs(0))
     network.positions.set_value(jax.random.normal(jax.random.key(1), network.positions.shape))
@@ -273,6 +277,7 @@ def test_fixed_padding_is_symmetric():
     assert layers.pad_widths(224, kernel_size=7, stride=2, padding=3) == (3, 3)
 
 
+@pytest.mark.slow
 def test_gradient_reaches_parameters_and_leaves_statistics():
     settings = {"kernel_size": 5, "stride": 1, "expansion": 6}
     block = InvertedResidual(4, 4, **settings, rngs=nnx.Rngs(0))

@@ -51,6 +51,7 @@ def predict(own: list) -> jax.Array:
     return jnp.stack([jnp.exp(own[0].sum(axis=1) / 8) + own[1][:, 0], jnp.tanh(own[0][:, 5] * own[1][:, 1])], axis=1)
 
 
+@pytest.mark.slow
 def test_integrated_gradients_add_up_to_what_the_tile_adds(networks: list, tiles: list) -> None:
     found = integrated_gradients(networks, tiles, predict, baseline=[np.float32(255)] * 2, n_steps=64)
 
@@ -73,6 +74,7 @@ def test_integrated_gradients_of_a_linear_network_are_its_terms(networks: list, 
     np.testing.assert_allclose(found[0][0, 0], tiles[1][0, ..., 0] / 128 / 64, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_steps_do_not_depend_on_how_many_are_computed_at_a_time(networks: list, tiles: list) -> None:
     one, five = (
         integrated_gradients(networks, tiles, predict, baseline=[np.float32(0)] * 2, n_steps=5, batch_size=size)

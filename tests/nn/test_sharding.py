@@ -19,9 +19,9 @@ RUN = """
     import jax, numpy as np, scipy.sparse as sp
     from stimage_sd.models._features import FeatureSpace
     from stimage_sd.models._nb import NBModel
-    from stimage_sd.nn.negative_binomial_head import HEADS
+    from stimage_sd.likelihood.heads import HEADS
     from stimage_sd.nn.sharding import member_devices, shard_members
-    from stimage_sd.tl._training import TrainingData, train
+    from stimage_sd.tl._fit.training import TrainingData, train
 
     random = np.random.default_rng(0)
     out = {"n_devices": len(jax.devices())}

@@ -15,6 +15,8 @@ from stimage_sd.models._hovernet_weights import arrays_in_authors_naming, load_h
 from stimage_sd.models._weights import read_safetensors
 from stimage_sd.nn.hovernet import HoVerNet, HoVerNetSize, as_trained
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "same": HoVerNetSize(16, (2, 1, 2, 1), (2, 1), 5),
     "fast": HoVerNetSize(16, (1, 2, 1, 1), (8, 4), 3, "valid"),
@@ -33,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SIZES)
 def test_maps_equal_torchs(case: str, folder: Path) -> None:
     network = HoVerNet(4, size=SIZES[case], rngs=nnx.Rngs(1))

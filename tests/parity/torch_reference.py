@@ -121,11 +121,11 @@ def write(
         tiles = torch.randint(0, 256, (3, size, size, 3), dtype=torch.uint8)
         tiles[1] = 255
         tiles[2, :, : size // 2] = 0
-        normalised = (tiles.permute(0, 3, 1, 2) / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
+        normalized = (tiles.permute(0, 3, 1, 2) / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
             :, None, None
         ]
         with torch.set_grad_enabled(size == GRADIENT_SIZE):
-            outputs = network(normalised)
+            outputs = network(normalized)
         arrays |= {f"tiles_{size}": tiles.numpy(), f"outputs_{size}": outputs.detach().numpy()}
         if size == GRADIENT_SIZE:
             arrays["gradient"] = torch.autograd.grad(outputs.square().sum(), stem)[0].numpy()

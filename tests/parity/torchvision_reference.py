@@ -18,7 +18,7 @@ from torch_reference import write
 HALF = (0.5, 0.5, 0.5)
 
 
-def randomise(network: nn.Module) -> None:
+def randomize(network: nn.Module) -> None:
     """Give norms, tokens and attention weights that are not those that networks start with."""
     for part in network.modules():
         if isinstance(part, nn.BatchNorm2d | nn.LayerNorm):
@@ -39,18 +39,18 @@ def main(folder: Path) -> None:
     torch.set_num_threads(2)
     for name, classifier in (("resnet50", "fc"), ("densenet121", "classifier")):
         network = torchvision.models.get_model(name)
-        randomise(network)
+        randomize(network)
         write(network, name, folder, classifier=classifier)
     network = torchvision.models.vit_b_16()
-    randomise(network)
+    randomize(network)
     write(network, "vit_b_16", folder, sizes=(224,), classifier="heads")
     for name in ("vit_base_patch16_224", "vit_tiny_patch16_224"):
         network = timm.create_model(name)
-        randomise(network)
+        randomize(network)
         write(network, name, folder, mean=HALF, std=HALF, sizes=(224,), classifier="head")
     for name in ("resnet50", "densenet121"):
         network = timm.create_model(name)
-        randomise(network)
+        randomize(network)
         write(network, f"timm_{name}", folder, sizes=(224,), classifier="fc" if name == "resnet50" else "classifier")
 
 

@@ -64,7 +64,7 @@ def test_scores_refuses_another_table(result) -> None:
         pl.scores(result.scores.drop(columns="iou"))
     with pytest.raises(ValueError, match="found a table without a row"):
         pl.scores(result.scores.iloc[:0])
-    with pytest.raises(ValueError, match="Expected `ax` to be 5 axes, one a panel, found 1"):
+    with pytest.raises(ValueError, match="Expected `ax` to be 5 axes, one per panel, found 1"):
         pl.scores(result.scores, ax=plt.subplots()[1])
 
 
@@ -180,7 +180,7 @@ def test_calibration_of_a_large_section_takes_some_tiles(result, monkeypatch: py
 
 
 def test_calibration_refuses(result, make_spots, make_slide) -> None:
-    with pytest.raises(KeyError, match="No gene 'G99' among the 12 predicted ones; closest"):
+    with pytest.raises(KeyError, match="No gene 'G99' among the 12 predicted genes; closest"):
         pl.calibration(result.section, genes=["G99"])
     with pytest.raises(KeyError, match=r"has no predictions\. Run"):
         pl.calibration(make_spots(n_side=4))

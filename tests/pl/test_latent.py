@@ -1,4 +1,4 @@
-"""Tiles in two dimensions, coloured."""
+"""Tiles in two dimensions, colored."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_components_are_those_of_the_scaled_log_means(result) -> None:
     drawn = ax.collections[-1]
     for axis in range(2):  # a component's sign is free
         np.testing.assert_allclose(np.sort(np.abs(found[:, axis])), np.sort(np.abs(expected[:, axis])), atol=1e-4)
-    # the colours belong to their points
+    # the colors belong to their points
     mine = np.argsort(np.abs(expected[:, 0]))
     theirs = np.argsort(np.abs(found[:, 0]))
     np.testing.assert_allclose(np.asarray(drawn.get_array())[theirs], predictions[:, "G1"].X[mine, 0], rtol=1e-5)
@@ -35,7 +35,7 @@ def test_components_are_those_of_the_scaled_log_means(result) -> None:
 
 
 @pytest.mark.parametrize("basis", ["umap", "tsne"])
-def test_layouts_keep_neighbours_together_and_are_the_same_again(result, basis: str) -> None:
+def test_layouts_keep_neighbors_together_and_are_the_same_again(result, basis: str) -> None:
     first = points(pl.latent(result.section, "section", basis=basis, n_neighbors=10))
     again = points(pl.latent(result.section, "section", basis=basis, n_neighbors=10))
     np.testing.assert_array_equal(first, again)
@@ -58,7 +58,7 @@ def test_observed_counts_clusters_and_sections(result, planted: Callable) -> Non
     assert [text.get_text() for text in axes[2].get_legend().get_texts()] == ["test", "other"]
 
 
-def test_embeddings_are_drawn_and_coloured_by_predictions(result) -> None:
+def test_embeddings_are_drawn_and_colored_by_predictions(result) -> None:
     _, ax = plt.subplots()
     assert pl.latent(result.section, "ood_score", basis="pca", use="embeddings", extractor="toy", ax=ax) is ax
     values = np.asarray(ax.collections[-1].get_array())
@@ -69,9 +69,9 @@ def test_embeddings_are_drawn_and_coloured_by_predictions(result) -> None:
 def test_latent_refuses(result, make_spots: Callable) -> None:
     with pytest.raises(ValueError, match=r"`basis` to be one of .*found 'phate'"):
         pl.latent(result.section, basis="phate")
-    with pytest.raises(KeyError, match="No gene 'G99' among the 12 predicted ones; closest"):
+    with pytest.raises(KeyError, match="No gene 'G99' among the 12 predicted genes; closest"):
         pl.latent(result.section, "G99", basis="pca")
-    with pytest.raises(KeyError, match="No gene 'G99' among the 12 measured ones"):
+    with pytest.raises(KeyError, match="No gene 'G99' among the 12 measured genes"):
         pl.latent(result.section, "G99", basis="pca", observed=True)
     with pytest.raises(ValueError, match="`n_neighbors` from 2 to below the number of tiles, 100, found 100"):
         pl.latent(result.section, n_neighbors=100)

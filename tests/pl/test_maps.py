@@ -8,10 +8,12 @@ from collections.abc import Callable
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import shapely
 from matplotlib.axes import Axes
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from scipy.stats import pearsonr
 from spatialdata import SpatialData
+from spatialdata.transformations import remove_transformation
 
 from stimage_sd import contract, pl, pp, tl
 
@@ -49,7 +51,7 @@ def test_prediction_draws_counts_and_means_of_the_tables(result) -> None:
     assert predicted.get_title() == f"G3, predicted (Pearson r = {r:.2f})"
 
 
-def test_prediction_labels_both_colour_bars(result) -> None:
+def test_prediction_labels_both_color_bars(result) -> None:
     axes = pl.prediction(result.section, "G0")
     labels = [panel.get_xlabel() for panel in axes[0].figure.axes]
     assert [label for label in labels if label] == ["log(1 + count)", "log(1 + predicted mean count)"]
@@ -65,7 +67,8 @@ def test_prediction_has_a_scale_bar_of_a_round_length_where_mpp_is_known(result)
 
 def test_prediction_without_mpp_has_no_scale_bar(result) -> None:
     section = with_tables(result.section, "tiles", "predictions", "counts")
-    contract.info(section)["mpp"] = None
+    contract.remember(section, mpp=None)
+    remove_transformation(section.images["he"], "microns")
     assert not any(scale_bars(panel) for panel in pl.prediction(section, "G0"))
 
 
@@ -99,13 +102,13 @@ def test_prediction_draws_on_the_axes_given(result) -> None:
 
 @pytest.mark.parametrize("draw", [pl.prediction, pl.uncertainty])
 def test_an_unknown_gene_names_the_closest(result, draw: Callable) -> None:
-    with pytest.raises(KeyError, match=r"No gene 'g10x' among the 12 predicted ones; closest: G10"):
+    with pytest.raises(KeyError, match=r"No gene 'g10x' among the 12 predicted genes; closest: G10"):
         draw(result.section, "g10x")
 
 
 @pytest.mark.parametrize("draw", [pl.prediction, pl.uncertainty])
 def test_a_gene_like_none_names_some(result, draw: Callable) -> None:
-    with pytest.raises(KeyError, match="No gene 'ERBB2' among the 12 predicted ones; such as G0, G1, G2"):
+    with pytest.raises(KeyError, match="No gene 'ERBB2' among the 12 predicted genes; such as G0, G1, G2"):
         draw(result.section, "ERBB2")
 
 
@@ -117,9 +120,9 @@ def test_a_section_without_predictions_says_what_to_run(make_spots, draw: Callab
 
 def test_too_few_axes_are_refused(result) -> None:
     _, ax = plt.subplots()
-    with pytest.raises(ValueError, match="Expected `ax` to be 2 axes, one a panel, found 1"):
+    with pytest.raises(ValueError, match="Expected `ax` to be 2 axes, one per panel, found 1"):
         pl.prediction(result.section, "G0", ax=ax)
-    with pytest.raises(ValueError, match="Expected `ax` to be 4 axes, one a panel, found 1"):
+    with pytest.raises(ValueError, match="Expected `ax` to be 4 axes, one per panel, found 1"):
         pl.uncertainty(result.section, "G0", ax=ax)
 
 
@@ -200,7 +203,9 @@ def test_example_tiles_over_the_border_are_mirrored(make_slide, picture) -> None
     contract.write_tissue(section, np.ones((40, 40), bool), downsample=(10.0, 10.0))
     pp.tile(section, size_um=160)
     table = contract.tiles(section)
-    table.obsm["spatial"][0] = (40.0, 60.0)  # reaches 40 px over the left and 20 px over the upper border
+    # reaches 40 px over the left and 20 px over the upper border
+    table.obsm["spatial"][0] = (40.0, 60.0)
+    section.shapes["tile_squares"].loc[0, "geometry"] = shapely.box(-40, -20, 120, 140)
     table.obs["keep"] = np.arange(table.n_obs) == 0
     (inset,) = pl.tiles(section, n_examples=1).child_axes
     expected = np.pad(image, ((20, 0), (40, 0), (0, 0)), mode="reflect")[:160, :160]

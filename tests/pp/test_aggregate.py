@@ -27,19 +27,19 @@ from spatialdata.models import PointsModel, ShapesModel
 from spatialdata.transformations import Affine, Identity, get_transformation
 
 from stimage_sd import contract, pp
-from stimage_sd.nn.lattice import find_lattice
 from stimage_sd.pp._aggregate_transcripts import CONTROLS
 from stimage_sd.pp._spot_layout import lay_lattice
+from stimage_sd.stats.lattice import find_lattice
 
 GENES = ["ACTA2", "CD3E", "ERBB2", "KRT8", "SOX10"]
 FEATURES = [*GENES, "NegControlProbe_00042", "antisense_ACTA2", "UnassignedCodeword_0101", "Intergenic_Region_7"]
-#: micrometres to pixels: turned by 30 degrees, four pixels a micrometre
+#: micrometers to pixels: turned by 30 degrees, four pixels a micrometer
 TURNED = np.array([[3.4641, -2.0, 2100.0], [2.0, 3.4641, 100.0], [0.0, 0.0, 1.0]])
 MPP = 0.25
 
 
 def draw(n: int, *, extent: float = 1000.0, seed: int = 0) -> pd.DataFrame:
-    """Transcripts in micrometres, some of low quality, some controls."""
+    """Transcripts in micrometers, some of low quality, some controls."""
     random = np.random.default_rng(seed)
     return pd.DataFrame(
         {
@@ -81,8 +81,8 @@ def brute_force(
     tree = cKDTree(frame[["x", "y"]].to_numpy(np.float64) @ matrix[:2, :2].T + matrix[:2, 2])
     codes = pd.Index(genes).get_indexer(frame["feature_name"].astype(str))
     spots = sdata.shapes[contract.SPOTS]
-    centres, radii = shapely.get_coordinates(spots.geometry.to_numpy()), spots["radius"].to_numpy()
-    held = [codes[inside] for inside in tree.query_ball_point(centres, radii)]
+    centers, radii = shapely.get_coordinates(spots.geometry.to_numpy()), spots["radius"].to_numpy()
+    held = [codes[inside] for inside in tree.query_ball_point(centers, radii)]
     return np.stack([np.bincount(inside[inside >= 0], minlength=len(genes)) for inside in held])
 
 
@@ -150,11 +150,12 @@ def test_genes_are_those_of_the_table_of_cells_in_its_order():
     assert "counts" in sdata.tables
 
 
-@given(cuts=st.lists(st.integers(0, 3_000), max_size=8), n_workers=st.integers(1, 3), seed=st.integers(0, 5))
-def test_partitions_and_workers_do_not_matter(cuts, n_workers, seed):
+@pytest.mark.slow
+@given(cuts=st.lists(st.integers(0, 3_000), max_size=8), n_jobs=st.integers(1, 3), seed=st.integers(0, 5))
+def test_partitions_and_workers_do_not_matter(cuts, n_jobs, seed):
     frame = draw(3_000)
     expected = section_of(frame, parts=1)
-    pp.aggregate(expected, n_workers=1)
+    pp.aggregate(expected, n_jobs=1)
     order = np.random.default_rng(seed).permutation(len(frame))
     bounds = sorted([0, 3_000, *cuts])
     pieces = [frame.iloc[order[first:last]] for first, last in itertools.pairwise(bounds)]
@@ -162,7 +163,7 @@ def test_partitions_and_workers_do_not_matter(cuts, n_workers, seed):
     pieces = [piece.assign(feature_name=piece["feature_name"].cat.remove_unused_categories()) for piece in pieces]
     lazy = dd.from_delayed([delayed(piece) for piece in pieces], meta=frame.iloc[:0], verify_meta=False)
     sdata = section_of(lazy)
-    pp.aggregate(sdata, n_workers=n_workers)
+    pp.aggregate(sdata, n_jobs=n_jobs)
     one, other = expected.tables["spot_counts"], sdata.tables["spot_counts"]
     assert one.var_names.tolist() == other.var_names.tolist()
     pd.testing.assert_frame_equal(one.obs, other.obs)
@@ -211,13 +212,13 @@ class CountedParts:
 def test_partitions_are_read_once_and_only_in_the_columns_that_count():
     parts = CountedParts()
     sdata = section_of(dd.from_map(parts, range(40), meta=draw(500).iloc[:0], enforce_metadata=False))
-    centres = np.array([[2100.0, 2100.0], [2300.0, 2500.0]])
+    centers = np.array([[2100.0, 2100.0], [2300.0, 2500.0]])
     sdata.shapes["spots"] = contract.build_shapes(
-        gpd.GeoDataFrame({"radius": [110.0, 110.0]}, geometry=shapely.points(centres)), mpp=MPP
+        gpd.GeoDataFrame({"radius": [110.0, 110.0]}, geometry=shapely.points(centers)), mpp=MPP
     )
     parts.reads.clear()
     parts.columns.clear()
-    pp.aggregate(sdata, onto="spots", n_workers=2)
+    pp.aggregate(sdata, onto="spots", n_jobs=2)
     assert parts.reads == dict.fromkeys(range(40), 1)
     assert {frozenset(columns) for columns in parts.columns} == {frozenset(("x", "y", "feature_name", "qv"))}
     whole = pd.concat([draw(500, seed=number) for number in range(40)])
@@ -265,32 +266,32 @@ def test_circles_lie_within_the_field_and_leave_no_place_free(corners, pitch, pa
         return
     diameter = part * pitch
     spots = lay_lattice(field, onto=onto, pitch=pitch, diameter=diameter)
-    centres = shapely.get_coordinates(spots.shapes.geometry)
-    assert (shapely.distance(field.exterior, shapely.points(centres)) >= diameter / 2 * (1 - 1e-5)).all()
-    assert shapely.contains_xy(field, centres).all()
-    assert len(set(spots.obs.index)) == len(centres)
-    apart = cKDTree(centres).query(centres, k=2)[0][:, 1] if len(centres) > 1 else np.array([pitch])
+    centers = shapely.get_coordinates(spots.shapes.geometry)
+    assert (shapely.distance(field.exterior, shapely.points(centers)) >= diameter / 2 * (1 - 1e-5)).all()
+    assert shapely.contains_xy(field, centers).all()
+    assert len(set(spots.obs.index)) == len(centers)
+    apart = cKDTree(centers).query(centers, k=2)[0][:, 1] if len(centers) > 1 else np.array([pitch])
     np.testing.assert_allclose(apart.min(), pitch, rtol=1e-6)
     # wherever a disc fits with room to spare, a spot is near
     room = field.buffer(-pitch)
     samples = np.random.default_rng(0).uniform(*np.array(room.bounds).reshape(2, 2), (200, 2))
     samples = samples[shapely.contains_xy(room, samples)]
     if len(samples):
-        assert cKDTree(centres).query(samples)[0].max() <= pitch * (np.sqrt(0.5) if onto == "grid" else 3**-0.5) + 1e-6
+        assert cKDTree(centers).query(samples)[0].max() <= pitch * (np.sqrt(0.5) if onto == "grid" else 3**-0.5) + 1e-6
     moved = lay_lattice(shapely.affinity.translate(field, *shift), onto=onto, pitch=pitch, diameter=diameter)
-    if len(moved.obs) == len(centres):  # a circle that touches the border may fall on either side
-        np.testing.assert_allclose(shapely.get_coordinates(moved.shapes.geometry), centres + shift, atol=1e-6)
+    if len(moved.obs) == len(centers):  # a circle that touches the border may fall on either side
+        np.testing.assert_allclose(shapely.get_coordinates(moved.shapes.geometry), centers + shift, atol=1e-6)
 
 
 def test_spots_lie_within_what_was_measured_also_where_it_is_turned():
     sdata = section_of(draw(40_000))
     pp.aggregate(sdata)
-    centres = sdata.tables["spot_counts"].obsm["spatial"]
+    centers = sdata.tables["spot_counts"].obsm["spatial"]
     back = np.linalg.inv(TURNED)
-    own = centres @ back[:2, :2].T + back[:2, 2]
+    own = centers @ back[:2, :2].T + back[:2, 2]
     assert own.min() >= 27.5 - 0.1
     assert own.max() <= 1000 - 27.5 + 0.1
-    assert len(centres) == pytest.approx(1000**2 / (100 * 86.6), rel=0.15)
+    assert len(centers) == pytest.approx(1000**2 / (100 * 86.6), rel=0.15)
 
 
 def test_spots_lie_on_the_he(make_slide):
@@ -395,7 +396,7 @@ def test_circles_that_a_transformation_scales():
 def section_of_cells(
     values: np.ndarray | sp.spmatrix, *, name: str, n: int = 600, seed: int = 0
 ) -> tuple[SpatialData, np.ndarray]:
-    """A section of cells in micrometres, placed; and their positions in pixels."""
+    """A section of cells in micrometers, placed; and their positions in pixels."""
     random = np.random.default_rng(seed)
     positions = random.uniform(0, 1000, (n, 2))
     cells = gpd.GeoDataFrame({"radius": np.full(n, 5.0)}, geometry=shapely.points(positions))
@@ -473,9 +474,9 @@ def section_of_image(levels: list[da.Array], *, pixel_um: float = 0.5) -> Spatia
     return sdata
 
 
-def disc_means(image: np.ndarray, centres: np.ndarray, radius: float, factor: float) -> np.ndarray:
+def disc_means(image: np.ndarray, centers: np.ndarray, radius: float, factor: float) -> np.ndarray:
     rows, columns = (np.indices(image.shape[1:]) + 0.5) * factor
-    masks = [(columns - x) ** 2 + (rows - y) ** 2 <= radius**2 for x, y in centres]
+    masks = [(columns - x) ** 2 + (rows - y) ** 2 <= radius**2 for x, y in centers]
     return np.stack([image[:, mask].mean(axis=1, dtype=np.float64) for mask in masks])
 
 
@@ -588,7 +589,7 @@ def test_a_section_without_the_source_is_told_which_it_has(make_slide):
         ({"onto": "spots"}, KeyError, "No shapes .*spots.* to aggregate onto"),
         ({"shapes_key": "transcripts"}, ValueError, "'transcripts' is the name of another element"),
         ({"min_quality": 50}, ValueError, "No transcript counts: .*'of_low_quality': 500"),
-        ({"spot_um": 1200}, ValueError, "No spot of 4800.0 px fits into what was measured"),
+        ({"spot_um": 1200}, ValueError, "No spot of 4800.0 px fits into the measured area"),
         ({"pitch_um": 0.4}, ValueError, "two pixels of the H&E at least, found 1.60 px"),
     ],
 )
@@ -616,7 +617,7 @@ def test_transcripts_beside_the_he_are_refused(make_slide):
     sdata = make_slide(np.full((300, 300, 3), 200, np.uint8), mpp=0.5)
     sdata.points["transcripts"] = section_of(draw(500)).points["transcripts"]
     contract.place_instrument(sdata, np.array([[2.0, 0.0, 5000.0], [0.0, 2.0, 0.0], [0.0, 0.0, 1.0]]))
-    with pytest.raises(ValueError, match="does not lie on its H&E of 300 x 300 px"):
+    with pytest.raises(ValueError, match="do not lie on its H&E of 300 x 300 px"):
         pp.aggregate(sdata)
 
 

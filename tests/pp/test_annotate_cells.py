@@ -46,6 +46,15 @@ def test_types_of_a_reference(sdata: SpatialData, truth: pd.Series) -> None:
     assert sdata.tables["counts"].X.max() == int(sdata.tables["counts"].X.max())
 
 
+def test_cells_are_annotated_after_transcripts_were_aggregated(sdata: SpatialData) -> None:
+    reference = sti.datasets.synthetic_reference(n_markers=3)
+    sti.pp.aggregate(sdata)
+    sti.pp.annotate_cells(sdata, reference)
+    assert sdata.tables["counts"].obs["cell_type"].notna().all()
+    assert sdata.shapes["nuclei"]["cell_type"].notna().all()
+    assert "cell_type" not in sdata.tables["spot_counts"].obs
+
+
 def test_a_platforms_own_scale_does_not_matter(sdata: SpatialData, truth: pd.Series) -> None:
     """A reference of another efficiency a gene, and a finer name that is left out."""
     reference = sti.datasets.synthetic_reference(n_markers=3)

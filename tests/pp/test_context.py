@@ -1,4 +1,4 @@
-"""Spatial context: neighbours' embeddings against a loop over distances."""
+"""Spatial context: neighbors' embeddings against a loop over distances."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def brute_force(sdata: SpatialData, kind: str, n_rings: int, how: Callable) -> n
     for tile in range(len(own)):
         inner, parts = own[tile], []
         for ring in range(1, n_rings + 1):
-            neighbours = np.flatnonzero((steps[tile] == ring) & keep)
-            inner = how(own[neighbours], axis=0) if neighbours.size else inner
+            neighbors = np.flatnonzero((steps[tile] == ring) & keep)
+            inner = how(own[neighbors], axis=0) if neighbors.size else inner
             parts.append(inner)
         rows.append(np.concatenate(parts))
     return np.stack(rows)
@@ -53,7 +53,7 @@ def brute_force(sdata: SpatialData, kind: str, n_rings: int, how: Callable) -> n
 @pytest.mark.parametrize("n_rings", [1, 2, 3])
 @pytest.mark.parametrize("aggregate", ["mean", "max"])
 def test_rings_against_a_loop(make_spots: Callable, kind: str, n_rings: int, aggregate: str) -> None:
-    # a corner whose neighbours are all dropped repeats itself
+    # a corner whose neighbors are all dropped repeats itself
     sdata = made(make_spots, kind, off=(1, 7, 8, 24, 30))
     pp.spatial_context(sdata, "toy", n_rings=n_rings, aggregate=aggregate)
     found = contract.tiles(sdata).obsm["X_toy_context"]

@@ -18,7 +18,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract, models, pp
 from stimage_sd.pp._embed import _batch_size
-from stimage_sd.stream import cut_tile
+from stimage_sd.stream.cutting import cut_tile
 
 
 def corner_and_mean(tiles: np.ndarray) -> np.ndarray:
@@ -64,15 +64,14 @@ def test_known_numbers_through_fields_of_view(make_slide: Callable, picture: Cal
     }
 
 
-def test_tiles_come_from_the_normalised_image_unless_told(make_slide: Callable, picture: Callable) -> None:
+def test_tiles_come_from_the_normalized_image_unless_told(make_slide: Callable, picture: Callable) -> None:
     image = tissue_picture(300, 300, picture)
     sdata = make_slide(image, mpp=1.0)
     pp.tile(sdata, size_um=32.0)
     pp.embed(sdata, "toy", fields_of_view=(1.0,), context_rings=0)
     plain = contract.embeddings(sdata, "toy").copy()
     sdata.images["inverted"] = contract.build_image([255 - contract.levels(sdata, "he")[0].data])
-    contract.info(sdata)["normalized_image"] = "inverted"
-    contract.info(sdata)["stain"] = {"method": "made up"}
+    contract.remember(sdata, normalized_image="inverted", stain={"method": "made up"})
     pp.embed(sdata, "toy", fields_of_view=(1.0,), context_rings=0)
     np.testing.assert_allclose(contract.embeddings(sdata, "toy"), 255 - plain, atol=1e-3)
     assert contract.tiles(sdata).uns["embeddings"]["toy"]["stain"] == '{"method": "made up"}'
@@ -137,7 +136,7 @@ KILLED = """
     sti.models.register_extractor("slow", slow, input_size=16, embedding_size=3, weights_hash="1")
     section = sti.io.slide({image!r}, mpp=1.0)
     sti.pp.tile(section, size_um=16.0)
-    sti.pp.embed(section, "slow", fields_of_view=(1.0,), context_rings=0, batch_size=16, n_workers=2)
+    sti.pp.embed(section, "slow", fields_of_view=(1.0,), context_rings=0, batch_size=16, n_jobs=2)
     np.save({out!r}, section.tables["tiles"].obsm["X_slow"])
 """
 

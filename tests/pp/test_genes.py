@@ -95,7 +95,7 @@ def test_counts_are_left_as_they_are(cohort: dict[str, SpatialData]) -> None:
     assert list(after.var.columns) == list(before.var.columns)
 
 
-def test_normalised_values_are_refused(cohort: dict[str, SpatialData]) -> None:
+def test_normalized_values_are_refused(cohort: dict[str, SpatialData]) -> None:
     sc.pp.normalize_total(cohort["a"].tables["counts"])
-    with pytest.raises(ValueError, match="raw integer counts in table 'counts' of section 'a'"):
+    with pytest.raises(ValueError, match="raw counts in table 'counts' of section 'a'"):
         pp.select_genes(cohort)

@@ -18,7 +18,7 @@ from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract, datasets, io, pp
 
-#: micrometres a pixel of the real H&E
+#: micrometers a pixel of the real H&E
 MPP = 0.69
 SIDE = 1500
 
@@ -77,7 +77,7 @@ def assert_same_places(mine: SpatialData, theirs: SpatialData, *, atol: float = 
 def test_a_xenium_run_without_alignment_is_placed_on_its_he(xenium_run: Path, tmp_path: Path) -> None:
     sdata = read_xenium(xenium_run)
     with pytest.raises(ValueError, match=r"pp\.register"):
-        contract.counts(sdata)
+        contract.find_units(sdata).positions(sdata)
     found = pp.register(sdata)
     table = sdata.tables["counts"]
     assert (found.moving, found.fixed, found.source) == ("dapi", "he", "instrument")
@@ -86,9 +86,9 @@ def test_a_xenium_run_without_alignment_is_placed_on_its_he(xenium_run: Path, tm
     assert found.n_inliers >= 20
     # cells, nuclei and transcripts lie on the H&E as the table's positions say
     cells = sdata.transform_element_to_coordinate_system("cells", "global")
-    centres = np.column_stack([cells.geometry.centroid.x, cells.geometry.centroid.y])
+    centers = np.column_stack([cells.geometry.centroid.x, cells.geometry.centroid.y])
     order = [list(cells.index).index(number) for number in table.obs["instance_id"]]
-    assert np.median(np.linalg.norm(centres[order] - table.obsm["spatial"], axis=1)) < 8.0
+    assert np.median(np.linalg.norm(centers[order] - table.obsm["spatial"], axis=1)) < 8.0
     for name in ("cells", "nuclei", "transcripts", "dapi"):
         assert {"global", "instrument", "microns"} <= set(placed(sdata)[name])
     # pictures: what squidpy looks for
@@ -178,7 +178,7 @@ def real(data_dir: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def stain(real: np.ndarray) -> np.ndarray:
-    """The haematoxylin of that field, 0 to 1; scikit-image's, not this package's."""
+    """The hematoxylin of that field, 0 to 1; scikit-image's, not this package's."""
     values = np.maximum(rgb2hed(real)[..., 0], 0).astype(np.float32)
     return np.clip(values / np.percentile(values, 99.9), 0, 1)
 
@@ -193,9 +193,9 @@ def turn(angle: float, scale: float, *, before: np.ndarray | None = None) -> np.
 def make_dapi(stain: np.ndarray, matrix: np.ndarray, scale: float, *, inverted: bool = False) -> np.ndarray:
     """What a fluorescence microscope may show of the stain: blurred, unevenly lit, noisy; ``uint16 (1, y, x)``."""
     side = int(1.5 * SIDE * scale)
-    centre = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
+    center = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
     smooth = cv2.GaussianBlur(stain, (0, 0), max(0.4 / scale, 0.3))
-    light = cv2.warpAffine(smooth, (np.linalg.inv(centre) @ matrix @ centre)[:2], (side, side))
+    light = cv2.warpAffine(smooth, (np.linalg.inv(center) @ matrix @ center)[:2], (side, side))
     light = cv2.GaussianBlur(light, (0, 0), 1.0) ** 0.8 + 0.05
     light *= np.linspace(0.6, 1.4, side, dtype=np.float32)
     light += 0.05 * np.sqrt(light) * np.random.default_rng(0).standard_normal(light.shape, np.float32)
@@ -232,7 +232,7 @@ def error_um(sdata: SpatialData, matrix: np.ndarray, pixel_um: float) -> float:
 
 
 @pytest.mark.parametrize(("angle", "scale", "inverted"), [(-2.9, 0.5, True), (1.1, 0.8, False), (0.3, 1.9, True)])
-def test_a_similarity_of_a_real_section_is_found_within_two_micrometres(
+def test_a_similarity_of_a_real_section_is_found_within_two_micrometers(
     real: np.ndarray, stain: np.ndarray, angle: float, scale: float, inverted: bool
 ) -> None:
     matrix = turn(angle, scale)
@@ -265,7 +265,7 @@ def test_an_unknown_resolution_follows_from_the_instruments(
 def test_a_wrong_resolution_is_told(real: np.ndarray, turned: tuple[np.ndarray, np.ndarray]) -> None:
     matrix, dapi = turned
     sdata = section(real, dapi, pixel_um=MPP, mpp=0.25)
-    with pytest.warns(UserWarning, match=r"stated to have 0.25 µm a pixel.* it has 0\.6[89]"):
+    with pytest.warns(UserWarning, match=r"stated to have 0.25 µm per pixel.* found 0\.6[89]"):
         pp.register(sdata)
     assert error_um(sdata, matrix, MPP) < 0.5
     assert contract.info(sdata)["mpp"] == 0.25
@@ -307,9 +307,9 @@ def test_only_the_level_worked_at_is_read(
 def test_an_image_that_no_instrument_measured_is_laid_on_another(real: np.ndarray, stain: np.ndarray) -> None:
     matrix = turn(1.2, 1.0)
     side = int(1.5 * SIDE)
-    centre = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
+    center = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1.0]])
     other = cv2.warpAffine(
-        real, (np.linalg.inv(centre) @ matrix @ centre)[:2], (side, side), borderValue=(240, 240, 240)
+        real, (np.linalg.inv(center) @ matrix @ center)[:2], (side, side), borderValue=(240, 240, 240)
     )
     lazy = {
         name: [da.from_array(np.moveaxis(image, -1, 0), chunks=(3, 512, 512))]
@@ -364,7 +364,7 @@ def test_a_section_without_an_instruments_image_is_told_to_name_one(blank: Spati
         pp.register(blank)
 
 
-def test_three_stains_of_eight_bit_are_no_colours(real: np.ndarray) -> None:
+def test_three_stains_of_eight_bit_are_no_colors(real: np.ndarray) -> None:
     stains = np.moveaxis(real, -1, 0)
     sdata = section(real, stains, pixel_um=MPP, channels=("CD3", "CD4", "CD8"))
     with pytest.raises(KeyError, match=r"such as DAPI or Hoechst.*\['CD3', 'CD4', 'CD8'\].*`channel=`"):

@@ -19,10 +19,10 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract, datasets, io, pp
+from stimage_sd.image import quality
 from stimage_sd.io._raster import raster_from_array
-from stimage_sd.nn import quality
 
-#: micrometres a pixel of the second level of the real sections, on which artefacts are painted
+#: micrometers a pixel of the second level of the real sections, on which artifacts are painted
 MPP = 1.38
 #: light that inks let through, of 255, as markers look on slides
 INKS = {
@@ -43,7 +43,7 @@ COLUMNS = [
     "sharpness",
     "brightness",
     "contrast",
-    "haematoxylin",
+    "hematoxylin",
     "eosin",
     "dark_fraction",
     "pixel_um",
@@ -103,6 +103,7 @@ def test_the_blurred_half_of_a_real_section_is_half(
     assert row["keep"]
 
 
+@pytest.mark.slow
 def test_blur_is_monotone_and_a_wholly_blurred_slide_is_dropped(
     real: np.ndarray, tissue: np.ndarray, make_slide: Callable
 ) -> None:
@@ -119,6 +120,7 @@ def test_blur_is_monotone_and_a_wholly_blurred_slide_is_dropped(
     assert table["reason"].iloc[-1].endswith("100% of the tissue is blurry")
 
 
+@pytest.mark.slow
 def test_blur_does_not_depend_on_where_the_tissue_lies_or_how_it_is_chunked(
     real: np.ndarray, tissue: np.ndarray, make_slide: Callable
 ) -> None:
@@ -139,11 +141,12 @@ def test_blur_does_not_depend_on_where_the_tissue_lies_or_how_it_is_chunked(
 def histoqc_blurry(image: np.ndarray, tissue: np.ndarray) -> float:
     """HistoQC's published rule, at 2.5 x (4 µm a pixel), with its defaults: radius 7 px, threshold 0.1."""
     size = tuple(round(side * MPP / 4.0) for side in image.shape[1::-1])
-    grey = skimage.color.rgb2gray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
+    gray = skimage.color.rgb2gray(cv2.resize(image, size, interpolation=cv2.INTER_AREA))
     mask = cv2.resize(tissue.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
-    return float((skimage.filters.gaussian(np.abs(skimage.filters.laplace(grey)), sigma=7) <= 0.1)[mask].mean())
+    return float((skimage.filters.gaussian(np.abs(skimage.filters.laplace(gray)), sigma=7) <= 0.1)[mask].mean())
 
 
+@pytest.mark.slow
 def test_blur_agrees_with_histoqc_but_a_pale_slide_is_not_blurry(
     real: np.ndarray, tissue: np.ndarray, make_slide: Callable
 ) -> None:
@@ -189,7 +192,7 @@ def test_real_sections_are_kept(data_dir: Path, section: str) -> None:
     assert row["pen_pixels"] == 0
     assert row["bubble_pixels"] == 0
     assert row["sharpness"] > 1.1
-    assert row["haematoxylin"] > row["eosin"]
+    assert row["hematoxylin"] > row["eosin"]
 
 
 @pytest.mark.parametrize("name", ["CMU-1-Small-Region.svs", "CropBreastSlide.tiff"])
@@ -213,16 +216,16 @@ def test_painted_sections_are_kept(synthetic: Callable[..., SpatialData]) -> Non
 # ink, bubbles, specks
 
 
-@pytest.mark.parametrize("colour", INKS)
+@pytest.mark.parametrize("color", INKS)
 @pytest.mark.parametrize("width_um", [200.0, 600.0])
 def test_pen_strokes_of_known_area(
-    real: np.ndarray, tissue: np.ndarray, make_slide: Callable, colour: str, width_um: float
+    real: np.ndarray, tissue: np.ndarray, make_slide: Callable, color: str, width_um: float
 ) -> None:
     drawn = np.zeros(real.shape[:2], np.uint8)
     path = np.array([(300, 400), (1800, 700), (2600, 2000), (2300, 3600)], np.int32)  # over glass and tissue
     cv2.polylines(drawn, [path], False, 1, round(width_um / MPP), cv2.LINE_8)
     image = real.copy()
-    image[drawn > 0] = (real[drawn > 0] * (np.array(INKS[colour]) / 255.0)).astype(np.uint8)
+    image[drawn > 0] = (real[drawn > 0] * (np.array(INKS[color]) / 255.0)).astype(np.uint8)
     sdata = make_slide(image, mpp=MPP)
     contract.write_tissue(sdata, tissue, downsample=(1.0, 1.0))
     row = pp.slide_qc(sdata).iloc[0]
@@ -364,7 +367,7 @@ def test_only_the_coarsest_sufficient_level_is_read_and_once(counted_image: Call
 
 def test_a_failing_section_leaves_the_cohort_as_it_was(make_slide: Callable[..., SpatialData]) -> None:
     good, coarse = make_slide(small_slide(0), mpp=2.0), make_slide(small_slide(0), mpp=20.0, sample="coarse")
-    with pytest.raises(ValueError, match=r"'coarse' has 20 µm a pixel, too coarse .* `working_um=20`"):
+    with pytest.raises(ValueError, match=r"'coarse' has 20 µm per pixel, too coarse .* `working_um=20`"):
         pp.slide_qc({"good": good, "coarse": coarse})
     assert "quality" not in good.labels
     assert "quality" not in contract.info(good)
@@ -402,10 +405,10 @@ def test_thresholds_out_of_range_are_refused(make_slide: Callable, options: dict
 
 @pytest.mark.parametrize("gain", [0.2, 0.5, 1.0])
 def test_the_ratio_does_not_depend_on_contrast(gain: float) -> None:
-    grey = skimage.color.rgb2gray(skimage.data.immunohistochemistry()).astype(np.float32)
-    inside = np.ones((grey.shape[0] // 4, grey.shape[1] // 4), bool)
-    one, _, _ = quality.sharpness(*quality.edge_energy(grey), inside)
-    other, _, _ = quality.sharpness(*quality.edge_energy(gain * grey), inside)
+    gray = skimage.color.rgb2gray(skimage.data.immunohistochemistry()).astype(np.float32)
+    inside = np.ones((gray.shape[0] // 4, gray.shape[1] // 4), bool)
+    one, _, _ = quality.sharpness(*quality.edge_energy(gray), inside)
+    other, _, _ = quality.sharpness(*quality.edge_energy(gain * gray), inside)
     np.testing.assert_allclose(other, one, rtol=2e-3)
 
 
@@ -415,9 +418,9 @@ def test_blurred_by_a_working_pixel_is_the_limit_at_every_scale(real: np.ndarray
     ratios = []
     for sigma in (0.7, 1.6):
         smooth = cv2.GaussianBlur(middle, (0, 0), sigma * 2 * scale)
-        grey = cv2.cvtColor(smooth, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
-        size = tuple(side // (2 * scale) // 4 * 4 for side in grey.shape[::-1])
-        working = cv2.resize(grey, size, interpolation=cv2.INTER_AREA)
+        gray = cv2.cvtColor(smooth, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
+        size = tuple(side // (2 * scale) // 4 * 4 for side in gray.shape[::-1])
+        working = cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
         inside = np.ones((size[1] // 4, size[0] // 4), bool)
         ratios.append(np.median(quality.sharpness(*quality.edge_energy(working), inside)[0]))
     assert ratios[0] > quality.LEAST_SHARPNESS > ratios[1]
@@ -425,8 +428,8 @@ def test_blurred_by_a_working_pixel_is_the_limit_at_every_scale(real: np.ndarray
 
 def test_neither_red_cells_nor_violet_nuclei_are_ink() -> None:
     glass = np.array([245.0, 245.0, 245.0])
-    for colour in ((205, 105, 125), (70, 55, 125), (100, 80, 150), (225, 150, 190)):
-        image = np.full((80, 80, 3), colour, np.uint8)
+    for color in ((205, 105, 125), (70, 55, 125), (100, 80, 150), (225, 150, 190)):
+        image = np.full((80, 80, 3), color, np.uint8)
         assert not quality.ink(image, glass, thickness=11, least_area=100).any()
     thin = np.full((80, 80, 3), 245, np.uint8)
     cv2.line(thin, (5, 5), (75, 60), INKS["blue"], 3)

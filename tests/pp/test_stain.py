@@ -1,4 +1,4 @@
-"""Stain normalisation of sections: lazy, whatever the reference, blind to the lamp."""
+"""Stain normalization of sections: lazy, whatever the reference, blind to the lamp."""
 
 from __future__ import annotations
 
@@ -23,14 +23,21 @@ def pixels(sdata: SpatialData, name: str, level: int = 0) -> np.ndarray:
     return np.moveaxis(np.asarray(contract.levels(sdata, name)[level].data), 0, -1)
 
 
-def stained_glass(height: int = 480, width: int = 520, *, turned: float = 0.0, seed: int = 0) -> np.ndarray:
+def stained_glass(
+    height: int = 480,
+    width: int = 520,
+    *,
+    turned: float = 0.0,
+    seed: int = 0,
+    gains: tuple[float, float] = (1.2, 1.6),
+) -> np.ndarray:
     """Two stains in smooth amounts, with a frame of glass, ``float (y, x, 3)`` of transmission, 0 to 1."""
     matrix = np.array([[0.65, 0.70, 0.29], [0.07 + turned, 0.99, 0.11 + turned]])
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     random = np.random.default_rng(seed)
     amounts = [
         cv2.GaussianBlur(random.gamma(0.4, 1.0, (height, width)), (0, 0), sigma) * gain
-        for sigma, gain in ((2, 1.2), (6, 1.6))
+        for sigma, gain in zip((2, 6), gains, strict=True)
     ]
     amounts = np.stack(amounts, axis=-1)
     amounts[:60], amounts[-60:], amounts[:, :60], amounts[:, -60:] = 0, 0, 0, 0
@@ -72,7 +79,7 @@ def test_the_added_image_has_the_form_of_its_source(make_slide: Callable[..., Sp
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_normalising_to_oneself_changes_nothing(make_slide: Callable[..., SpatialData], method: str) -> None:
+def test_normalizing_to_oneself_changes_nothing(make_slide: Callable[..., SpatialData], method: str) -> None:
     sdata = make_slide(scanned(stained_glass()))
     pp.stain_normalize(sdata, method=method)
     difference = pixels(sdata, "he_normalized").astype(int) - pixels(sdata, "he")
@@ -126,10 +133,10 @@ def test_different_stains_come_closer(synthetic: Callable[..., SpatialData], met
     inside = (
         cv2.resize(mask.astype(np.uint8), pixels(one, "he", level).shape[1::-1], interpolation=cv2.INTER_NEAREST) > 0
     )
-    colours = [
+    colors = [
         pixels(*source, level)[inside].mean(axis=0) for source in ((one, "he"), (other, "he"), (other, "he_normalized"))
     ]
-    before, after = (np.linalg.norm(colours[0] - colour) for colour in colours[1:])
+    before, after = (np.linalg.norm(colors[0] - color) for color in colors[1:])
     assert before > 5
     assert after < share * before
     # and, of the stains themselves, the vectors
@@ -182,7 +189,7 @@ def test_what_is_returned_is_a_reference_for_the_next(make_slide: Callable[..., 
     assert pp.stain_normalize(second, tmp_path / "s.json") == reference
 
 
-def test_a_cohort_is_normalised_to_its_first(make_slide: Callable[..., SpatialData]) -> None:
+def test_a_cohort_is_normalized_to_its_first(make_slide: Callable[..., SpatialData]) -> None:
     cohort = {str(turn): make_slide(scanned(stained_glass(turned=0.1 * turn))) for turn in range(3)}
     reference = pp.stain_normalize(cohort)
     assert reference == fit_section(cohort["0"], method="vahadane")
@@ -215,7 +222,7 @@ def test_bad_input_is_refused_and_leaves_the_section_as_it_was(
         (ValueError, r"one of \['vahadane', 'macenko', 'reinhard'\], found 'he'", {"method": "he"}),
         (ValueError, '"match" or "keep", found \'scale\'', {"concentrations": "scale"}),
         (ValueError, "fitted by 'macenko', found `method='vahadane'`", {"reference": macenko}),
-        (ValueError, r"saved stain reference .* found .*colour", {"reference": {"colour": 1}}),
+        (ValueError, r"saved stain reference .* found .*color", {"reference": {"color": 1}}),
         (
             ValueError,
             r"saved stain reference .*stain_matrix",
@@ -223,10 +230,10 @@ def test_bad_input_is_refused_and_leaves_the_section_as_it_was(
         ),
         (FileNotFoundError, "No saved stain reference at .*none.json", {"reference": tmp_path / "none.json"}),
         (FileNotFoundError, "none.png", {"reference": tmp_path / "none.png"}),
-        (ValueError, "8-bit RGB", {"reference": np.zeros((9, 9), np.uint8)}),
+        (ValueError, "Expected an RGB image", {"reference": np.zeros((9, 9), np.uint8)}),
         (ValueError, "tissue to fit the stains on, found none", {"reference": np.full((99, 99, 3), 255, np.uint8)}),
         (KeyError, "No image 'x'", {"image_key": "x"}),
-        (ValueError, r"`image_key_added` to be another name .* found 'he'", {"image_key_added": "he"}),
+        (ValueError, r"`key_added` to be another name .* found 'he'", {"key_added": "he"}),
     ]:
         with pytest.raises(error, match=match):
             pp.stain_normalize(sdata, **arguments)
@@ -245,7 +252,7 @@ def test_a_blank_section_is_refused(make_slide: Callable[..., SpatialData]) -> N
         pp.stain_normalize(make_slide(np.full((300, 300, 3), 255, np.uint8)))
 
 
-def test_a_single_colour_has_no_two_stains(make_slide: Callable[..., SpatialData]) -> None:
+def test_a_single_color_has_no_two_stains(make_slide: Callable[..., SpatialData]) -> None:
     green = np.full((300, 300, 3), 250, np.uint8)
     green[60:240, 60:240] = (60, 200, 90)
     sdata = make_slide(green)
@@ -271,3 +278,38 @@ def test_white_point_of_a_picture_full_of_tissue_is_its_brightest(picture: Calla
     image = picture(100, 100)
     point = white_point(image, np.ones((100, 100), bool))
     np.testing.assert_allclose(point, np.percentile(image.reshape(-1, 3), 99.9, axis=0))
+
+
+# --------------------------------------------------------------------------------------------------
+# one stain alone
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("gains", [(0.0, 1.6), (0.04, 1.6), (1.2, 0.0)], ids=["eosin", "hardly any H", "hematoxylin"])
+def test_one_stain_alone_is_refused_by_every_method(
+    make_slide: Callable[..., SpatialData], method: str, gains: tuple[float, float]
+) -> None:
+    """Vectors that coincide made green of pink."""
+    noise = np.random.default_rng(1).normal(0, 1.5, (480, 520, 3))
+    image = np.clip(np.round(stained_glass(gains=gains) * 249 - 1 + noise), 0, 255).astype(np.uint8)
+    sdata, both = make_slide(image, mpp=0.5), make_slide(scanned(stained_glass()), mpp=0.5)
+    with pytest.raises(ValueError, match=r"(two stains|stains could not be fitted)"):
+        pp.stain_normalize(sdata, both, method=method)
+    assert "he_normalized" not in sdata.images
+    with pytest.raises(ValueError, match=r"(two stains|stains could not be fitted)"):
+        pp.stain_normalize(both, sdata, method=method)
+
+
+@pytest.mark.parametrize("method", ["vahadane", "macenko"])
+def test_a_saved_reference_of_one_stain_is_refused(make_slide: Callable[..., SpatialData], method: str) -> None:
+    good = asdict(fit_section(make_slide(scanned(stained_glass())), method=method))
+    eosin = np.array([0.07, 0.99, 0.11])
+    matrix = np.stack([eosin + np.array([0.0, 0.0, 0.005]), eosin, [1.0, 0.0, 0.0]], axis=1)
+    with pytest.raises(ValueError, match=r"cannot be told apart: the vectors .* are 0.3 degrees apart"):
+        StainReference.from_dict({**good, "stain_matrix": matrix.tolist()})
+    with pytest.raises(ValueError, match=r"cannot be told apart"):
+        pp.stain_normalize(
+            make_slide(scanned(stained_glass())),
+            StainReference(**{**good, "stain_matrix": tuple(map(tuple, matrix))}),
+            method=method,
+        )

@@ -8,6 +8,7 @@ from pathlib import Path
 import geopandas as gpd
 import numpy as np
 import pytest
+import shapely
 import spatialdata
 from hypothesis import given
 from hypothesis import strategies as st
@@ -82,7 +83,7 @@ def test_a_tile_a_spot_of_its_diameter(make_spots: Callable[..., SpatialData]) -
     assert sorted(tiles.obs["instance_id"]) == list(sdata.shapes["tile_squares"].index)
 
 
-def test_size_in_micrometres(make_spots: Callable[..., SpatialData]) -> None:
+def test_size_in_micrometers(make_spots: Callable[..., SpatialData]) -> None:
     sdata = make_spots(n_side=5, mpp=2.5)
     pp.tile(sdata, size_um=100.0, target_px=224)
     assert contract.tiling(sdata) == {"layout": "spots", "side_px": 40.0, "target_px": 224, "size_um": 100.0}
@@ -91,7 +92,7 @@ def test_size_in_micrometres(make_spots: Callable[..., SpatialData]) -> None:
     assert extent["x"][1] - extent["x"][0] == pytest.approx(100.0)
 
 
-def test_spots_without_resolution_need_no_micrometres(make_spots: Callable[..., SpatialData]) -> None:
+def test_spots_without_resolution_need_no_micrometers(make_spots: Callable[..., SpatialData]) -> None:
     sdata = make_spots(n_side=5, mpp=None)
     assert "size_um" not in contract.tiling(sdata)
     with pytest.raises(ValueError, match=r"no known resolution, which `size_um=` needs"):
@@ -115,16 +116,22 @@ def test_tiles_off_tissue_are_marked_and_kept(make_slide: Callable, make_spots: 
     assert contract.tiles(sdata).obs["keep"].sum() == 18
 
 
-def test_spots_outside_the_image_are_named(make_spots: Callable[..., SpatialData]) -> None:
+def test_spots_outside_the_image_get_no_tile_and_are_counted(make_spots: Callable[..., SpatialData]) -> None:
     sdata = make_spots(n_side=5)
     before = contract.tiles(sdata).copy()
-    contract.counts(sdata).obsm["spatial"][7] = [5000.0, 20.0]
-    with pytest.raises(ValueError, match=r"1 of 25 spots lie outside the image of 280 x 280 px, such as 'spot-7' at "):
+    spots = sdata.shapes["spots"]
+    for place in (shapely.Point(5000.0, 20.0), shapely.Point(np.nan, 20.0)):
+        spots.loc[7, "geometry"] = place
+        with pytest.warns(
+            UserWarning, match=r"1 of 25 spots of section 'made' lie outside its image .* as 'spot-7' at"
+        ):
+            pp.tile(sdata)
+        kept = before.obs["spot_id"] != "spot-7"
+        np.testing.assert_array_equal(contract.tiles(sdata).obsm["spatial"], before[kept].obsm["spatial"])
+        assert contract.tiles(sdata).obs["spot_id"].tolist() == before[kept].obs["spot_id"].tolist()
+    spots["geometry"] = [shapely.Point(5000.0, 20.0)] * 13 + list(spots.geometry[13:])
+    with pytest.raises(ValueError, match=r"13 of 25 spots lie outside the image of 280 x 280 px, such as 'spot-0' at "):
         pp.tile(sdata)
-    contract.counts(sdata).obsm["spatial"][7] = [np.nan, 20.0]
-    with pytest.raises(ValueError, match=r"1 of 25 spots lie outside .*'spot-7'"):
-        pp.tile(sdata)
-    np.testing.assert_array_equal(contract.tiles(sdata).obsm["spatial"], before.obsm["spatial"])
 
 
 def test_cells_without_a_diameter_need_a_size(make_spots: Callable[..., SpatialData]) -> None:

@@ -67,7 +67,7 @@ def test_mask_lies_on_the_tissue_in_full_resolution_pixels(make_slide: Callable[
     "image",
     [np.full((300, 300, 3), value, np.uint8) for value in (255, 240, 128, 0)]
     + [np.clip(np.random.default_rng(0).normal(240, 5, (300, 300, 3)), 0, 255).astype(np.uint8)],
-    ids=["white", "glass", "grey", "black", "noise"],
+    ids=["white", "glass", "gray", "black", "noise"],
 )
 @pytest.mark.parametrize("method", ["otsu", "grabcut"])
 def test_a_slide_without_tissue_is_refused(make_slide: Callable, image: np.ndarray, method: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import anndata as ad
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
@@ -42,21 +41,21 @@ def test_correlations_are_scipys() -> None:
 
 def test_slides_are_averaged_or_kept() -> None:
     predicted, bulk = tables()
-    averaged = sti.tl.bulk_correlation(predicted, bulk, patient="patient")
+    averaged = sti.tl.bulk_correlation(predicted, bulk, patient_key="patient")
     assert set(averaged.genes["n"]) == {12}
     values = np.log1p(predicted.X).reshape(12, 2, -1).mean(axis=1)
     assert averaged.genes["pearson"][0] == pytest.approx(stats.pearsonr(values[:, 0], bulk.X[:, 0]).statistic)
-    kept = sti.tl.bulk_correlation(predicted, bulk, patient="patient", average=False)
+    kept = sti.tl.bulk_correlation(predicted, bulk, patient_key="patient", average=False)
     assert set(kept.genes["n"]) == {24}
     assert kept.samples["sample"].tolist() == predicted.obs_names.tolist()
-    by = sti.tl.bulk_correlation(predicted, bulk, patient="patient", by="subtype")
+    by = sti.tl.bulk_correlation(predicted, bulk, patient_key="patient", by="subtype")
     assert set(by.genes["group"]) == {"HER2", "LumA"}
     assert set(by.genes["n"]) == {6}
     panels = sti.pl.scores(by.genes, metrics=["pearson", "spearman"])
     assert [label.get_text().split("\n")[0] for label in panels[0].get_xticklabels()] == ["HER2", "LumA"]
 
 
-def test_names_are_harmonised_and_what_is_left_is_said() -> None:
+def test_names_are_harmonized_and_what_is_left_is_said() -> None:
     predicted, bulk = tables(slides=1)
     predicted.obs_names = [*bulk.obs_names[:10], "X1", "X2"]
     predicted.var_names = ["g0", "G1", "ENSG00000141736.13", "G3", "OTHER", "G5"]
@@ -75,30 +74,58 @@ def test_tables_that_do_not_fit_say_so() -> None:
     with pytest.raises(ValueError, match=r"found 6 genes .* and 0 samples \(predicted \['P0-0'"):
         sti.tl.bulk_correlation(predicted, bulk)
     with pytest.raises(KeyError, match="No column 'case'"):
-        sti.tl.bulk_correlation(predicted, bulk, patient="case")
+        sti.tl.bulk_correlation(predicted, bulk, patient_key="case")
     with pytest.raises(KeyError, match="No layer 'q90'"):
-        sti.tl.bulk_correlation(predicted, bulk, patient="patient", layer="q90")
+        sti.tl.bulk_correlation(predicted, bulk, patient_key="patient", layer="q90")
     bulk.var_names = ["G0", "g0", "G2", "G3", "G4", "G5"]
     with pytest.raises(ValueError, match=r"unique genes, found \['G0', 'g0'\] in bulk"):
-        sti.tl.bulk_correlation(predicted, bulk, patient="patient")
+        sti.tl.bulk_correlation(predicted, bulk, patient_key="patient")
 
 
-def test_enrichment_is_the_hypergeometric_test(tmp_path: object) -> None:
-    tested = [f"G{i}" for i in range(200)]
-    sets = {"early": tested[:20], "late": tested[150:190], "small": tested[:2], "elsewhere": ["X1", "X2", "X3"]}
-    genes = [*tested[:12], *tested[150:153]]
-    found = sti.tl.enrichment(genes, sets, background=tested).set_index("gene_set")
-    assert list(found.index) == ["early", "late"]
-    assert found.loc["early", "p_value"] == pytest.approx(stats.hypergeom.sf(11, 200, 20, 15), rel=1e-6)
-    assert found.loc["late", "p_value"] == pytest.approx(stats.hypergeom.sf(2, 200, 40, 15), rel=1e-6)
-    np.testing.assert_allclose(found["q_value"], stats.false_discovery_control(found["p_value"]))
-    assert found.loc["early", "n_overlap"] == 12
-    gmt = tmp_path / "sets.gmt"
-    gmt.write_text("".join("\t".join([name, "about", *members]) + "\n" for name, members in sets.items()))
-    pd.testing.assert_frame_equal(sti.tl.enrichment(genes, gmt, background=tested).set_index("gene_set"), found)
-    with pytest.raises(FileNotFoundError, match="No GMT file"):
-        sti.tl.enrichment(genes, tmp_path / "none.gmt", background=tested)
-    with pytest.raises(ValueError, match="genes of the background, found 1 others"):
-        sti.tl.enrichment(["X"], sets, background=tested)
-    with pytest.raises(ValueError, match="No set has 3 genes"):
-        sti.tl.enrichment(genes, {"elsewhere": ["X1", "X2", "X3"]}, background=tested)
+def test_missing_values_stay_where_they_are() -> None:
+    predicted, bulk = tables(n=14, n_genes=8, slides=1)
+    predicted.obs_names = bulk.obs_names
+    whole = sti.tl.bulk_correlation(predicted, bulk)
+    assert len(whole.missing) == 0
+    assert "missing" not in str(whole)
+    bulk.X[:, 2], bulk.X[3], bulk.X[5, 6], bulk.X[6, 6] = np.nan, np.nan, np.nan, np.inf
+    predicted.X[7, 1] = np.nan
+    found = sti.tl.bulk_correlation(predicted, bulk)
+    assert found.genes["n"].tolist() == [13, 12, 0, 13, 13, 13, 11, 13]
+    assert found.genes["pearson"].isna().tolist() == [gene == 2 for gene in range(8)]
+    assert found.samples["n"].tolist() == [7, 7, 7, 0, 7, 6, 6, 6, *[7] * 6]
+    assert found.samples["spearman"].isna().tolist() == [sample == 3 for sample in range(14)]
+    values, measured = np.log1p(predicted.X), np.where(np.isfinite(bulk.X), bulk.X, np.nan)
+    for table, one, other in ((found.genes, values, measured), (found.samples, values.T, measured.T)):
+        for column, row in enumerate(table.itertuples()):
+            both = np.isfinite(one[:, column]) & np.isfinite(other[:, column])
+            for name, function in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
+                if both.any():
+                    expected = function(one[both, column], other[both, column])
+                    assert getattr(row, name) == pytest.approx(expected.statistic)
+                    assert getattr(row, f"{name}_p") == pytest.approx(expected.pvalue)
+    missing = found.missing.set_index(["kind", "side", "name"])["n_missing"].to_dict()
+    of_genes = {name: n for (kind, side, name), n in missing.items() if (kind, side) == ("gene", "bulk")}
+    assert of_genes == {"G0": 1, "G1": 1, "G2": 14, "G3": 1, "G4": 1, "G5": 1, "G6": 3, "G7": 1}
+    assert missing["sample", "bulk", "P3"] == 8
+    assert missing["sample", "predicted", "P7"] == missing["gene", "predicted", "G1"] == 1
+    assert str(found).endswith("missing values left out: 23 of bulk, 1 of predicted")
+
+
+def test_a_patient_without_a_value_on_one_slide_has_the_others() -> None:
+    predicted, bulk = tables()
+    predicted.X[4, 3] = np.nan
+    found = sti.tl.bulk_correlation(predicted, bulk, patient_key="patient")
+    mean = np.nanmean(np.log1p(predicted.X).reshape(12, 2, -1), axis=1)
+    assert found.genes["pearson"][3] == pytest.approx(stats.pearsonr(mean[:, 3], bulk.X[:, 3]).statistic)
+    assert set(found.genes["n"]) == {12}
+
+
+def test_groups_and_signs_that_cannot_be_right_are_refused() -> None:
+    predicted, bulk = tables()
+    predicted.obs["scanner"] = ["A"] * 3 + ["B"] * 21
+    with pytest.raises(ValueError, match="Slides of patient 'P1' differ in 'scanner'"):
+        sti.tl.bulk_correlation(predicted, bulk, patient_key="patient", by="scanner")
+    predicted.X[0, 0] = -0.5
+    with pytest.raises(ValueError, match=r"predictions of 0 or more, found -0\.5"):
+        sti.tl.bulk_correlation(predicted, bulk, patient_key="patient")

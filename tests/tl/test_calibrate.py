@@ -11,9 +11,9 @@ import pytest
 import scipy.stats
 
 from stimage_sd import contract, io, models, pp, tl
-from stimage_sd.nn.intervals import mixture_interval
-from stimage_sd.tl._conformal import conformal_level, level_scores
-from stimage_sd.tl._held_out import HeldOut
+from stimage_sd.likelihood.intervals import mixture_interval
+from stimage_sd.tl._predict.calibrate import conformal_level, level_scores
+from stimage_sd.tl._predict.held_out import HeldOut
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_sections_count_alike_whatever_their_size() -> None:
 @pytest.mark.parametrize("level", [0.3, 0.9])
 def test_a_new_section_is_covered_whatever_the_level_was(fitted: tuple, coverage: float, level: float) -> None:
     cohort, model = fitted
-    calibrated = tl.calibrate(replace(model, interval_level=level), cohort.sections["held"], coverage=coverage)
+    calibrated = tl.calibrate(cohort.sections["held"], replace(model, interval_level=level), coverage=coverage)
     # 2,352 counts, in whole numbers: the calibration section itself is just covered
     assert coverage <= covered(cohort.sections["held"], calibrated) <= coverage + 0.02
     assert covered(cohort.sections["test"], calibrated) == pytest.approx(coverage, abs=0.04)  # three standard errors
@@ -85,7 +85,7 @@ def test_a_new_section_is_covered_whatever_the_level_was(fitted: tuple, coverage
 def test_what_was_done_is_in_the_model_and_its_file(fitted: tuple, tmp_path: Path) -> None:
     cohort, model = fitted
     before = model.interval_level
-    calibrated = tl.calibrate(model, {name: cohort.sections[name] for name in ("held", "more")})
+    calibrated = tl.calibrate({name: cohort.sections[name] for name in ("held", "more")}, model)
     assert model.interval_level == before
     assert "calibration" not in model.training
     how = calibrated.training["calibration"]
@@ -101,7 +101,7 @@ def test_what_was_done_is_in_the_model_and_its_file(fitted: tuple, tmp_path: Pat
 def test_a_combination_is_calibrated_as_any_model(fitted: tuple) -> None:
     cohort, model = fitted
     wild = replace(model, parameters={**model.parameters, "bias": model.parameters["bias"] + 0.5})
-    both = tl.calibrate(tl.combine([model, wild]), cohort.sections["held"])
+    both = tl.calibrate(cohort.sections["held"], tl.combine([model, wild]))
     assert isinstance(both, models.CombinedModel)
     assert covered(cohort.sections["test"], both) == pytest.approx(0.9, abs=0.025)
 
@@ -110,7 +110,7 @@ def test_size_factors_are_those_of_the_spots(planted: Callable) -> None:
     cohort = planted(("a", "b", "held", "test"), n_side=12, n_features=6, n_genes=12, depth=0.6)
     train = {name: cohort.sections[name] for name in "ab"}
     model = tl.fit_nb(train, genes=cohort.genes, extractor="toy", n_members=2, max_epochs=10, size_factors="total")
-    calibrated = tl.calibrate(replace(model, interval_level=0.5), cohort.sections["held"])
+    calibrated = tl.calibrate(cohort.sections["held"], replace(model, interval_level=0.5))
     test = cohort.sections["test"]
     tl.predict(test, calibrated, size_factors="total")
     assert tl.evaluate(test)["coverage"].mean() == pytest.approx(0.9, abs=0.03)
@@ -118,11 +118,11 @@ def test_size_factors_are_those_of_the_spots(planted: Callable) -> None:
 
 def test_large_sections_are_sampled(fitted: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     cohort, model = fitted
-    whole = tl.calibrate(model, cohort.sections["held"])
-    monkeypatch.setattr("stimage_sd.tl._held_out._BLOCK", 500)
-    assert tl.calibrate(model, cohort.sections["held"]).interval_level == whole.interval_level
-    monkeypatch.setattr("stimage_sd.tl._held_out._MOST_COUNTS", 600)
-    some = tl.calibrate(model, cohort.sections["held"])
+    whole = tl.calibrate(cohort.sections["held"], model)
+    monkeypatch.setattr("stimage_sd.tl._predict.held_out._BLOCK", 500)
+    assert tl.calibrate(cohort.sections["held"], model).interval_level == whole.interval_level
+    monkeypatch.setattr("stimage_sd.tl._predict.held_out._MOST_COUNTS", 600)
+    some = tl.calibrate(cohort.sections["held"], model)
     assert some.training["calibration"]["n_counts"] == 600
     assert some.interval_level == pytest.approx(whole.interval_level, abs=0.06)
     assert some.interval_level != whole.interval_level
@@ -131,16 +131,16 @@ def test_large_sections_are_sampled(fitted: tuple, monkeypatch: pytest.MonkeyPat
 def test_mistakes_are_named(fitted: tuple, make_spots: Callable) -> None:
     cohort, model = fitted
     with pytest.raises(ValueError, match=r"trained on \['a', 'b'\], so \['b'\] cannot.*Leave a section out of the fit"):
-        tl.calibrate(model, {name: cohort.sections[name] for name in ("held", "b")})
+        tl.calibrate({name: cohort.sections[name] for name in ("held", "b")}, model)
     with pytest.raises(ValueError, match=r"so \['renamed'\] cannot"):
-        tl.calibrate(model, {"renamed": cohort.sections["a"]})
+        tl.calibrate({"renamed": cohort.sections["a"]}, model)
     for coverage in (0.0, 1.0, 90):
         with pytest.raises(ValueError, match="Expected `coverage` as a share between 0 and 1"):
-            tl.calibrate(model, cohort.sections["held"], coverage=coverage)
+            tl.calibrate(cohort.sections["held"], model, coverage=coverage)
     with pytest.raises(KeyError, match="12 of 12 genes are absent from section 'bare'"):
-        tl.calibrate(model, {"bare": make_spots(n_side=6, genes=["X", "Y", "Z", "W"])})
-    with pytest.raises(TypeError, match="found a str"):
-        tl.calibrate("model", cohort.sections["held"])
+        tl.calibrate({"bare": make_spots(n_side=6, genes=["X", "Y", "Z", "W"])}, model)
+    with pytest.raises(TypeError, match="found a dict"):
+        tl.calibrate(cohort.sections["held"], {})
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_intervals_cover_ninety_percent_of_a_fourth_section_of_real_tissue(data_
     pp.embed(cohort, fields_of_view=(2.0,))
     train = {name: cohort[name] for name in ("C2", "C3")}
     genes = pp.select_genes(train, n_top=100)
-    model = tl.calibrate(tl.fit_nb(train, genes=genes, n_members=4), cohort["C4"])
+    model = tl.calibrate(cohort["C4"], tl.fit_nb(train, genes=genes, n_members=4))
     assert 0.88 <= covered(cohort["C5"], model) <= 0.92
     # the uncertainty is where the errors are
     table = tl.risk_coverage(cohort["C5"], coverages=(0.8,))

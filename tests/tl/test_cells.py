@@ -28,7 +28,7 @@ import stimage_sd as sti
 from stimage_sd import contract
 from stimage_sd.models import CellClassifier
 from stimage_sd.nn.hovernet import HoVerNetSize
-from stimage_sd.tl._cell_tiles import CellTiles, typed_nuclei
+from stimage_sd.tl._cells.cell_tiles import CellTiles, typed_nuclei
 
 pytestmark = pytest.mark.slow
 #: so small that an epoch takes a second
@@ -77,16 +77,16 @@ def model(section: Section) -> CellClassifier:
 @pytest.fixture(scope="module")
 def held_out(section: Section, model: CellClassifier) -> SpatialData:
     sdata = section(13)
-    sti.tl.predict_cells(sdata, model, shapes_key="nuclei_predicted")
+    sti.tl.predict_cells(sdata, model, key_added="nuclei_predicted")
     return sdata
 
 
 # --------------------------------------------------------------------------------------------------
-# what is learnt
+# what is learned
 
 
 def test_a_held_out_sections_cells_are_found_and_told_apart(held_out: SpatialData) -> None:
-    for match in ("iou", "centres"):
+    for match in ("iou", "centers"):
         scores = sti.tl.evaluate_cells(held_out, match=match)
         summary = scores.summary.iloc[0]
         assert summary["f1"] >= 0.85
@@ -98,14 +98,14 @@ def test_a_held_out_sections_cells_are_found_and_told_apart(held_out: SpatialDat
 
 
 def test_entropy_tells_wrong_types_from_right_ones(section: Section, model: CellClassifier) -> None:
-    """On a noisy scan, where some are wrong: planted colours alone are told apart without a mistake."""
+    """On a noisy scan, where some are wrong: planted colors alone are told apart without a mistake."""
     sdata = section(13)
     image = np.asarray(contract.levels(sdata, "he")[0].data)
     noise = np.random.default_rng(0).normal(0, 15, image.shape)
     noisy = contract.build_image([da.from_array(np.clip(image + noise, 0, 255).astype(np.uint8), chunks=512)])
     scan = SpatialData(images={"he": noisy}, labels=dict(sdata.labels), shapes={"nuclei": sdata.shapes["nuclei"]})
     contract.register(scan, sample="noisy", platform="slide", image="he", mpp=0.5)
-    sti.tl.predict_cells(scan, model, shapes_key="nuclei_predicted")
+    sti.tl.predict_cells(scan, model, key_added="nuclei_predicted")
     summary = sti.tl.evaluate_cells(scan).summary.iloc[0]
     assert 0.6 < summary["accuracy"] < 0.99
     assert summary["entropy_auc"] > 0.7
@@ -132,7 +132,7 @@ def test_labels_of_others_teach_nothing(section: Section) -> None:
         frame["cell_type"] = np.random.default_rng(0).permutation(frame["cell_type"].astype(str))
     shuffled = sti.tl.fit_cell_classifier(cohort, n_epochs=6, **FIT)
     test = section(13)
-    sti.tl.predict_cells(test, shuffled, shapes_key="nuclei_predicted")
+    sti.tl.predict_cells(test, shuffled, key_added="nuclei_predicted")
     scores = sti.tl.evaluate_cells(test)
     assert scores.summary["f1"].iloc[0] > 0.7  # nuclei are nuclei
     # four near ties: which type is ahead is luck, a planted type at a time, and how likely the true one is held is not
@@ -268,7 +268,7 @@ class Counting:
 
 def test_an_interrupted_slide_goes_on(section: Section, held_out: SpatialData, model: CellClassifier) -> None:
     sdata = section(13)
-    options = {"shapes_key": "nuclei_predicted", "block_size": 128, "n_workers": 1}
+    options = {"key_added": "nuclei_predicted", "block_size": 128, "n_jobs": 1}
     stopping, going, whole = Counting(model, stop=20), Counting(model), Counting(model)
     with pytest.raises(RuntimeError, match="stopped"):
         sti.tl.predict_cells(sdata, stopping, **options)
@@ -318,7 +318,7 @@ def test_errors_of_fitting_say_what_to_do(section: Section) -> None:
         fit({"a": sdata}, tile_px=4096)
     with pytest.raises(ValueError, match="at least 500 nuclei"):
         fit({"a": sdata}, min_nuclei=500)
-    with pytest.raises(ValueError, match=r"0.25 µm a pixel or finer, found 0.5.*`mpp=0.5`"):
+    with pytest.raises(ValueError, match=r"0.25 µm per pixel or finer, found 0.5.*`mpp=0.5`"):
         fit({"a": sdata}, mpp=0.25)
     with pytest.raises(ValueError, match=r"one of .*'published', 'small'"):
         fit({"a": sdata}, size="huge")
@@ -335,7 +335,7 @@ def test_a_registration_that_failed_is_seen(section: Section) -> None:
         frame = contract.nuclei(sdata)
         moved = gpd.GeoDataFrame({"cell_type": frame["cell_type"]}, geometry=frame.geometry.translate(*shift))
         del sdata.shapes["nuclei"]
-        contract.write_nuclei(sdata, moved)
+        contract.write_shapes(sdata, moved, name="nuclei")
         with pytest.raises(ValueError, match=message):
             fit({"a": sdata})
 
@@ -350,11 +350,11 @@ def test_errors_of_predicting_and_scoring(section: Section, model: CellClassifie
         sti.tl.predict(sdata, model, size_factors="total")
     coarse = SpatialData(images={"he": sdata.images["he"]}, labels={"tissue": sdata.labels["tissue"]})
     contract.register(coarse, sample="coarse", platform="slide", image="he", mpp=1.0)
-    with pytest.raises(ValueError, match=r"at 0.5 µm a pixel or finer, as the network was trained on, found 1"):
+    with pytest.raises(ValueError, match=r"at 0.5 µm per pixel or finer, as the network was trained on, found 1"):
         sti.tl.predict(coarse, model)
     del coarse.labels["tissue"]
-    contract.info(coarse)["mpp"] = 0.5
+    contract.remember(coarse, mpp=0.5)
     with pytest.raises(KeyError, match=r"no tissue mask. Run `stimage_sd.pp.tissue_mask"):
         sti.tl.predict(coarse, model)
-    with pytest.raises(ValueError, match='"iou" or "centres"'):
+    with pytest.raises(ValueError, match='"iou" or "centers"'):
         sti.tl.evaluate_cells(sdata, match="nearest")

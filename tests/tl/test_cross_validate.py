@@ -62,6 +62,7 @@ def test_each_section_is_scored_by_a_model_of_the_others(cohort) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_held_out_sections_counts_do_not_reach_the_predictions(cohort) -> None:
     recipe = {"nb": partial(tl.fit_nb, **FIT)}
     tl.cross_validate(cohort.sections, recipe, genes=3, keep_predictions=True)
@@ -77,6 +78,7 @@ def test_the_held_out_sections_counts_do_not_reach_the_predictions(cohort) -> No
         np.testing.assert_array_equal(after.layers[layer], before.layers[layer])
 
 
+@pytest.mark.slow
 def test_all_sections_of_a_patient_are_held_out_together(cohort) -> None:
     recipe = Recorder()
     table = tl.cross_validate(
@@ -88,6 +90,7 @@ def test_all_sections_of_a_patient_are_held_out_together(cohort) -> None:
     assert table.groupby("section")["fold"].unique().str[0].to_dict() == {"a": "P1", "b": "P2", "c": "P1"}
 
 
+@pytest.mark.slow
 def test_genes_are_chosen_on_the_training_sections(cohort) -> None:
     recipe = Recorder()
     table = tl.cross_validate(cohort.sections, {"nb": recipe}, genes=3)
@@ -151,6 +154,7 @@ def test_results_of_other_settings_are_refused(cohort, tmp_path: Path) -> None:
     assert fitted._calls == []
 
 
+@pytest.mark.slow
 def test_a_new_model_is_added_to_finished_ones(cohort, tmp_path: Path) -> None:
     first = Recorder()
     tl.cross_validate(cohort.sections, {"nb": first}, genes=cohort.genes, out=tmp_path)

@@ -22,7 +22,7 @@ def cohort(n: int, n_genes: int, *, effect: float, seed: int = 0) -> ad.AnnData:
 
 def test_responders_are_told_and_chance_is_measured() -> None:
     table = cohort(80, 3, effect=2.0)
-    found = sti.tl.drug_response(table, response="response", positive="pCR", n_permutations=4, n_folds=3)
+    found = sti.tl.drug_response(table, response_key="response", positive="pCR", n_permutations=4, n_folds=3)
     assert found.auc > 0.8
     assert found.interval[0] < found.auc < found.interval[1]
     assert found.p_value == pytest.approx(0.2)
@@ -31,7 +31,7 @@ def test_responders_are_told_and_chance_is_measured() -> None:
     for fold, part in found.patients.groupby("fold"):
         expected = roc_auc_score(part["response"], part["score"])
         assert found.folds.set_index("fold")["auc"][fold] == pytest.approx(expected)
-    again = sti.tl.drug_response(table, response="response", positive="pCR", n_permutations=4, n_folds=3, n_workers=2)
+    again = sti.tl.drug_response(table, response_key="response", positive="pCR", n_permutations=4, n_folds=3, n_jobs=2)
     pd.testing.assert_frame_equal(found.patients, again.patients)
     assert again.p_value == found.p_value
     ax = sti.pl.roc(found)
@@ -42,7 +42,7 @@ def test_responders_are_told_and_chance_is_measured() -> None:
 @pytest.mark.slow
 def test_random_genes_tell_nothing() -> None:
     """670 patients, 1,522 genes; choosing or scaling on all of them would tell something."""
-    found = sti.tl.drug_response(cohort(670, 1522, effect=0.0), response="response", n_permutations=0, n_folds=3)
+    found = sti.tl.drug_response(cohort(670, 1522, effect=0.0), response_key="response", n_permutations=0, n_folds=3)
     assert abs(found.auc - 0.5) < 0.05
 
 
@@ -50,7 +50,7 @@ def test_the_scale_of_raw_counts_does_not_depend_on_their_depth() -> None:
     table = cohort(60, 5, effect=2.0)
     deeper = table.copy()
     deeper.X = table.X * np.random.default_rng(1).uniform(1, 50, (60, 1))
-    options = {"response": "response", "scale": "cpm", "n_folds": 3, "n_permutations": 0}
+    options = {"response_key": "response", "scale": "cpm", "n_folds": 3, "n_permutations": 0}
     one, other = (sti.tl.drug_response(each, **options) for each in (table, deeper))
     np.testing.assert_allclose(one.patients["score"], other.patients["score"], rtol=1e-6, atol=1e-8)
 
@@ -62,12 +62,12 @@ def test_bad_responses_say_what_to_do() -> None:
     few.obs["response"] = ["pCR"] * 2 + ["RD"] * 28
     logs.X = np.log(table.X)
     with pytest.raises(ValueError, match="Expected two responses in 'response', found 3"):
-        sti.tl.drug_response(three, response="response")
+        sti.tl.drug_response(three, response_key="response")
     with pytest.raises(ValueError, match="No response 'PR'"):
-        sti.tl.drug_response(table, response="response", positive="PR")
-    with pytest.raises(ValueError, match="patients of either response, one a fold, found 2"):
-        sti.tl.drug_response(few, response="response")
+        sti.tl.drug_response(table, response_key="response", positive="PR")
+    with pytest.raises(ValueError, match="patients of either response, one per fold, found 2"):
+        sti.tl.drug_response(few, response_key="response")
     with pytest.raises(ValueError, match='take `scale="none"`'):
-        sti.tl.drug_response(logs, response="response")
+        sti.tl.drug_response(logs, response_key="response")
     with pytest.raises(ValueError, match="Expected `scale`"):
-        sti.tl.drug_response(table, response="response", scale="zscore")
+        sti.tl.drug_response(table, response_key="response", scale="zscore")

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import scipy.ndimage
 import scipy.stats
+import shapely
 import spatialdata
 import squidpy as sq
 from spatialdata import SpatialData
@@ -194,16 +195,17 @@ def test_predictions_of_a_grid_cannot_be_evaluated(planted: Callable) -> None:
 
 
 def test_units_on_no_lattice_have_no_iou(section: SpatialData) -> None:
-    predictions = contract.predictions(section)
-    placed = predictions.obsm["spatial"].copy()
     on_lattice = tl.evaluate(section)
-    predictions.obsm["spatial"] = np.random.default_rng(0).uniform(0, 1000, placed.shape)
-    neighbours = libpysal.weights.KNN.from_array(predictions.obsm["spatial"], k=6).sparse
+    squares = section.shapes["tile_squares"]
+    x, y = np.random.default_rng(0).uniform(0, 1000, (2, len(squares)))
+    section.shapes["tile_squares"] = squares.set_geometry(shapely.box(x, y, x + 20, y + 20))
+    places = contract.tile_geometry(section, contract.predictions(section)).centers
+    neighbors = libpysal.weights.KNN.from_array(places, k=6).sparse
     try:
         with pytest.warns(UserWarning, match="IoU is left out"):
-            scores = tl.evaluate(section, graph=neighbours)
+            scores = tl.evaluate(section, graph=neighbors)
     finally:
-        predictions.obsm["spatial"] = placed
+        section.shapes["tile_squares"] = squares
     assert scores["iou"].isna().all()
     np.testing.assert_allclose(scores["pearson"], on_lattice["pearson"])
     assert scores["morans_i_predicted"].notna().any()
@@ -260,7 +262,7 @@ def test_counts_may_go_by_other_names(section: SpatialData) -> None:
 def test_names_that_lead_nowhere_are_listed(with_proteins: SpatialData) -> None:
     with pytest.raises(KeyError, match=r"genes that were not predicted: \['G77'\]"):
         tl.evaluate(with_proteins, against="proteins", names={"G77": "CD20"})
-    with pytest.raises(KeyError, match=r"what was not measured: \['CD3'\].*proteins of \['CD20', 'G1'\]"):
+    with pytest.raises(KeyError, match=r"names that were not measured: \['CD3'\].*proteins of \['CD20', 'G1'\]"):
         tl.evaluate(with_proteins, against="proteins", names={"G0": "CD3"})
     with pytest.raises(ValueError, match='"counts" or "proteins", found \'lipids\''):
         tl.evaluate(with_proteins, against="lipids")

@@ -8,16 +8,17 @@ from flax import nnx
 from scipy import sparse, stats
 
 from stimage_sd import contract, models, pp, tl
+from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models import _extractors
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._split_network import Trained
 from stimage_sd.nn.layers import ConvNorm, conv_norm, global_mean, relu
-from stimage_sd.nn.negative_binomial_head import HEADS
 from stimage_sd.nn.parts import Part, parts_of, run_parts
-from stimage_sd.stream import run_over_tiles
-from stimage_sd.tl import _finetuning
-from stimage_sd.tl._finetuning import Batch, Finetuning, PixelData, Scales, Settings
-from stimage_sd.tl._tile_store import TileStore
+from stimage_sd.stream.driver import run_over_tiles
+from stimage_sd.tl._fit import finetuning as _finetuning
+from stimage_sd.tl._fit.checkpoint import read_named, write_state
+from stimage_sd.tl._fit.finetuning import Batch, Finetuning, PixelData, Scales, Settings
+from stimage_sd.tl._fit.tile_store import TileStore
 
 PX = 16
 
@@ -173,8 +174,24 @@ def test_run_can_be_lengthened(fitted, cohort, genes, tmp_path):
     with pytest.raises(ValueError, match=r"run that differs in seed\."):
         tl.finetune_nb(cohort, genes=genes, checkpoint=tmp_path, seed=1, **OPTIONS)
     (tmp_path / "state.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"state\.safetensors cannot be read.*Delete it"):
-        tl.finetune_nb(cohort, genes=genes, checkpoint=tmp_path, **OPTIONS)
+    with pytest.warns(UserWarning, match=r"state\.safetensors is damaged.*starts over"):
+        same(fitted, tl.finetune_nb(cohort, genes=genes, checkpoint=tmp_path, **OPTIONS))
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "changed"])
+def test_a_damaged_checkpoint_is_told_and_counts_as_none(damage, tmp_path):
+    tree, named = {"a": np.arange(6.0, dtype=np.float32)}, {"b": np.ones((2, 3), np.float32)}
+    write_state(tmp_path, tree, named=named, about={"epoch": 3}, run={"seed": 0})
+    kept = read_named(tmp_path, run={"seed": 0})
+    assert kept is not None
+    np.testing.assert_array_equal(kept[0]["b"], named["b"])
+    assert kept[1] == {"epoch": 3}
+    file = tmp_path / "state.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes({"empty": b"", "cut": content[:-8], "changed": content}[damage])
+    with pytest.warns(UserWarning, match="damaged"):
+        assert read_named(tmp_path, run={"seed": 0}) is None
 
 
 def test_prediction_follows_from_pixels_and_weights(fitted, cohort, genes):
@@ -184,8 +201,8 @@ def test_prediction_follows_from_pixels_and_weights(fitted, cohort, genes):
     keep = table.obs["keep"].to_numpy()
     pp.embed(section, fitted.extractor, fields_of_view=(1.0,), context_rings=0)
     values = contract.embeddings(section, fitted.extractor.name)[keep].astype(np.float64)
-    standardised = (values - values.mean(axis=0)) / np.where(values.std(axis=0) > 1e-6, values.std(axis=0), np.inf)
-    logits = standardised @ fitted.features.components @ fitted.parameters["weight"][0] + fitted.parameters["bias"][0]
+    standardized = (values - values.mean(axis=0)) / np.where(values.std(axis=0) > 1e-6, values.std(axis=0), np.inf)
+    logits = standardized @ fitted.features.components @ fitted.parameters["weight"][0] + fitted.parameters["bias"][0]
     r_logits, p_logits = np.split(logits, 2, axis=1)
     r, p = np.log1p(np.exp(r_logits)), 1 / (1 + np.exp(-p_logits))
     predicted = section.tables["predictions"]
@@ -220,7 +237,7 @@ def test_loading_needs_the_network_that_was_trained(fitted, tmp_path):
     with pytest.raises(ValueError, match="extractor 'small', which is not registered here"):
         models.load(path)
     register("small", Whole())
-    with pytest.raises(ValueError, match="not of the network of the extractor 'small': 15 arrays differ"):
+    with pytest.raises(ValueError, match="do not fit the network of the extractor 'small': 15 arrays differ"):
         models.load(path)
     register("small", Small(), mean=(0.5, 0.5, 0.5))
     with pytest.raises(ValueError, match=r"with .*'mean': \[0.7, 0.5, 0.7\].*registered here has"):
@@ -268,8 +285,8 @@ def test_micro_batches_with_checkpoints_add_up_to_the_plain_gradient(step):
         total = tuning._add_gradient(total, trained, tuning._split.rest, scales, batch)
 
     def plain(network: nnx.Module, head: dict) -> jax.Array:
-        normalised = (jnp.asarray(tiles[rows], jnp.float32) / 255 - jnp.array([0.7, 0.5, 0.7])) / 0.2
-        inputs = ((network(normalised) - space.mean) / space.deviation) @ space.components
+        normalized = (jnp.asarray(tiles[rows], jnp.float32) / 255 - jnp.array([0.7, 0.5, 0.7])) / 0.2
+        inputs = ((network(normalized) - space.mean) / space.deviation) @ space.components
         return -HEADS["paper"].log_prob(head, inputs, jnp.asarray(counts[rows], jnp.float32), jnp.ones(len(rows))).sum()
 
     network = Small()
@@ -317,14 +334,14 @@ def test_store_gives_the_tiles_that_the_stream_cuts(cohort, tmp_path):
         ({"unfreeze": "first"}, ValueError, "`unfreeze` to be"),
         ({"learning_rate": 0.0}, ValueError, "`learning_rate` to be positive"),
         ({"micro_batch_size": 0}, ValueError, "`micro_batch_size` of at least 1"),
-        ({"input_px": 32}, ValueError, r"what the network takes \(16\), found 32"),
+        ({"input_px": 32}, ValueError, r"the network's input size \(16\), found 32"),
         ({"genes": ["none"]}, KeyError, "absent from section 'a'"),
-        ({"extractor": "colour"}, TypeError, "'colour' is a plain function"),
-        ({"extractor": "whole"}, ValueError, "does not say what its stages are"),
+        ({"extractor": "color"}, TypeError, "'color' is a plain function"),
+        ({"extractor": "whole"}, ValueError, "defines no stages"),
     ],
 )
 def test_bad_options_are_refused(changes, error, message, cohort, genes):
-    register("colour", lambda tiles: tiles.mean(axis=(1, 2)), embedding_size=3)
+    register("color", lambda tiles: tiles.mean(axis=(1, 2)), embedding_size=3)
     register("whole", Whole())
     with pytest.raises(error, match=message):
         tl.finetune_nb(cohort, **(OPTIONS | {"genes": genes} | changes))

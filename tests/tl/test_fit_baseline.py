@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from stimage_sd import contract, models, pp, tl
+from stimage_sd.baselines import MeanOnly, NearestTiles, Retrieval, Ridge
+from stimage_sd.models import SectionData
 from stimage_sd.models._baseline_model import section_data
+from stimage_sd.models._files import read_model
 from stimage_sd.models._predictor import Predictor
-from stimage_sd.models.baselines import MeanOnly, NearestTiles, Retrieval, Ridge, SectionData
 
 RECIPES = [
     MeanOnly(),
@@ -36,12 +38,15 @@ def fitted(cohort: object, recipe: object) -> models.BaselineModel:
     return tl.fit_baseline(train_of(cohort), recipe, genes=cohort.genes, extractor="toy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=repr)
 def test_each_recipe_predicts_is_scored_and_survives_the_disk(cohort, recipe, tmp_path):
     model = fitted(cohort, recipe)
     assert isinstance(model, Predictor)
     section = cohort.sections["d"]
-    tl.predict(section, model)
+    # counts compare with distributions at their own depth
+    depth = None if model.total is None else "total"
+    tl.predict(section, model, size_factors=depth)
     before = contract.predictions(section).copy()
     scores = tl.evaluate(section)
     assert 0.8 <= scores["coverage"].mean() <= 0.97
@@ -51,13 +56,24 @@ def test_each_recipe_predicts_is_scored_and_survives_the_disk(cohort, recipe, tm
         assert scores["nll"].mean() < scores["nll_floor"].mean() + (0.02 if recipe.name == "mean_only" else 0)
     loaded = models.load(model.save(tmp_path / "model.stimage"))
     assert loaded.recipe == recipe
-    tl.predict(section, loaded)
+    tl.predict(section, loaded, size_factors=depth)
     after = contract.predictions(section)
     np.testing.assert_array_equal(after.X, before.X)
     np.testing.assert_array_equal(after.layers["upper"], before.layers["upper"])
     np.testing.assert_array_equal(after.obs["ood_score"], before.obs["ood_score"])
     assert after.uns["prediction"]["head"] == recipe.name
     assert repr(loaded) == repr(model)
+
+
+def test_files_with_names_in_british_english_are_read(cohort, tmp_path):
+    model = fitted(cohort, Ridge(n_components=8))
+    config, arrays = read_model(model.save(tmp_path / "model.stimage"))
+    old = {key.replace("learned.", "learnt.").replace("center", "centre"): array for key, array in arrays.items()}
+    assert "learnt.space.centre" in old
+    loaded = models.BaselineModel.from_parts(config, old)
+    assert set(loaded.learned) == set(model.learned)
+    for key, array in model.learned.items():
+        np.testing.assert_array_equal(loaded.learned[key], array)
 
 
 def test_ridge_follows_the_planted_means(cohort):
@@ -109,8 +125,8 @@ class Brightness:
         logs = np.log1p(np.concatenate([section.counts.toarray() for section in sections]))
         return {"line": np.linalg.lstsq(brightness, logs, rcond=None)[0]}
 
-    def mean(self, learnt: dict[str, np.ndarray], section: SectionData) -> np.ndarray:
-        return np.maximum(np.expm1(self._see(section) @ learnt["line"]), 1e-3).astype(np.float32)
+    def mean(self, learned: dict[str, np.ndarray], section: SectionData) -> np.ndarray:
+        return np.maximum(np.expm1(self._see(section) @ learned["line"]), 1e-3).astype(np.float32)
 
     def _see(self, section: SectionData) -> np.ndarray:
         assert section.pixels.shape[1:] == (16, 16, 3)
@@ -118,6 +134,7 @@ class Brightness:
         return np.c_[section.pixels.mean(axis=(1, 2, 3)) / 255, np.ones(len(section.pixels))]
 
 
+@pytest.mark.slow
 def test_a_recipe_that_needs_pixels_sees_the_tiles(synthetic):
     section = synthetic(n_spots=60, n_genes=20)
     pp.tile(section)

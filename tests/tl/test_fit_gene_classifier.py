@@ -16,8 +16,8 @@ from sklearn.metrics import balanced_accuracy_score, f1_score, roc_auc_score
 
 from stimage_sd import contract, io, models, pp, tl
 from stimage_sd.models._gene_classifier import is_high
-from stimage_sd.nn import elastic_net
-from stimage_sd.nn.spatial import pattern_iou
+from stimage_sd.stats import elastic_net
+from stimage_sd.stats.spatial import pattern_iou
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -29,6 +29,7 @@ def pearson(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([np.corrcoef(a[:, gene], b[:, gene])[0, 1] for gene in range(a.shape[1])])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["paper", "dispersion"])
 def test_planted_truth_is_recovered(cohort: object, head: str) -> None:
     model = tl.fit_nb(
@@ -83,6 +84,7 @@ def test_same_seed_same_bits(cohort: object, tmp_path: Path) -> None:
     assert (first["head.weight"] != other["head.weight"]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["paper", "dispersion"])
 def test_members_differ_and_one_is_enough(cohort: object, head: str) -> None:
     many = tl.fit_nb(train_of(cohort), genes=cohort.genes, head=head, **QUICK)
@@ -102,6 +104,7 @@ def test_a_single_section_is_enough(cohort: object) -> None:
     assert model.training["validation"] == [["a"]] * 3
 
 
+@pytest.mark.slow
 def test_validation_by_name(cohort: object) -> None:
     model = tl.fit_nb(train_of(cohort), genes=cohort.genes, validation=["b"], **QUICK)
     assert model.training["validation"] == [["b"]] * 3
@@ -152,6 +155,7 @@ def test_size_factors_take_depth_out(planted: Callable) -> None:
         tl.predict(test, plain, size_factors="total")
 
 
+@pytest.mark.slow
 def test_only_kept_tiles_are_learned_from(planted: Callable) -> None:
     cohort = planted(("a", "b"), n_side=10)
     for sdata in cohort.sections.values():
@@ -167,6 +171,7 @@ def test_only_kept_tiles_are_learned_from(planted: Callable) -> None:
     assert list(predictions.obs["instance_id"]) == list(range(30, 100))
 
 
+@pytest.mark.slow
 def test_genes_never_seen_are_predicted_finitely(planted: Callable) -> None:
     cohort = planted(("a", "b"), n_side=8)
     for sdata in cohort.sections.values():
@@ -239,9 +244,9 @@ def test_sections_prepared_unlike_each_other(planted: Callable) -> None:
         tl.fit_nb(cohort.sections, genes=cohort.genes, **QUICK)
 
 
-def test_a_section_too_small_to_standardise(planted: Callable) -> None:
+def test_a_section_too_small_to_standardize(planted: Callable) -> None:
     cohort = planted(("a", "b"), n_side=4)
-    with pytest.raises(ValueError, match=r"at least 20 tiles, found 16. Fit with `standardize=\"cohort\"`"):
+    with pytest.raises(ValueError, match=r"at least 20 tiles, found 16 in section 'a'. Fit with `standardize="):
         tl.fit_nb(cohort.sections, genes=cohort.genes, standardize="section", **QUICK)
     assert tl.fit_nb(cohort.sections, genes=cohort.genes, standardize="cohort", **QUICK).n_members == 3
 
@@ -283,6 +288,7 @@ def seen_by_two(planted: Callable) -> object:
     return cohort
 
 
+@pytest.mark.slow
 def test_several_extractors_see_more_than_each(seen_by_two: object, tmp_path: Path) -> None:
     sections, truth = seen_by_two.sections, np.log(seen_by_two.mean["c"])
     train = {name: sections[name] for name in "ab"}
@@ -308,5 +314,5 @@ def test_a_section_that_lacks_one_of_the_extractors(seen_by_two: object, cohort:
     model = tl.fit_nb(train, genes=seen_by_two.genes, extractor=("toy", "wide"), n_members=1, max_epochs=2)
     with pytest.raises(KeyError, match="no embeddings by 'wide'"):
         tl.predict(cohort.sections["d"], model)
-    with pytest.raises(ValueError, match="a name or different names, got"):
+    with pytest.raises(ValueError, match="a name or different names, found"):
         tl.fit_nb(train, genes=seen_by_two.genes, extractor=("toy", "toy"), n_members=1)

@@ -15,6 +15,7 @@ import pytest
 import scipy.stats
 import spatialdata
 import squidpy as sq
+import zarr
 
 from stimage_sd import contract, models, pl, tl
 
@@ -37,8 +38,8 @@ def members(model: models.NBModel, features: np.ndarray) -> tuple[np.ndarray, np
         scaled = (features - space.mean) / space.deviation
     reduced = scaled.astype(np.float64) @ space.components
     weight, bias = (model.parameters[name].astype(np.float64) for name in ("weight", "bias"))
-    basis, centre = model.patterns.basis.astype(np.float64), model.patterns.centre.astype(np.float64)
-    seen = np.einsum("mtf,mfk->mtk", reduced[None] - centre[:, None], basis)
+    basis, center = model.patterns.basis.astype(np.float64), model.patterns.center.astype(np.float64)
+    seen = np.einsum("mtf,mfk->mtk", reduced[None] - center[:, None], basis)
     output = np.einsum("mtk,mko->mto", seen, weight) + bias[:, None]
     if model.head == "paper":
         r, p = np.split(output, 2, axis=-1)
@@ -124,7 +125,7 @@ def test_blocks_do_not_show(fitted: tuple, monkeypatch: pytest.MonkeyPatch) -> N
     test = cohort.sections["c"]
     tl.predict(test, trained["paper"])
     whole = contract.predictions(test).X.copy()
-    import stimage_sd.tl._predict as module
+    import stimage_sd.tl._predict.predict as module
 
     monkeypatch.setattr(module, "_BLOCK", 3 * 5 * 7)  # seven tiles at a time; 64 is no multiple of it
     tl.predict(test, trained["paper"])
@@ -137,8 +138,8 @@ def test_on_disk_it_is_the_same(fitted: tuple, tmp_path: Path, monkeypatch: pyte
     test = cohort.sections["c"]
     tl.predict(test, trained["paper"])
     expected, scores = contract.predictions(test), tl.evaluate(test)
-    monkeypatch.setattr("stimage_sd.tl._predict._BLOCK", 3 * 5 * 16)
-    monkeypatch.setattr("stimage_sd.tl._predict._CHUNK", 5 * 16)
+    monkeypatch.setattr("stimage_sd.tl._predict.predict._BLOCK", 3 * 5 * 16)
+    monkeypatch.setattr("stimage_sd.tl._predict.predict._CHUNK", 5 * 16)
     tl.predict(test, trained["paper"], out=tmp_path / "out")
     found = contract.predictions(test)
     assert isinstance(found.X, da.Array)
@@ -154,6 +155,43 @@ def test_on_disk_it_is_the_same(fitted: tuple, tmp_path: Path, monkeypatch: pyte
     np.testing.assert_allclose(back.X, expected.X, rtol=1e-5)
     with pytest.raises(FileExistsError, match="has predictions already"):
         tl.predict(test, trained["paper"], out=tmp_path / "out")
+
+
+def test_a_full_disk_leaves_no_folder_and_the_same_call_works_again(
+    fitted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort, trained = fitted
+    both, out = {name: cohort.sections[name] for name in "bc"}, tmp_path / "out"
+    before = {name: sdata.tables.get("predictions") for name, sdata in both.items()}
+    write, written = zarr.Array.__setitem__, []
+
+    def full(self: zarr.Array, rows: object, values: object) -> None:
+        written.append(rows)
+        if len(written) == 9:  # in the second section
+            raise OSError(28, "No space left on device")
+        write(self, rows, values)
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", full)
+    with pytest.raises(OSError, match="No space left"):
+        tl.predict(both, trained["paper"], out=out)
+    monkeypatch.undo()
+    assert not list(out.iterdir())
+    assert {name: sdata.tables.get("predictions") for name, sdata in both.items()} == before
+
+    tl.predict(both, trained["paper"], out=out)
+    found = {name: contract.predictions(sdata).X.compute() for name, sdata in both.items()}
+    tl.predict(both, trained["paper"])
+    for name, sdata in both.items():
+        np.testing.assert_allclose(found[name], contract.predictions(sdata).X, rtol=1e-5)
+
+
+def test_a_chunk_that_is_gone_is_an_error_and_not_zeros(fitted: tuple, tmp_path: Path) -> None:
+    cohort, trained = fitted
+    test = copy.copy(cohort.sections["c"])
+    tl.predict(test, trained["paper"], out=tmp_path / "out")
+    (tmp_path / "out" / "c" / "mean" / "c" / "0" / "0").unlink()
+    with pytest.raises(FileNotFoundError, match=r"mean/c/0/0.*run the step"):
+        contract.predictions(test).X.compute()
 
 
 def test_a_section_without_molecules_is_predicted(fitted: tuple) -> None:
@@ -209,13 +247,13 @@ def other_stain(**change: object) -> str:
     ("expected", "embedding", "tiling", "match"),
     [
         ({}, {}, {"size_um": 55.0}, r"tiles of 55.0 µm, expected 50.0 µm: run .*size_um=50\)`"),
-        ({"size_um": None}, {}, {"side_px": 30.0}, "tiles of 30 px, expected 20 px, and no resolution"),
+        ({"size_um": None, "side_px": 30.0}, {}, {}, "tiles of 20 px, expected 30 px, and no resolution"),
         ({}, {"weights_hash": "feed" * 4}, {}, r"other weights of 'toy' \(feedfeed, expected 01234567\)"),
         ({}, {"fields_of_view": [1.0, 2.0]}, {}, r"fields of view \(1.0, 2.0\), expected \(1.0,\): run .*pp.embed"),
         ({}, {"input_px": 224}, {}, "embedded at 224 px, expected 299 px: run `stimage_sd.pp.tile"),
         ({"context_rings": 1}, {}, {}, r"0 rings of context, expected 1: run .*context_rings=1"),
-        ({}, {"stain": json.dumps(STAIN)}, {}, "stain-normalised image, expected the image as it is"),
-        ({"stain": STAIN}, {}, {}, r"without stain normalisation, expected 'macenko': run .*stain_normalize"),
+        ({}, {"stain": json.dumps(STAIN)}, {}, "stain-normalized image, expected the image as it is"),
+        ({"stain": STAIN}, {}, {}, r"without stain normalization, expected 'macenko': run .*stain_normalize"),
         ({"stain": STAIN}, {"stain": other_stain(concentrations="keep")}, {}, "by 'macenko' to another reference"),
         ({"stain": STAIN}, {"stain": other_stain(reference={**STAIN["reference"], "white_point": [250.0] * 3})}, {},
          "another reference: run"),

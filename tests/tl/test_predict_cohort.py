@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from stimage_sd.cli import app
 from stimage_sd.datasets._tissue_painter import Tissue
 from stimage_sd.datasets._truth import draw_genes, log_mean
 from stimage_sd.models import NBModel
-from stimage_sd.nn.lattice import neighbour_graph
-from stimage_sd.nn.spatial import morans_i
+from stimage_sd.stats.lattice import neighbor_graph
+from stimage_sd.stats.spatial import morans_i
 
 pytestmark = pytest.mark.slow
 N_SLIDES, SIZE = 12, 1024
@@ -71,7 +72,8 @@ def predicted(
     slides: pd.DataFrame, model: NBModel, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[ad.AnnData, Path]:
     out = tmp_path_factory.mktemp("cohort")
-    return tl.predict_cohort(slides, model, out=out, stores=True), out
+    with pytest.warns(UserWarning, match=r"2 of 12 slides failed: \['slide3', 'slide7'\]. 'slide3': .*slides.csv"):
+        return tl.predict_cohort(slides, model, out=out, stores=True), out
 
 
 def test_the_three_that_fail_are_reported_and_the_others_predicted(predicted: tuple, slides: pd.DataFrame) -> None:
@@ -100,7 +102,7 @@ def test_rows_are_sums_over_the_tiles(predicted: tuple, model: NBModel) -> None:
     np.testing.assert_allclose(row.layers["median"][0], np.median(values, axis=0), rtol=1e-5)
     np.testing.assert_allclose(row.layers["q90"][0], np.quantile(values, 0.9, axis=0), rtol=1e-5)
     np.testing.assert_allclose(row.layers["heterogeneity"][0], values.std(axis=0) / values.mean(axis=0), rtol=1e-4)
-    graph = neighbour_graph(np.asarray(table.obsm["spatial"]), n_neighbours=6)
+    graph = neighbor_graph(np.asarray(table.obsm["spatial"]), n_neighbors=6)
     np.testing.assert_allclose(row.layers["morans_i"][0], morans_i(np.log1p(values), graph), rtol=1e-4)
     alone = tl.pseudobulk(section)
     np.testing.assert_array_equal(alone.X[0], row.X[0])
@@ -112,7 +114,7 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     cohort, out = predicted
     opened = []
-    monkeypatch.setattr("stimage_sd.tl._predict_cohort.io.slide", lambda path, **_: opened.append(path) or 1 / 0)
+    monkeypatch.setattr("stimage_sd.tl._cohort.predict_cohort.io.slide", lambda path, **_: opened.append(path) or 1 / 0)
     again = tl.predict_cohort(slides, model, out=out)
     # the quality of both that can be opened is known; what failed is tried again
     assert sorted(opened) == sorted([slides["path"][3], slides["path"][7]])
@@ -161,6 +163,25 @@ def test_a_killed_run_goes_on(predicted: tuple, slides: pd.DataFrame, model: NBM
     np.testing.assert_array_equal(ad.read_h5ad(tmp_path / "out" / "cohort.h5ad").X, cohort.X)
 
 
+def test_damaged_results_of_slides_are_made_again(
+    predicted: tuple, slides: pd.DataFrame, model: NBModel, tmp_path: Path
+) -> None:
+    cohort, complete = predicted
+    out = tmp_path / "out"
+    shutil.copytree(complete, out)
+    (out / "quality" / "slide0.json").write_bytes(b"")
+    result = out / "predicted" / "slide1.npz"
+    result.write_bytes(result.read_bytes()[:200])
+    with pytest.warns(RuntimeWarning, match="damaged") as said:
+        found = tl.predict_cohort(slides.iloc[:3], model, out=out)
+    named = [str(warning.message) for warning in said if issubclass(warning.category, RuntimeWarning)]
+    assert [any(name in text for text in named) for name in ("slide0.json", "slide1.npz")] == [True, True]
+    np.testing.assert_array_equal(found.X, cohort[["slide0", "slide1", "slide2"]].X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        tl.predict_cohort(slides.iloc[:3], model, out=out)
+
+
 @pytest.mark.parametrize("n_workers", [1, 2])
 def test_a_cluster_gives_the_same(
     predicted: tuple, slides: pd.DataFrame, model: NBModel, n_workers: int, tmp_path: Path
@@ -177,7 +198,7 @@ def test_a_cluster_gives_the_same(
 def test_bad_tables_say_what_to_do(slides: pd.DataFrame, model: NBModel, tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="Expected a column 'path'"):
         tl.predict_cohort(slides.drop(columns="path"), model, out=tmp_path)
-    with pytest.raises(ValueError, match=r"unique name a slide .* found \['slide'"):
+    with pytest.raises(ValueError, match=r"unique name per slide .* found \['slide'"):
         tl.predict_cohort(list(slides["path"][:2]), model, out=tmp_path)
     with pytest.raises(ValueError, match="at least one slide, found none"):
         tl.predict_cohort([], model, out=tmp_path)
@@ -220,6 +241,6 @@ def test_a_model_that_sees_sections_alone_warns(
     pp.embed(train, fields_of_view=(1.0,), context_rings=0)
     alone = tl.fit_nb(train, genes=pp.select_genes(train, n_top=4), n_members=2, max_epochs=2)
     assert isinstance(alone, models.NBModel)
-    with pytest.warns(UserWarning, match=r'takes out .* fit it with `standardize="cohort"`'):
+    with pytest.warns(UserWarning, match=r'removes .* fit the model with `standardize="cohort"`'):
         tl.predict_cohort(slides.iloc[:1], alone, out=tmp_path)
     shutil.rmtree(tmp_path)

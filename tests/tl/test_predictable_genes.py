@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import scipy.stats
+import shapely
 from spatialdata import SpatialData
 
 from stimage_sd import contract, pp, tl
-from stimage_sd.nn.permutation import ShiftedMaps, shuffled_correlations
+from stimage_sd.stats.permutation import ShiftedMaps, shuffled_correlations
 
 N_SIDE = 16
 
@@ -162,7 +163,9 @@ def test_refusals(with_maps, make_spots: Callable) -> None:
         tl.predictable_genes(sdata, n_permutations=0)
     with pytest.raises(KeyError, match="has no predictions"):
         tl.predictable_genes(make_spots(n_side=4))
-    contract.predictions(sdata).obsm["spatial"] = random.uniform(0, 500, (N_SIDE**2, 2))
+    squares = sdata.shapes["tile_squares"]
+    x, y = random.uniform(0, 500, (2, len(squares)))
+    sdata.shapes["tile_squares"] = squares.set_geometry(shapely.box(x, y, x + 20, y + 20))
     with pytest.raises(ValueError, match=r"spots of section 'test' cannot be shifted: .*`method=\"free\"`"):
         tl.predictable_genes(sdata)
     assert tl.predictable_genes(sdata, method="free")["p_value"].notna().all()

@@ -15,11 +15,11 @@ from spatialdata import SpatialData
 from stimage_sd import contract, models, pp, tl
 from stimage_sd.nn.parts import Part
 
-EXTRACTOR = "means_of_colour"
+EXTRACTOR = "means_of_color"
 
 
-class MeansOfColour(nnx.Module):
-    """Mean of each colour, and of its square: gradients are known."""
+class MeansOfColor(nnx.Module):
+    """Mean of each color, and of its square: gradients are known."""
 
     def __init__(self) -> None:
         self.scale = nnx.Param(np.ones((1,), np.float32))
@@ -37,9 +37,9 @@ class MeansOfColour(nnx.Module):
 
 @pytest.fixture(scope="module")
 def fitted(make_slide: Callable, make_spots: Callable, picture: Callable) -> tuple[SpatialData, models.NBModel]:
-    """A section of random colours, whose counts follow red, and a model of it."""
+    """A section of random colors, whose counts follow red, and a model of it."""
     models.register_extractor(
-        EXTRACTOR, MeansOfColour(), input_size=None, embedding_size=6, mean=(0.5,) * 3, std=(0.5,) * 3
+        EXTRACTOR, MeansOfColor(), input_size=None, embedding_size=6, mean=(0.5,) * 3, std=(0.5,) * 3
     )
     random = np.random.default_rng(0)
     sdata = make_spots(n_side=8, mpp=None, tiled=False)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from stimage_sd.tl._split import held_out_tiles
+from stimage_sd.tl._fit.split import held_out_tiles
 
 
 def sections_of(sizes: list[int]) -> np.ndarray:
@@ -57,9 +57,9 @@ def test_a_single_section_is_parted_by_a_line(n_side: int, share: float, seed: i
     points = np.stack(np.divmod(np.arange(n_side**2), n_side), axis=1).astype(float)
     held = held_out_tiles(np.repeat("only", len(points)), points, share, n_members=5, seed=seed)
     assert (held.sum(axis=1) == np.clip(round(share * len(points)), 1, len(points) - 1)).all()
-    neighbours = np.array(sorted(cKDTree(points).query_pairs(1.01)))
+    neighbors = np.array(sorted(cKDTree(points).query_pairs(1.01)))
     for part in held:
-        across = (part[neighbours[:, 0]] != part[neighbours[:, 1]]).sum()
+        across = (part[neighbors[:, 0]] != part[neighbors[:, 1]]).sum()
         # a straight cut through a square crosses no more than two sides' worth of bonds
         assert across <= 2 * n_side
     if n_side > 6 and 0.2 < share < 0.8:

@@ -10,10 +10,10 @@ import pytest
 from scipy import stats
 
 import stimage_sd as sti
-from stimage_sd.nn.cox import cox_regressions
-from stimage_sd.tl._patients import patients_of
+from stimage_sd.stats.cox import cox_regressions
+from stimage_sd.tl._cohort.patients import patients_of
 
-OUTCOME = {"time": "months", "event": "dead"}
+OUTCOME = {"time_key": "months", "event_key": "dead"}
 
 
 def cohort(n: int = 120, n_genes: int = 30, *, effect: float = 1.0, seed: int = 0, slides: int = 1) -> ad.AnnData:
@@ -50,12 +50,68 @@ def test_the_screen_finds_what_was_planted_a_deviation_at_a_time() -> None:
     assert found.set_index("gene")["coef"]["G0"] == pytest.approx(other.coef[0], rel=1e-5)
 
 
+def perfect(n: int = 60, n_events: int = 9) -> ad.AnnData:
+    """Few events; one gene rises with the risk, one falls with it, both in order; one is constant but for rounding."""
+    table = cohort(n, 12, effect=0.0)
+    months = np.random.default_rng(1).permutation(n) + 1.0
+    table.obs["months"], table.obs["dead"] = months, (np.argsort(np.argsort(months)) < n_events).astype(int)
+    table.X[:, 3], table.X[:, 7] = -np.log(months), months
+    table.X[:, 5] = 0.0
+    return table
+
+
+def test_genes_in_perfect_order_come_first_in_a_screen() -> None:
+    found = sti.tl.cox_screen(perfect(), **OUTCOME)
+    assert set(found["gene"].head(2)) == {"G3", "G7"}
+    best = found.set_index("gene")
+    assert best["firth"].sum() == 2
+    assert best.loc[["G3", "G7"], "c_index"].tolist() == [1.0, 1.0]
+    assert best.loc["G3", "lower"] > 1 > best.loc["G7", "upper"]
+    assert (best.loc[["G3", "G7"], "q_value"] < 0.05).all()
+    assert found["gene"].iloc[-1] == "G5"
+    assert np.isnan(best.loc["G5", ["coef", "p_value", "q_value", "c_index"]].astype(float)).all()
+    assert best.drop(index="G5").notna().all(axis=None)
+
+
+def test_genes_in_perfect_order_are_chosen_for_risk_groups() -> None:
+    found = sti.tl.risk_groups(perfect(), **OUTCOME, n_genes=2, n_repeats=2)
+    assert set(found.genes["gene"]) == {"G3", "G7"}
+    assert found.summary["c_index"].iloc[0] == 1.0
+
+
+def test_a_constant_gene_is_not_chosen_for_its_rounding() -> None:
+    """Means of a patient's slides differ in the last digit where all values are 0.1."""
+    table = cohort(40, 3, slides=3)
+    table = table[np.random.default_rng(0).random(table.n_obs) < 0.8].copy()
+    table.X = table.X.astype(np.float64)
+    table.X[:, 2] = 0.1
+    assert len(np.unique(patients_of(table, ["months"], patient="patient").values[:, 2])) > 1
+    with pytest.raises(ValueError, match=r"at least 3 genes that vary in group 'all', .* found 2 of 3"):
+        sti.tl.risk_groups(table, **OUTCOME, patient_key="patient", n_genes=3)
+    found = sti.tl.cox_screen(table, **OUTCOME, patient_key="patient")
+    assert found["coef"].isna().tolist() == [False, False, True]
+
+
+def test_folds_where_fewer_genes_vary_take_those() -> None:
+    """A gene of one patient is constant in the folds that are trained without that patient."""
+    table = cohort(45, 3)
+    table.X[:, 1:] = 0.0
+    table.X[4, 1] = 1.0
+    with pytest.warns(UserWarning, match="In 2 of 6 folds of group 'all' fewer than 2 genes vary"):
+        found = sti.tl.risk_groups(table, **OUTCOME, n_genes=2, n_repeats=2)
+    assert sorted(found.folds["genes"].str.count(",")) == [0, 0, 1, 1, 1, 1]
+    table.X[:, 0] = 0.0
+    with pytest.warns(UserWarning, match="In 2 of 6 folds of group 'all' fewer than 1 genes vary"):
+        found = sti.tl.risk_groups(table, **OUTCOME, n_genes=1, n_repeats=2)
+    assert np.isfinite(found.patients["risk"]).all()
+
+
 def test_groups_and_slides_of_a_patient() -> None:
     table = cohort(100, slides=3)
-    found = sti.tl.cox_screen(table, **OUTCOME, patient="patient", by="subtype")
+    found = sti.tl.cox_screen(table, **OUTCOME, patient_key="patient", by="subtype")
     assert set(found["group"]) == {"A", "B"}
     assert found.groupby("group")["n_patients"].first().sum() == 100
-    alone = sti.tl.cox_screen(table[table.obs["subtype"] == "A"], **OUTCOME, patient="patient")
+    alone = sti.tl.cox_screen(table[table.obs["subtype"] == "A"], **OUTCOME, patient_key="patient")
     mine = found[found["group"] == "A"].drop(columns="group").reset_index(drop=True)
     pd.testing.assert_frame_equal(mine, alone.drop(columns="group"))
     patients = patients_of(table, ["months"], patient="patient")
@@ -78,7 +134,7 @@ def test_random_genes_predict_nothing() -> None:
 def test_slides_of_a_patient_are_never_on_both_sides() -> None:
     """Every patient's slides are all but the same, and outcomes random: a split of slides would predict them."""
     table = cohort(60, 400, effect=0.0, slides=5)
-    found = sti.tl.risk_groups(table, **OUTCOME, patient="patient", n_repeats=6)
+    found = sti.tl.risk_groups(table, **OUTCOME, patient_key="patient", n_repeats=6)
     assert abs(found.summary["c_index"].iloc[0] - 0.5) < 0.15
     assert (found.folds.groupby("repeat")["n_test"].sum() == 60).all()
     assert found.patients["patient"].is_unique
@@ -105,7 +161,7 @@ def test_risk_groups_find_what_was_planted_and_repeat() -> None:
 def test_bad_outcomes_say_what_to_do() -> None:
     table = cohort(30)
     with pytest.raises(KeyError, match="No column 'days' in the table's obs"):
-        sti.tl.cox_screen(table, time="days", event="dead")
+        sti.tl.cox_screen(table, time_key="days", event_key="dead")
     missing = table.copy()
     missing.obs.loc["S3", "months"] = np.nan
     with pytest.raises(ValueError, match=r"1 of 30 rows lack a value .* such as 'S3'. Leave them out: `table\[table"):
@@ -121,15 +177,23 @@ def test_bad_outcomes_say_what_to_do() -> None:
     contradicting = cohort(10, slides=2)
     contradicting.obs.loc["S1", "months"] += 1
     with pytest.raises(ValueError, match="Slides of patient 'P000' differ"):
-        sti.tl.cox_screen(contradicting, **OUTCOME, patient="patient")
+        sti.tl.cox_screen(contradicting, **OUTCOME, patient_key="patient")
     alive = table.copy()
     alive.obs.loc[alive.obs["subtype"] == "B", "dead"] = 0
     with pytest.raises(ValueError, match="Group 'B'"):
         sti.tl.cox_screen(alive, **OUTCOME, by="subtype")
     with pytest.raises(ValueError, match="Group 'B' has 0 events, fewer than the 3 folds"):
         sti.tl.risk_groups(alive, **OUTCOME, by="subtype", n_repeats=1)
-    with pytest.raises(ValueError, match="Expected at least 31 genes"):
+    with pytest.raises(ValueError, match=r"at least 31 genes that vary in group 'all', .* found 30 of 30. Pass"):
         sti.tl.risk_groups(table, **OUTCOME, n_genes=31)
+    with pytest.raises(ValueError, match="`penalizer` above 0, found 0"):
+        sti.tl.risk_groups(table, **OUTCOME, penalizer=0)
+    twice = table.copy()
+    twice.var_names = ["G1", *twice.var_names[1:]]
+    with pytest.raises(ValueError, match=r"unique gene names, found \['G1'\] twice"):
+        sti.tl.cox_screen(twice, **OUTCOME)
+    with pytest.raises(ValueError, match="found 30 rows and 0 genes"):
+        sti.tl.cox_screen(table, **OUTCOME, genes=[])
     broken = table.copy()
     broken.X[0, 4] = np.nan
     with pytest.raises(ValueError, match="NaN or infinity, for instance of 'G4'"):

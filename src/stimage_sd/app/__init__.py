@@ -1,3 +1,3 @@
-"""The web app: sections, predictions and explained tiles in a browser, served by Streamlit (extra ``app``)."""
+"""Web app that shows sections, predictions and explained tiles in a browser, with Streamlit (extra ``app``)."""
 
 from __future__ import annotations

@@ -1,41 +1,40 @@
-"""The bundled example: a small synthetic section and a model, made on first use and kept in the cache folder."""
+"""Bundled example: a small synthetic section and a model, made on first use and kept in the cache folder."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from stimage_sd import __version__
 from stimage_sd._cache import cache_dir
+from stimage_sd._cache_size import mark_used
+from stimage_sd._files import replacing
 
-#: sizes such that two cores make it in about half a minute
+#: sizes that two cores compute in about half a minute
 N_SPOTS, N_GENES, N_LEARNED = 90, 30, 12
 N_MEMBERS, MAX_EPOCHS = 5, 60
-#: how much of the surroundings the model sees: fewer fields of view are explained faster
+#: fields of view of the model; fewer are explained faster
 FIELDS_OF_VIEW = (1.0, 2.0)
 SECTION, MODEL = "section.zarr", "model.stimage"
-#: raise it when the example changes
+#: version of the example; raise it when the example changes
 LAYOUT = 1
 
 Say = Callable[[str], None]
 
 
 def example_folder() -> Path:
-    """Return where the example is, or will be, kept."""
+    """Return the folder of the example, which may not exist yet."""
     return cache_dir() / "app" / f"example-{__version__}-{LAYOUT}"
 
 
 def make_example(say: Say) -> Path:
-    """Make the example where it is not yet: train on two synthetic sections, keep a third with its nuclei.
+    """Make the example if it is missing: train on two synthetic sections and keep a third with its nuclei.
 
     Parameters
     ----------
     say
-        Is told which step is run.
+        Called with the name of each step.
 
     Returns
     -------
@@ -43,19 +42,10 @@ def make_example(say: Say) -> Path:
     """
     folder = example_folder()
     if folder.is_dir():
+        mark_used(folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _make(work, work / "complete", say)
-        try:
-            os.replace(work / "complete", folder)
-        except OSError:
-            # another process finished it first: its copy is as good
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with replacing(folder) as complete:
+        _make(complete.parent, complete, say)
     return folder
 
 
@@ -80,12 +70,12 @@ def _make(work: Path, out: Path, say: Say) -> None:
         genes=pp.select_genes(sections, n_top=N_LEARNED),
         n_members=N_MEMBERS,
         max_epochs=MAX_EPOCHS,
-        # so that a tile alone, which is no section to standardise by, can be predicted too
+        # a single tile cannot be standardized by its section
         standardize="cohort",
     )
     say("Finding nuclei")
     pp.segment_nuclei(example)
-    # made again from the H&E in no time
+    # the app recomputes this image quickly from the H&E
     del example.images["he_normalized"]
     out.mkdir()
     model.save(out / MODEL)

@@ -1,4 +1,4 @@
-"""What the page shows: the map to click on, the explained tile, the predicted distribution, and all of it as a PNG."""
+"""Draw the figures of the page: clickable maps, explained tile, predicted distribution, and all of them as a PNG."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
     from stimage_sd.app._sections import Explanation, Prediction
 
-#: width of a map, px, its largest height, and the longest side of the H&E under it
+#: width and largest height of a map, and longest side of the H&E under it, px
 MAP_WIDTH, MAP_HEIGHT, THUMBNAIL = 480, 640, 960
-#: name of the selection that a click makes
+#: name of the selection on a click
 CLICKED = "clicked"
 LABELS = {
     "mean": "predicted mean count",
-    "sd": "standard deviation: all of it",
-    "aleatoric_sd": "standard deviation: the counts' scatter",
-    "epistemic_sd": "standard deviation: members disagree",
+    "sd": "standard deviation: total",
+    "aleatoric_sd": "standard deviation: count noise",
+    "epistemic_sd": "standard deviation: disagreement of members",
 }
 
 
 class Background:
-    """The H&E under the maps.
+    """H&E under the maps.
 
     Attributes
     ----------
     url
-        A JPEG as a data URL, so that it belongs to the page that shows it and lies at no address.
+        JPEG as a data URL. It belongs to the page and has no address of its own.
     left, top, right, bottom
-        The tiles and a little around them, H&E px.
+        Bounds of the tiles with a margin, H&E px.
     """
 
     def __init__(self, prediction: Prediction) -> None:
@@ -55,29 +55,34 @@ class Background:
     def _cut(self, prediction: Prediction, name: str, width: int) -> str:
         from stimage_sd import contract
 
-        # of a section in the corner of a slide, a thumbnail of the slide would show little
+        # enlarge the thumbnail if the section covers a small part of the slide
         wanted = int(THUMBNAIL * width / max(self.right - self.left, self.bottom - self.top))
         image, _ = contract.thumbnail(prediction.sdata, name, max_side=min(max(wanted, THUMBNAIL), 4000))
         scale = image.shape[1] / width
         part = image[round(self.top * scale) : round(self.bottom * scale), round(self.left * scale) : round(
             self.right * scale)]  # fmt: skip
         _, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(part[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 85])
-        return "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
+        return data_url(jpeg.tobytes(), "image/jpeg")
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """Return an image as a data URL, which belongs to the page and has no address of its own."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def map_chart(background: Background, frame: pd.DataFrame, *, value: str, tile: int | None) -> alt.LayerChart:
-    """Draw tiles over the H&E, coloured by a prediction, to be clicked on.
+    """Draw clickable tiles over the H&E, colored by a prediction.
 
     Parameters
     ----------
     background
         The H&E.
     frame
-        A row a tile, as of `Prediction.of_gene`.
+        One row per tile, as from `Prediction.of_gene`.
     value
-        One of `LABELS`.
+        A key of `LABELS`.
     tile
-        The one that is chosen, outlined.
+        The selected tile, which gets an outline.
     """
     x = alt.Scale(domain=[background.left, background.right], nice=False, zero=False)
     y = alt.Scale(domain=[background.bottom, background.top], nice=False, zero=False)
@@ -96,7 +101,7 @@ def map_chart(background: Background, frame: pd.DataFrame, *, value: str, tile: 
     }
     image = pd.DataFrame({"left": [background.left], "right": [background.right], "top": [background.top],
                           "bottom": [background.bottom], "url": [background.url]})  # fmt: skip
-    colour = alt.Color(
+    color = alt.Color(
         f"{value}:Q",
         scale=alt.Scale(
             scheme="magma" if value == "mean" else "viridis", domain=[low, high if high > low else low + 1], clamp=True
@@ -108,7 +113,7 @@ def map_chart(background: Background, frame: pd.DataFrame, *, value: str, tile: 
         .mark_rect(opacity=0.75, cursor="pointer")
         .encode(
             **box,
-            color=colour,
+            color=color,
             tooltip=[
                 alt.Tooltip("tile:Q", title="tile"),
                 alt.Tooltip("mean:Q", format=".3g", title="mean"),
@@ -129,7 +134,7 @@ def map_chart(background: Background, frame: pd.DataFrame, *, value: str, tile: 
             width=MAP_WIDTH * shrink,
             height=MAP_WIDTH * shrink * height / width,
             padding=0,
-            # else the legend's room is taken from the map, and tiles are no squares
+            # keeps tiles square; otherwise the legend takes its space from the map
             autosize=alt.AutoSizeParams(type="pad", contains="content"),
         )
         .configure_view(stroke=None)
@@ -137,21 +142,21 @@ def map_chart(background: Background, frame: pd.DataFrame, *, value: str, tile: 
 
 
 def tile_figure(explanation: Explanation, gene: str, tile: int) -> Figure:
-    """Draw a tile with its nuclei coloured by their scores."""
+    """Draw a tile with its nuclei colored by their scores."""
     figure = Figure(figsize=(4.8, 4.2), layout="constrained")
     _draw_tile(figure.add_subplot(), explanation, gene, tile)
     return figure
 
 
 def distribution_figure(frame: pd.DataFrame, row: pd.Series, gene: str) -> Figure:
-    """Draw what a tile is predicted to count beside the counts of the training."""
+    """Draw the predicted count distribution of a tile and that of the training tiles."""
     figure = Figure(figsize=(4.8, 4.2), layout="constrained")
     _draw_distribution(figure.add_subplot(), frame, row, gene)
     return figure
 
 
 def whole_figure(prediction: Prediction, gene: str, tile: int, explanation: Explanation, frame: pd.DataFrame) -> bytes:
-    """Draw the section's prediction and uncertainty, the explained tile and its distribution, as a PNG."""
+    """Draw the section's prediction and uncertainty, the explained tile and its distribution in one PNG."""
     from stimage_sd import pl
 
     figure = Figure(figsize=(15, 8.6), layout="constrained")
@@ -168,7 +173,10 @@ def whole_figure(prediction: Prediction, gene: str, tile: int, explanation: Expl
 
 
 def png(figure: Figure) -> bytes:
-    """Return a figure as a PNG."""
+    """Return a figure as a PNG, with names shown literally."""
+    from stimage_sd.pl._literal_text import show_literally
+
+    show_literally(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
@@ -200,5 +208,5 @@ def _outline(ax: Axes, row: Any, prediction: Prediction) -> None:
 
     side = float(contract.tiling(prediction.sdata)["side_px"])
     corner = (row["x"] - side / 2, row["y"] - side / 2)
-    for colour, width in (("black", 3.0), ("white", 1.4)):
-        ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=colour, linewidth=width, zorder=6))
+    for color, width in (("black", 3.0), ("white", 1.4)):
+        ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=color, linewidth=width, zorder=6))

@@ -1,4 +1,4 @@
-"""Sections as the app shows them: opened, prepared for a model, predicted, and a tile of them explained."""
+"""Open sections for the app, prepare and predict them, and explain their tiles."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from geopandas import GeoDataFrame
     from spatialdata import SpatialData
 
-#: most tiles that an uploaded image may be cut into: 5.5 x 5.5 mm of tiles of 55 µm
+#: largest number of tiles of an uploaded image, 5.5 x 5.5 mm with tiles of 55 µm
 MOST_TILES = 10_000
-#: perturbed copies of a tile by default: on two cores about 4 s a field of view
+#: default number of perturbed copies of a tile, about 4 s per field of view on two cores
 N_SAMPLES = 300
 
 Say = Callable[[str], None]
@@ -27,18 +27,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Prediction:
-    """A section with a model's predictions.
+    """Section with the predictions of a model.
 
     Attributes
     ----------
     sdata
-        The section, this session's own.
+        The section.
     model
         The model.
     opened
-        The section in the space of the model's heads.
+        The section as inputs of the model's heads.
     tiles
-        A row a kept tile: ``tile``, ``x``, ``y`` (H&E px), ``ood_score``.
+        One row per kept tile: ``tile``, ``x``, ``y`` (H&E px), ``ood_score``.
     """
 
     sdata: SpatialData
@@ -47,7 +47,7 @@ class Prediction:
     tiles: pd.DataFrame
 
     def of_gene(self, gene: str) -> pd.DataFrame:
-        """Predictions of a gene, a row a tile."""
+        """Return the predictions of a gene, one row per tile."""
         from stimage_sd import contract
 
         table = contract.predictions(self.sdata)[:, gene]
@@ -63,18 +63,18 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Explanation:
-    """A tile, explained.
+    """Explanation of a tile.
 
     Attributes
     ----------
     sdata
-        The section with the explanation in it, for `stimage_sd.pl.explanation`.
+        The section with the explanation, for `stimage_sd.pl.explanation`.
     segments
-        A row a nucleus, or a superpixel where the tile has no nuclei.
+        One row per nucleus, or per superpixel if the tile has no nuclei.
     of_nuclei
-        Whether they are nuclei.
+        Whether the segments are nuclei.
     r2, stability
-        Of LIME's linear model.
+        R² and stability of LIME's linear model.
     """
 
     sdata: SpatialData
@@ -90,18 +90,18 @@ def open_image(path: Path, *, mpp: float, name: str, all_tissue: bool) -> Spatia
     Parameters
     ----------
     path
-        The file, whose header was checked.
+        The file, with a checked header.
     mpp
-        Micrometres a pixel.
+        Micrometers per pixel.
     name
-        What the section is called.
+        Name of the section.
     all_tissue
-        Whether it shows tissue all over, as a tile cut from a slide does, so that no mask is to be found.
+        Whether the whole image is tissue, as for a tile cut from a slide. No tissue mask is computed then.
 
     Raises
     ------
     UploadError
-        If it is damaged, or no H&E image.
+        If the file is damaged, or not an H&E image.
     """
     import warnings
 
@@ -110,7 +110,7 @@ def open_image(path: Path, *, mpp: float, name: str, all_tissue: bool) -> Spatia
     check_image(path)
     try:
         with warnings.catch_warnings():
-            # alpha and orientation: nothing here that a visitor could act on
+            # warnings about alpha channels and orientation do not help a visitor
             warnings.simplefilter("ignore", UserWarning)
             sdata = io.slide(path, mpp=mpp, sample=name)
     except (ValueError, OSError) as error:
@@ -127,7 +127,7 @@ def open_store(path: Path) -> SpatialData:
     Raises
     ------
     UploadError
-        If it cannot be read.
+        If the store cannot be read.
     """
     from stimage_sd._store import read_section
 
@@ -138,9 +138,9 @@ def open_store(path: Path) -> SpatialData:
 
 
 def stated_mpp(path: Path) -> float | None:
-    """Return the micrometres a pixel that a TIFF or slide states; `None` where it states none."""
+    """Return the micrometers per pixel that a TIFF or slide states, or `None` without a value."""
     if path.suffix != ".tif":
-        return None  # the resolution in a PNG or JPEG is a printer's
+        return None  # a PNG or JPEG states the resolution of the print
     from stimage_sd.io._raster import open_raster
 
     try:
@@ -150,21 +150,21 @@ def stated_mpp(path: Path) -> float | None:
 
 
 def predict(sdata: SpatialData, model: Any, say: Say) -> Prediction:
-    """Run the steps that a section lacks, and predict; see `stimage_sd.tl.predict`.
+    """Run the missing steps of a section and predict it (see `stimage_sd.tl.predict`).
 
     Parameters
     ----------
     sdata
-        The section; changed in memory.
+        The section, which is changed in memory.
     model
         The model.
     say
-        Is told which step is run.
+        Called with the name of each step.
 
     Raises
     ------
     UploadError
-        If the section is too large for the app, too small for the model, or not as the model expects.
+        If the section is too large for the app, too small for the model, or does not fit the model.
     """
     from stimage_sd import contract, tl
     from stimage_sd._steps import prepare_for_model
@@ -182,11 +182,12 @@ def predict(sdata: SpatialData, model: Any, say: Say) -> Prediction:
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ModuleNotFoundError) as error:
         raise UploadError(f"The section cannot be predicted: {plain_words(error, Path('/'))}") from error
     table = contract.predictions(sdata)
+    x, y = contract.tile_geometry(sdata, table).centers.T
     tiles = pd.DataFrame(
         {
             "tile": table.obs[contract.INSTANCE_KEY].to_numpy(),
-            "x": np.asarray(table.obsm["spatial"])[:, 0],
-            "y": np.asarray(table.obsm["spatial"])[:, 1],
+            "x": x,
+            "y": y,
             "ood_score": table.obs["ood_score"].to_numpy(),
         }
     )
@@ -194,18 +195,18 @@ def predict(sdata: SpatialData, model: Any, say: Say) -> Prediction:
 
 
 def explain(prediction: Prediction, gene: str, tile: int, *, n_samples: int) -> Explanation:
-    """Score a tile's nuclei for a gene by LIME; see `stimage_sd.tl.explain`.
+    """Score a tile's nuclei for a gene by LIME (see `stimage_sd.tl.explain`).
 
     Parameters
     ----------
     prediction
-        The section; nothing in it is changed.
+        The predicted section, which is not changed.
     gene
         The gene.
     tile
         ``obs["instance_id"]``.
     n_samples
-        Perturbed copies of the tile.
+        Number of perturbed copies of the tile.
 
     Raises
     ------
@@ -229,23 +230,23 @@ def explain(prediction: Prediction, gene: str, tile: int, *, n_samples: int) -> 
 
 
 def distribution(prediction: Prediction, gene: str, tile: int, *, share: float = 0.999) -> pd.DataFrame:
-    """What a tile is predicted to count, beside what the model file says of the counts that it was trained on.
+    """Return the predicted count distribution of a tile, and the training distribution from the model file.
 
     Parameters
     ----------
     prediction
-        The section.
+        The predicted section.
     gene
         The gene.
     tile
         ``obs["instance_id"]``.
     share
-        Counts are listed up to this quantile of both.
+        Counts are listed up to this quantile of both distributions.
 
     Returns
     -------
-    Columns ``count`` (from 0), ``predicted`` (probability by the mixture of the members' negative binomials) and
-    ``training`` (by the negative binomial fitted to all training counts, without an image).
+    Columns ``count`` (from 0), ``predicted`` (probability from the mixture of the members' negative binomials) and
+    ``training`` (probability from the negative binomial fitted to all training counts, without an image).
     """
     from scipy.stats import nbinom
 
@@ -262,7 +263,7 @@ def distribution(prediction: Prediction, gene: str, tile: int, *, share: float =
 
 
 def segment_table(explanation: Explanation) -> pd.DataFrame:
-    """List a tile's nuclei, the highest score first: number, centre (H&E px), area, what is known of them, score."""
+    """Return the nuclei of a tile, highest score first, with center (H&E px), area and other columns."""
     frame = explanation.segments
     table = pd.DataFrame(frame.drop(columns="geometry"))
     table.insert(2, "x", frame.geometry.centroid.x.round(1).to_numpy())
@@ -272,7 +273,7 @@ def segment_table(explanation: Explanation) -> pd.DataFrame:
 
 
 def own_copy(sdata: SpatialData) -> SpatialData:
-    """Return a section with the same pixels and shapes, to which elements are added without the other seeing them."""
+    """Return a copy that shares pixels and shapes. Elements added to the copy do not appear in the original."""
     from spatialdata import SpatialData
 
     return SpatialData(
@@ -286,45 +287,45 @@ def own_copy(sdata: SpatialData) -> SpatialData:
 
 
 def _check_extent(sdata: SpatialData, model: Any) -> None:
-    """Raise where an image without spots is too large for the app, or too small for the model, before it is tiled."""
+    """Raise before tiling if an image without spots is too large for the app or too small for the model."""
     from stimage_sd import contract
 
-    size, mpp = model.tiles.size_um, contract.info(sdata)["mpp"]
+    size, mpp = model.tiles.size_um, contract.mpp(sdata)
     if contract.TILES in sdata.tables or contract.has_units(sdata) or size is None or mpp is None:
         return
     height, width = contract.levels(sdata, contract.image_name(sdata))[0].shape[1:]
-    shown = f"The image shows {width * mpp:,.0f} x {height * mpp:,.0f} µm at {mpp:g} µm a pixel"
-    # as `pp.tile` counts them; a tile that was cut by the same size is one in spite of rounding
+    shown = f"The image shows {width * mpp:,.0f} x {height * mpp:,.0f} µm at {mpp:g} µm per pixel"
+    # same tile count as `pp.tile`
     if min(width, height) * mpp < size:
         raise UploadError(
             f"{shown}, less than one of the model's tiles of {size:g} µm. Upload a larger piece, or correct the "
-            "micrometres a pixel."
+            "micrometers per pixel."
         )
     n_tiles = int(width * mpp // size) * int(height * mpp // size)
     if n_tiles > MOST_TILES:
         raise UploadError(
-            f"{shown}, which is {n_tiles:,} of the model's tiles; the app takes {MOST_TILES:,} at most. Crop it, "
-            "correct the micrometres a pixel, or run `stimage-sd predict` and show what it writes with "
+            f"{shown}, which is {n_tiles:,} of the model's tiles. The app takes {MOST_TILES:,} at most. Crop the "
+            "image, correct the micrometers per pixel, or run `stimage-sd predict` and show its result with "
             "`stimage-sd app --data`."
         )
     _check_number(n_tiles, model)
 
 
 def _check_number(n_tiles: int, model: Any) -> None:
-    """Raise where tiles are too few for a model that standardises every section by itself."""
+    """Raise if there are too few tiles for a model that standardizes each section by itself."""
     from stimage_sd.models._features import LEAST_TILES
 
     if model.features.standardize == "section" and n_tiles < LEAST_TILES:
         raise UploadError(
-            f"The image is {n_tiles} of the model's tiles. This model standardises every section by its own tiles, to "
-            f"take out what staining and scanner add, and that takes at least {LEAST_TILES}: a tile alone cannot be "
-            "predicted by it. Upload a larger piece of the slide, or choose a model that was trained with "
+            f"The image has {n_tiles} of the model's tiles. This model standardizes each section by its own tiles, to "
+            f"remove effects of staining and scanner. It needs at least {LEAST_TILES} tiles, so a tile alone cannot be "
+            "predicted. Upload a larger piece of the slide, or choose a model that was trained with "
             "`--standardize cohort`, such as that of the bundled example."
         )
 
 
 def _normalize(sdata: SpatialData, model: Any) -> None:
-    """Make the stain-normalised image again, where the section was embedded before and stored without it."""
+    """Recompute the stain-normalized image if the section was stored without it."""
     from stimage_sd import contract, pp
 
     stain = model.tiles.stain
@@ -333,7 +334,7 @@ def _normalize(sdata: SpatialData, model: Any) -> None:
 
 
 def _find_nuclei(sdata: SpatialData, tile: int) -> bool:
-    """Find a tile's nuclei where the section has none; tell whether there are any."""
+    """Find the nuclei of a tile if the section has none, and return whether the tile has nuclei."""
     from stimage_sd import contract, pp
 
     if contract.NUCLEI in sdata.shapes:
@@ -342,5 +343,5 @@ def _find_nuclei(sdata: SpatialData, tile: int) -> bool:
     try:
         pp.segment_nuclei(sdata, tiles=[tile])
     except ValueError:
-        return False  # a tile of stroma or fat may have none: superpixels then
+        return False  # a tile of stroma or fat may have no nuclei
     return True

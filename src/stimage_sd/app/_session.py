@@ -1,4 +1,4 @@
-"""One visitor's session: a folder of its own, and what was computed in it."""
+"""Session of a visitor: its folder and its results."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from typing import Any, TypeVar
 from stimage_sd._cache import caching_in
 
 Result = TypeVar("Result")
-#: results that a session keeps, the oldest dropped first
+#: number of results per kind that a session keeps; the least recently used result is dropped first
 _MOST_RESULTS = 40
-#: one calculation at a time: each uses all cores, and memory is bounded by one
+_MISSING = object()
+#: allows one calculation at a time, which uses all cores and bounds the memory
 _CALCULATING = threading.Lock()
 _SHARED: dict[Hashable, Any] = {}
 
 
 @dataclass
 class Session:
-    """What belongs to one session and no other.
+    """Folder and results that belong to one session.
 
     Attributes
     ----------
     folder
-        Its folder, readable by no other user of the machine; deleted by `close`.
+        Folder of the session. Other users of the computer cannot read it. `close` deletes it.
     results
-        What was computed, by what it was computed from.
+        Results by the key of their inputs. The most recently used result comes last.
     """
 
     folder: Path
@@ -38,43 +39,57 @@ class Session:
 
     @classmethod
     def open(cls, root: Path) -> Session:
-        """Begin a session with an empty folder in the server's."""
+        """Start a session with an empty folder inside `root`."""
         return cls(Path(tempfile.mkdtemp(prefix="session-", dir=root)))
 
     def close(self) -> None:
-        """Delete the session's files, and forget its results."""
+        """Delete the session's files and results."""
         self.results.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def new_folder(self) -> Path:
-        """Make an empty folder for one upload."""
+        """Make an empty folder for an upload."""
         return Path(tempfile.mkdtemp(prefix="upload-", dir=self.folder))
 
     def once(self, key: Hashable, compute: Callable[[], Result]) -> Result:
-        """Return what was computed under a key, or compute it; an error is not kept."""
-        if key not in self.results:
-            self.results[key] = compute()
-            for old in list(self.results)[:-_MOST_RESULTS]:
-                del self.results[old]
-        result: Result = self.results[key]
+        """Return the result under a key, or compute and keep it. Errors are not kept.
+
+        Parameters
+        ----------
+        key
+            Key of the result. The first entry of a tuple is the kind of the result. Results are dropped per kind, so
+            that explanations never displace the upload that they explain.
+        compute
+            Computes the result.
+        """
+        kept = self.results.pop(key, _MISSING)
+        result: Result = compute() if kept is _MISSING else kept
+        self.results[key] = result
+        alike = [one for one in self.results if _kind(one) == _kind(key)]
+        for old in alike[:-_MOST_RESULTS]:
+            del self.results[old]
         return result
 
     @contextmanager
     def calculating(self) -> Iterator[None]:
-        """Wait for other sessions' calculations, and keep what this one caches in the session's folder."""
+        """Wait for other sessions' calculations, and keep the cache of this one in the session's folder."""
         with _CALCULATING, caching_in(self.folder / "cache"):
             yield
 
 
+def _kind(key: Hashable) -> Hashable:
+    return key[0] if isinstance(key, tuple) else None
+
+
 def shared_once(key: Hashable, compute: Callable[[], Result]) -> Result:
-    """Return what the server itself brings, computed once for all sessions; no upload ever comes here.
+    """Return a result of the server's own files, computed once for all sessions. Uploads are never shared.
 
     Parameters
     ----------
     key
-        What it is computed from: paths that were chosen when the server was started.
+        Key of the result: paths that were chosen at the start of the server.
     compute
-        Computes it, where no session did yet; waits for other calculations.
+        Computes the result if it is missing, after other calculations have ended.
     """
     if key not in _SHARED:
         with _CALCULATING:
@@ -85,5 +100,5 @@ def shared_once(key: Hashable, compute: Callable[[], Result]) -> Result:
 
 
 def others_calculate() -> bool:
-    """Tell whether a calculation is running that the next one has to wait for."""
+    """Return whether a calculation is running, so that the next one has to wait."""
     return _CALCULATING.locked()

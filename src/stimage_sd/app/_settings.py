@@ -1,28 +1,28 @@
-"""What the app was started with."""
+"""Settings with which the app was started."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-#: largest file that a visitor may upload unless told otherwise, MB
+#: default of the largest size of an uploaded file, MB
 UPLOAD_MB = 200
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the one who starts the app chooses, and no visitor can.
+    """Settings that are fixed at the start of the app. Visitors cannot change them.
 
     Attributes
     ----------
     root
-        Folder of this run of the server: every session has a folder in it; deleted at the end.
+        Folder of this run of the server, with one folder per session. It is deleted at the end.
     model
-        Model that visitors may choose, if any.
+        Model that visitors can choose, if any.
     data
-        Zarr store of a section that they may choose, if any.
+        Zarr store of a section that visitors can choose, if any.
     upload_mb
-        Largest file that may be uploaded, MB.
+        Largest size of an uploaded file, MB.
     """
 
     root: Path

@@ -1,30 +1,32 @@
-"""Files that visitors send: taken in with care, before anything in them is decoded.
+"""Check uploaded files before anything in them is decoded.
 
-What is decided here is decided by a file's first bytes and headers, never by its name. A picture of a few kilobytes can
-say that it is 30,000 pixels wide and high, and a model of a few kilobytes that it unpacks to gigabytes; both are told
-from their headers. Nothing that could run code is opened: models are JSON and plain arrays.
+The checks use a file's first bytes and headers, never its name. An image of a few kilobytes can decode to 30,000 x
+30,000 pixels, and a model of a few kilobytes can unpack to gigabytes. The headers reveal both. Files that could run
+code are never opened. Models are JSON and plain arrays.
 """
 
 from __future__ import annotations
 
 import re
 import struct
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import tifffile
 
-#: most pixels of an image that has to be decoded whole: a square of 14,000 px
+#: largest number of pixels of an image that is decoded whole, a square of 14,000 px
 MOST_WHOLE = 200_000_000
-#: most pixels of a slide in tiles, of which only those on tissue are read
+#: largest number of pixels of a tiled slide, of which only tiles on tissue are read
 MOST_IN_TILES = 20_000_000_000
-#: longest side of a slide's stored tile, px, and most pages of a TIFF
+#: longest side of a slide's stored tile, px, and largest number of pages of a TIFF
 LARGEST_TILE, MOST_PAGES = 8192, 1000
-#: what the parts of a model may unpack to, bytes
+#: largest unpacked size of the parts of a model, bytes
 MODEL_PARTS = {"config.json": 64 << 20, "model.safetensors": 1 << 30}
-#: first bytes of the formats that are taken, and the name that such a file is kept under
+#: first bytes of the accepted formats, and the name of the stored file
 SIGNATURES = {
     b"\x89PNG\r\n\x1a\n": "image.png",
     b"\xff\xd8\xff": "image.jpg",
@@ -34,25 +36,25 @@ SIGNATURES = {
     b"MM\x00+": "image.tif",
 }
 IMAGE_TYPES = ("png", "jpg", "jpeg", "tif", "tiff", "svs")
-DAMAGED = "The image is truncated, damaged or no image. Copy or export it again."
+DAMAGED = "The file is truncated, damaged or no image. Copy or export it again."
 _MENDS = "Crop it, save it at half the resolution, or save it as a tiled, pyramidal TIFF."
-#: what tifffile ends in on a damaged file
+#: errors that tifffile raises for a damaged file
 _BROKEN = (tifffile.TiffFileError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, OSError,
-           RecursionError, MemoryError, OverflowError, ZeroDivisionError)  # fmt: skip
+           RecursionError, MemoryError, OverflowError, ZeroDivisionError, ElementTree.ParseError)  # fmt: skip
 
 
 class UploadError(ValueError):
-    """What is wrong with a file, in words for the visitor who sent it."""
+    """Error about an uploaded file, with a message for the visitor."""
 
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What the header of an image says.
+    """Header of an image.
 
     Attributes
     ----------
     width, height
-        Pixels.
+        Size in pixels.
     """
 
     width: int
@@ -60,7 +62,7 @@ class ImageHeader:
 
 
 def display_name(name: str) -> str:
-    """Return a file's name as it is shown: letters, digits and ``. _ -``, no more than 60 of them.
+    """Return a file's name for display, with letters, digits and ``. _ -``, at most 60 characters.
 
     Examples
     --------
@@ -72,32 +74,31 @@ def display_name(name: str) -> str:
 
 
 def store_image(content: bytes | memoryview, folder: Path, *, most_bytes: int) -> Path:
-    """Write an uploaded image into a folder, under a name of ours.
+    """Write an uploaded image to a folder, under a fixed name.
 
     Parameters
     ----------
     content
-        What was sent.
+        Content of the upload.
     folder
-        The session's own; it exists.
+        Existing folder of the session.
     most_bytes
-        Largest that is taken.
+        Largest size of the file, bytes.
 
     Returns
     -------
-    The file; its header is checked.
+    Path of the file, with a checked header.
 
     Raises
     ------
     UploadError
-        If it is too large, of no known format, damaged, or too many pixels. Nothing is left in the folder.
+        If the file is too large, damaged or of an unknown format, or has too many pixels. The folder stays empty then.
     """
     _check_size(content, most_bytes)
     kept = next((name for start, name in SIGNATURES.items() if bytes(content[: len(start)]) == start), None)
     if kept is None:
         raise UploadError(
-            "This is no image that the app reads: expected a PNG, JPEG, TIFF or SVS file, found something else by its "
-            "first bytes."
+            "This is no image that the app reads. Expected a PNG, JPEG, TIFF or SVS file, found other first bytes."
         )
     path = folder / kept
     path.write_bytes(content)
@@ -110,7 +111,7 @@ def store_image(content: bytes | memoryview, folder: Path, *, most_bytes: int) -
 
 
 def check_image(path: Path) -> ImageHeader:
-    """Read the header of an image and check that it can be worked on; no pixel is decoded.
+    """Read the header of an image and check that the app can use it, without decoding pixels.
 
     Parameters
     ----------
@@ -119,12 +120,12 @@ def check_image(path: Path) -> ImageHeader:
 
     Returns
     -------
-    What the header says.
+    The header.
 
     Raises
     ------
     UploadError
-        If it is damaged, or too many pixels.
+        If the image is damaged or has too many pixels, or its metadata name other files.
     """
     if path.suffix == ".tif":
         return _check_tiff(path)
@@ -139,15 +140,24 @@ def check_image(path: Path) -> ImageHeader:
 
 
 def _check_tiff(path: Path) -> ImageHeader:
+    from stimage_sd.io._tiff_images import choose_image
+    from stimage_sd.io._tiff_open import OtherFile, open_tiff
+
     try:
-        with tifffile.TiffFile(path) as tiff:
+        with warnings.catch_warnings(), open_tiff(path) as tiff:
+            warnings.simplefilter("ignore")  # the reader warns later about the choice of image
             if len(tiff.pages) > MOST_PAGES:
                 raise UploadError(f"The TIFF has {len(tiff.pages)} pages; at most {MOST_PAGES} are taken.")
-            pages = [level.keyframe for level in tiff.series[0].levels]
+            pages = [level.keyframe for level in choose_image(path, tiff, None, in_color=True).series.levels]
             sizes = [(int(page.imagewidth), int(page.imagelength)) for page in pages]
             tiles = [(int(page.tilewidth), int(page.tilelength)) if page.is_tiled else None for page in pages]
     except UploadError:
         raise
+    except OtherFile as error:
+        raise UploadError(
+            "The metadata of this OME-TIFF name other files. The app reads only the uploaded file. Export the image "
+            "as a single OME-TIFF."
+        ) from error
     except _BROKEN as error:
         raise UploadError(DAMAGED) from error
     for size, tile in zip(sizes, tiles, strict=True):
@@ -157,7 +167,7 @@ def _check_tiff(path: Path) -> ImageHeader:
                 f"The TIFF is stored in tiles of {tile[0]:,} x {tile[1]:,} px; at most {LARGEST_TILE:,} px a side are "
                 "taken. Save it with tiles of 512 px."
             )
-    # thumbnails are made of the coarsest level, which is therefore read whole
+    # the coarsest level is read whole, for thumbnails
     _check_pixels(*min(sizes), MOST_WHOLE)
     width, height = sizes[0]
     return ImageHeader(width, height)
@@ -174,25 +184,25 @@ def _check_pixels(width: int, height: int, most: int) -> None:
 
 
 def store_model(content: bytes | memoryview, folder: Path, *, most_bytes: int) -> Path:
-    """Write an uploaded model into a folder, if it is one of this package's.
+    """Write an uploaded model to a folder, after checking that it is a model of this package.
 
     Parameters
     ----------
     content
-        What was sent.
+        Content of the upload.
     folder
-        The session's own; it exists.
+        Existing folder of the session.
     most_bytes
-        Largest that is taken.
+        Largest size of the file, bytes.
 
     Returns
     -------
-    The file; what it holds is checked by name and size, and not unpacked.
+    Path of the file. Names and sizes of its parts are checked without unpacking them.
 
     Raises
     ------
     UploadError
-        If it is too large, no zip, or holds anything but the parts of a model. Nothing is left in the folder.
+        If the file is too large, not a zip, or holds other parts than a model. The folder stays empty then.
     """
     _check_size(content, most_bytes)
     path = folder / "model.stimage"
@@ -206,12 +216,12 @@ def store_model(content: bytes | memoryview, folder: Path, *, most_bytes: int) -
 
 
 def check_model(path: Path) -> None:
-    """Check that a file is a zip of the parts of a model, and what they unpack to; nothing is unpacked.
+    """Check the parts of a zipped model and their unpacked sizes, without unpacking them.
 
     Raises
     ------
     UploadError
-        If it is not.
+        If the file is not a zip of these parts, or a part is too large.
     """
     expected = f"Expected a model as `model.save` or `stimage-sd train` writes it: a zip of {' and '.join(MODEL_PARTS)}"
     never = "Files that can run code when they are opened, such as pickles, are never opened."
@@ -224,7 +234,7 @@ def check_model(path: Path) -> None:
         names = ", ".join(display_name(entry.filename) for entry in entries[:3]) or "nothing"
         raise UploadError(f"{expected}; this one holds {names}. {never}")
     for entry in entries:
-        # zipfile itself stops at the size that is stated, so that a lie is found out as damage
+        # zipfile stops at the stated size, so a wrong size shows up as damage later
         if entry.file_size > MODEL_PARTS[entry.filename]:
             raise UploadError(
                 f"{entry.filename} in the model unpacks to {entry.file_size >> 20:,} MB; at most "
@@ -233,12 +243,12 @@ def check_model(path: Path) -> None:
 
 
 def load_model(path: Path) -> Any:
-    """Load a model whose parts were checked.
+    """Load a model after its parts were checked.
 
     Raises
     ------
     UploadError
-        If it is damaged, newer than this version, or of a kind that the app does not show.
+        If the model is damaged, newer than this version, or of a kind that the app does not show.
     """
     from stimage_sd import models
     from stimage_sd.models._stand_ins import Explainable
@@ -249,7 +259,7 @@ def load_model(path: Path) -> Any:
         raise UploadError(f"The model cannot be read: {plain_words(error, path)}") from error
     if not isinstance(model, Explainable) or not all(hasattr(model, name) for name in ("tiles", "features", "floor")):
         raise UploadError(
-            f"The app shows ensembles and fine-tuned models (`fit_nb`, `finetune_nb`); this is a "
+            f"The app shows ensembles and fine-tuned models (`fit_nb`, `finetune_nb`). This model is a "
             f"{type(model).__name__}. Use it in Python or on the command line."
         )
     return model
@@ -258,14 +268,14 @@ def load_model(path: Path) -> Any:
 def _check_size(content: bytes | memoryview, most_bytes: int) -> None:
     if len(content) > most_bytes:
         raise UploadError(
-            f"The file is {len(content) / 1e6:,.0f} MB; at most {most_bytes / 1e6:,.0f} MB are taken. Whoever starts "
-            "the app can show larger slides with `stimage-sd app --data`."
+            f"The file is {len(content) / 1e6:,.0f} MB; at most {most_bytes / 1e6:,.0f} MB are taken. To show a larger "
+            "slide, start the app with `stimage-sd app --data`."
         )
     if len(content) == 0:
         raise UploadError("The file is empty.")
 
 
 def plain_words(error: BaseException, path: Path) -> str:
-    """An error's words, without the server's paths."""
+    """Return the message of an error without the server's paths."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     return " ".join(text.replace(str(path), "the file").replace(str(path.parent), "").split())[:500]

@@ -1,6 +1,6 @@
-"""The page that Streamlit runs for every session and every click; started by ``stimage-sd app``.
+"""Page that Streamlit runs for every session and every click, started by ``stimage-sd app``.
 
-What is heavy is imported where it is needed, so that the page is there before the package is loaded.
+Heavy modules are imported where they are needed, so that the page appears before they are loaded.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MOST_ROWS = 200
 
 
 # --------------------------------------------------------------------------------------------------
-# what lives as long as a session, and what all may see
+# state of a session, and state that all sessions share
 
 
 @st.cache_resource(scope="session", show_spinner=False, on_release=Session.close)
 def session() -> Session:
-    """Return this visitor's own session; its files are deleted when it ends."""
+    """Return the visitor's session. Its files are deleted when the session ends."""
     return Session.open(_settings.chosen().root)
 
 
@@ -45,30 +45,30 @@ def _example_folder() -> Path:
 
 
 def _say(message: str) -> None:
-    """Tell the visitor which step is run."""
+    """Show the visitor the current step."""
     placeholder = st.session_state.get("said")
     if placeholder is not None:
-        placeholder.caption(message + " ...")
+        placeholder.caption(_escaped(message) + " ...")
 
 
 def _escaped(text: object) -> str:
-    """Text that came from a file, as it is, whatever it means in Markdown."""
+    """Escape text from a file, so that Markdown shows it literally."""
     return re.sub(r"([\\`*_{}\[\]()#+.!$:|<>~-])", r"\\\1", str(text))
 
 
 # --------------------------------------------------------------------------------------------------
-# what is chosen
+# choices
 
 
 def choose_section() -> tuple[str, dict[str, Any] | None]:
-    """Let the visitor choose a section; `None` as long as an upload is not complete."""
+    """Let the visitor choose a section. The image is `None` until an upload is complete."""
     settings = _settings.chosen()
     options = [EXAMPLE, *([GIVEN] if settings.data is not None else []), UPLOAD]
     choice = st.radio("Slide", options, index=1 if settings.data is not None else 0, key="slide")
     if choice == EXAMPLE:
         st.caption(
-            "A synthetic section, painted by the package: no patient's. It and its small model are made on first use, "
-            "in about a minute, and kept on this machine."
+            "A synthetic section, painted by the package, not from a patient. The section and its small model are made "
+            "on first use, in about a minute, and kept on this computer."
         )
     if choice == GIVEN and settings.data is not None:
         st.caption(f"Chosen by whoever started the app: {_escaped(settings.data.name)}")
@@ -76,7 +76,7 @@ def choose_section() -> tuple[str, dict[str, Any] | None]:
 
 
 def upload_image(upload_mb: int) -> dict[str, Any] | None:
-    """Take an image in, and ask what the file does not say; `None` as long as an answer is missing."""
+    """Store an uploaded image and ask for missing values. Return `None` until all values are given."""
     sent = st.file_uploader(
         "A tile, a piece of a slide, or a slide (PNG, JPEG, TIFF, SVS)", type=list(_uploads.IMAGE_TYPES), key="image"
     )
@@ -93,19 +93,19 @@ def upload_image(upload_mb: int) -> dict[str, Any] | None:
         stated = session().once(("mpp", sent.file_id), lambda: _sections.stated_mpp(path))
     st.caption(f"{_escaped(name)}: {header.width:,} x {header.height:,} px")
     mpp = st.number_input(
-        "Micrometres a pixel" + ("" if stated is None else f" (the file states {stated:.4g})"),
+        "Micrometers per pixel" + ("" if stated is None else f" (the file states {stated:.4g})"),
         min_value=0.05, max_value=10.0, value=stated, step=0.01, format="%.4f", key=f"mpp-{sent.file_id}",
-        help="0.5 for a 20x scan, 0.25 for 40x, about. It is asked for, and never guessed.",
+        help="About 0.5 for a 20x scan and 0.25 for a 40x scan. The app does not guess this value.",
     )  # fmt: skip
     all_tissue = st.checkbox("It is tissue all over: a tile cut from a slide", key=f"tissue-{sent.file_id}")
     if mpp is None:
-        st.info("How large is a pixel? Enter the micrometres a pixel of this image.")
+        st.info("How large is a pixel? Enter the micrometers per pixel of this image.")
         return None
     return {"id": sent.file_id, "path": path, "name": name, "mpp": float(mpp), "all_tissue": all_tissue}
 
 
 def choose_model() -> tuple[str, dict[str, Any] | None]:
-    """Let the visitor choose a model; `None` as long as none is uploaded."""
+    """Let the visitor choose a model. The model is `None` until an upload is complete."""
     settings = _settings.chosen()
     options = [*([MODEL_GIVEN] if settings.model is not None else []), MODEL_EXAMPLE, MODEL_UPLOAD]
     choice = st.radio("Model", options, key="model")
@@ -128,7 +128,7 @@ def choose_model() -> tuple[str, dict[str, Any] | None]:
 
 
 def predicted(slide: str, image: dict[str, Any], model: str, own: dict[str, Any]) -> _sections.Prediction:
-    """Return the predictions of what was chosen, computed once: for all, where nothing of it was uploaded."""
+    """Return the predictions for the choices, computed once, and shared by all sessions without an upload."""
     model_path = own["path"] if model == MODEL_UPLOAD else _model_path(model)
     if slide == UPLOAD:
 
@@ -156,11 +156,11 @@ def predicted(slide: str, image: dict[str, Any], model: str, own: dict[str, Any]
 
 
 # --------------------------------------------------------------------------------------------------
-# what is shown
+# results
 
 
 def show_maps(prediction: _sections.Prediction, frame: pd.DataFrame, tile: int | None, key: str) -> None:
-    """Show the predicted mean and its uncertainty over the H&E, to be clicked on."""
+    """Show clickable maps of the predicted mean and its uncertainty over the H&E."""
     background = session().once(("background", key), lambda: _figures.Background(prediction))
     kinds = {label.removeprefix("standard deviation: "): name for name, label in _figures.LABELS.items() if
              name != "mean"}  # fmt: skip
@@ -185,13 +185,13 @@ def _clicked(name: str) -> None:
 
 
 def choose_tile(frame: pd.DataFrame) -> int | None:
-    """Let the visitor choose a tile by its number: what a click on a map does, for the keyboard."""
+    """Let the visitor choose a tile by its number, as an alternative to a click on a map."""
     order = frame.sort_values("mean", ascending=False, kind="stable").set_index("tile")
     tiles = [int(tile) for tile in order.index]
     if st.session_state.get("tile") not in tiles:
         st.session_state["tile"] = tiles[0] if len(tiles) == 1 else None
     return st.selectbox(
-        "Tile: click on a map, or choose one (highest prediction first)",
+        "Tile: click on a map, or choose from the list (highest prediction first)",
         tiles,
         index=None,
         key="tile",
@@ -201,10 +201,10 @@ def choose_tile(frame: pd.DataFrame) -> int | None:
 
 
 def show_tile(prediction: _sections.Prediction, frame: pd.DataFrame, gene: str, tile: int, key: str) -> None:
-    """Show a tile's nuclei by LIME, its predicted distribution, and what can be taken away."""
+    """Show a tile's nuclei by LIME, its predicted distribution, and the downloads."""
     row = frame[frame["tile"] == tile].iloc[0]
     n_samples = st.select_slider(
-        "Perturbed copies of the tile: more are slower and steadier", [100, 300, 500, 1000, 2000],
+        "Perturbed copies of the tile (more copies are slower and give steadier scores)", [100, 300, 500, 1000, 2000],
         value=_sections.N_SAMPLES, key="n_samples",
     )  # fmt: skip
 
@@ -218,16 +218,16 @@ def show_tile(prediction: _sections.Prediction, frame: pd.DataFrame, gene: str, 
         counts = _sections.distribution(prediction, gene, tile)
     st.subheader(f"Tile {tile}, {_escaped(gene)}", anchor=False)
     with st.container(horizontal=True, key="pictures"):
-        st.image(_figures.png(_figures.tile_figure(explanation, gene, tile)), width=480)
-        st.image(_figures.png(_figures.distribution_figure(counts, row, gene)), width=480)
+        for figure in (_figures.tile_figure(explanation, gene, tile), _figures.distribution_figure(counts, row, gene)):
+            st.image(_figures.data_url(_figures.png(figure), "image/png"), width=480)
     column = list(prediction.model.genes).index(gene)
     floor = float(prediction.model.floor[0, column])
-    strange = "farther from the training tiles than 95 % of those" if row["ood_score"] > 1 else "as training tiles are"
+    strange = "farther out than 95 % of the training tiles" if row["ood_score"] > 1 else "like the training tiles"
     st.write(
-        f"Mean **{row['mean']:.3g}**, 90 % interval {row['lower']:.0f} to {row['upper']:.0f}; training tiles' mean "
-        f"{floor:.3g}. Strangeness {row['ood_score']:.2f}: {strange}. Red speaks for the gene, blue against it. "
-        f"LIME's linear model: R² {explanation.r2:.2f}; stability {explanation.stability:.2f} (correlation of the "
-        "scores by one half of the copies and by the other)."
+        f"Mean **{row['mean']:.3g}**, 90 % interval {row['lower']:.0f} to {row['upper']:.0f}. Mean of the training "
+        f"tiles {floor:.3g}. Strangeness {row['ood_score']:.2f}: {strange}. Red nuclei raise the prediction, blue "
+        f"nuclei lower it. LIME's linear model: R² {explanation.r2:.2f}, stability {explanation.stability:.2f} "
+        "(correlation of the scores between two halves of the copies)."
     )
     show_downloads(prediction, frame, gene, tile, explanation, counts)
 
@@ -240,7 +240,7 @@ def show_downloads(
     explanation: _sections.Explanation,
     counts: pd.DataFrame,
 ) -> None:
-    """Show the table of the nuclei, and buttons for tables and figure."""
+    """Show the table of nuclei, and download buttons for the tables and the figure."""
     table = _sections.segment_table(explanation)
     st.dataframe(table.head(MOST_ROWS), hide_index=True, height=240, key="nuclei")
     safe = _uploads.display_name(gene)
@@ -256,12 +256,12 @@ def show_downloads(
 
 
 def main() -> None:
-    """Lay the page out, from top to bottom."""
+    """Draw the page from top to bottom."""
     st.set_page_config(page_title="stimage-sd", layout="wide")
     st.title("Gene expression from H&E", anchor=False)
     st.caption(
-        "Predicted by a model on this computer: nothing leaves it, what you upload is seen by you alone and deleted "
-        "when you leave. For research, not for diagnosis."
+        "Predicted by a model on this computer. No data leave this computer. Only you can see your uploads, and they "
+        "are deleted when you leave. For research, not for diagnosis."
     )
     left, right = st.columns(2, gap="large")
     try:

@@ -1,4 +1,4 @@
-"""Predicted cells: nuclei with a type each, and the table that annotates them; read and written here."""
+"""Read and write predicted cells: nuclei with a cell type, and the table that annotates them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import shapely
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from stimage_sd.contract._access import check_no_shapes
-from stimage_sd.contract._elements import annotate, build_shapes
+from stimage_sd.contract._elements import PREDICTED_CELLS, annotate, is_result
+from stimage_sd.contract._frame import pixel_frame
 from stimage_sd.contract._names import CELL_TYPES, REGION_KEY
-from stimage_sd.contract._section import info, sample
+from stimage_sd.contract._results import check_no_shapes
+from stimage_sd.contract._section import sample
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def cell_types(sdata: SpatialData) -> AnnData:
-    """Return the table of predicted cells, ``obs`` = nuclei, ``var`` = types.
+    """Return the table of predicted cells: ``obs`` are nuclei, ``var`` are cell types.
 
     Raises
     ------
     KeyError
-        If none were predicted yet.
+        If the section has no predicted cells.
     """
     if CELL_TYPES not in sdata.tables:
         raise KeyError(
@@ -41,13 +42,13 @@ def cell_shapes(sdata: SpatialData) -> str:
     Raises
     ------
     KeyError
-        If none were predicted yet.
+        If the section has no predicted cells.
     """
     return str(cell_types(sdata).obs[REGION_KEY].iloc[0])
 
 
 def outlines(frame: GeoDataFrame) -> NDArray[np.object_]:
-    """Return shapes as polygons: of one in several parts the largest.
+    """Return shapes as polygons. A multipolygon is replaced by its largest part.
 
     Examples
     --------
@@ -63,14 +64,25 @@ def outlines(frame: GeoDataFrame) -> NDArray[np.object_]:
 
 
 def check_cells_can_be_written(sdata: SpatialData, name: str, *, call: str) -> None:
-    """Raise `ValueError` where there are shapes of that name that were not predicted."""
+    """Raise `ValueError` if predicted cells would replace a table or shapes that were not predicted."""
+    if CELL_TYPES in sdata.tables and not is_result(CELL_TYPES, sdata.tables[CELL_TYPES]):
+        raise ValueError(
+            f"Section {sample(sdata)!r} has a table {CELL_TYPES!r} already, and it holds no predicted cells. Rename it "
+            f"first: `sdata[{CELL_TYPES + '_measured'!r}] = sdata.tables.pop({CELL_TYPES!r})`."
+        )
     if CELL_TYPES not in sdata.tables or cell_shapes(sdata) != name:
         check_no_shapes(sdata, name, call=call)
 
 
-def write_cells(sdata: SpatialData, frame: GeoDataFrame, table: AnnData, *, name: str) -> None:
-    """Write predicted cells' shapes and their table; they replace earlier ones."""
-    shapes, parsed = build_shapes(frame, mpp=info(sdata)["mpp"]), annotate(table, region=name)
+def write_cells(
+    sdata: SpatialData, frame: GeoDataFrame, table: AnnData, *, name: str, image_key: str | None = None
+) -> None:
+    """Write the table and shapes of predicted cells, and remove earlier predicted cells.
+
+    The coordinates of `frame` are pixels of `image_key`, or of the H&E by default.
+    """
+    shapes, parsed = pixel_frame(sdata, image_key).shapes(frame), annotate(table, region=name)
+    parsed.uns[PREDICTED_CELLS] = True
     if CELL_TYPES in sdata.tables:
         before = cell_shapes(sdata)
         del sdata.tables[CELL_TYPES]

@@ -1,4 +1,4 @@
-"""Names of elements, tables and columns, and the error about a name that cannot be told."""
+"""Define the names of elements, tables and columns."""
 
 from __future__ import annotations
 
@@ -18,38 +18,41 @@ NUCLEI = "nuclei"
 TRANSCRIPTS = "transcripts"
 COUNTS = "counts"
 PROTEINS = "proteins"
-#: what `stimage_sd.pp.aggregate` makes; the tables of the cells stay beside them
+#: tables that `stimage_sd.pp.aggregate` writes; the cells keep their own tables
 SPOT_COUNTS = "spot_counts"
 SPOT_PROTEINS = "spot_proteins"
 TISSUE = "tissue"
 TILES = "tiles"
-#: the tiles' geometry; SpatialData wants every element's name unique, so it cannot be "tiles" as well
+#: geometry of the tiles; not named "tiles" because SpatialData requires unique element names
 TILE_SQUARES = "tile_squares"
 PREDICTIONS = "predictions"
-#: predicted classes of genes, High or Low
+#: predicted gene classes, High or Low
 GENE_CLASSES = "gene_classes"
-#: probabilities of predicted cells' types
+#: cell-type probabilities of predicted cells
 CELL_TYPES = "cell_types"
-#: nuclei, or segments of another kind, with what explanations say of them, and the table of the explained tiles
+#: explained nuclei, explained segments of another kind, and the table of explained tiles
 NUCLEI_EXPLAINED = "nuclei_explained"
 SEGMENTS_EXPLAINED = "segments_explained"
 EXPLANATIONS = "explanations"
 
-#: coordinate system of the instrument that measured: micrometres, before they are placed on the H&E
+#: coordinate system of the measuring instrument, in micrometers
 INSTRUMENT = "instrument"
-#: key in ``obsm`` of positions in it
+#: ``obsm`` key of positions in the instrument's micrometers
 SPATIAL_UM = "spatial_um"
+
+#: Visium spots, µm: real diameter, diameter that Space Ranger writes as ``spot_diameter_fullres``, and pitch
+SPOT_UM, NOMINAL_SPOT_UM, PITCH_UM = 55.0, 65.0, 100.0
 
 REGION_KEY = "region"
 INSTANCE_KEY = "instance_id"
-#: side of an image chunk, px: one is read, normalised and cut at a time
+#: side of an image chunk, px; images are read, normalized and cut chunk by chunk
 CHUNK = 1024
 
 Cohort = Mapping[str, SpatialData]
 
 
 def single(candidates: list[str], *, what: str, argument: str, found: list[str], mend: str = "") -> str:
-    """Return the only candidate; raise `KeyError`, listing what there is, where there is none or several."""
+    """Return the only candidate. Raise `KeyError` with a list of names if there is none or more than one."""
     if len(candidates) == 1:
         return candidates[0]
     if not candidates:

@@ -1,4 +1,4 @@
-"""What belongs to a section as a whole: sample, platform, resolution, history; and cohorts of sections."""
+"""Read and write the metadata of a section (sample, platform, resolution, history), and handle cohorts."""
 
 from __future__ import annotations
 
@@ -7,30 +7,37 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from stimage_sd import __version__
+from stimage_sd.contract._affine import affine, scale_of
 from stimage_sd.contract._elements import add_microns
 from stimage_sd.contract._names import ATTRIBUTE, Cohort
 
+#: metadata of a section from other software
+_UNKNOWN = {"sample": "section", "platform": "unknown", "image": None, "mpp": None}
+
 
 def register(sdata: SpatialData, *, sample: str, platform: str, image: str | None, mpp: float | None) -> SpatialData:
-    """Write what belongs to a section into ``sdata.attrs`` and give every element its coordinate systems.
+    """Write the section metadata to ``sdata.attrs``, and add ``"microns"`` to the elements.
+
+    Elements with the coordinate system ``"global"`` get ``"microns"`` if `mpp` is known.
 
     Parameters
     ----------
     sdata
-        The object that becomes a section.
+        The object to turn into a section.
     sample
         Sample id.
     platform
         Name of the measuring platform, such as ``"visium"``.
     image
-        Name of the H&E image element; `None` for a section without one.
+        Name of the H&E image element. `None` for a section without an H&E.
     mpp
-        Micrometres a pixel of the H&E at full resolution; `None` where unknown. Without an H&E that of the
-        instrument's own image, whose pixels are then ``"global"``.
+        Micrometers per pixel of the H&E at full resolution. `None` if unknown. Without an H&E, the micrometers per
+        pixel of the instrument's image, whose pixels are then ``"global"``.
 
     Returns
     -------
@@ -39,21 +46,24 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str | Non
     Raises
     ------
     ValueError
-        If `mpp` is not a positive number, `sample` is empty or has a slash, or `image` is no element of `sdata`.
+        If `mpp` is not a positive number, if `sample` is empty or has a slash, or if `sdata` has no image `image`.
     """
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"Expected `mpp` to be a positive number of micrometres a pixel, found {mpp!r}.")
+        raise ValueError(f"Expected `mpp` to be a positive number of micrometers per pixel, found {mpp!r}.")
     if not str(sample) or "/" in str(sample):
         raise ValueError(f"Expected a sample id without a slash, which zarr stores cannot hold, found {sample!r}.")
     if image is not None and image not in sdata.images:
         raise ValueError(f"Expected an image named {image!r}, found {sorted(sdata.images)}.")
-    sdata.attrs[ATTRIBUTE] = {
+    about: dict[str, Any] = {
         "sample": str(sample),
         "platform": platform,
         "image": image,
         "mpp": None if mpp is None else float(mpp),
         "history": [],
     }
+    if image is not None:
+        about |= stated_of_image(sdata, image)
+    sdata.attrs = {**sdata.attrs, ATTRIBUTE: about}
     if mpp is not None:
         for _, _, element in sdata.gen_spatial_elements():
             if "global" in get_transformation(element, get_all=True):
@@ -62,10 +72,10 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str | Non
 
 
 def info(sdata: SpatialData) -> dict[str, Any]:
-    """Return what belongs to the section: ``sample``, ``platform``, ``image``, ``mpp``, ``history``.
+    """Return a copy of the section metadata: ``sample``, ``platform``, ``image``, ``mpp``, ``history``.
 
-    An object that no reader of this package made gets an entry of what can be told without a guess: no
-    resolution, no history, and `None` for the image until `image_name` finds it or the user names it.
+    Nothing is guessed for an object from other software. It has no resolution and no history, and its image is `None`
+    until `image_name` finds it or the user names it. Use `remember` to write metadata.
 
     Raises
     ------
@@ -74,15 +84,30 @@ def info(sdata: SpatialData) -> dict[str, Any]:
     """
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"Expected a SpatialData section, found {type(sdata).__name__}.")
-    if ATTRIBUTE not in sdata.attrs:
-        sdata.attrs[ATTRIBUTE] = {
-            "sample": "section",
-            "platform": "unknown",
-            "image": None,
-            "mpp": None,
-            "history": [],
-        }
-    return sdata.attrs[ATTRIBUTE]
+    return {**_UNKNOWN, "history": [], **sdata.attrs.get(ATTRIBUTE, {})}
+
+
+def remember(sdata: SpatialData, **values: Any) -> None:
+    """Write entries of the section metadata. `None` removes an entry."""
+    # crops share the attrs of the whole section: replace the dict, so that the whole is not changed
+    about = {**info(sdata), **values}
+    sdata.attrs = {
+        **sdata.attrs,
+        ATTRIBUTE: {name: value for name, value in about.items() if value is not None or name in _UNKNOWN},
+    }
+
+
+def stated_of_image(sdata: SpatialData, name: str) -> dict[str, Any]:
+    """Return the size and scales of an image, to detect later crops and resampling."""
+    systems = get_transformation(sdata.images[name], get_all=True)
+    scales = {system: scale_of(affine(after, name)) for system, after in systems.items()}
+    return {"image_px": {name: image_shape(sdata.images[name])}, "image_scale": {name: scales}}
+
+
+def image_shape(element: xr.DataArray | xr.DataTree) -> list[int]:
+    """Return the height and width of an image at full resolution, px."""
+    array = element if isinstance(element, xr.DataArray) else next(iter(element["scale0"].data_vars.values()))
+    return [int(array.sizes["y"]), int(array.sizes["x"])]
 
 
 def sample(sdata: SpatialData) -> str:
@@ -90,37 +115,19 @@ def sample(sdata: SpatialData) -> str:
     return str(info(sdata)["sample"])
 
 
-def require_mpp(sdata: SpatialData, *, purpose: str) -> float:
-    """Return micrometres a pixel at full resolution.
-
-    Raises
-    ------
-    ValueError
-        If the section's resolution is unknown; it is never guessed.
-    """
-    mpp = info(sdata)["mpp"]
-    if mpp is None:
-        raise ValueError(
-            f"Section {sample(sdata)!r} has no known resolution, which {purpose} needs. Pass `mpp=` (micrometres "
-            f'a pixel at full resolution) to the reader, or set `sdata.attrs["{ATTRIBUTE}"]["mpp"]`.'
-        )
-    return float(mpp)
-
-
 def record(sdata: SpatialData, step: str, **parameters: Any) -> None:
     """Append a step and its parameters to the section's history."""
-    info(sdata)["history"].append(
-        {
-            "step": step,
-            "parameters": plain(parameters),
-            "version": __version__,
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
-    )
+    entry = {
+        "step": step,
+        "parameters": plain(parameters),
+        "version": __version__,
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    remember(sdata, history=[*info(sdata)["history"], entry])
 
 
 def plain(value: Any) -> Any:
-    """Turn a parameter into what JSON, and so a zarr store's attributes, can hold."""
+    """Convert a parameter to plain types that JSON and zarr attributes can hold."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
@@ -135,7 +142,7 @@ def plain(value: Any) -> Any:
 
 
 def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
-    """Return a cohort: `data` itself where it is one, a section under its sample id otherwise.
+    """Return `data` as a cohort. A single section becomes a cohort of one, under its sample id.
 
     Raises
     ------
@@ -154,3 +161,24 @@ def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
         if not isinstance(sdata, SpatialData):
             raise TypeError(f"Expected SpatialData under {name!r} of the cohort, found {type(sdata).__name__}.")
     return dict(data)
+
+
+def section(data: SpatialData | Cohort) -> SpatialData:
+    """Return `data` as a single section.
+
+    Raises
+    ------
+    TypeError
+        If `data` is neither a section nor a mapping of sections.
+    ValueError
+        If `data` is an empty cohort or has several sections.
+    """
+    if isinstance(data, SpatialData):
+        return data
+    cohort = sections(data)
+    if len(cohort) > 1:
+        raise ValueError(
+            f"Expected one section, found a cohort of {len(cohort)}: {list(cohort)[:5]}. Pass one of them, such as "
+            f"`data[{next(iter(cohort))!r}]`."
+        )
+    return next(iter(cohort.values()))

@@ -1,4 +1,4 @@
-"""Data to try the package on: real sections, and synthetic ones in the vendors' own formats."""
+"""Example data: real sections, and synthetic sections in vendor formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cells of four types in a synthetic tissue: what their nuclei look like, and the genes that mark them."""
+"""Four cell types of a synthetic tissue: appearance of their nuclei, and marker genes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from stimage_sd.datasets._tissue_painter import Tissue
 
 @dataclass(frozen=True)
 class Look:
-    """What nuclei of a type look like.
+    """Appearance of the nuclei of a cell type.
 
     Attributes
     ----------
     radius_um
-        Mean radius of a circle of their area, µm.
+        Mean radius of a circle with the area of the nucleus, µm.
     aspect
-        Least and greatest ratio of the long to the short axis.
+        Smallest and largest ratio of long to short axis.
     darkness
-        Mean haematoxylin, as the painter draws it.
+        Mean gray value of hematoxylin that the painter draws.
     subtypes
-        What a single-cell reference calls them.
+        Names of the type in a single-cell reference.
     """
 
     radius_um: float
@@ -35,7 +35,7 @@ class Look:
     subtypes: tuple[str, ...]
 
 
-#: the paper's four classes
+#: appearance of the four classes of the paper
 LOOKS = {
     "cancer epithelial": Look(4.8, (1.0, 1.35), 80.0, ("luminal cancer", "basal cancer")),
     "endothelial": Look(2.8, (3.4, 4.6), 165.0, ("endothelial",)),
@@ -43,31 +43,31 @@ LOOKS = {
     "stromal": Look(3.4, (1.9, 2.7), 112.0, ("fibroblast", "pericyte")),
 }
 TYPES = tuple(LOOKS)
-#: transcripts of a marker in a cell of its type, and in another's
+#: mean transcripts per marker in a cell of its type, and in other cells
 MARKER_MEAN, OTHER_MEAN = 6.0, 0.25
-#: nuclei stand apart by this part of the sum of their radii, at least
+#: smallest distance between nuclei, as a share of the sum of their radii
 _APART = 1.0
 
 
 def marker_names(n_markers: int) -> list[str]:
-    """Names of the markers, type by type."""
+    """Return the names of the markers, type by type."""
     return [f"{name.replace(' ', '_').upper()}_{number:02d}" for name in TYPES for number in range(1, n_markers + 1)]
 
 
 def give_types(tissue: Tissue, nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Give nuclei a type each, and the look of it.
+    """Assign a cell type to each nucleus, and the appearance of the type.
 
     Parameters
     ----------
     tissue
-        Where they are: stroma has spindles and vessels, what is not stroma is tumour; immune cells gather where nuclei
-        are dense.
+        The tissue decides the types. Stroma has stromal and endothelial cells, the rest is cancer. Immune cells gather
+        where nuclei are dense.
     nuclei
-        ``(n, 6)`` as `scatter_nuclei` places them.
+        ``(n, 6)`` nuclei from `scatter_nuclei`.
 
     Returns
     -------
-    Those that have room, ``(m, 6)``, and their types, ``int64 (m,)``, numbers of `TYPES`.
+    The nuclei that do not overlap, ``(m, 6)``, and their types as indices into `TYPES`, ``int64 (m,)``.
     """
     generator = np.random.default_rng([tissue.seed, 40])
     points = nuclei[:, :2]
@@ -89,32 +89,32 @@ def give_types(tissue: Tissue, nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _with_room(nuclei: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Nuclei that none of those chosen before is too near to, in random order."""
+    """Return a mask of nuclei that do not overlap, chosen in random order."""
     reach = nuclei[:, 2:4].mean(axis=1)
     near = KDTree(nuclei[:, :2]).query_pairs(2 * _APART * reach.max(), output_type="ndarray")
     distance = np.hypot(*(nuclei[near[:, 0], :2] - nuclei[near[:, 1], :2]).T)
     near = near[distance < _APART * reach[near].sum(axis=1)]
-    neighbours: list[list[int]] = [[] for _ in nuclei]
+    neighbors: list[list[int]] = [[] for _ in nuclei]
     for one, other in near.tolist():
-        neighbours[one].append(other)
-        neighbours[other].append(one)
+        neighbors[one].append(other)
+        neighbors[other].append(one)
     chosen = np.zeros(len(nuclei), dtype=bool)
     for number in generator.permutation(len(nuclei)).tolist():
-        chosen[number] = not chosen[neighbours[number]].any()
+        chosen[number] = not chosen[neighbors[number]].any()
     return chosen
 
 
 def draw_markers(nuclei: np.ndarray, types: np.ndarray, *, n_markers: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scatter the markers' transcripts within nuclei.
+    """Scatter the transcripts of the markers within nuclei.
 
     Returns
     -------
-    Places ``(n, 2)``, pixels of the H&E, and numbers of markers, as `marker_names` orders them.
+    Positions ``(n, 2)``, pixels of the H&E, and indices of the markers in the order of `marker_names`.
     """
     generator = np.random.default_rng([seed, 41])
     counts = _counts(types, n_markers, generator)
     owners, markers = (np.repeat(index, counts.ravel()) for index in np.indices(counts.shape).reshape(2, -1))
-    # evenly within an ellipse a little smaller than the nucleus
+    # uniform within an ellipse a little smaller than the nucleus
     radius, turn = 0.9 * np.sqrt(generator.random(len(owners))), generator.uniform(0, 2 * np.pi, len(owners))
     along = nuclei[owners, 2:4] * np.column_stack([radius * np.cos(turn), radius * np.sin(turn)])
     angle = np.radians(nuclei[owners, 4])
@@ -124,29 +124,29 @@ def draw_markers(nuclei: np.ndarray, types: np.ndarray, *, n_markers: int, seed:
 
 
 def _counts(types: np.ndarray, n_markers: int, generator: np.random.Generator) -> np.ndarray:
-    """Transcripts of every cell and marker, ``(n_cells, n_types * n_markers)``."""
+    """Draw transcripts per cell and marker, ``(n_cells, n_types * n_markers)``."""
     own = np.repeat(np.arange(len(TYPES)), n_markers) == types[:, None]
     return generator.poisson(np.where(own, MARKER_MEAN, OTHER_MEAN))
 
 
 def synthetic_reference(*, n_cells: int = 800, n_markers: int = 5, n_genes: int = 0, seed: int = 0) -> ad.AnnData:
-    """Make a single-cell reference of the cells that `synthetic_xenium` paints, by finer names.
+    """Make a single-cell reference for the cells of `synthetic_xenium`, with finer cell types.
 
     Parameters
     ----------
     n_cells
-        Cells, as many of each type.
+        Number of cells, split equally among the types.
     n_markers
-        Marker genes a type, the same as of the section.
+        Marker genes per type. Use the same number as for the section.
     n_genes
-        Further genes, ``SIGNAL001`` and so on, which tell types nothing.
+        Number of further genes, ``SIGNAL001`` and so on. They do not depend on the type.
     seed
-        Decides the counts.
+        Seed of the counts.
 
     Returns
     -------
-    ``X`` CSR of counts; ``obs["cell_type"]``: finer types, such as ``"T cell"``; ``uns["merge"]``: the section's type
-    of each.
+    An `AnnData` with counts as CSR in ``X`` and finer types such as ``"T cell"`` in ``obs["cell_type"]``.
+    ``uns["merge"]`` maps each finer type to the type in the section.
 
     Examples
     --------

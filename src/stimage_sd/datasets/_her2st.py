@@ -1,4 +1,4 @@
-"""The HER2-positive breast tumours of Andersson et al. 2021, legacy Spatial Transcriptomics."""
+"""HER2-positive breast tumors of Andersson et al. 2021, legacy Spatial Transcriptomics."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stimage_sd import contract
 from stimage_sd._cache import cache_dir
 from stimage_sd.io import legacy_st
 
-#: where the authors published the data; every file is checked by its sha256
+#: public repository of the authors; all files are checked by sha256
 BASE_URL = "https://raw.githubusercontent.com/almaan/her2st/master/"
 SECTIONS = tuple(
     f"{patient}{number}"
@@ -21,7 +21,7 @@ SECTIONS = tuple(
     for number in range(1, count + 1)
 )
 FILES = ("image.jpg", "counts.tsv.gz", "spots.tsv", "clusters.tsv.gz")
-#: a section's published image, and the sha256 of its `FILES`
+#: published image of each section, and the sha256 of its `FILES`
 REGISTRY: dict[str, tuple[str, tuple[str, str, str, str]]] = {
     "C2": (
         "5714_HE_BT_C2.jpg",
@@ -63,28 +63,28 @@ REGISTRY: dict[str, tuple[str, tuple[str, str, str, str]]] = {
 
 
 def her2st(section: str) -> SpatialData:
-    """Read a section of a HER2-positive breast tumour.
+    """Read a section of a HER2-positive breast tumor.
 
-    Read from ``$STIMAGE_SD_DATA/her2st/<section>`` where that folder is (``image.jpg``,
-    ``counts.tsv.gz``, ``spots.tsv`` and, where known, ``clusters.tsv.gz``), else fetched once from the
-    authors' public repository into the cache folder and checked by sha256.
+    If the folder ``$STIMAGE_SD_DATA/her2st/<section>`` exists, the section is read from there. The folder holds
+    ``image.jpg``, ``counts.tsv.gz``, ``spots.tsv`` and optionally ``clusters.tsv.gz``. Otherwise the files are
+    downloaded once from the public repository of the authors into the cache folder, and checked by sha256.
 
     Parameters
     ----------
     section
-        As published: a patient ``A`` to ``H`` and a number, such as ``"C2"``. Sections ``C2`` to ``C5`` can
-        be fetched.
+        Published name: a patient ``A`` to ``H`` and a number, such as ``"C2"``. Sections ``C2`` to ``C5`` can be
+        downloaded.
 
     Returns
     -------
-    A section as `stimage_sd.io.legacy_st` gives it (some 180 spots × 15,700 genes, an H&E of some 9,900 ×
-    9,300 px), with the published expression clusters in ``tables["counts"].obs["cluster"]``, categorical.
+    A section as returned by `stimage_sd.io.legacy_st`, with about 180 spots × 15,700 genes and an H&E of about 9,900 ×
+    9,300 px. The published expression clusters are in ``tables["counts"].obs["cluster"]``, categorical.
 
     Raises
     ------
     ValueError
-        If no such section was published, if it is not in the data folder and cannot be fetched, or if a
-        fetched file is not the one that was published.
+        If no section with this name was published, if the section is not in the data folder and cannot be downloaded,
+        or if a downloaded file differs from the published file.
 
     Notes
     -----
@@ -107,16 +107,16 @@ def her2st(section: str) -> SpatialData:
 
 
 def _locate(section: str) -> list[Path]:
-    """Return the paths of a section's `FILES`, fetching them where they are not in the data folder."""
+    """Return the paths of the `FILES` of a section. Download files that are not in the data folder."""
     data = os.environ.get("STIMAGE_SD_DATA")
     local = Path(data).expanduser() / "her2st" / section if data else None
     if local is not None and local.is_dir():
         return [local / name for name in FILES]
     if section not in REGISTRY:
         raise ValueError(
-            f"Section {section!r} of her2st cannot be fetched, as no sha256 is known to check it by; those that can: "
-            f"{', '.join(REGISTRY)}. Or put its files ({', '.join(FILES)}) into the folder her2st/{section} of "
-            f"$STIMAGE_SD_DATA, which is {data or 'not set'}."
+            f"Section {section!r} of her2st cannot be fetched, as its sha256 is not known. Sections that can be "
+            f"fetched: {', '.join(REGISTRY)}. Or put its files ({', '.join(FILES)}) into the folder her2st/{section} "
+            f"of $STIMAGE_SD_DATA, which is {data or 'not set'}."
         )
     image, hashes = REGISTRY[section]
     published = (
@@ -139,5 +139,5 @@ def _add_clusters(sdata: SpatialData, path: Path) -> None:
     frame = pd.read_csv(path, sep="\t", index_col=0)
     names = frame["x"].astype(str) + "x" + frame["y"].astype(str)
     labels = pd.Series(frame["label"].astype(str).to_numpy(), index=names)
-    table = contract.counts(sdata)
+    table = sdata.tables[contract.COUNTS]
     table.obs["cluster"] = pd.Categorical(labels.reindex(table.obs_names))

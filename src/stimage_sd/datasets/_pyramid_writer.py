@@ -1,4 +1,4 @@
-"""Writing a large picture that streams by as a tiled pyramidal TIFF, in the memory of a few strips."""
+"""Streaming writer of large tiled pyramidal TIFF files, with memory for a few strips only."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import tifffile
 
 #: side of a tile, px
 TILE = 256
-#: rows of a strip, px: whole rows of tiles, and divided by every level's downsampling
+#: rows per strip, px; a multiple of the tile side and of the downsampling of all levels
 STRIP = 512
-#: each level is the one before, reduced by this; slide scanners' own step
+#: downsampling from one level to the next, as in slide scanners
 STEP = 4
-#: no level has a shorter side, px; nor is there more than `STRIP` can be divided by
+#: smallest side of a level, px
 SMALLEST = 1024
 QUALITY = 85
 
 
 def level_sides(size: int) -> list[int]:
-    """Return the sides of a square pyramid's levels, px, finest first; remainders are cut off."""
+    """Return the sides of the levels of a square pyramid, px, finest first, rounded down."""
     sides = [size]
     while sides[-1] // STEP >= SMALLEST and STEP ** len(sides) <= STRIP:
         sides.append(sides[-1] // STEP)
@@ -39,21 +39,21 @@ def write_pyramid(
     mpp: float,
     describe: Callable[[int], str] | None = None,
 ) -> np.ndarray:
-    """Write a square picture as a tiled TIFF with JPEG tiles, level after level.
+    """Write a square image as a pyramidal TIFF with JPEG tiles.
 
     Parameters
     ----------
     path
         File to write.
     strips
-        The picture from top to bottom, each ``uint8 (STRIP, size, 3)``, the last one as high as what is left.
+        Strips of the image from top to bottom, ``uint8 (STRIP, size, 3)``. The last strip may be lower.
     size
-        Side of the picture, px.
+        Side of the image, px.
     mpp
-        Micrometres a pixel, for the resolution tags.
+        Micrometers per pixel, for the resolution tags.
     describe
-        Returns the description of the level of a given side, px. The order of the images is then that of an Aperio
-        slide, whose second image is a thumbnail.
+        Function from the side of a level, px, to its description. With `describe`, the images have the order of an
+        Aperio slide, with a thumbnail as the second image.
 
     Returns
     -------
@@ -86,7 +86,7 @@ def write_pyramid(
 
 
 class _Level:
-    """Gathers the rows of one level and compresses them in whole rows of tiles, in the background."""
+    """Collects the rows of one level and compresses whole rows of tiles in the background."""
 
     def __init__(self, side: int, pool: ThreadPoolExecutor) -> None:
         self.side = side
@@ -110,7 +110,7 @@ class _Level:
 
 
 def _finest_tiles(strips: Iterable[np.ndarray], levels: list[_Level], coarsest: list[np.ndarray]) -> Iterator[bytes]:
-    """Yield the finest level's tiles; the others' are gathered on the way, and the coarsest's rows as they are."""
+    """Yield the tiles of the finest level. Collect tiles of the other levels, and the rows of the coarsest level."""
     for strip in strips:
         before, levels[0].tiles = levels[0].tiles, []
         rows = strip
@@ -119,7 +119,7 @@ def _finest_tiles(strips: Iterable[np.ndarray], levels: list[_Level], coarsest: 
             rows = _reduce(rows)
             level.add(rows)
         coarsest.append(rows)
-        # The strip before is written while this one is compressed.
+        # The previous strip is written while this strip is compressed.
         yield from _results(before)
     for level in levels:
         level.flush()
@@ -141,7 +141,7 @@ def _reduce(rows: np.ndarray) -> np.ndarray:
 def _compress(tile: np.ndarray) -> bytes:
     missing = TILE - np.array(tile.shape[:2])
     if missing.any():
-        # A tile at the border is whole as well; its last pixels are repeated, which JPEG hardly needs bytes for.
+        # Tiles at the border are padded to full size with repeated pixels, which JPEG compresses well.
         tile = cv2.copyMakeBorder(tile, 0, int(missing[0]), 0, int(missing[1]), cv2.BORDER_REPLICATE)
     return bytes(
         imagecodecs.jpeg_encode(

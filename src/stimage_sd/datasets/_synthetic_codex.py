@@ -1,4 +1,4 @@
-"""A synthetic CODEX section in the CODEX Processor's own format, with an H&E beside it, whose truth is known."""
+"""Synthetic CODEX section in the format of the CODEX Processor, with an H&E and known truth."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from stimage_sd.datasets._pyramid_writer import STRIP, write_pyramid
 from stimage_sd.datasets._tissue_painter import SHIFT, Tissue, make_stain, paint, scatter_nuclei
 from stimage_sd.datasets._truth import FIELDS, check_folder, draw_genes, log_mean
 
-#: micrometres a pixel of the H&E, and of the multiplex image
+#: micrometers per pixel of the H&E, and of the multiplex image
 MPP, PIXEL_UM = 0.5, 0.8
-#: a Visium array's area a spot, µm²: sections of as many spots are as large on every platform
+#: area per spot of a Visium array, µm², so that `n_spots` means the same area on all platforms
 SPOT_UM2 = 100.0**2 * np.sqrt(3.0) / 2.0
-#: the largest tissue leaves this part of the way to the image's border free
+#: smallest free margin around the tissue, as a share of the distance from center to border
 MARGIN = 0.04
 #: width of the ring of cytoplasm around a nucleus, µm
 CYTOPLASM_UM = 2.0
-#: intensity of a protein whose gene has a mean of one count a spot
+#: mean intensity of a protein at one mean count per spot of its gene
 GAIN = 40.0
-#: shape of the gamma distribution of a protein among the cells of one place
+#: shape of the gamma distribution of a protein across cells with equal mean
 SHAPE = 4.0
-#: offset and noise of the camera, and what it cannot exceed
+#: offset and noise of the camera, and the highest intensity
 OFFSET, NOISE, BRIGHTEST = 100.0, 6.0, 60_000.0
-#: blur of the microscope, px, and the rows beyond a strip that it needs
+#: blur of the microscope, and rows needed beyond a strip for the blur, px
 BLUR, HALO = 0.9, 8
-#: side of the multiplex image's tiles, and rows drawn at a time, px
+#: side of the tiles of the multiplex image, and rows drawn per block, px
 TILE = 512
-#: no level of its pyramid has a longer side than this, but the finest, px
+#: longest side of the coarsest level of the pyramid, px
 COARSEST = 1024
-#: the microscope's field of view (x, y), px, which ``tile_num`` counts
+#: field of view of the microscope (x, y), px; ``tile_num`` is its number
 FIELD_OF_VIEW = (1344, 1008)
-#: a cycle has a nuclear stain and three markers
+#: markers per cycle, beside the nuclear stain
 MARKERS = 3
-#: largest offset that an FCS file's header has room for
+#: largest offset that fits into the header of an FCS file
 FCS_LIMIT = 99_999_999
 
 
@@ -52,50 +52,54 @@ def synthetic_codex(
     n_spots: int = 120,
     n_genes: int = 60,
     n_proteins: int = 12,
+    table_format: Literal["csv", "fcs"] = "csv",
     seed: int = 0,
     gene_seed: int = 0,
     stain_seed: int | None = None,
-    table_format: Literal["csv", "fcs"] = "csv",
 ) -> Path:
-    """Write a synthetic CODEX section: a table of cells, a multiplex image, and an H&E that lies turned to it.
+    """Write a synthetic CODEX section: a table of cells, a multiplex image and a rotated H&E.
 
-    The tissue, its nuclei and its genes are those of `synthetic_visium`. A protein's intensity in a cell is gamma
-    distributed about the exponential of its gene's log mean at the cell, so that a model of the genes that was
-    trained on Visium predicts proteins as far as their correlation goes.
+    Tissue, nuclei and genes are the same as in `synthetic_visium`. The intensity of a protein in a cell is gamma
+    distributed. Its mean is proportional to the exponential of the log mean of the gene at the cell. A gene model
+    trained on Visium can therefore predict the proteins, up to their correlation with the genes.
 
     Parameters
     ----------
     path
-        Folder to write; made where it is not there, and then to be empty.
+        Folder to write. Created if missing, otherwise it has to be empty.
     n_spots
-        Size of the tissue: the Visium spots that it has room for.
+        Size of the tissue, as the number of Visium spots that fit on the tissue.
     n_genes
-        Genes of the truth; the same number as elsewhere gives the same genes.
+        Genes of the truth. Sections with the same number have the same genes.
     n_proteins
-        Of how many of them the protein is measured; about a third are noise, as the genes are.
-    seed
-        Decides tissue, proteins and where the H&E lies.
-    gene_seed
-        Decides how genes depend on the tissue.
-    stain_seed
-        Decides the staining of the H&E; the standard one unless given.
+        Number of genes with a measured protein. About a third of the genes and proteins are noise.
     table_format
         ``"csv"`` or ``"fcs"``.
+    seed
+        Seed of the tissue, the proteins and the position of the H&E.
+    gene_seed
+        Seed of the dependence of genes on the tissue.
+    stain_seed
+        Seed of the staining of the H&E. By default the standard staining.
 
     Returns
     -------
-    The folder, with ``cells.csv`` or ``cells.fcs`` (the CODEX Processor's columns; a cycle of blanks, then cycles of
-    a nuclear stain and three markers), ``multiplex.ome.tif`` (uint16, ``DAPI`` and the proteins, pyramidal,
-    0.8 µm a pixel), ``he.tif`` (pyramidal, 0.5 µm a pixel), ``he_alignment.csv`` (3 × 3, pixels of the H&E to
-    pixels of the multiplex image) and the truth: ``truth_names.csv`` (``gene``, ``channel``), ``truth_genes.csv`` as
-    that of `synthetic_visium`, and ``truth_cells.csv`` (a row a cell: ``x`` and ``y`` in pixels of the H&E, and
-    the three fields).
+    The folder, with these files:
+
+    - ``cells.csv`` or ``cells.fcs``: columns of the CODEX Processor, with a cycle of blanks and then cycles of a
+      nuclear stain and three markers;
+    - ``multiplex.ome.tif``: ``DAPI`` and the proteins, uint16, pyramidal, 0.8 µm per pixel;
+    - ``he.tif``: pyramidal, 0.5 µm per pixel;
+    - ``he_alignment.csv``: 3 × 3, pixels of the H&E to pixels of the multiplex image;
+    - ``truth_names.csv``: ``gene`` and ``channel``;
+    - ``truth_genes.csv``: as in `synthetic_visium`;
+    - ``truth_cells.csv``: one row per cell, with ``x`` and ``y`` in pixels of the H&E, and the three fields.
 
     Raises
     ------
     ValueError
-        If there is less than one spot or protein, fewer than three genes or more proteins than genes, or the format
-        is neither.
+        If there is less than one spot or protein, fewer than three genes, more proteins than genes, or the format is
+        unknown.
     FileExistsError
         If `path` is not empty.
 
@@ -133,7 +137,7 @@ def synthetic_codex(
         planes = [(nuclei, 60.0 * scene.nuclei[:, 5]), *((cells, protein) for protein in proteins.T)]
         _write_multiplex(path / "multiplex.ome.tif", planes, ["DAPI", *channels], seed, Path(scratch))
         del cells, nuclei, planes
-    # A cell that others hide wholly was not segmented.
+    # Cells fully covered by other cells are left out, as no segmentation finds them.
     seen = sizes > 0
     table = _cell_table(scene, sizes, proteins, channels, generator)[seen]
     if table_format == "fcs":
@@ -154,30 +158,30 @@ def synthetic_codex(
 
 
 # --------------------------------------------------------------------------------------------------
-# where things lie
+# positions
 
 
 @dataclass(frozen=True)
 class _Scene:
-    """Nuclei and where they lie on the multiplex image."""
+    """Nuclei and their position on the multiplex image."""
 
-    #: as `scatter_nuclei` gives them, in pixels of the H&E
+    #: ``(n, 6)`` nuclei from `scatter_nuclei`, pixels of the H&E
     nuclei: np.ndarray
     #: ``(3, 3)``, pixels of the H&E to pixels of the multiplex image
     matrix: np.ndarray
-    #: degrees by which the H&E is turned
+    #: rotation of the H&E, degrees
     turn: float
     #: side of the multiplex image, px
     side: int
 
     @property
-    def centres(self) -> np.ndarray:
-        """``(n, 2)`` x, y in pixels of the multiplex image."""
+    def centers(self) -> np.ndarray:
+        """Centers ``(n, 2)`` x, y in pixels of the multiplex image."""
         return self.nuclei[:, :2] @ self.matrix[:2, :2].T + self.matrix[:2, 2]
 
 
 def _make_tissue(n_spots: int, seed: int) -> tuple[Tissue, float]:
-    """Return a tissue and the eccentricity inside of which it has the area of `n_spots`."""
+    """Return a tissue, and the eccentricity of an outline with the area of `n_spots` spots."""
     wanted = n_spots * SPOT_UM2 / MPP**2
     size = int(np.sqrt(wanted)) // TILE * TILE + 2 * TILE
     while True:
@@ -191,7 +195,7 @@ def _make_tissue(n_spots: int, seed: int) -> tuple[Tissue, float]:
 
 
 def _place(tissue: Tissue, nuclei: np.ndarray, seed: int) -> _Scene:
-    """Turn the section by up to 30 degrees and shift it a little about the middle of the multiplex image."""
+    """Rotate the section by up to 30 degrees, and shift it slightly from the center of the multiplex image."""
     generator = np.random.default_rng([seed, 41])
     turn, scale = generator.uniform(-30.0, 30.0), MPP / PIXEL_UM
     side = -(-int(tissue.size * scale + 64) // 16) * 16
@@ -204,13 +208,13 @@ def _place(tissue: Tissue, nuclei: np.ndarray, seed: int) -> _Scene:
 
 
 def _draw(scene: _Scene, path: Path, ring_um: float) -> np.ndarray:
-    """Draw nuclei, or cells that are a ring wider, as labels: ``int32 (side, side)`` on disk, 1 for the first."""
+    """Draw nuclei, or cells with a ring of cytoplasm, as labels from 1: ``int32 (side, side)`` on disk."""
     labels = np.asarray(np.memmap(path, dtype=np.int32, mode="w+", shape=(scene.side, scene.side)))
     unit = 1 << SHIFT
     axes = np.rint((scene.nuclei[:, 2:4] * MPP + ring_um) / PIXEL_UM * unit).astype(int).tolist()
-    centres = np.rint(scene.centres * unit).astype(int).tolist()
-    for number, (centre, half_axes, angle) in enumerate(zip(centres, axes, scene.nuclei[:, 4], strict=True), 1):
-        cv2.ellipse(labels, centre, half_axes, float(angle) + scene.turn, 0, 360, number, -1, cv2.LINE_8, SHIFT)
+    centers = np.rint(scene.centers * unit).astype(int).tolist()
+    for number, (center, half_axes, angle) in enumerate(zip(centers, axes, scene.nuclei[:, 4], strict=True), 1):
+        cv2.ellipse(labels, center, half_axes, float(angle) + scene.turn, 0, 360, number, -1, cv2.LINE_8, SHIFT)
     return labels
 
 
@@ -221,12 +225,12 @@ def _draw(scene: _Scene, path: Path, ring_um: float) -> np.ndarray:
 def _write_multiplex(
     path: Path, planes: list[tuple[np.ndarray, np.ndarray]], channels: list[str], seed: int, scratch: Path
 ) -> None:
-    """Write a pyramidal OME-TIFF of one plane a channel: labels, and an intensity a label."""
+    """Write a pyramidal OME-TIFF, one plane per channel, from labels and one intensity per label."""
     side = planes[0][0].shape[0]
     sides = [side]
     while sides[-1] > COARSEST:
         sides.append(sides[-1] // 2)
-    # Every plane of a level lies before those of the next: the next one waits on disk.
+    # All planes of a level come before the next level, so the next level is kept on disk.
     halves = np.memmap(scratch / "halves", dtype=np.uint16, mode="w+", shape=(len(planes), side // 2, side // 2))
     common: dict[str, Any] = {"dtype": np.uint16, "tile": (TILE, TILE), "photometric": "minisblack", "predictor": True}
     common |= {"compression": "zlib", "compressionargs": {"level": 1}}
@@ -237,7 +241,7 @@ def _write_multiplex(
         "PhysicalSizeXUnit": "µm",
         "PhysicalSizeY": PIXEL_UM,
         "PhysicalSizeYUnit": "µm",
-        # Otherwise it were another one each time.
+        # A random UUID would make each file different.
         "UUID": f"urn:uuid:{UUID(int=seed % 2**128)}",
     }
     with tifffile.TiffWriter(path, ome=True, bigtiff=len(planes) * side**2 > 2**30) as writer:
@@ -249,7 +253,7 @@ def _write_multiplex(
 
 
 def _finest(planes: list[tuple[np.ndarray, np.ndarray]], halves: np.ndarray, seed: int) -> Iterator[np.ndarray]:
-    """Yield the tiles of the finest level; the next level is gathered as they pass by."""
+    """Yield the tiles of the finest level, and collect the next level."""
     side = planes[0][0].shape[0]
     noise = NOISE * np.random.default_rng([seed, 42]).standard_normal((TILE, side), dtype=np.float32)
     for number, (labels, values) in enumerate(planes):
@@ -266,7 +270,7 @@ def _finest(planes: list[tuple[np.ndarray, np.ndarray]], halves: np.ndarray, see
 
 
 def _coarser(halves: np.ndarray, side: int, factor: int) -> Iterator[np.ndarray]:
-    """Yield the tiles of a coarser level, reduced from the second one."""
+    """Yield the tiles of a coarser level, reduced from the second level."""
     for plane in halves:
         reduced = np.asarray(plane)
         for _ in range(factor.bit_length() - 1):
@@ -292,16 +296,16 @@ def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
 def _cell_table(
     scene: _Scene, sizes: np.ndarray, proteins: np.ndarray, channels: list[str], generator: np.random.Generator
 ) -> pd.DataFrame:
-    """Lay out cells as the CODEX Processor does, under names ``short:long``."""
+    """Return the table of cells in the layout of the CODEX Processor, with column names ``short:long``."""
     n_cells = len(sizes)
-    x, y = np.rint(scene.centres).astype(int).T
+    x, y = np.rint(scene.centers).astype(int).T
     across = -(-scene.side // FIELD_OF_VIEW[0])
     tile = y // FIELD_OF_VIEW[1] * across + x // FIELD_OF_VIEW[0] + 1
     columns: dict[str, np.ndarray] = {"cell_id": np.arange(1, n_cells + 1), "region": np.ones(n_cells, dtype=int)}
     columns |= {"tile_num": tile, "x": x, "y": y, "z": np.zeros(n_cells, dtype=int)}
     columns |= {"x_tile": x % FIELD_OF_VIEW[0], "y_tile": y % FIELD_OF_VIEW[1], "size": sizes}
     columns = {f"{name}:{name}": values for name, values in columns.items()}
-    # The first cycle is stained with nothing, to see by how much the tissue itself shines.
+    # The first cycle is blank, to measure autofluorescence.
     measured = dict(zip(channels, proteins.T, strict=True))
     slots: list[str | None] = [*[None] * MARKERS, *channels, *[None] * (-len(channels) % MARKERS)]
     for cycle in range(len(slots) // MARKERS):
@@ -314,7 +318,7 @@ def _cell_table(
 
 
 def _write_fcs(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as an FCS 3.1 file of one data set of little-endian float32.
+    """Write a table as an FCS 3.1 file with one data set of little-endian float32.
 
     Source: Spidlen et al. 2010, Data File Standard for Flow Cytometry, version FCS 3.1.
     """
@@ -326,7 +330,7 @@ def _write_fcs(path: Path, table: pd.DataFrame) -> None:
         short, _, long = name.partition(":")
         text |= {f"$P{number}N": short, f"$P{number}S": long, f"$P{number}B": "32", f"$P{number}E": "0,0"}
         text[f"$P{number}R"] = str(int(np.ceil(values[:, number - 1].max(initial=1.0))) + 1)
-    # The text speaks of where the data lie, which follow it: their place is fixed with room for any number.
+    # The text states the offset of the data, which follow the text. 20 digits are reserved for each offset.
     start = len("FCS3.1    ") + 6 * 8
     begin = start + len(_fcs_text(text | {"$BEGINDATA": "0" * 20, "$ENDDATA": "0" * 20}))
     end = begin + values.nbytes - 1

@@ -1,4 +1,4 @@
-"""A synthetic whole slide in Aperio's format, whose truth is known."""
+"""Synthetic whole slide in the format of Aperio scanners, with known truth."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from stimage_sd.datasets._pyramid_writer import QUALITY, STRIP, TILE, write_pyra
 from stimage_sd.datasets._tissue_painter import Tissue, make_stain, paint
 from stimage_sd.datasets._truth import FIELDS, check_folder, draw_genes
 
-#: smallest side that holds tissue, and a thumbnail, px
+#: smallest side of a slide with tissue and a thumbnail, px
 SMALLEST = 1024
-#: `Tissue.eccentricity` of the tissue's outline
+#: `Tissue.eccentricity` of the outline of the tissue
 REACH = 0.9
-#: distance of the points at which the truth is written down, µm
+#: distance of the points with truth, µm
 TRUTH_UM = 100.0
-#: an objective's magnification times the micrometres a pixel of the camera behind it
+#: magnification of the objective times the micrometers per pixel
 MAGNIFICATION_MPP = 10.0
-#: standard deviation of the blur where the scanner was out of focus, µm
+#: standard deviation of the out-of-focus blur, µm
 BLUR_UM = 5.0
-#: width of a felt-tip pen, µm, and the largest part of a small slide that it may be
+#: width of a felt-tip pen, µm, and its largest width as a share of the side of a small slide
 PEN_UM, PEN_SHARE = 700.0, 0.08
-#: light that passes a pen's ink, in red, green and blue
+#: share of red, green and blue light that passes the ink of a pen
 INKS = {"blue": (0.14, 0.37, 0.63), "green": (0.15, 0.52, 0.36), "black": (0.16, 0.16, 0.18)}
 
 
@@ -37,45 +37,49 @@ def synthetic_slide(
     size: int = 8192,
     mpp: float = 0.5,
     n_genes: int = 60,
+    blur: float = 0.0,
+    pen: int = 0,
     seed: int = 0,
     gene_seed: int = 0,
     stain_seed: int | None = None,
-    blur: float = 0.0,
-    pen: int = 0,
 ) -> Path:
-    """Write a synthetic whole slide, a pyramid as Aperio's scanners write it, with the truth of its genes.
+    """Write a synthetic whole slide as an Aperio pyramid, with the truth of its genes.
 
-    The tissue is that of `synthetic_visium`; the genes of one `gene_seed` depend on it in the same way, so that a
-    model trained there can be scored here, where nothing was measured. The picture streams by in strips: a slide
-    of 40,000 px a side needs some 2 GB of memory, most of it for the places of its million nuclei.
+    The tissue is the same as in `synthetic_visium`. Genes with the same `gene_seed` depend on the tissue in the same
+    way. A model trained on a Visium section can therefore be scored on the slide, which has no measured genes. The
+    image is written in strips. A slide with sides of 40,000 px needs about 2 GB of memory, mostly for the positions of
+    one million nuclei.
 
     Parameters
     ----------
     path
-        Folder to write; made where it is not there, and then to be empty.
+        Folder to write. Created if missing, otherwise it has to be empty.
     size
         Side of the slide, px.
     mpp
-        Micrometres a pixel.
+        Micrometers per pixel.
     n_genes
-        Genes, a third of them noise.
-    seed
-        Decides the tissue and the pen.
-    gene_seed
-        Decides how genes depend on the tissue.
-    stain_seed
-        Decides the staining; the standard one unless given.
+        Number of genes. A third of the genes are noise.
     blur
-        Part of the slide, from its left border, that is out of focus: 0 to 1.
+        Share of the slide that is out of focus, from the left border, 0 to 1.
     pen
-        Strokes of a felt-tip pen.
+        Number of strokes of a felt-tip pen.
+    seed
+        Seed of the tissue and the pen.
+    gene_seed
+        Seed of the dependence of genes on the tissue.
+    stain_seed
+        Seed of the staining. By default the standard staining.
 
     Returns
     -------
-    The folder, with ``slide.svs`` (levels of 256 px tiles, each a fourth of the one before, and a thumbnail) and the
-    truth: ``truth_genes.csv`` as that of `synthetic_visium`; ``truth_points.csv``, a row a point every 100 µm
-    (``x``, ``y`` in pixels, the three fields, ``in_tissue``, ``blurred``, ``pen``); and ``truth_slide.json``
-    (arguments, border of the blurred part, strokes).
+    The folder, with these files:
+
+    - ``slide.svs``: levels with tiles of 256 px, each with a fourth of the side of the previous level, and a thumbnail;
+    - ``truth_genes.csv``: as in `synthetic_visium`;
+    - ``truth_points.csv``: one row per point, every 100 µm, with ``x`` and ``y`` in pixels, the three fields,
+      ``in_tissue``, ``blurred`` and ``pen``;
+    - ``truth_slide.json``: arguments, border of the blurred part, and strokes.
 
     Raises
     ------
@@ -97,7 +101,7 @@ def synthetic_slide(
     if size < SMALLEST:
         raise ValueError(f"Expected `size` of at least {SMALLEST} px, found {size}.")
     if not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"Expected `mpp` to be a positive number of micrometres a pixel, found {mpp!r}.")
+        raise ValueError(f"Expected `mpp` to be a positive number of micrometers per pixel, found {mpp!r}.")
     if n_genes < 3:
         raise ValueError(f"Expected `n_genes` of at least 3, found {n_genes}.")
     if not 0.0 <= blur <= 1.0 or pen < 0:
@@ -131,7 +135,7 @@ def synthetic_slide(
 
 @dataclass(frozen=True)
 class _Description:
-    """What an Aperio scanner writes beside a level."""
+    """Description of a level in the format of an Aperio scanner."""
 
     size: int
     mpp: float
@@ -145,7 +149,7 @@ class _Description:
 
 @dataclass(frozen=True)
 class _Stroke:
-    """A stroke of a pen: ``(n, 2)`` points x, y and its width, px."""
+    """A stroke of a pen: points ``(n, 2)`` x, y and width, px."""
 
     points: np.ndarray
     width: int
@@ -153,7 +157,7 @@ class _Stroke:
 
 
 def _draw_stroke(size: int, mpp: float, seed: int, number: int) -> _Stroke:
-    """Draw a stroke: an arc about some place on the slide, as one that marks a region."""
+    """Draw a random stroke: an arc around a position on the slide, as if to mark a region."""
     generator = np.random.default_rng([seed, 30, number])
     middle, radius = generator.uniform(0.25, 0.75, 2) * size, generator.uniform(0.08, 0.2) * size
     angles = generator.uniform(0.0, 2.0 * np.pi) + np.linspace(0.0, generator.uniform(1.5, 5.0), 60)
@@ -164,14 +168,14 @@ def _draw_stroke(size: int, mpp: float, seed: int, number: int) -> _Stroke:
 
 
 def _mark(stroke: _Stroke, shape: tuple[int, int], top: int) -> np.ndarray:
-    """Return ``uint8 (rows, columns)``, 255 where a stroke covers a strip that begins at the row `top`."""
+    """Return a mask ``uint8 (rows, columns)`` of a stroke, 255 in the stroke, for a strip from row `top`."""
     mask = np.zeros(shape, dtype=np.uint8)
     cv2.polylines(mask, [stroke.points - np.array([0, top], dtype=np.int32)], False, 255, stroke.width, cv2.LINE_8)
     return mask
 
 
 def _with_strokes(strips: Iterable[np.ndarray], strokes: list[_Stroke]) -> Iterator[np.ndarray]:
-    """Lay a pen's ink on a picture that streams by: what passes it is dimmed."""
+    """Draw pen strokes on streamed strips. The ink dims the image."""
     top = 0
     for strip in strips:
         for stroke in strokes:
@@ -185,7 +189,7 @@ def _with_strokes(strips: Iterable[np.ndarray], strokes: list[_Stroke]) -> Itera
 
 
 def _out_of_focus(strips: Iterable[np.ndarray], width: int, deviation: float) -> Iterator[np.ndarray]:
-    """Blur the left part of a picture that streams by, as in one piece: each strip with what is above and below."""
+    """Blur the left part of streamed strips. Each strip is blurred with its neighbors, to avoid seams."""
     halo = int(np.ceil(4.0 * deviation))
     above: np.ndarray | None = None
     waiting: np.ndarray | None = None
@@ -224,7 +228,7 @@ def _truth_points(tissue: Tissue, strokes: list[_Stroke], blurred: int) -> pd.Da
     frame["blurred"] = (points[:, 0] < blurred).astype(int)
     frame["pen"] = 0
     for stroke in strokes:
-        # Drawn at an eighth: a map of the whole slide at full resolution would be larger than the slide.
+        # Drawn at an eighth of the resolution, as a full-resolution mask of the whole slide needs too much memory.
         small = _Stroke(stroke.points // 8, max(1, stroke.width // 8), stroke.ink)
         marked = _mark(small, (tissue.size // 8 + 1,) * 2, 0) > 0
         rows, columns = (points[:, axis].astype(int) // 8 for axis in (1, 0))

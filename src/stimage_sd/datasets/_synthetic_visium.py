@@ -1,4 +1,4 @@
-"""A synthetic Visium section in Space Ranger's own format, whose truth is known."""
+"""Synthetic Visium section in the format of Space Ranger, with known truth."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from stimage_sd.datasets._tenx_matrix import write_10x_h5
 from stimage_sd.datasets._tissue_painter import Tissue, make_stain, paint
 from stimage_sd.datasets._truth import check_folder, draw_genes, draw_spot_counts
 
-#: micrometres a pixel
+#: micrometers per pixel
 MPP = 0.5
 PITCH_UM = 100.0
-#: what Space Ranger's ``spot_diameter_fullres`` stands for, µm
+#: diameter meant by ``spot_diameter_fullres`` of Space Ranger, µm
 NOMINAL_SPOT_UM = 65.0
 FIDUCIAL_UM = 105.0
-#: longest side of Space Ranger's two small images, px
+#: longest side of the high- and low-resolution images, px
 HIRES, LOWRES = 2000, 600
-#: side of the tiles of the full-resolution TIFF, and rows painted at a time, px
+#: side of the tiles of the full-resolution TIFF, and rows painted per strip, px
 TILE = 512
-#: the largest tissue leaves this part of the way to the image's border free
+#: smallest free margin around the tissue, as a share of the distance from center to border
 MARGIN = 0.04
 
 
@@ -35,45 +35,48 @@ def synthetic_visium(
     n_spots: int = 300,
     n_genes: int = 60,
     image_size: int | None = None,
+    sample: str = "synthetic",
     seed: int = 0,
     gene_seed: int = 0,
     stain_seed: int | None = None,
-    sample: str = "synthetic",
 ) -> Path:
-    """Write a synthetic Visium section, as Space Ranger writes one, with its full-resolution H&E.
+    """Write a synthetic Visium section in the format of Space Ranger, with its full-resolution H&E.
 
-    Three smooth random fields, the density of nuclei, their size and the share of stroma, are what the
-    tissue is drawn from and what drives the counts. Genes ``SIGNAL...`` have negative binomial counts whose
-    log mean is linear in the fields at the spot's centre; a third of the genes, ``NOISE...``, do not depend
-    on them. Two sections of one `gene_seed` and different `seed` are two tissues with the same genes.
+    Three smooth random fields drive the picture of the tissue and the counts: density of nuclei, size of nuclei, and
+    share of stroma. Genes ``SIGNAL...`` have negative binomial counts. Their log mean is linear in the fields at the
+    center of the spot. A third of the genes, ``NOISE...``, do not depend on the fields. Two sections with the same
+    `gene_seed` and different `seed` are two tissues with the same genes.
 
     Parameters
     ----------
     path
-        Folder to write; made where it is not there, and then to be empty.
+        Folder to write. Created if missing, otherwise it has to be empty.
     n_spots
-        Spots in tissue.
+        Number of spots in tissue.
     n_genes
-        Genes, a third of them noise.
+        Number of genes. A third of the genes are noise.
     image_size
-        Side of the square image, px; as large as `n_spots` need unless given.
-    seed
-        Decides tissue and counts.
-    gene_seed
-        Decides how genes depend on the tissue.
-    stain_seed
-        Decides the staining; the standard one unless given.
+        Side of the square image, px. By default large enough for `n_spots`.
     sample
         Library id in the matrix.
+    seed
+        Seed of the tissue and the counts.
+    gene_seed
+        Seed of the dependence of genes on the tissue.
+    stain_seed
+        Seed of the staining. By default the standard staining.
 
     Returns
     -------
-    The folder, with ``filtered_feature_bc_matrix.h5``, ``spatial/`` (``tissue_positions.csv``,
-    ``scalefactors_json.json``, ``tissue_hires_image.png``, ``tissue_lowres_image.png``), the
-    full-resolution ``image.tif`` (0.5 µm a pixel; spots of 55 µm at a hexagonal pitch of 100 µm) and the
-    truth: ``truth_spots.csv`` (a row a spot in tissue: the three fields, 0 to 1, and ``size_factor``) and
-    ``truth_genes.csv`` (a row a gene: ``intercept``, a coefficient a field, as of its deviation from 0.5
-    in standard deviations, and ``dispersion``, the r of NB(r, p)).
+    The folder, with these files:
+
+    - ``filtered_feature_bc_matrix.h5``;
+    - ``spatial/``: ``tissue_positions.csv``, ``scalefactors_json.json``, ``tissue_hires_image.png`` and
+      ``tissue_lowres_image.png``;
+    - ``image.tif``: full resolution, 0.5 µm per pixel, with spots of 55 µm at a hexagonal pitch of 100 µm;
+    - ``truth_spots.csv``: one row per spot in tissue, with the three fields, 0 to 1, and ``size_factor``;
+    - ``truth_genes.csv``: one row per gene, with ``intercept``, one coefficient per field, and ``dispersion``, the r of
+      NB(r, p). A coefficient is per standard deviation of the field from 0.5.
 
     Raises
     ------
@@ -95,8 +98,8 @@ def synthetic_visium(
     tissue, positions, reach = _place(n_spots, image_size, seed)
     genes = draw_genes(n_genes, gene_seed)
     inside = positions[positions["in_tissue"] == 1]
-    centres = inside[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=float)
-    spots, counts = draw_spot_counts(tissue, centres, inside.index, genes, seed)
+    centers = inside[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=float)
+    spots, counts = draw_spot_counts(tissue, centers, inside.index, genes, seed)
 
     spatial = path / "spatial"
     spatial.mkdir(parents=True, exist_ok=True)
@@ -115,7 +118,7 @@ def synthetic_visium(
 
 
 def _place(n_spots: int, image_size: int | None, seed: int) -> tuple[Tissue, pd.DataFrame, float]:
-    """Return the tissue, the array's positions, and the eccentricity inside of which `n_spots` of them lie."""
+    """Return the tissue, the positions of the array, and the eccentricity of an outline around `n_spots` spots."""
     pitch = PITCH_UM / MPP
     size = image_size if image_size is not None else int(np.sqrt(n_spots) * pitch + 2 * pitch) // TILE * TILE + TILE
     while True:
@@ -130,13 +133,13 @@ def _place(n_spots: int, image_size: int | None, seed: int) -> tuple[Tissue, pd.
         if image_size is not None:
             raise ValueError(
                 f"Expected an image large enough for {n_spots} spots, found `image_size={image_size}`. Pass a larger "
-                "one, fewer spots, or leave it out."
+                "`image_size`, fewer spots, or leave `image_size` out."
             )
         size += TILE
 
 
 def _array_positions(size: int, pitch: float) -> pd.DataFrame:
-    """Return the hexagonal array that covers an image: odd rows sit half a pitch to the right."""
+    """Return the hexagonal array that covers an image. Odd rows are shifted right by half a pitch."""
     step_y, step_x = pitch * np.sqrt(3.0) / 2.0, pitch / 2.0
     rows, columns = np.indices((int((size - pitch) // step_y) + 1, int((size - pitch) // step_x) + 1))
     staggered = rows % 2 == columns % 2
@@ -155,7 +158,7 @@ def _array_positions(size: int, pitch: float) -> pd.DataFrame:
 
 
 def _barcodes(number: int) -> list[str]:
-    """Make distinct 16-base barcodes, the same ones always, as the array's are."""
+    """Return distinct 16-base barcodes, the same in all sections, as on real arrays."""
     generator = np.random.default_rng(10)
     codes: dict[str, None] = {}
     while len(codes) < number:
@@ -165,8 +168,8 @@ def _barcodes(number: int) -> list[str]:
 
 
 def _write_images(path: Path, tissue: Tissue, reach: float, stain_seed: int | None) -> None:
-    """Paint the tissue once, into a tiled TIFF, and gather the two small images as it passes by."""
-    # A power of two, which divides a strip: strips are reduced by themselves. Space Ranger's are 2,000 px exactly.
+    """Paint the tissue once into a tiled TIFF, and collect the two small images from the same strips."""
+    # A power of two divides the strip, so each strip is reduced on its own. Space Ranger uses exactly 2,000 px.
     factor = 1 << max(0, int(np.ceil(np.log2(tissue.size / HIRES))))
     reduced: list[np.ndarray] = []
 

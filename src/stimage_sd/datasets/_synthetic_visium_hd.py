@@ -1,4 +1,4 @@
-"""A synthetic Visium HD section in Space Ranger's own format, whose truth is known."""
+"""Synthetic Visium HD section in the format of Space Ranger, with known truth."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from stimage_sd.datasets._tenx_matrix import write_10x_h5
 from stimage_sd.datasets._tissue_painter import Tissue, make_stain, paint
 from stimage_sd.datasets._truth import check_folder, draw_genes, log_mean
 
-#: micrometres a pixel of the H&E
+#: micrometers per pixel of the H&E
 MPP = 0.5
-#: the `Tissue.eccentricity` of the tissue's outline
+#: `Tissue.eccentricity` of the outline of the tissue
 REACH = 0.92
-#: pitch of the slide's own squares, of which all bins are made, µm
+#: pitch of the barcode squares on the slide, µm; all bins are made of these squares
 SLIDE_UM = 2
-#: longest side of Space Ranger's two small images, px
+#: longest side of the high- and low-resolution images, px
 HIRES, LOWRES = 6000, 600
 FIDUCIAL_UM = 330.0
-#: counts drawn at a time
+#: counts drawn per block
 BATCH = 2_000_000
 VERSION = "4.0.1"
 
@@ -40,49 +40,54 @@ def synthetic_visium_hd(
     *,
     size_um: float = 1000.0,
     n_genes: int = 60,
+    rotation_degrees: float = 3.0,
+    bins: Sequence[int] = (8, 16),
     seed: int = 0,
     gene_seed: int = 0,
     stain_seed: int | None = None,
-    rotation_degrees: float = 3.0,
-    bins: Sequence[int] = (8, 16),
 ) -> Path:
-    """Write a synthetic Visium HD section, as Space Ranger writes one, with its full-resolution H&E.
+    """Write a synthetic Visium HD section in the format of Space Ranger, with its full-resolution H&E.
 
-    Tissue and genes are those of `stimage_sd.datasets.synthetic_visium`: genes of one `gene_seed` depend on the tissue
-    in the same way. Counts of the bins within any circle of 55 µm are as many, on average, as those of a Visium spot
-    there, and vary about as much. Of one `seed` and `size_um`, tissue and H&E are those of `synthetic_xenium`.
+    Tissue and genes are the same as in `stimage_sd.datasets.synthetic_visium`. Genes with the same `gene_seed` depend
+    on the tissue in the same way. Within any circle of 55 µm, the counts of the bins have the mean of a Visium spot at
+    the same position, and about the same variance. With equal `seed` and `size_um`, tissue and H&E are the same as in
+    `synthetic_xenium`.
 
     Parameters
     ----------
     path
-        Folder to write; made where it is not there, and then to be empty.
+        Folder to write. Created if missing, otherwise it has to be empty.
     size_um
-        Side of the square H&E, µm, rounded up to whole tiles. The slide's array is as large.
+        Side of the square H&E, µm, rounded up to whole tiles. The array of the slide has about the same size.
     n_genes
-        Genes, a third of them ``NOISE...``, which depend on nothing.
-    seed
-        Decides tissue and counts.
-    gene_seed
-        Decides how genes depend on the tissue.
-    stain_seed
-        Decides the staining of the H&E; the standard one unless given.
+        Number of genes. A third of the genes, ``NOISE...``, do not depend on the tissue.
     rotation_degrees
-        How far the array is turned about the middle of the H&E, from its columns' direction x towards y.
+        Rotation of the array around the center of the H&E, from x toward y, degrees.
     bins
-        Sides of the bins, µm: even, and multiples of the smallest, of which the others are sums.
+        Sides of the bins, µm. All sides are even, and multiples of the smallest side.
+    seed
+        Seed of the tissue and the counts.
+    gene_seed
+        Seed of the dependence of genes on the tissue.
+    stain_seed
+        Seed of the staining of the H&E. By default the standard staining.
 
     Returns
     -------
-    The folder, with ``binned_outputs/square_008um`` and the like (``filtered_feature_bc_matrix.h5``,
-    ``raw_feature_bc_matrix.h5``, ``spatial/``), ``feature_slice.h5`` (description, features and masks, without the
-    slices), the full-resolution ``image.tif`` (0.5 µm a pixel) and the truth: ``truth_genes.csv`` as of
-    `synthetic_visium` and ``truth_tissue.json`` (``size``, ``mpp``, ``seed``, ``reach``, ``rotation_degrees``).
+    The folder, with these files:
+
+    - ``binned_outputs/square_008um`` and so on: ``filtered_feature_bc_matrix.h5``, ``raw_feature_bc_matrix.h5`` and
+      ``spatial/``;
+    - ``feature_slice.h5``: description, features and masks, without the slices;
+    - ``image.tif``: full resolution, 0.5 µm per pixel;
+    - ``truth_genes.csv``: as in `synthetic_visium`;
+    - ``truth_tissue.json``: ``size``, ``mpp``, ``seed``, ``reach`` and ``rotation_degrees``.
 
     Raises
     ------
     ValueError
-        If there are fewer than three genes, the section is smaller than 100 µm, or the bins are not as they have to
-        be.
+        If there are fewer than three genes, the section is smaller than 100 µm, the rotation is not finite, or a side
+        in `bins` is odd or not a multiple of the smallest side.
     FileExistsError
         If `path` is not empty.
 
@@ -129,14 +134,14 @@ def synthetic_visium_hd(
 
 @dataclass(frozen=True)
 class _Array:
-    """The slide's square array of barcodes, and how it lies on the H&E.
+    """Square array of barcodes on the slide, and its position on the H&E.
 
     Parameters
     ----------
     um
-        Its side, µm.
+        Side of the array, µm.
     to_image
-        ``(3, 3)``, from micrometres along its columns and rows to pixels of the H&E.
+        ``(3, 3)`` matrix from micrometers along columns and rows to pixels of the H&E.
     """
 
     um: int
@@ -144,7 +149,7 @@ class _Array:
 
     @classmethod
     def cover(cls, tissue: Tissue, whole: int, rotation_degrees: float) -> _Array:
-        """Lay an array about the middle of the H&E, as large as that, in whole bins."""
+        """Return an array centered on the H&E, with the size of the H&E rounded up to whole bins."""
         um = int(np.ceil(tissue.size * tissue.mpp / whole)) * int(whole)
         angle = np.radians(rotation_degrees)
         linear = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / tissue.mpp
@@ -152,33 +157,33 @@ class _Array:
         return cls(um, np.vstack([np.column_stack([linear, shift]), [0.0, 0.0, 1.0]]))
 
     def lattice(self, side: int) -> np.ndarray:
-        """Return ``(n, 2)`` row and column of all bins."""
+        """Return row and column of all bins, ``(n, 2)``."""
         return np.indices((self.um // side, self.um // side)).reshape(2, -1).T
 
-    def centres(self, side: int, lattice: np.ndarray) -> np.ndarray:
-        """Return ``(n, 2)`` x, y of bins' centres, px."""
+    def centers(self, side: int, lattice: np.ndarray) -> np.ndarray:
+        """Return the centers of bins, ``(n, 2)`` x, y, px."""
         return (lattice[:, ::-1] + 0.5) * side @ self.to_image[:2, :2].T + self.to_image[:2, 2]
 
 
 def _draw_bins(tissue: Tissue, genes: pd.DataFrame, array: _Array, side: int) -> tuple[np.ndarray, sp.csr_matrix]:
-    """Draw which of the smallest bins are in tissue, and their counts, a band of rows at a time."""
+    """Return which of the smallest bins are in tissue, and draw their counts in bands of rows."""
     generator = np.random.default_rng([tissue.seed, 34])
     n_blocks = int(np.ceil(tissue.size * tissue.mpp / BLOCK_UM))
-    # A gamma mixture of Poisson counts is negative binomial; it is shared within a block as large as a spot.
+    # A gamma mixture of Poisson counts is negative binomial. Bins in a block of the area of a spot share one gamma.
     shape = BLOCK_DISPERSION * genes["dispersion"].to_numpy()
     gammas = generator.gamma(shape, 1.0 / shape, (n_blocks**2, len(genes)))
     lattice = array.lattice(side)
     inside = np.zeros(len(lattice), dtype=bool)
     parts: list[sp.csr_matrix] = []
     for band in np.array_split(np.arange(len(lattice)), len(lattice) * len(genes) // BATCH + 1):
-        centres = array.centres(side, lattice[band])
-        inside[band] = (tissue.eccentricity(centres) < REACH) & ((centres >= 0) & (centres < tissue.size)).all(axis=1)
+        centers = array.centers(side, lattice[band])
+        inside[band] = (tissue.eccentricity(centers) < REACH) & ((centers >= 0) & (centers < tissue.size)).all(axis=1)
         chosen = np.flatnonzero(inside[band])
-        columns, rows = (centres[chosen] * tissue.mpp // BLOCK_UM).astype(int).T
-        # A block has a spot's area, so that a bin's part of a spot is its part of a block.
-        means = np.exp(log_mean(tissue, centres[chosen], genes)) * side**2 / BLOCK_UM**2
+        columns, rows = (centers[chosen] * tissue.mpp // BLOCK_UM).astype(int).T
+        # A block has the area of a spot, so a bin gets its share of the block area of the mean.
+        means = np.exp(log_mean(tissue, centers[chosen], genes)) * side**2 / BLOCK_UM**2
         drawn = sp.csr_matrix(generator.poisson(means * gammas[rows * n_blocks + columns]), dtype=np.int32)
-        # Bins outside have none: their rows are empty.
+        # Bins outside tissue have no counts, so their rows are empty.
         filled = np.zeros(len(band) + 1, dtype=np.int64)
         filled[chosen + 1] = np.diff(drawn.indptr)
         drawn = sp.csr_matrix((drawn.data, drawn.indices, filled.cumsum()), shape=(len(band), len(genes)))
@@ -187,7 +192,7 @@ def _draw_bins(tissue: Tissue, genes: pd.DataFrame, array: _Array, side: int) ->
 
 
 def _parents(array: _Array, smallest: int, side: int) -> sp.csr_matrix:
-    """Return which of the smallest bins make up each bin of some side: 1 where they do."""
+    """Return a matrix with 1 where a smallest bin belongs to a bin of a larger side."""
     lattice = array.lattice(smallest) // (side // smallest)
     parent = lattice[:, 0] * (array.um // side) + lattice[:, 1]
     shape = ((array.um // side) ** 2, len(parent))
@@ -212,7 +217,7 @@ def _write_bins(
     spatial = folder / "spatial"
     spatial.mkdir(parents=True)
     lattice = array.lattice(side)
-    centres = array.centres(side, lattice)
+    centers = array.centers(side, lattice)
     barcodes = pd.Index([f"s_{side:03d}um_{row:05d}_{column:05d}-1" for row, column in lattice.tolist()])
     about = {
         "chemistry_description": "Visium HD v1",
@@ -227,8 +232,8 @@ def _write_bins(
         "in_tissue": inside.astype(np.int64),
         "array_row": lattice[:, 0],
         "array_col": lattice[:, 1],
-        "pxl_row_in_fullres": centres[:, 1],
-        "pxl_col_in_fullres": centres[:, 0],
+        "pxl_row_in_fullres": centers[:, 1],
+        "pxl_col_in_fullres": centers[:, 0],
     }
     pq.write_table(pa.table(columns), spatial / "tissue_positions.parquet")
     scales: dict[str, float] = {}
@@ -248,16 +253,16 @@ def _write_bins(
 
 
 def _write_slide(path: Path, array: _Array, genes: pd.Index, in_tissue: np.ndarray, smallest: int) -> None:
-    """Write what a run says about its slide: the array of 2 µm squares, and how it lies on the images."""
-    # Squares count their centres: number 0 is half a pitch from the array's corner.
-    centred = np.array([[SLIDE_UM, 0.0, SLIDE_UM / 2.0], [0.0, SLIDE_UM, SLIDE_UM / 2.0], [0.0, 0.0, 1.0]])
-    to_microscope = array.to_image @ centred
+    """Write ``feature_slice.h5``: the array of 2 µm squares, and its position on the images."""
+    # Whole numbers are the centers of the squares. Number 0 is half a pitch from the corner of the array.
+    centered = np.array([[SLIDE_UM, 0.0, SLIDE_UM / 2.0], [0.0, SLIDE_UM, SLIDE_UM / 2.0], [0.0, 0.0, 1.0]])
+    to_microscope = array.to_image @ centered
     inverse = np.linalg.inv(to_microscope)
     n_squares = array.um // SLIDE_UM
     layout = {
         "file_format": "1.0",
         "slide_uid": "synthetic",
-        "transform": centred.tolist(),
+        "transform": centered.tolist(),
         "spot_pitch": float(SLIDE_UM),
     }
     about = {
@@ -268,7 +273,7 @@ def _write_slide(path: Path, array: _Array, genes: pd.Index, in_tissue: np.ndarr
         "slide_name": "synthetic",
         "spot_pitch": float(SLIDE_UM),
         "hd_layout_json": json.dumps(layout),
-        # The CytAssist's image of a synthetic section is the microscope's.
+        # A synthetic section uses the microscope image as the CytAssist image.
         "transform_matrices": {
             "spot_colrow_to_microscope_colrow": to_microscope.tolist(),
             "microscope_colrow_to_spot_colrow": inverse.tolist(),

@@ -1,4 +1,4 @@
-"""A synthetic Xenium section in 10x Genomics' own format, whose truth is known."""
+"""Synthetic Xenium section in the format of 10x Genomics, with known truth."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,30 +16,39 @@ import pyarrow.parquet as pq
 import scipy.sparse as sp
 
 from stimage_sd.datasets._cell_types import TYPES, draw_markers, give_types, marker_names
-from stimage_sd.datasets._synthetic_xenium_cells import CATEGORIES, GENE, Cells
+from stimage_sd.datasets._synthetic_xenium_cells import (
+    CATEGORIES,
+    GENE,
+    PROTEIN,
+    PROTEIN_SCALE,
+    Cells,
+    draw_proteins,
+)
 from stimage_sd.datasets._synthetic_xenium_images import TILE, DapiPainter, write_ome_pyramid
 from stimage_sd.datasets._tenx_matrix import write_10x_h5
 from stimage_sd.datasets._tissue_painter import Tissue, make_stain, paint, scatter_nuclei
 from stimage_sd.datasets._truth import SPOT_UM, check_folder, draw_genes, log_mean
 
-#: micrometres a pixel of the H&E
+#: micrometers per pixel of the H&E
 MPP = 0.5
-#: the `Tissue.eccentricity` of the tissue's outline
+#: `Tissue.eccentricity` of the outline of the tissue
 REACH = 0.92
-#: glass around the H&E's field in the morphology image, µm
+#: width of the glass around the H&E in the morphology image, µm
 BORDER_UM = 20.0
-#: transcripts are drawn in blocks as large as a spot of 55 µm, which share a gene's overdispersion
+#: side of a block with the area of a spot of 55 µm; transcripts of a gene in a block share one gamma factor
 BLOCK_UM = SPOT_UM * np.sqrt(np.pi) / 2.0
-#: a circle covers parts of several blocks and so varies less than one: the r of a block for an r of a circle
+#: r of a block divided by r of a spot; a spot covers parts of several blocks and varies less than a block
 BLOCK_DISPERSION = 0.45
-#: pieces a side of a block, within which the fields are taken as constant
+#: pieces per side of a block; the fields are constant within a piece
 PIECES = 4
-#: transcripts of low quality (qv < 20) a good one; they come on top of the counts that follow the truth
+#: transcripts of low quality (qv < 20) per good transcript, in addition to the counts of the truth
 LOW_QUALITY = 0.15
 QUALITY = 20.0
-#: controls of each kind, and the mean of each in a spot of 55 µm
+#: number of controls per kind, and mean count per control in a spot of 55 µm
 N_CONTROLS, CONTROL_MEAN = 4, 0.5
-#: transcripts a row group
+#: number of proteins in version 4; each protein follows a gene
+N_PROTEINS = 3
+#: transcripts per row group
 ROW_GROUP = 500_000
 
 CONTROLS = {
@@ -54,61 +64,69 @@ def synthetic_xenium(
     *,
     size_um: float = 1000.0,
     n_genes: int = 60,
-    seed: int = 0,
-    gene_seed: int = 0,
-    stain_seed: int | None = None,
     version: str = "3.0",
     align: bool = True,
     pixel_um: float = 0.2125,
     n_markers: int = 0,
+    seed: int = 0,
+    gene_seed: int = 0,
+    stain_seed: int | None = None,
 ) -> Path:
-    """Write a synthetic Xenium section, as the instrument writes one, with the H&E of the same tissue.
+    """Write a synthetic Xenium section in the format of the instrument, with the H&E of the same tissue.
 
-    Tissue, nuclei and genes are those of `stimage_sd.datasets.synthetic_visium`: genes of one `gene_seed`
-    depend on the tissue in the same way. Transcripts are scattered so that those of good quality (qv ≥ 20) within
-    any circle of 55 µm are as many, on average, as the counts of a Visium spot there, and vary about as much. Cells
-    are the nuclei, expanded by up to 5 µm, or half the way to the next nucleus.
+    Tissue, nuclei and genes are the same as in `stimage_sd.datasets.synthetic_visium`. Genes with the same `gene_seed`
+    depend on the tissue in the same way. Within any circle of 55 µm, the transcripts of good quality (qv ≥ 20) have the
+    mean of a Visium spot at the same position, and about the same variance. Cells are nuclei expanded by up to 5 µm, or
+    up to half the distance to the next nucleus.
 
     Parameters
     ----------
     path
-        Folder to write; made where it is not there, and then to be empty.
+        Folder to write. Created if missing, otherwise it has to be empty.
     size_um
         Side of the square H&E, µm, rounded up to whole tiles.
     n_genes
-        Genes, a third of them ``NOISE...``, which depend on nothing.
-    seed
-        Decides tissue, transcripts and how the H&E lies on the slide.
-    gene_seed
-        Decides how genes depend on the tissue.
-    stain_seed
-        Decides the staining of the H&E; the standard one unless given.
+        Number of genes. A third of the genes, ``NOISE...``, do not depend on the tissue.
     version
-        Version of the onboard analysis whose layout to write: ``"1.0"`` (morphology image in one file, cells
-        with numbers, names as bytes), ``"2.0"``, ``"3.0"`` (folder ``morphology_focus``) or ``"4.0"`` (its files
-        called after their stain).
+        Version of the onboard analysis, which decides the layout. ``"1.0"`` has the morphology image in one file,
+        numbered cells, and names as bytes. ``"2.0"`` and ``"3.0"`` have the folder ``morphology_focus``. In ``"4.0"``,
+        its files are named after their stain, and there are three proteins, ``AG01`` and so on, which follow the first
+        genes.
     align
         Whether to write the alignment of the H&E, ``he_imagealignment.csv``.
     pixel_um
-        Micrometres a pixel of the morphology image; 0.2125 is the instrument's, a larger one is quicker.
+        Micrometers per pixel of the morphology image. The instrument has 0.2125. Larger pixels are faster.
     n_markers
-        With any, cells are of four types (cancer epithelial, endothelial, immune, stromal), which their nuclei's size,
-        shape and darkness tell apart, none overlaps another, and each type has so many genes that mark it, such as
-        ``IMMUNE_01``.
+        Number of marker genes per cell type, such as ``IMMUNE_01``. If positive, there are four cell types (cancer
+        epithelial, endothelial, immune, stromal). Their nuclei differ in size, shape and darkness, and do not overlap.
+    seed
+        Seed of the tissue, the transcripts and the position of the H&E on the slide.
+    gene_seed
+        Seed of the dependence of genes on the tissue.
+    stain_seed
+        Seed of the staining of the H&E. By default the standard staining.
 
     Returns
     -------
-    The folder, with ``experiment.xenium``, ``cells.parquet``, ``cell_boundaries.parquet``,
-    ``nucleus_boundaries.parquet``, ``cells.zarr.zip`` (without masks), ``transcripts.parquet``,
-    ``cell_feature_matrix.h5``, the morphology image (DAPI, uint16), ``he_image.ome.tif`` (0.5 µm a pixel) and the
-    truth: ``truth_genes.csv`` as of `synthetic_visium`, ``truth_alignment.csv`` (3 × 3, from pixels of the H&E to
-    pixels of the morphology image), ``truth_cells.csv`` (a row a cell: ``x``, ``y`` of its nucleus in pixels of the
-    H&E, and ``cell_type`` where there are types) and ``truth_tissue.json`` (``size``, ``mpp``, ``seed``, ``reach``).
+    The folder, with these files:
+
+    - ``experiment.xenium``, ``cells.parquet``, ``cell_boundaries.parquet``, ``nucleus_boundaries.parquet``,
+      ``transcripts.parquet``, ``cell_feature_matrix.h5``, and ``cells.zarr.zip`` without masks;
+    - the morphology image: DAPI, uint16;
+    - ``he_image.ome.tif``: 0.5 µm per pixel;
+    - ``truth_genes.csv``: as in `synthetic_visium`;
+    - ``truth_alignment.csv``: 3 × 3, pixels of the H&E to pixels of the morphology image;
+    - ``truth_cells.csv``: one row per cell, with ``x`` and ``y`` of the nucleus in pixels of the H&E, and ``cell_type``
+      if there are types;
+    - ``truth_proteins.csv`` of version 4: intensities, cells × proteins. The matrix holds the intensities times its
+      ``protein_scaling_factor``;
+    - ``truth_tissue.json``: ``size``, ``mpp``, ``seed`` and ``reach``.
 
     Raises
     ------
     ValueError
-        If there are fewer than three genes, the section is smaller than 100 µm, or the version is not known.
+        If there are fewer than three genes, the section is smaller than 100 µm, `pixel_um` is not positive, or the
+        version is unknown.
     FileExistsError
         If `path` is not empty.
 
@@ -144,11 +162,11 @@ def synthetic_xenium(
     if types is not None:
         drawn = chain(drawn, [_drawn_markers(nuclei, types, n_markers, first=len(genes), seed=seed)])
     counts = _write_transcripts(path / "transcripts.parquet", drawn, features, cells, seed)
-    about = {"software_version": f"xenium-{version}.0", "chemistry_description": "Xenium"}
-    kinds = features.to_list()
-    write_10x_h5(
-        path / "cell_feature_matrix.h5", counts, cells.barcodes, features.index, attributes=about, feature_types=kinds
-    )
+    proteins = None
+    if version == "4.0":
+        proteins = draw_proteins(tissue, nuclei, genes.iloc[:N_PROTEINS], cells.barcodes)
+        proteins.to_csv(path / "truth_proteins.csv")
+    _write_matrix(path / "cell_feature_matrix.h5", counts, features, proteins, cells)
     cells.write(path, counts, features)
     _write_experiment(path, version, pixel_um, cells, int(counts.sum()))
     _write_images(path, DapiPainter(tissue, REACH, nuclei, to_dapi, side, pixel_um), version, stain_seed)
@@ -164,7 +182,7 @@ def synthetic_xenium(
 
 
 def _lay(tissue: Tissue, pixel_um: float) -> tuple[np.ndarray, int]:
-    """Return where the H&E lies in the morphology image: a matrix between their pixels, and that one's side."""
+    """Return the matrix from H&E pixels to pixels of the morphology image, and the side of the morphology image."""
     generator = np.random.default_rng([tissue.seed, 30])
     angle = np.pi / 2.0 * generator.integers(4) + np.radians(generator.uniform(-8.0, 8.0))
     cosine, sine = np.cos(angle), np.sin(angle)
@@ -178,7 +196,7 @@ def _lay(tissue: Tissue, pixel_um: float) -> tuple[np.ndarray, int]:
 
 
 def _features(genes: Sequence[str], version: str) -> pd.Series:
-    """Return the type of every feature: the genes, then the controls."""
+    """Return the types of all features, genes before controls."""
     kinds = dict.fromkeys(genes, GENE)
     for prefix, kind in CONTROLS.items():
         prefix = "BLANK_" if version == "1.0" and prefix.startswith("Unassigned") else prefix
@@ -192,7 +210,7 @@ def _features(genes: Sequence[str], version: str) -> pd.Series:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Transcripts: places in pixels of the H&E, features by number, quality."""
+    """Transcripts: positions in pixels of the H&E, feature numbers and qualities."""
 
     points: np.ndarray
     features: np.ndarray
@@ -200,7 +218,7 @@ class _Drawn:
 
 
 def _draw(tissue: Tissue, genes: pd.DataFrame, *, n_features: int, n_markers: int) -> Iterator[_Drawn]:
-    """Scatter transcripts over the tissue, a band of blocks at a time; markers stand between genes and controls."""
+    """Scatter transcripts over the tissue, in bands of blocks. Markers are numbered between genes and controls."""
     generator = np.random.default_rng([tissue.seed, 32])
     block = BLOCK_UM / tissue.mpp
     piece = block / PIECES
@@ -210,16 +228,16 @@ def _draw(tissue: Tissue, genes: pd.DataFrame, *, n_features: int, n_markers: in
     columns = (np.arange(n_blocks * PIECES) + 0.5) * piece
     for band in range(n_blocks):
         rows = (band * PIECES + np.arange(PIECES) + 0.5) * piece
-        centres = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
-        means = np.full((len(centres), n_features), CONTROL_MEAN)
-        means[:, : len(genes)] = np.exp(log_mean(tissue, centres, genes))
-        # A gamma mixture of Poisson counts is negative binomial; a block is as large as a spot.
+        centers = np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2)
+        means = np.full((len(centers), n_features), CONTROL_MEAN)
+        means[:, : len(genes)] = np.exp(log_mean(tissue, centers, genes))
+        # A gamma mixture of Poisson counts is negative binomial. A block has the area of a spot.
         shape = BLOCK_DISPERSION * dispersion
         gammas = generator.gamma(shape, 1.0 / shape, (n_blocks, n_features))
         means *= np.tile(np.repeat(gammas, PIECES, axis=0), (PIECES, 1)) * (1.0 + LOW_QUALITY) / PIECES**2
         counts = generator.poisson(means)
         pieces, features = (np.repeat(index, counts.ravel()) for index in np.indices(counts.shape).reshape(2, -1))
-        points = centres[pieces] + generator.uniform(-0.5, 0.5, (len(pieces), 2)) * piece
+        points = centers[pieces] + generator.uniform(-0.5, 0.5, (len(pieces), 2)) * piece
         good = generator.random(len(pieces)) < 1.0 / (1.0 + LOW_QUALITY)
         qualities = np.where(
             good,
@@ -239,7 +257,7 @@ def _drawn_markers(nuclei: np.ndarray, types: np.ndarray, n_markers: int, *, fir
 def _write_transcripts(
     path: Path, transcripts: Iterable[_Drawn], features: pd.Series, cells: Cells, seed: int
 ) -> sp.csr_matrix:
-    """Write the transcripts, and return the counts of those of good quality, cells × features."""
+    """Write the transcripts, and return the counts of transcripts of good quality, cells × features."""
     counts = sp.csr_matrix((len(cells.ids), len(features)), dtype=np.int32)
     generator = np.random.default_rng([seed, 33])
     waiting: list[pa.Table] = []
@@ -298,7 +316,20 @@ def _as_table(
 
 
 # --------------------------------------------------------------------------------------------------
-# the rest
+# other files
+
+
+def _write_matrix(
+    path: Path, counts: sp.csr_matrix, features: pd.Series, proteins: pd.DataFrame | None, cells: Cells
+) -> None:
+    about: dict[str, Any] = {"software_version": f"xenium-{cells.version}.0", "chemistry_description": "Xenium"}
+    if proteins is not None:
+        about["protein_scaling_factor"] = PROTEIN_SCALE
+        scaled = sp.csr_matrix(np.rint(proteins.to_numpy() * PROTEIN_SCALE).astype(np.int32))
+        counts = sp.csr_matrix(sp.hstack([counts, scaled]))
+        features = pd.concat([features, pd.Series(PROTEIN, index=proteins.columns)])
+    kinds = features.to_list()
+    write_10x_h5(path, counts, cells.barcodes, features.index, attributes=about, feature_types=kinds)
 
 
 def _write_experiment(path: Path, version: str, pixel_um: float, cells: Cells, n_counts: int) -> None:

@@ -1,4 +1,4 @@
-"""The images of a synthetic Xenium section: the nuclei in DAPI, and pyramids as OME-TIFF."""
+"""Images of a synthetic Xenium section: DAPI of the nuclei, and pyramidal OME-TIFF files."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ import tifffile
 
 from stimage_sd.datasets._tissue_painter import GRID, SHIFT, Tissue
 
-#: side of a tile and rows of a strip, px; every halving divides it
+#: side of a tile and rows per strip, px; a power of two, so it can be halved for all levels
 TILE = 512
-#: halving stops at the first level whose longer side is at most this, px
+#: longest side of the coarsest level, px
 COARSEST = 1000
-#: rows drawn beyond a strip, so that blurring and nuclei on its border come out as in one piece, µm
+#: extra rows drawn beyond a strip, µm, to avoid seams
 HALO_UM = 24.0
-#: width of the microscope's blur (standard deviation), µm
+#: standard deviation of the blur of the microscope, µm
 BLUR_UM = 0.45
-#: camera counts of darkness, of tissue without nuclei, and a unit of a nucleus' brightness
+#: camera counts of darkness, of tissue without nuclei, and per unit of brightness of a nucleus
 DARK, BACKGROUND, GAIN = 90.0, 110.0, 22.0
 
 
 @dataclass(frozen=True)
 class DapiPainter:
-    """Draws nuclei as a fluorescence microscope shows them.
+    """Draws nuclei as in a fluorescence microscope.
 
     Parameters
     ----------
     tissue
-        Where the nuclei are.
+        Tissue with the nuclei.
     reach
-        The `Tissue.eccentricity` of its outline.
+        `Tissue.eccentricity` of the outline of the tissue.
     nuclei
-        ``(n, 6)`` as `scatter_nuclei` places them, pixels of the H&E.
+        ``(n, 6)`` nuclei from `scatter_nuclei`, pixels of the H&E.
     to_dapi
-        ``(3, 3)``, a similarity from pixels of the H&E to pixels of this image.
+        ``(3, 3)`` similarity from pixels of the H&E to pixels of the DAPI image.
     size
         Side of the image, px.
     pixel_um
-        Micrometres a pixel.
+        Micrometers per pixel.
     """
 
     tissue: Tissue
@@ -54,7 +54,7 @@ class DapiPainter:
     pixel_um: float
 
     def strips(self) -> Iterator[np.ndarray]:
-        """Yield the image from top to bottom, ``uint16 (TILE, size)``, the last one as high as what is left."""
+        """Yield strips ``uint16 (TILE, size)`` of the image from top to bottom. The last strip may be lower."""
         drawn = self._drawn()
         inside = self._inside()
         halo = int(np.ceil(HALO_UM / self.pixel_um))
@@ -65,16 +65,16 @@ class DapiPainter:
             light = _draw(near, start - halo, shape)
             blurred = cv2.GaussianBlur(light, (0, 0), BLUR_UM / self.pixel_um)[halo : halo + stop - start]
             signal = DARK + GAIN * blurred + BACKGROUND * self._stretch(inside, start, (stop - start, self.size))
-            # Shot noise: a camera's variance is its signal.
+            # Shot noise: the variance of a camera is proportional to the signal.
             noise = np.random.default_rng([self.tissue.seed, 31, start]).standard_normal(signal.shape, np.float32)
             yield np.clip(signal + 1.5 * np.sqrt(signal) * noise, 0, 65535).astype(np.uint16)
 
     def _drawn(self) -> np.ndarray:
-        """Return centre, half axes, angle and brightness of the nuclei in this image."""
+        """Return center, half axes, angle and brightness of the nuclei in the DAPI image."""
         scale = float(np.sqrt(np.linalg.det(self.to_dapi[:2, :2])))
         turned = np.degrees(np.arctan2(self.to_dapi[1, 0], self.to_dapi[0, 0]))
-        centres = self.nuclei[:, :2] @ self.to_dapi[:2, :2].T + self.to_dapi[:2, 2]
-        return np.column_stack([centres, self.nuclei[:, 2:4] * scale, self.nuclei[:, 4] + turned, self.nuclei[:, 5]])
+        centers = self.nuclei[:, :2] @ self.to_dapi[:2, :2].T + self.to_dapi[:2, 2]
+        return np.column_stack([centers, self.nuclei[:, 2:4] * scale, self.nuclei[:, 4] + turned, self.nuclei[:, 5]])
 
     def _inside(self) -> np.ndarray:
         grid = (np.arange(GRID) + 0.5) * self.tissue.size / GRID
@@ -83,7 +83,7 @@ class DapiPainter:
         return np.clip(inside, 0.0, 1.0).reshape(GRID, GRID).astype(np.float32)
 
     def _stretch(self, field: np.ndarray, top: int, shape: tuple[int, int]) -> np.ndarray:
-        """Interpolate a field of the H&E on some rows of this image."""
+        """Interpolate a field of the H&E on rows of the DAPI image."""
         step = GRID / self.tissue.size
         to_grid = np.array([[step, 0.0, 0.5 * step - 0.5], [0.0, step, 0.5 * step - 0.5], [0.0, 0.0, 1.0]])
         shift = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, top], [0.0, 0.0, 1.0]])
@@ -95,9 +95,9 @@ def _draw(nuclei: np.ndarray, top: int, shape: tuple[int, int]) -> np.ndarray:
     canvas = np.zeros(shape, dtype=np.uint8)
     unit = 1 << SHIFT
     for x, y, long, short, angle, brightness in nuclei.tolist():
-        centre = (round(x * unit), round((y - top) * unit))
+        center = (round(x * unit), round((y - top) * unit))
         axes = (round(long * unit), round(short * unit))
-        cv2.ellipse(canvas, centre, axes, angle, 0, 360, brightness, -1, cv2.LINE_AA, SHIFT)
+        cv2.ellipse(canvas, center, axes, angle, 0, 360, brightness, -1, cv2.LINE_AA, SHIFT)
     return canvas.astype(np.float32)
 
 
@@ -110,28 +110,28 @@ def write_ome_pyramid(
     metadata: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> None:
-    """Write an image that streams by as a tiled OME-TIFF, its coarser levels in sub-directories.
+    """Write streamed strips as a tiled OME-TIFF, with coarser levels in sub-directories.
 
     Parameters
     ----------
     path
         File to write.
     strips
-        The image from top to bottom, each of `TILE` rows, the last one as high as what is left.
+        Strips of `TILE` rows of the image from top to bottom. The last strip may be lower.
     shape
-        ``(y, x)`` or ``(y, x, 3)``.
+        Shape of the image, ``(y, x)`` or ``(y, x, 3)``.
     dtype
-        Its type.
+        Type of the pixels.
     metadata
-        What the OME-XML says.
+        Metadata for the OME-XML.
     options
-        Compression and the like, as `tifffile.TiffWriter.write` takes them.
+        Compression and other arguments of `tifffile.TiffWriter.write`.
     """
     shapes = [shape]
     while max(shapes[-1][:2]) > COARSEST:
         shapes.append((shapes[-1][0] // 2, shapes[-1][1] // 2, *shape[2:]))
     common = {"dtype": dtype, "tile": (TILE, TILE), **options}
-    # Coarser levels wait on disk until the finest is written, as the format wants it first.
+    # The finest level has to be first in the file, so the coarser levels are kept on disk.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, tifffile.TiffWriter(path, ome=True) as writer:
         coarser = [
             np.memmap(Path(scratch) / str(number), dtype=dtype, mode="w+", shape=size)
@@ -143,7 +143,7 @@ def write_ome_pyramid(
 
 
 def _finest(strips: Iterable[np.ndarray], coarser: list[np.memmap]) -> Iterator[np.ndarray]:
-    """Yield the finest level's tiles; the others are filled on the way."""
+    """Yield the tiles of the finest level, and fill the coarser levels."""
     tops = [0] * len(coarser)
     for strip in strips:
         rows = strip

@@ -1,4 +1,4 @@
-"""Writing a feature-barcode matrix as 10x Genomics' pipelines do."""
+"""Writer of feature-barcode matrices in the HDF5 format of 10x Genomics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def write_10x_h5(
     attributes: Mapping[str, Any],
     feature_types: list[str] | None = None,
 ) -> None:
-    """Write a matrix of version 3: genes × barcodes by columns, which is barcodes × genes by rows.
+    """Write a matrix in version 3 of the format.
+
+    The file holds genes × barcodes by columns. The same arrays are barcodes × genes by rows.
 
     Parameters
     ----------
@@ -30,13 +32,13 @@ def write_10x_h5(
     counts
         ``(n_barcodes, n_genes)``.
     barcodes
-        Spots, bins or cells.
+        Names of the spots, bins or cells.
     genes
         Names of the features.
     attributes
-        What the file says about itself, beside type and version: software, chemistry, library.
+        Further attributes of the file, such as software, chemistry and library.
     feature_types
-        A type a feature; ``"Gene Expression"`` unless given.
+        One type per feature. By default ``"Gene Expression"``.
     """
     counts = sp.csr_matrix(counts)
     counts.sort_indices()

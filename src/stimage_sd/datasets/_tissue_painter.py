@@ -1,9 +1,9 @@
-"""Drawing tissue that looks like H&E, from fields that say what it is made of.
+"""Painter of synthetic tissue that looks like H&E.
 
-A tissue is three smooth random fields (how many nuclei, how large, how much stroma) inside an irregular
-outline. Its picture is made as a microscope makes it: a haematoxylin and an eosin concentration at every
-pixel, and light that falls off exponentially with both (Beer-Lambert). It is painted a strip at a time,
-in 8 bit with lookup tables, so that it is quick and needs the memory of one strip.
+A tissue has three smooth random fields (density of nuclei, size of nuclei, share of stroma) inside an irregular
+outline. Each pixel has a hematoxylin and an eosin concentration, and light falls off exponentially with both
+(Beer-Lambert). The image is painted in strips, in 8 bit with lookup tables. This is fast and needs the memory of one
+strip.
 """
 
 from __future__ import annotations
@@ -15,58 +15,58 @@ import cv2
 import numpy as np
 from scipy import fft, ndimage, special
 
-#: points a side on which fields are defined; the picture interpolates between them
+#: grid points per side of a field; the image interpolates between the points
 GRID = 256
-#: correlation length of the fields, part of the tissue's side
+#: correlation length of the fields, as a share of the side of the tissue
 SMOOTHNESS = 0.05
-#: side of the textures, px; two periods that share no small multiple hide the repeats
+#: sides of the two textures, px; they have no small common multiple, which hides the repeats
 TEXTURES = (1024, 720)
-#: distance of the candidate places of nuclei, µm
+#: distance of the candidate positions of nuclei, µm
 CANDIDATE_UM = 6.5
-#: nuclei a mm² where the field of density is 0 and 1
+#: nuclei per mm² at density field 0 and 1
 DENSITY = (900.0, 9500.0)
-#: radius of nuclei where the field of size is 0 and 1, µm
+#: radius of nuclei at size field 0 and 1, µm
 RADIUS_UM = (2.3, 4.9)
-#: rows painted beyond a strip, so that blurring and nuclei on its border come out as in one piece, px
+#: extra rows painted beyond a strip, px, to avoid seams
 HALO = 32
 #: fractional bits of OpenCV's drawing coordinates
 SHIFT = 4
 
-#: absorbance of the stains in red, green and blue (after Ruifrok and Johnston 2001, towards what scanners show)
-HAEMATOXYLIN = np.array([0.66, 0.69, 0.30])
+#: absorbance of the stains in red, green and blue (after Ruifrok and Johnston 2001, adapted to scanners)
+HEMATOXYLIN = np.array([0.66, 0.69, 0.30])
 EOSIN = np.array([0.10, 0.95, 0.40])
 
 
 @dataclass(frozen=True)
 class Stain:
-    """A staining: absorbance of each stain a colour, and the light that passes where there is no tissue."""
+    """A staining: absorbance per color of each stain, and gray value of the background."""
 
-    haematoxylin: np.ndarray
+    hematoxylin: np.ndarray
     eosin: np.ndarray
     background: float = 244.0
 
 
 def make_stain(seed: int | None) -> Stain:
-    """Return the standard staining, or with a seed one of another day and another scanner."""
+    """Return the standard staining, or a random staining if a seed is given."""
     if seed is None:
-        return Stain(HAEMATOXYLIN, EOSIN)
+        return Stain(HEMATOXYLIN, EOSIN)
     generator = np.random.default_rng([seed, 7])
-    turned = [vector * generator.uniform(0.8, 1.2, 3) * generator.uniform(0.7, 1.4) for vector in (HAEMATOXYLIN, EOSIN)]
+    turned = [vector * generator.uniform(0.8, 1.2, 3) * generator.uniform(0.7, 1.4) for vector in (HEMATOXYLIN, EOSIN)]
     return Stain(turned[0], turned[1], background=generator.uniform(236.0, 250.0))
 
 
 @dataclass(frozen=True)
 class Tissue:
-    """What a synthetic tissue is made of, on a square image.
+    """A synthetic tissue on a square image.
 
     Parameters
     ----------
     size
         Side of the image, px.
     mpp
-        Micrometres a pixel.
+        Micrometers per pixel.
     seed
-        Decides fields, outline, nuclei and textures.
+        Seed of the fields, outline, nuclei and textures.
     """
 
     size: int
@@ -74,7 +74,7 @@ class Tissue:
     seed: int
 
     def field(self, name: str) -> np.ndarray:
-        """Return a field on `GRID` points a side, uniform on 0 to 1: ``density``, ``size`` or ``stroma``."""
+        """Return a field ``(GRID, GRID)``, uniform on 0 to 1: ``density``, ``size``, ``stroma`` or ``angle``."""
         number = ("density", "size", "stroma", "angle").index(name)
         noise = np.random.default_rng([self.seed, number]).standard_normal((GRID, GRID))
         smooth = _smooth(noise, (SMOOTHNESS * GRID, SMOOTHNESS * GRID))
@@ -86,9 +86,9 @@ class Tissue:
         return ndimage.map_coordinates(self.field(name), places, order=1, mode="nearest")
 
     def eccentricity(self, points: np.ndarray) -> np.ndarray:
-        """Return how far ``(n, 2)`` points lie out; the tissue's outline is where this is constant.
+        """Return the eccentricity of points ``(n, 2)``: 0 at the center, 1 on an irregular closed curve.
 
-        It is 1 where a ray from the middle meets an irregular closed curve that touches the image's border.
+        The curve touches the border of the image. The outline of a tissue is a line of constant eccentricity.
         """
         generator = np.random.default_rng([self.seed, 5])
         waves = np.arange(2, 9)
@@ -107,24 +107,24 @@ class Tissue:
 def paint(
     tissue: Tissue, *, reach: float, stain: Stain, strip: int, nuclei: np.ndarray | None = None
 ) -> Iterator[np.ndarray]:
-    """Paint a tissue from top to bottom.
+    """Paint a tissue in strips from top to bottom.
 
     Parameters
     ----------
     tissue
-        What to paint.
+        The tissue.
     reach
-        The `Tissue.eccentricity` of its outline.
+        `Tissue.eccentricity` of the outline of the tissue.
     stain
-        How it is stained.
+        The staining.
     strip
-        Rows a strip, px.
+        Rows per strip, px.
     nuclei
-        ``(n, 6)``, in place of those of `scatter_nuclei`, from top to bottom.
+        ``(n, 6)`` nuclei, sorted from top to bottom. By default from `scatter_nuclei`.
 
     Yields
     ------
-    ``uint8 (strip, size, 3)``, the last one as high as what is left.
+    Strips ``uint8 (strip, size, 3)``. The last strip may be lower.
     """
     painter = _Painter(tissue, reach, stain, scatter_nuclei(tissue, reach) if nuclei is None else nuclei)
     for start in range(0, tissue.size, strip):
@@ -132,20 +132,20 @@ def paint(
 
 
 class _Painter:
-    """All that is the same for every strip."""
+    """State shared by all strips of a tissue."""
 
     def __init__(self, tissue: Tissue, reach: float, stain: Stain, nuclei: np.ndarray) -> None:
         self.tissue, self.nuclei = tissue, nuclei
         grid = (np.arange(GRID) + 0.5) * tissue.size / GRID
         points = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
-        # Half a unit of opacity lies on the outline itself, and the edge is some 8 px soft.
+        # Opacity is 0.5 on the outline, and the edge is about 8 px wide.
         inside = (reach - tissue.eccentricity(points)) * tissue.size / 16.0
         self.inside = inside.reshape(GRID, GRID).astype(np.float32)
         self.stroma = tissue.field("stroma")
         self.reach = reach
-        self.fibres, self.grain = (_texture(tissue.seed, number) for number in (0, 1))
+        self.fibers, self.grain = (_texture(tissue.seed, number) for number in (0, 1))
         concentration = np.arange(256)[:, None] / 128.0
-        self.haematoxylin = (255.0 * np.exp(-concentration * stain.haematoxylin)).round().astype(np.uint8)
+        self.hematoxylin = (255.0 * np.exp(-concentration * stain.hematoxylin)).round().astype(np.uint8)
         self.eosin = (stain.background * np.exp(-concentration * stain.eosin)).round().astype(np.uint8)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
@@ -153,18 +153,16 @@ class _Painter:
         shape = (bottom - top, self.tissue.size)
         inside = np.clip(self._stretch(self.inside, top, shape) + 0.5, 0.0, 1.0)
         stroma = self._stretch(self.stroma, top, shape)
-        fibres, grain = self._tiled(self.fibres, top, shape), self._tiled(self.grain, top, shape)
+        fibers, grain = self._tiled(self.fibers, top, shape), self._tiled(self.grain, top, shape)
 
-        # Stroma is bright pink fibres; what is not stroma is paler, more violet cytoplasm.
-        eosin = inside * (12.0 + 16.0 * stroma + (0.10 + 0.26 * stroma) * fibres + 0.10 * grain)
-        haematoxylin = inside * (6.0 + 14.0 * (1.0 - stroma) * grain / 128.0)
+        # Stroma has bright pink fibers. The rest is paler, more violet cytoplasm.
+        eosin = inside * (12.0 + 16.0 * stroma + (0.10 + 0.26 * stroma) * fibers + 0.10 * grain)
+        hematoxylin = inside * (6.0 + 14.0 * (1.0 - stroma) * grain / 128.0)
         stained = self._draw_nuclei(top, shape)
-        haematoxylin += stained * (0.6 + 0.4 * grain / 128.0)
+        hematoxylin += stained * (0.6 + 0.4 * grain / 128.0)
 
-        # Beer-Lambert: what two stains let through is the product of what each lets through.
-        picture = cv2.multiply(
-            _look_up(haematoxylin, self.haematoxylin), _look_up(eosin, self.eosin), scale=1.0 / 255.0
-        )
+        # Beer-Lambert: the transmission of two stains is the product of both transmissions.
+        picture = cv2.multiply(_look_up(hematoxylin, self.hematoxylin), _look_up(eosin, self.eosin), scale=1.0 / 255.0)
         return picture[HALO : HALO + stop - start]
 
     def _draw_nuclei(self, top: int, shape: tuple[int, int]) -> np.ndarray:
@@ -172,15 +170,15 @@ class _Painter:
         canvas = np.zeros(shape, dtype=np.uint8)
         unit = 1 << SHIFT
         for x, y, long, short, angle, darkness in nuclei.tolist():
-            centre = (round(x * unit), round((y - top) * unit))
+            center = (round(x * unit), round((y - top) * unit))
             axes = (round(long * unit), round(short * unit))
-            cv2.ellipse(canvas, centre, axes, angle, 0, 360, darkness, -1, cv2.LINE_AA, SHIFT)
-            # The chromatin lies thicker at the membrane.
-            cv2.ellipse(canvas, centre, axes, angle, 0, 360, darkness * 1.15, 1, cv2.LINE_AA, SHIFT)
+            cv2.ellipse(canvas, center, axes, angle, 0, 360, darkness, -1, cv2.LINE_AA, SHIFT)
+            # Chromatin is denser at the membrane.
+            cv2.ellipse(canvas, center, axes, angle, 0, 360, darkness * 1.15, 1, cv2.LINE_AA, SHIFT)
         return cv2.GaussianBlur(canvas, (0, 0), 0.9).astype(np.float32)
 
     def _stretch(self, field: np.ndarray, top: int, shape: tuple[int, int]) -> np.ndarray:
-        """Interpolate a field of the whole image on some of its rows."""
+        """Interpolate a field of the image on the rows of a strip."""
         step = GRID / self.tissue.size
         shift = 0.5 * step - 0.5
         matrix = np.array([[step, 0.0, shift], [0.0, step, top * step + shift]])
@@ -198,7 +196,7 @@ class _Painter:
 
 
 def scatter_nuclei(tissue: Tissue, reach: float) -> np.ndarray:
-    """Place nuclei: ``(n, 6)`` x, y, half axes (px), angle (degrees) and darkness, sorted from top to bottom."""
+    """Return nuclei ``(n, 6)``: x, y, half axes (px), angle (degrees) and darkness, sorted from top to bottom."""
     generator = np.random.default_rng([tissue.seed, 6])
     spacing = CANDIDATE_UM / tissue.mpp
     grid = np.arange(spacing / 2.0, tissue.size, spacing)
@@ -206,7 +204,7 @@ def scatter_nuclei(tissue: Tissue, reach: float) -> np.ndarray:
     points = points + generator.uniform(-0.42, 0.42, points.shape) * spacing
     per_mm2 = DENSITY[0] + (DENSITY[1] - DENSITY[0]) * tissue.at("density", points)
     chosen = generator.random(len(points)) < per_mm2 * (CANDIDATE_UM * 1e-3) ** 2
-    # Whole nuclei only: none hangs over the tissue's edge.
+    # Keep a margin, so that no nucleus crosses the outline of the tissue.
     chosen &= tissue.eccentricity(points) < reach - 6.0 * RADIUS_UM[1] / tissue.mpp / tissue.size
     points = points[chosen]
 
@@ -214,7 +212,7 @@ def scatter_nuclei(tissue: Tissue, reach: float) -> np.ndarray:
     stroma = tissue.at("stroma", points)
     radius = (RADIUS_UM[0] + (RADIUS_UM[1] - RADIUS_UM[0]) * tissue.at("size", points)) / tissue.mpp
     radius *= np.exp(generator.normal(0.0, 0.13, n_nuclei))
-    # Nuclei of stroma are spindles that lie along its fibres, of the same area as the round ones.
+    # Nuclei of stroma are spindles along the fibers, with the same area as round nuclei.
     spindle = generator.random(n_nuclei) < stroma * 0.85
     aspect = np.where(spindle, generator.uniform(1.7, 3.2, n_nuclei), generator.uniform(1.0, 1.45, n_nuclei))
     along = 180.0 * tissue.at("angle", points) + generator.normal(0.0, 18.0, n_nuclei)
@@ -225,18 +223,18 @@ def scatter_nuclei(tissue: Tissue, reach: float) -> np.ndarray:
 
 
 def _texture(seed: int, number: int) -> list[np.ndarray]:
-    """Make periodic textures, ``uint8``: wavy fibres (0) or fine grain (1)."""
+    """Return periodic textures, ``uint8``: wavy fibers (0) or fine grain (1)."""
     made = []
     for side in TEXTURES:
         generator = np.random.default_rng([seed, 8 + number, side])
         noise = generator.standard_normal((side, side)).astype(np.float32)
-        texture = _smooth(noise, (1.3, 1.3)) if number == 1 else _fibres(noise, generator)
+        texture = _smooth(noise, (1.3, 1.3)) if number == 1 else _fibers(noise, generator)
         texture = (texture - texture.mean()) / texture.std()
         made.append(np.clip(128.0 + 52.0 * texture, 0.0, 255.0).astype(np.uint8))
     return made
 
 
-def _fibres(noise: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _fibers(noise: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Bend long streaks of noise by a smooth displacement, periodically."""
     side = noise.shape[0]
     streaks = _smooth(noise, (1.6, 22.0))
@@ -247,7 +245,7 @@ def _fibres(noise: np.ndarray, generator: np.random.Generator) -> np.ndarray:
 
 
 def _smooth(noise: np.ndarray, deviations: tuple[float, float]) -> np.ndarray:
-    """Filter with a periodic Gaussian, by Fourier transform: wide ones are slow to sum up."""
+    """Filter with a periodic Gaussian, by Fourier transform, as direct filtering with wide Gaussians is slow."""
     rows = fft.fftfreq(noise.shape[0])[:, None] * deviations[0]
     columns = fft.rfftfreq(noise.shape[1]) * deviations[1]
     return fft.irfft2(fft.rfft2(noise) * np.exp(-2.0 * np.pi**2 * (rows**2 + columns**2)), s=noise.shape)

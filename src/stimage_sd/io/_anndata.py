@@ -1,67 +1,128 @@
-"""An analysis that was begun with scanpy or squidpy, and the H&E beside it."""
+"""Convert an AnnData object from scanpy, squidpy or stLearn to a section."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dask.array as da
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from anndata import AnnData
+from numpy.typing import NDArray
 from spatialdata import SpatialData
+from spatialdata.models import TableModel
 
 from stimage_sd import contract
-from stimage_sd.io._raster import open_raster, raster_from_array
+from stimage_sd.io._anndata_image import Library, Picture, find_library, open_picture, positions_of
 from stimage_sd.io._section import as_counts, assemble, check_mpp, check_unique, unique_genes
+from stimage_sd.io._tenx import PROTEINS
+from stimage_sd.io._visium import TOLERANCE
+from stimage_sd.stats.lattice import visium_pitch_px
 
-#: columns of `obs` that the section's table needs for itself
+if TYPE_CHECKING:
+    from squidpy.im import ImageContainer
+
+#: columns of ``obs`` that the section's table reserves
 RESERVED = (contract.REGION_KEY, contract.INSTANCE_KEY)
+#: entry of ``attrs["stimage_sd"]`` with the renamed columns of ``obs``: new name to original name
+RENAMED = "renamed_columns"
+#: columns of ``obs`` with a spot's row and column on the Visium array
+_ARRAY = ["array_row", "array_col"]
+#: keys of ``uns`` that the section's table writes itself
+_OWN_UNS = ("spatial", TableModel.ATTRS_KEY)
 
 
 def from_anndata(
     adata: AnnData,
-    image: str | Path | np.ndarray | da.Array,
+    image: str | Path | np.ndarray | da.Array | ImageContainer | None = None,
     *,
     sample: str | None = None,
     mpp: float | None = None,
-    layer: str | None = None,
     library_id: str | None = None,
     spot_diameter_px: float | None = None,
+    img_layer: str | None = None,
+    layer: str | None = None,
 ) -> SpatialData:
-    """Make a section of an existing squidpy or scanpy analysis.
+    """Convert an existing scanpy, squidpy or stLearn analysis to a section.
 
     Parameters
     ----------
     adata
-        One section, with ``obsm["spatial"]`` (x, y) in pixels of `image`. It is not changed; ``obs``,
-        ``var`` and ``obsm`` are kept. Columns ``region`` and ``instance_id`` of ``obs`` are kept as
-        ``region_original`` and ``instance_id_original``.
+        One section, with ``obsm["spatial"]`` (x, y) in pixels of the full-resolution image. Without that entry,
+        stLearn's ``obs["imagecol"]`` and ``obs["imagerow"]`` are used, with the scale of its ``use_quality``. All
+        observations on the image are kept in order, including those with ``in_tissue`` 0. `adata` is not changed.
     image
-        The H&E at full resolution: a file, or ``uint8 (y, x, 3)`` or ``(3, y, x)``.
+        H&E image: a file, an array or squidpy's `ImageContainer`.
+
+        Files and arrays are at full resolution. Arrays are ``(y, x, 3)`` or ``(3, y, x)``, from NumPy or dask. Values
+        are ``uint8``, other numbers from 0 to 255, or floating-point numbers from 0 to 1. An alpha channel is blended
+        onto white.
+
+        For an `ImageContainer`, its ``scale``, crop and padding are applied to the positions. A crop must contain all
+        observations.
+
+        By default, the file that squidpy noted as ``source_image_path`` is used if it exists. Otherwise, the largest
+        image of ``uns["spatial"]``, such as ``hires``, is used with its scale factor.
     sample
-        Sample id; the library id unless given.
+        Sample id. Default: the library id.
     mpp
-        Micrometres a pixel of the image. Unless given, what the file states; it is not guessed.
-    layer
-        The layer with raw counts. Unless given, the first of ``layers["counts"]``, ``X`` and ``raw.X``
-        that holds nothing but counts.
+        Micrometers per pixel of the full-resolution image. By default, the value that the file states. Otherwise,
+        100 µm divided by the pitch of the Visium array. Otherwise, with Space Ranger's scale factors, 65 µm divided by
+        ``spot_diameter_fullres``. In all other cases the resolution stays unknown.
     library_id
-        The entry of ``uns["spatial"]`` to take the spot's diameter from, where there are several.
+        Entry of ``uns["spatial"]`` to use. Needed where there are several.
     spot_diameter_px
-        Diameter of a spot, pixels of the image; ``spot_diameter_fullres`` of the library unless given.
+        Spot diameter in pixels of the full-resolution image. See the notes for the default.
+    img_layer
+        Layer of the `ImageContainer`. Needed where there are several.
+    layer
+        Layer with raw counts. By default, the first of ``layers["counts"]``, ``X`` and ``raw.X`` that holds only
+        counts.
 
     Returns
     -------
-    A section with the image ``he``, the shapes ``spots`` and the table ``counts``.
+    A section with the image ``he``, the shapes ``spots`` and the table ``counts``. Positions and diameter are in pixels
+    of ``he``. The table has the ``X``, ``obs``, ``var``, ``obsm``, ``obsp``, ``varm``, ``varp``, ``layers``, ``uns``
+    and ``raw`` of `adata`. Where counts are in a layer or in ``raw``, ``X`` stays unchanged and the section's counts
+    are read from a layer. Where counts are in ``X``, ``X`` becomes CSR of int32, or of int64 where a count needs it.
+    ``uns["spatial"]`` is replaced, so that squidpy draws on ``he``. Ensembl ids lose their version suffix. Antibodies,
+    as marked in ``var["feature_types"]``, go to the table ``proteins`` of the same spots.
 
     Raises
     ------
     KeyError
-        If ``obsm["spatial"]``, the layer, the library or the spot's diameter is missing.
+        If positions, image, layer, library or spot diameter are missing.
     ValueError
-        If nothing holds raw counts, a spot lies outside the image, or the image is not 8-bit RGB.
+        If `adata` holds several sections or none, raw counts are not found, most spots lie off the image, or the image
+        is not in color.
+
+    Warns
+    -----
+    UserWarning
+        If spots off the image are left out, the H&E is a reduced image, the image size contradicts the scale factors,
+        pitch and file give resolutions more than 5 % apart, columns or keys are renamed, or gene names are repeated.
+        Also if counts are in ``raw`` with other genes, so that ``X``, ``layers``, ``varm`` and ``varp`` are left out.
+
+    Notes
+    -----
+    Space Ranger's ``spot_diameter_fullres`` is the diameter of a nominal spot of 65 µm. Visium spots are 55 µm wide.
+    The spot diameter is the first of these that is available:
+
+    - `spot_diameter_px`;
+    - 0.55 of the pitch, where ``obs`` has the ``array_row`` and ``array_col`` of the hexagonal Visium array;
+    - 55/65 of ``spot_diameter_fullres``, where the scale factors are Space Ranger's (they have
+      ``fiducial_diameter_fullres`` and ``tissue_hires_scalef``);
+    - ``spot_diameter_fullres``, since other tools write the real diameter.
+
+    SpatialData allows letters, digits, ``_``, ``-`` and ``.`` in the names of columns and keys. Other characters become
+    ``_``. Columns ``region`` and ``instance_id`` of ``obs`` become ``region_original`` and ``instance_id_original``.
+    `stimage_sd.io.to_anndata` restores the original names of ``obs`` columns.
 
     Examples
     --------
@@ -73,85 +134,328 @@ def from_anndata(
     [27.5, 27.5]
     """
     check_mpp(mpp)
-    if "spatial" not in adata.obsm:
-        raise KeyError(
-            f'Expected `adata.obsm["spatial"]` (x, y in pixels of the image), found {sorted(adata.obsm)}. '
-            "Set it to the spots' positions."
-        )
-    check_unique(adata.obs_names, what="observation", where="`adata`")
-    library, scalefactors = _library(adata, library_id)
-    if spot_diameter_px is None:
-        spot_diameter_px = scalefactors.get("spot_diameter_fullres")
-    if spot_diameter_px is None or not spot_diameter_px > 0:
-        raise KeyError(
-            f"Expected the spot's diameter in `adata.uns['spatial'][{library!r}]['scalefactors']"
-            f"['spot_diameter_fullres']`, found {sorted(scalefactors)}. Pass `spot_diameter_px=`."
-        )
-    values, variables, source = _raw_counts(adata, layer)
-    table = AnnData(
-        X=values,
-        obs=adata.obs.rename(columns={name: f"{name}_original" for name in RESERVED}),
-        var=variables.set_axis(unique_genes(variables.index, where="`adata`"), axis=0),
-        obsm={key: np.array(value) if key == "spatial" else value for key, value in adata.obsm.items()},
-    ).copy()
-    table.obsm["spatial"] = np.asarray(table.obsm["spatial"], dtype=np.float64)[:, :2]
+    if spot_diameter_px is not None and not spot_diameter_px > 0:
+        raise ValueError(f"Expected `spot_diameter_px` to be positive, found {spot_diameter_px!r}.")
+    check_unique(
+        adata.obs_names,
+        what="observation",
+        where="`adata.obs_names`",
+        mend="Run `adata.obs_names_make_unique()` first.",
+    )
+    if adata.isbacked:
+        adata = adata.to_memory()
+    library = find_library(adata, library_id)
+    _check_one_section(adata)
+    adata, proteins = _part_proteins(adata, layer)
+    sample = sample if sample is not None else library.name if library.name is not None else "section"
+    positions = positions_of(adata, library)
+    pitch = _pitch(adata, positions)
+    diameter = _diameter(spot_diameter_px, pitch, library)
+    counted = _find_counts(adata, layer)
+    picture = open_picture(image, library, img_layer=img_layer)
+    full_mpp, mpp_source = _resolution(mpp, pitch, library, picture, sample)
+    scaled_mpp = None if full_mpp is None else full_mpp / picture.mean_scale
+    if picture.is_reduced:
+        _warn_of_reduced(picture, sample, scaled_mpp)
 
-    levels, stated = open_raster(image) if isinstance(image, str | Path) else (raster_from_array(image), None)
-    mpp = mpp if mpp is not None else stated
-    sample = sample if sample is not None else library if library is not None else "section"
-    sdata = assemble(levels, table, diameter_px=float(spot_diameter_px), sample=sample, platform="anndata", mpp=mpp)
+    table, renamed = _table(adata, counted)
+    table.obsm["spatial"] = picture.place(positions)
+    _check_crop(picture, table.obsm["spatial"])
+    sdata = assemble(
+        picture.levels,
+        table,
+        diameter_px=diameter * picture.mean_scale,
+        sample=sample,
+        platform="anndata",
+        mpp=scaled_mpp,
+        proteins=proteins,
+    )
+    if library.metadata:
+        sdata.tables[contract.COUNTS].uns["spatial"][sample]["metadata"] = dict(library.metadata)
+    if counted.layer is not None:
+        contract.remember(sdata, layers={contract.COUNTS: counted.layer})
+    if renamed:
+        contract.remember(sdata, **{RENAMED: renamed})
     contract.record(
         sdata,
         "io.from_anndata",
-        image=image if isinstance(image, str | Path) else f"array {tuple(image.shape)}",
-        counts=source,
-        library_id=library,
-        spot_diameter_px=spot_diameter_px,
-        mpp=mpp,
-        n_spots=table.n_obs,
+        image=picture.name,
+        image_scale=picture.mean_scale,
+        counts=counted.where,
+        library_id=library.name,
+        spot_diameter_px=diameter,
+        mpp=scaled_mpp,
+        mpp_source=mpp_source,
+        n_spots=sdata.tables[contract.COUNTS].n_obs,
     )
     return sdata
 
 
-def _library(adata: AnnData, library_id: str | None) -> tuple[str | None, Mapping[str, Any]]:
-    """Return the library's id and its scale factors, `None` and nothing where there is no library."""
-    libraries = adata.uns.get("spatial", {})
-    if library_id is None:
-        if not libraries:
-            return None, {}
-        if len(libraries) > 1:
-            raise KeyError(
-                f"Expected one section, found the libraries {sorted(libraries)} in `adata.uns['spatial']`. "
-                "Subset `adata` to one of them and name it with `library_id=`."
+def _check_one_section(adata: AnnData) -> None:
+    """Raise an error for several sections in one table, since all spots share one image."""
+    subset = "Subset `adata` to one section, and name its entry of `uns['spatial']` with `library_id=`."
+    if "library_id" in adata.obs and adata.obs["library_id"].nunique() > 1:
+        raise ValueError(
+            f"Expected one section, found {sorted(map(str, adata.obs['library_id'].unique()))} in "
+            f"`adata.obs['library_id']`. {subset}"
+        )
+    if set(_ARRAY) <= set(adata.obs):
+        twice = int(adata.obs.duplicated(_ARRAY).sum())
+        if twice:
+            raise ValueError(
+                f"Expected one section, found {twice} of {adata.n_obs} spots with the array position of another spot "
+                f"(`obs['array_row']` and `obs['array_col']`). {subset}"
             )
-        library_id = next(iter(libraries))
-    if library_id not in libraries:
-        raise KeyError(f"No library {library_id!r} in `adata.uns['spatial']`; its libraries: {sorted(libraries)}.")
-    return library_id, libraries[library_id].get("scalefactors", {})
 
 
-def _raw_counts(adata: AnnData, layer: str | None) -> tuple[Any, pd.DataFrame, str]:
-    """Return raw counts, their genes and where they were found."""
+# --------------------------------------------------------------------------------------------------
+# size and resolution
+
+
+def _pitch(adata: AnnData, positions: NDArray[np.float64]) -> float | None:
+    """Return the pitch of the Visium array in full-resolution pixels; `None` without an array."""
+    if not set(_ARRAY) <= set(adata.obs):
+        return None
+    return visium_pitch_px(positions, adata.obs[_ARRAY].to_numpy())
+
+
+def _diameter(given: float | None, pitch: float | None, library: Library) -> float:
+    """Return the spot diameter in full-resolution pixels."""
+    if given is not None:
+        return float(given)
+    if pitch is not None:
+        return pitch * contract.SPOT_UM / contract.PITCH_UM
+    stated = library.scalefactors.get("spot_diameter_fullres")
+    if stated is None or not stated > 0:
+        raise KeyError(
+            f"Expected the spot's diameter in `adata.uns['spatial'][{library.name!r}]['scalefactors']"
+            f"['spot_diameter_fullres']`, found {sorted(library.scalefactors)}. Pass `spot_diameter_px=`."
+        )
+    return float(stated) * (contract.SPOT_UM / contract.NOMINAL_SPOT_UM if library.of_space_ranger else 1.0)
+
+
+def _resolution(
+    mpp: float | None, pitch: float | None, library: Library, picture: Picture, sample: str
+) -> tuple[float | None, str | None]:
+    """Return micrometers per full-resolution pixel, and the source of the value."""
+    if mpp is not None:
+        return mpp, "given"
+    by_pitch = None if pitch is None else contract.PITCH_UM / pitch
+    if picture.mpp is not None:
+        if by_pitch is not None and abs(by_pitch / picture.mpp - 1.0) > TOLERANCE:
+            warnings.warn(
+                f"{picture.name} states {picture.mpp:.4f} µm per pixel, and this value is used. The spots of "
+                f"{sample!r} are {pitch:.1f} px apart, which gives {by_pitch:.4f}. Pass `mpp=` if you know the value, "
+                "and check that positions are in pixels of this image.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return picture.mpp, "image file"
+    if by_pitch is not None:
+        return by_pitch, "array pitch"
+    nominal = library.scalefactors.get("spot_diameter_fullres")
+    if library.of_space_ranger and nominal is not None and nominal > 0:
+        return contract.NOMINAL_SPOT_UM / float(nominal), "spot diameter"
+    return None, None
+
+
+def _warn_of_reduced(picture: Picture, sample: str, mpp: float | None) -> None:
+    resolution = "an unknown number of" if mpp is None else f"{mpp:.3f}"
+    warnings.warn(
+        f"No full-resolution image given: the {picture.name} is the H&E of {sample!r}. It has {resolution} µm per "
+        f"pixel, {1.0 / picture.mean_scale:.1f} times the pixel size of the full-resolution image, so tiles are "
+        "coarse. Pass the full-resolution image as `image=`.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _check_crop(picture: Picture, centers: NDArray[np.float64]) -> None:
+    if not picture.is_crop:
+        return
+    outside = ((centers < 0) | (centers >= picture.size())).any(axis=1).astype(bool)
+    if outside.any():
+        raise ValueError(
+            f"Expected all observations within the crop of the `ImageContainer`, found {int(outside.sum())} of "
+            f"{len(outside)} outside. Subset the observations: `from_anndata(container.subset(adata), container)`."
+        )
+
+
+# --------------------------------------------------------------------------------------------------
+# counts and table
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Location of the counts in an `AnnData`.
+
+    Attributes
+    ----------
+    where
+        Location in words.
+    values
+        The table's ``X``. `None` keeps the ``X`` of `adata`.
+    layer, layer_values
+        Layer of counts where ``X`` holds other values, with its values if `adata` lacks the layer.
+    of_raw
+        Whether the table has the genes of ``adata.raw`` because `adata` has other genes.
+    """
+
+    where: str
+    values: Any = None
+    layer: str | None = None
+    layer_values: Any = None
+    of_raw: bool = False
+
+
+def _find_counts(adata: AnnData, layer: str | None) -> _Counts:
+    layers = [name for name in adata.layers if name is not None]  # anndata 0.13 lists X as None
     if layer is not None:
-        if layer not in adata.layers:
-            named = sorted(name for name in adata.layers if name is not None)  # anndata 0.13 lists X as None
-            raise KeyError(f"No layer {layer!r} in `adata`; its layers: {named}.")
-        where = f"`adata.layers[{layer!r}]`"
-        return as_counts(adata.layers[layer], where=where), adata.var, where
-    candidates: list[tuple[str, Any, pd.DataFrame]] = []
-    if "counts" in adata.layers:
-        candidates.append(("`adata.layers['counts']`", adata.layers["counts"], adata.var))
-    if adata.X is not None:
-        candidates.append(("`adata.X`", adata.X, adata.var))
-    if adata.raw is not None:
-        candidates.append(("`adata.raw.X`", adata.raw.X, adata.raw.var))
+        if layer not in layers:
+            raise KeyError(f"No layer {layer!r} in `adata`; its layers: {sorted(layers)}.")
+        return _in_layer(adata, layer)
+    searches = (
+        lambda: _in_layer(adata, "counts") if "counts" in layers else None,
+        lambda: None if adata.X is None else _Counts("`adata.X`", as_counts(adata.X, where="`adata.X`")),
+        lambda: None if adata.raw is None else _in_raw(adata, layers),
+    )
     refusals = []
-    for where, values, variables in candidates:
+    for search in searches:
         try:
-            return as_counts(values, where=where), variables, where
+            found = search()
         except ValueError as error:
             refusals.append(str(error))
+            continue
+        if found is not None:
+            return found
     raise ValueError(
         f"Expected raw counts in `layers['counts']`, `X` or `raw.X` of `adata`, found none. {' '.join(refusals)} "
         "Name a layer with `layer=`."
+    )
+
+
+def _part_proteins(adata: AnnData, layer: str | None) -> tuple[AnnData, AnnData | None]:
+    """Split the antibodies of a 10x Genomics matrix from its genes; `None` without antibodies."""
+    kinds = adata.var.get("feature_types")
+    if kinds is None or not (of_proteins := kinds.isin(PROTEINS)).any() or of_proteins.all():
+        return adata, None
+    mask = of_proteins.to_numpy()
+    genes, part = adata[:, ~mask].copy(), adata[:, mask].copy()
+    if adata.raw is not None and "feature_types" in adata.raw.var:
+        mask = adata.raw.var["feature_types"].isin(PROTEINS).to_numpy()
+        genes.raw, part.raw = adata.raw[:, ~mask].to_adata(), adata.raw[:, mask].to_adata()
+    values, var = _intensities(part, layer)
+    dense = values.toarray() if sp.issparse(values) else np.asarray(values)
+    return genes, AnnData(X=dense.astype(np.float32), var=var.rename(columns=_allowed_names(var.columns)))
+
+
+def _intensities(part: AnnData, layer: str | None) -> tuple[Any, pd.DataFrame]:
+    """Return the counts of antibodies, or else their ``X``, and their ``var``."""
+    try:
+        found = _find_counts(part, layer)
+    except ValueError:
+        return part.X, part.var
+    if found.of_raw:
+        return found.values, part.raw.var
+    in_layer = found.layer is not None and found.layer_values is None
+    values = found.values if found.values is not None else found.layer_values
+    return part.layers[layer or "counts"] if in_layer else values, part.var
+
+
+def _in_layer(adata: AnnData, layer: str) -> _Counts:
+    where = f"`adata.layers[{layer!r}]`"
+    contract.check_counts(adata.layers[layer], where=where)
+    if adata.X is None:
+        return _Counts(where, as_counts(adata.layers[layer], where=where))
+    return _Counts(where, layer=_allowed(layer))
+
+
+def _in_raw(adata: AnnData, layers: list[str]) -> _Counts:
+    where = "`adata.raw.X`"
+    values = as_counts(adata.raw.X, where=where)
+    if not adata.raw.var_names.equals(adata.var_names):
+        return _Counts(where, values, of_raw=True)
+    if adata.X is None:
+        return _Counts(where, values)
+    # a copy shares no memory with `adata`
+    return _Counts(where, layer="raw_counts" if "counts" in layers else "counts", layer_values=values.copy())
+
+
+def _table(adata: AnnData, counted: _Counts) -> tuple[AnnData, dict[str, str]]:
+    """Return the section's table, and the renamed columns of ``obs``: new name to original name."""
+    obs_names = _allowed_names(adata.obs.columns, instead={name: f"{name}_original" for name in RESERVED})
+    keyed: dict[str, Mapping[str, Any]] = {"obsm": adata.obsm, "obsp": adata.obsp}
+    keyed["uns"] = {name: value for name, value in adata.uns.items() if name not in _OWN_UNS}
+    if counted.of_raw:
+        _warn_of_raw(adata)
+        variables = adata.raw.var
+    else:
+        variables = adata.var
+        keyed |= {"varm": adata.varm, "varp": adata.varp}
+        keyed["layers"] = {name: value for name, value in adata.layers.items() if name is not None}
+    var_names = _allowed_names(variables.columns)
+    key_names = {part: _allowed_names(entries) for part, entries in keyed.items()}
+    _warn_of_names(
+        {"obs": {old: new for old, new in obs_names.items() if old not in RESERVED}, "var": var_names, **key_names}
+    )
+    table = AnnData(
+        X=adata.X if counted.values is None else counted.values,
+        obs=adata.obs.rename(columns=obs_names),
+        var=variables.rename(columns=var_names).set_axis(unique_genes(variables.index, where="`adata`"), axis=0),
+        **{part: {key_names[part][name]: value for name, value in entries.items()} for part, entries in keyed.items()},
+    ).copy()
+    # an index with the name of a column cannot be written
+    table.obs.index.name = table.var.index.name = None
+    if adata.raw is not None and not counted.of_raw:
+        raw = adata.raw.to_adata()
+        raw.var.index.name = None
+        table.raw = raw
+    if counted.layer_values is not None:
+        table.layers[counted.layer] = counted.layer_values
+    return table, {new: str(old) for old, new in obs_names.items() if new != old}
+
+
+def _allowed(name: Any) -> str:
+    allowed = re.sub(r"[^\w.-]", "_", str(name))
+    while allowed.startswith("__"):
+        allowed = allowed[1:]
+    return "unnamed" if allowed in ("", ".", "..", "_index") else allowed
+
+
+def _allowed_names(names: Iterable[Any], instead: Mapping[str, str] | None = None) -> dict[Any, str]:
+    """Map names to names in the section. SpatialData needs names unique without regard to case."""
+    instead = instead or {}
+    found: dict[Any, str] = {}
+    taken = {name.lower() for name in instead}
+    for name in names:
+        base = new = instead.get(name, _allowed(name))
+        number = 0
+        while new.lower() in taken:
+            number += 1
+            new = f"{base}_{number}"
+        taken.add(new.lower())
+        found[name] = new
+    return found
+
+
+def _warn_of_names(names: Mapping[str, Mapping[Any, str]]) -> None:
+    changed = [f"{part}[{old!r}]: {new!r}" for part, of in names.items() for old, new in of.items() if new != old]
+    if changed:
+        warnings.warn(
+            f"SpatialData does not allow {len(changed)} of the names in `adata`. They are renamed in the section: "
+            f"{', '.join(changed[:5])}{', ...' if len(changed) > 5 else ''}.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_raw(adata: AnnData) -> None:
+    # anndata 0.13 lists X among the layers as None
+    parts = [name for name in ("layers", "varm", "varp") if any(key is not None for key in getattr(adata, name))]
+    warnings.warn(
+        f"Counts are only in `adata.raw`, with {adata.raw.n_vars} genes instead of the {adata.n_vars} of `adata`. The "
+        f"section has the genes of `adata.raw`, without {', '.join(['`X`', *(f'`{name}`' for name in parts)])} of "
+        "`adata`.",
+        UserWarning,
+        stacklevel=4,
     )

@@ -1,17 +1,19 @@
-"""Tables of segmented cells, as the programs that segment multiplex images write them, in one form.
+"""Read cell tables from segmentation programs for multiplex images into one form.
 
-The programs agree on a row a cell and on little else. A position, an area and an id are found by the spellings
-below, whatever their case, spaces and punctuation; which columns are intensities follows from the layout.
+Tables have one row per cell. Position, area and id columns are found by the names below, ignoring case, spaces and
+punctuation. The layout tells which columns are intensities.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import os
 import re
 import zlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +23,14 @@ import readfcs
 from flowio.exceptions import FlowIOException
 
 from stimage_sd.io._section import check_unique
+from stimage_sd.io._text import open_text, punctuation
 
 Unit = Literal["px", "um"]
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
-#: columns of a cell's centre, in the order in which they are looked for
+#: columns of a cell's center in a CosMx field of view; fields repeat coordinates
+LOCAL = ("CenterX_local_px", "CenterY_local_px")
+#: columns of a cell's center, in search order
 POSITIONS: list[tuple[str, str, Unit]] = [
     ("x", "y", "px"),
     ("X_centroid", "Y_centroid", "px"),
@@ -33,8 +38,10 @@ POSITIONS: list[tuple[str, str, Unit]] = [
     ("Centroid X px", "Centroid Y px", "px"),
     ("Centroid X µm", "Centroid Y µm", "um"),
     ("x_um", "y_um", "um"),
+    ("CenterX_global_px", "CenterY_global_px", "px"),
+    (*LOCAL, "px"),
 ]
-#: columns of a cell's area, square pixels or micrometres
+#: columns of a cell's area, in square pixels or square micrometers
 AREAS: list[tuple[str, Unit]] = [
     ("size", "px"),
     ("Area", "px"),
@@ -44,51 +51,80 @@ AREAS: list[tuple[str, Unit]] = [
     ("Area µm^2", "um"),
 ]
 IDS = ("cell_id", "CellID", "Object ID", "instance_id", "ID")
-#: columns that tell which picture a cell is of
+#: columns that name the image of a cell
 PICTURES = ("region", "Image", "ImageID")
-#: CODEX Processor: cycle, channel and marker, such as ``cyc002_ch003:Ki67``
+#: intensity columns of the CODEX Processor: cycle, channel and marker, such as ``cyc002_ch003:Ki67``
 AKOYA = re.compile(r"^cyc\d+_ch\d+(?::(?P<name>.*))?$", re.IGNORECASE)
-#: QuPath's two ways to name a mean intensity: over the whole cell, else over its nucleus
-QUPATH = [
+#: column names of a channel's mean, or else its median, in search order: QuPath (two spellings; whole cell, or else a
+#: part of the cell), QuPath with StarDist, and CosMx
+STATISTICS = [
     re.compile(pattern)
-    for part in ("Cell", "Nucleus")
-    for pattern in (rf"^(?P<name>.+): {part}: Mean$", rf"^{part}: (?P<name>.+) mean$")
+    for statistic in ("Mean", "Median")
+    for pattern in (
+        *(
+            pattern
+            for part in ("Cell", "Nucleus", "Cytoplasm", "Membrane")
+            for pattern in (rf"^(?P<name>.+): {part}: {statistic}$", rf"^{part}: (?P<name>.+) {statistic.lower()}$")
+        ),
+        rf"^(?:ROI: .+: )?(?P<name>[^:]+): {statistic}$",
+        rf"^{statistic}\.(?P<name>.+)$",
+    )
 ]
-#: numeric columns of other tables that are no intensities, as `_plain` spells them
+#: numeric columns of other tables that are not intensities, as `_plain` spells them
 NOT_INTENSITIES = {
     *("z", "xtile", "ytile", "tile", "tilenum", "tilenr", "tilenumber", "region", "fov", "cluster", "phenotype"),
     *("area", "size", "nucleusarea", "nucleusareapx2", "nucleusareaum2", "perimeter", "diameter", "equivalentdiameter"),
     *("majoraxislength", "minoraxislength", "eccentricity", "solidity", "extent", "orientation", "circularity"),
     *("rowcentroid", "columncentroid", "homogeneity", "label", "unnamed0", ""),
+    *("slideid", "slide", "sample", "batch", "patient", "core", "roi", "index", "class", "celltype", "group", "score"),
+    *("circ", "intden", "rawintden"),
 }
+#: words in the names of columns that are not intensities: cell shape and position, cell groups, other statistics than
+#: mean and median
+NOT_INTENSITY_WORDS = {
+    *("length", "width", "height", "perimeter", "perim", "diameter", "radius", "area", "volume", "aspect", "ratio"),
+    *("angle", "axis", "eccentricity", "elongation", "solidity", "circularity", "roundness", "compactness"),
+    *("convexity", "feret", "caliper", "hull", "bbox", "centroid", "center", "centre", "position", "orientation"),
+    *("distance", "dist", "std", "stddev", "stdev", "sd", "variance", "var", "cv", "skew", "skewness", "kurtosis"),
+    *("entropy", "gini", "min", "max", "minimum", "maximum", "range", "quantile", "percentile", "probability"),
+    *("neighbors", "neighbours", "cluster", "clusters", "metacluster", "leiden", "louvain", "kmeans", "phenograph"),
+    *("flowsom", "parc", "phenotype", "community", "neighborhood", "neighbourhood", "niche", "motif", "lda"),
+    *("umap", "tsne", "pca"),
+}
+#: the same kind of word with a number, such as ``umap1``
+NUMBERED = re.compile(r"(umap|tsne|pc|kmeans|leiden|louvain|cluster)\d+")
+#: number of molecules or genes per cell, such as ``nCount_RNA``
+NUMBERS = re.compile(r"^n_?(count|feature|gene|umi|transcript)", re.IGNORECASE)
+#: statistics left out where the channel has a mean
+REPEATS = {"median", "sum", "total", "integrated", "mode"}
 NOT_FCS = (FlowIOException, ValueError, KeyError, IndexError, EOFError, NotImplementedError)
 NOT_TEXT = (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
 @dataclass(frozen=True)
 class CellTable:
-    """Segmented cells of one picture.
+    """Segmented cells of one image.
 
     Parameters
     ----------
     path
-        The file.
+        File that was read.
     ids
-        A name a cell, each once; integers where they all are.
+        Unique cell ids; integers where all ids are integers.
     positions
-        ``(n, 2)`` x, y of the cells' centres, in `unit`.
+        ``(n, 2)`` x, y of the cell centers, in `unit`.
     unit
-        Pixels of the picture, or micrometres.
+        Pixels of the image, or micrometers.
     areas
-        ``(n,)`` cells' areas in squares of `area_unit`; `None` where the table has none.
+        ``(n,)`` cell areas in square `area_unit`, or `None` where the table has no areas.
     area_unit
-        Unit of the side of such a square.
+        Pixels or micrometers, squared in `areas`.
     intensities
         ``float32 (n, n_channels)``.
     columns
-        The intensities' columns in the file.
+        Names of the intensity columns in the file.
     channels
-        What those columns name, as it stands: it may be empty, or there twice.
+        Channel names from those columns. A name may be empty or repeated.
     others
         The remaining columns.
     """
@@ -104,22 +140,37 @@ class CellTable:
     channels: list[str]
     others: pd.DataFrame
 
+    def taken(self, chosen: np.ndarray) -> CellTable:
+        """Return the table of the cells that the boolean mask `chosen` selects."""
+        if chosen.all():
+            return self
+        return replace(
+            self,
+            ids=self.ids[chosen],
+            positions=self.positions[chosen],
+            areas=None if self.areas is None else self.areas[chosen],
+            intensities=self.intensities[chosen],
+            others=self.others[chosen],
+        )
 
-def read_cells(path: Path) -> CellTable:
-    """Read a table of cells.
+
+def read_cells(path: Path, wanted: Collection[str] = ()) -> CellTable:
+    """Read a table of segmented cells.
 
     Parameters
     ----------
     path
-        A ``.csv``, ``.tsv`` or ``.txt`` (tabs), or one of them ending in ``.gz``, or an ``.fcs`` file.
+        A ``.csv``, ``.tsv`` or ``.txt`` (tabs) file, plain or gzipped (``.gz``), or an ``.fcs`` file.
+    wanted
+        Numeric columns to read as intensities, whatever their names.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If it is empty, truncated or of another kind, has no positions, ids that are repeated, no intensities, cells
-        of several pictures, or anything but finite numbers among positions, areas and intensities.
+        If the file is empty, truncated or of another kind, lacks positions or intensities, has repeated ids or cells of
+        several images, or if positions, areas or intensities are not finite numbers.
     """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"
@@ -134,9 +185,10 @@ def read_cells(path: Path) -> CellTable:
 
     across, down, unit = _find_positions(short, path)
     area, area_unit = _find_area(short)
-    identity = next((number for name in IDS if (number := _find(short, name)) is not None), None)
-    _check_one_picture(frame, raw, short, path)
-    channels = _find_channels(frame, raw, short, used={across, down, area, identity})
+    identity = _find_ids(frame, short)
+    # Positions within a field of view are ambiguous across several fields.
+    _check_one_picture(frame, raw, short, path, ("fov",) if _plain(short[across]) == _plain(LOCAL[0]) else ())
+    channels = _find_channels(frame, raw, short, used={across, down, area, identity}, wanted=wanted)
     if not channels:
         raise ValueError(f"Expected columns of intensities in {path}, found none among {raw}.")
 
@@ -163,41 +215,47 @@ def read_cells(path: Path) -> CellTable:
 
 
 def _read_text(path: Path) -> pd.DataFrame:
-    compressed = path.suffix.lower() == ".gz"
-    kind = Path(path.stem).suffix.lower() if compressed else path.suffix.lower()
+    kind = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
     if kind not in SEPARATORS:
         raise ValueError(f"Expected a table of cells named .csv, .tsv, .txt, their .gz, or .fcs, found {path}.")
-    separator = SEPARATORS[kind]
     try:
-        with gzip.open(path, "rt", encoding="utf-8-sig") if compressed else path.open(encoding="utf-8-sig") as lines:
+        with open_text(path) as lines:
+            encoding, compressed = lines.encoding, isinstance(lines.buffer, gzip.GzipFile)
+            marks = punctuation(lines, SEPARATORS[kind])
+            separator = marks["sep"]
             names = next(csv.reader(lines, delimiter=separator), [])
-        frame = pd.read_csv(path, sep=separator, encoding="utf-8-sig", low_memory=False, skip_blank_lines=True)
+            lines.seek(0)
+            frame = pd.read_csv(lines, **marks, low_memory=False, skip_blank_lines=True)
     except NOT_TEXT as error:
         raise ValueError(
-            f"Expected a complete table of cells in {path}, found that it is empty, damaged or no text "
+            f"Expected a complete table of cells in {path}, found that it is empty, damaged or not text "
             f"({' '.join(str(error).split()) or type(error).__name__}). Copy or export it again."
         ) from error
-    last = [] if compressed else _last_row(path, separator)
+    last = [] if compressed else _last_row(path, separator, encoding)
     if len(names) != frame.shape[1] or not isinstance(frame.index, pd.RangeIndex) or len(last) not in (0, len(names)):
         found = len(last) if len(last) not in (0, len(names)) else "another number of"
         raise ValueError(
-            f"Expected {len(names)} values a row in {path}, as its header has, found {found} values. The file is "
+            f"Expected {len(names)} values per row in {path}, as its header has, found {found} values. The file is "
             "truncated or not what its header says; copy or export it again."
         )
-    # Repeated names are told apart later, with those of the picture, not by pandas.
+    # Undo pandas' suffixes: repeated names get theirs later, together with the image's names.
     return frame.set_axis(names, axis=1)
 
 
-def _last_row(path: Path, separator: str) -> list[str]:
-    """Return the fields of a file's last row: pandas fills a row that is cut off, without a word."""
+def _last_row(path: Path, separator: str, encoding: str) -> list[str]:
+    """Return the fields of the last row, since pandas silently fills a truncated row."""
     with path.open("rb") as file:
-        file.seek(-min(os.fstat(file.fileno()).st_size, 1 << 20), os.SEEK_END)
-        lines = file.read().decode("utf-8", errors="replace").rstrip("\r\n").splitlines()
+        begins_little = file.read(2) == codecs.BOM_UTF16_LE
+        # an even number of bytes, since UTF-16 has two bytes per character
+        file.seek(-min(os.fstat(file.fileno()).st_size // 2 * 2, 1 << 20), os.SEEK_END)
+        if encoding == "utf-16":
+            encoding = "utf-16-le" if begins_little else "utf-16-be"
+        lines = file.read().decode(encoding, errors="replace").rstrip("\r\n").splitlines()
     return next(csv.reader(lines[-1:], delimiter=separator), [])
 
 
 def _read_fcs(path: Path) -> pd.DataFrame:
-    """Read the events of an FCS file under ``short:long`` names, as the CODEX Processor's CSV has them."""
+    """Read the events of an FCS file with ``short:long`` names, as in the CSV of the CODEX Processor."""
     try:
         file = readfcs.ReadFCS(path)
         stated = int(file.meta["tot"])
@@ -205,14 +263,14 @@ def _read_fcs(path: Path) -> pd.DataFrame:
         events, names = file.data, file.channels
     except NOT_FCS as error:
         raise ValueError(
-            f"Expected a complete FCS file, found that {path} is empty, truncated, damaged or no FCS "
+            f"Expected a complete FCS file, found that {path} is empty, truncated, damaged or not FCS "
             f"({' '.join(str(error).split()) or type(error).__name__}). Copy or export it again."
         ) from error
     if several or len(events) != stated or len(names) != events.shape[1]:
         raise ValueError(
             f"Expected one data set of {stated} cells, each with {len(names)} values, in {path}, found "
             f"{'several data sets' if several else f'{len(events)} cells with {events.shape[1]} values'}. "
-            "Export the picture's cells again, by themselves."
+            "Export the cells of this image again, in a file without other data."
         )
     long = names["PnS"] if "PnS" in names else pd.Series("", index=names.index)
     together = [
@@ -227,7 +285,7 @@ def _read_fcs(path: Path) -> pd.DataFrame:
 
 
 def _short(name: str) -> str:
-    """Return ``x`` for ``x:x``; a name of any other form as it is."""
+    """Return ``x`` for ``x:x``, and any other name unchanged."""
     first, _, second = name.partition(":")
     return first if first == second else name
 
@@ -257,36 +315,65 @@ def _find_area(short: list[str]) -> tuple[int | None, Unit]:
     return next(((number, unit) for name, unit in AREAS if (number := _find(short, name)) is not None), (None, "px"))
 
 
-def _check_one_picture(frame: pd.DataFrame, raw: list[str], short: list[str], path: Path) -> None:
-    for name in PICTURES:
+def _find_ids(frame: pd.DataFrame, short: list[str]) -> int | None:
+    """Return the number of the id column: the first with unique values, or else the first."""
+    names = {_plain(name): rank for rank, name in reversed(list(enumerate(IDS)))}
+    found = sorted((names[_plain(name)], number) for number, name in enumerate(short) if _plain(name) in names)
+    return next((n for _, n in found if frame.iloc[:, n].is_unique), found[0][1] if found else None)
+
+
+def _check_one_picture(
+    frame: pd.DataFrame, raw: list[str], short: list[str], path: Path, others: tuple[str, ...]
+) -> None:
+    for name in PICTURES + others:
         number = _find(short, name)
-        # Elsewhere a region is a part of the tissue that someone outlined.
+        # "region" is an image only in the CODEX Processor. Elsewhere it is an outlined tissue area.
         if number is None or (name == "region" and not any(AKOYA.match(column) for column in raw)):
             continue
         found = frame.iloc[:, number].unique()
         if len(found) > 1:
             raise ValueError(
                 f"Expected the cells of one picture in {path}, found {len(found)} by column {raw[number]!r}: "
-                f"{found[:5].tolist()}. Write a table for each, and read each as a section."
+                f"{found[:5].tolist()}. Write one table per picture, and read each table as a section."
             )
 
 
-def _find_channels(frame: pd.DataFrame, raw: list[str], short: list[str], used: set[int | None]) -> dict[int, str]:
-    """Return the columns of intensities and what they name."""
+def _find_channels(
+    frame: pd.DataFrame, raw: list[str], short: list[str], *, used: set[int | None], wanted: Collection[str]
+) -> dict[int, str]:
+    """Return the numbers of the intensity columns with their channel names."""
     akoya = {number: match for number, name in enumerate(raw) if (match := AKOYA.match(name))}
     if akoya:
         return {number: (match["name"] or "").strip() for number, match in akoya.items()}
-    for pattern in QUPATH:
-        qupath = {number: match for number, name in enumerate(raw) if (match := pattern.match(name))}
-        if qupath:
-            return {number: match["name"] for number, match in qupath.items()}
+    for pattern in STATISTICS:
+        means = {number: match["name"] for number, name in enumerate(raw) if (match := pattern.match(name))}
+        if means:
+            return means
     known = NOT_INTENSITIES | {_plain(name) for pair in POSITIONS for name in pair[:2]}
     known |= {_plain(name) for name, _ in AREAS} | {_plain(name) for name in IDS + PICTURES}
-    return {
+    if {"ar", "round"} <= {_plain(name) for name in short}:
+        known |= {"ar", "round"}  # ImageJ's aspect ratio and roundness; AR without "round" is the androgen receptor
+    candidates = {
         number: name
         for number, name in enumerate(short)
-        if number not in used and _plain(name) not in known and _is_measured(frame.iloc[:, number])
+        if number not in used and _is_measured(frame.iloc[:, number])
+        and (name in wanted or not (_plain(name) in known or NUMBERS.match(name) or _is_no_protein(name)))
+    }  # fmt: skip
+    stems = [_words(name) - {"mean"} for name in candidates.values() if "mean" in _words(name)]
+    return {
+        number: name
+        for number, name in candidates.items()
+        if name in wanted or not (_words(name) & REPEATS and _words(name) - REPEATS in stems)
     }
+
+
+def _words(name: str) -> set[str]:
+    """Return the words of a name in lower case. ``AspectRatio`` has two words."""
+    return set(re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).lower()))
+
+
+def _is_no_protein(name: str) -> bool:
+    return any(word in NOT_INTENSITY_WORDS or NUMBERED.fullmatch(word) for word in _words(name))
 
 
 def _is_measured(values: pd.Series) -> bool:
@@ -294,7 +381,7 @@ def _is_measured(values: pd.Series) -> bool:
 
 
 def _as_ids(values: pd.Series) -> pd.Index:
-    """Return ids as integers where they are, as an FCS file has them as decimals."""
+    """Return ids as integers where all are whole numbers, since FCS files store ids as decimals."""
     if pd.api.types.is_numeric_dtype(values) and (values == values.round()).all():
         return pd.Index(values.to_numpy(dtype=np.int64))
     return pd.Index(values.astype(str).to_numpy(dtype=object))
@@ -321,6 +408,6 @@ def _positive(areas: np.ndarray, column: str, path: Path) -> np.ndarray:
     if areas.min() <= 0.0:
         raise ValueError(
             f"Expected positive areas in column {column!r} of {path}, found {areas.min():g} in row "
-            f"{int(np.argmin(areas)) + 1}. Drop cells without any."
+            f"{int(np.argmin(areas)) + 1}. Drop cells without an area."
         )
     return areas

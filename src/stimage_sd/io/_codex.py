@@ -1,4 +1,4 @@
-"""CODEX, PhenoCycler and other multiplexed immunofluorescence: a table of cells, the image, an H&E beside it."""
+"""Read CODEX, PhenoCycler and other multiplexed immunofluorescence, with an optional H&E."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from stimage_sd._squidpy import attach_spatial
 from stimage_sd.io._cell_tables import CellTable, read_cells
 from stimage_sd.io._multichannel import MultichannelImage, open_multichannel
 from stimage_sd.io._raster import open_raster
-from stimage_sd.io._section import check_mpp
+from stimage_sd.io._section import check_mpp, on_image
 from stimage_sd.io._xenium_images import HE, open_he
 
-#: radius of the circles of cells whose area is not known, µm; for pictures only
+#: radius in µm of the circles of cells without a known area; used for plots only
 NOMINAL_RADIUS_UM = 4.0
 #: channels without an antibody
 BLANK = re.compile(r"(blank|empty)(?![a-z])", re.IGNORECASE)
-#: columns of a table that the contract has for itself, and what a cell table's own become
+#: column names that the contract reserves, with the new name of such a column of a cell table
 RESERVED = {contract.REGION_KEY: "acquisition_region", contract.INSTANCE_KEY: "own_instance_id"}
 
 Channels = Sequence[str] | Mapping[str, str]
@@ -41,53 +41,66 @@ def codex(
     image: str | Path | None = None,
     *,
     channels: Channels | None = None,
+    series: int | str | None = None,
+    several_files: bool = False,
     mpp: float | None = None,
     he_image: str | Path | None = None,
     alignment: str | Path | np.ndarray | None = None,
     sample: str | None = None,
 ) -> SpatialData:
-    """Read a CODEX (PhenoCycler) section, or one of another multiplexed immunofluorescence.
+    """Read a section of CODEX (PhenoCycler) or another multiplexed immunofluorescence.
 
     Parameters
     ----------
     cells
-        Table of segmented cells: ``.csv``, ``.tsv`` or ``.txt`` (tabs), gzipped or not, or ``.fcs``. Known layouts are
-        those of the CODEX Processor (``x:x``, ``cyc002_ch003:Ki67``), of QuPath (``Centroid X µm``,
-        ``CD8: Cell: Mean`` or ``Cell: CD8 mean``) and a plain one, as MCMICRO's (``X_centroid``, then every numeric
-        column that is no shape or place). Positions are looked for as ``x``/``y``, ``X_centroid``/``Y_centroid``,
-        ``centroid_x``/``centroid_y``, ``Centroid X px``/``Centroid Y px`` (pixels of `image`),
-        ``Centroid X µm``/``Centroid Y µm`` and ``x_um``/``y_um``, in this order, whatever their case and punctuation.
-        `None`: the image alone.
+        Table of segmented cells: ``.csv``, ``.tsv`` or ``.txt`` (tabs), plain or gzipped, or ``.fcs``. Known layouts:
+
+        - CODEX Processor: ``x:x``, ``cyc002_ch003:Ki67``;
+        - QuPath: ``Centroid X µm`` with ``CD8: Cell: Mean``, ``Cell: CD8 mean``, or ``CD8: Mean`` of StarDist nuclei;
+        - CosMx: ``CenterX_global_px``, ``Mean.CD8``;
+        - plain, such as MCMICRO and scimap: ``X_centroid``, then numeric columns as channels. Columns named for shape,
+          position, group or spread stay in ``obs``.
+
+        Text is UTF-8, UTF-16 or the Western Windows code page. Position columns are searched as ``x``/``y``,
+        ``X_centroid``/``Y_centroid``, ``centroid_x``/``centroid_y``, ``Centroid X px``/``Centroid Y px`` (pixels of
+        `image`), ``Centroid X µm``/``Centroid Y µm`` and ``x_um``/``y_um``, in this order, ignoring case and
+        punctuation. `None` reads the image alone.
     image
-        Multiplex image: OME-TIFF, QPTIFF or multi-page TIFF. It may be left out, where its cells are enough.
+        Multiplex image: OME-TIFF, QPTIFF or multi-page TIFF. Optional where `cells` is given.
     channels
-        Which of the table's channels to keep: their names, or ``{name: new name}``, which renames those of the image
-        as well. Columns' own names are understood too. The image keeps all its channels, since `pp.register` wants
-        the nuclear one; only without `cells` is the choice among the image's. All are kept unless given.
+        Channels of the table to keep. Give a list of names, or ``{name: new name}`` to rename them in the table and the
+        image. Column names of the file work too, including numeric columns that are not read as channels by default.
+        The image keeps all its channels, since `pp.register` needs the nuclear channel. Without `cells`, the choice
+        applies to the image. All channels are kept by default.
+    series
+        Image to read from a file `image` with several images (scenes, macro images). Give its number in the file,
+        from 0, or its name. Default: the largest.
+    several_files
+        Whether to read the other files that hold channels of an OME-TIFF `image`, from the folder of `image` only.
     mpp
-        Micrometres a pixel of the multiplex image and so of the cells' positions. Unless given, what `image` states;
-        it is not guessed (Akoya's CODEX has 0.377 by default).
+        Micrometers per pixel of the multiplex image, and so of the cell positions. Default: the value that `image`
+        states. No other default is assumed (Akoya's CODEX has 0.377 µm).
     he_image
         H&E image of the same section, in any format of `stimage_sd.io.slide`.
     alignment
-        Where the H&E lies: a matrix ``(3, 3)``, or a CSV file of one, from ``(x, y, 1)`` in pixels of the H&E to
-        pixels of the multiplex image, as that of `stimage_sd.io.xenium` is. ``np.eye(3)`` says that both have the
-        same pixels, which is never assumed. Without it, run `stimage_sd.pp.register` afterwards.
+        Matrix ``(3, 3)``, or a CSV file of the matrix, from ``(x, y, 1)`` in pixels of the H&E to pixels of the
+        multiplex image, as in `stimage_sd.io.xenium`. ``np.eye(3)`` states that both images have the same pixels. This
+        is never assumed. Without an alignment, run `stimage_sd.pp.register` afterwards.
     sample
-        Sample id; the name of the file of cells, or of the image, up to its first dot unless given.
+        Sample id. Default: the name of the cell table, or else of the image, up to its first dot.
 
     Returns
     -------
-    A section with the shapes ``cells`` (circles of the cells' areas; of 4 µm radius where the table has none), the
-    table ``proteins`` that annotates them, the image ``multiplex`` (lazy, channels by name) and the image ``he``,
-    as far as they were given. ``proteins`` has ``X`` float32 intensities as they are in the file, compensated,
-    negative or not; ``var["column"]`` and ``var["blank"]``; ``obs`` with the remaining columns (names cleaned,
-    ``region`` becomes ``acquisition_region``); ``obsm["spatial_um"]``, micrometres of the instrument; and
-    ``obsm["spatial"]``, pixels of the H&E, where that is placed. Without an H&E, ``"global"`` and ``obsm["spatial"]``
-    are pixels of the multiplex image.
+    A section with the shapes ``cells``, the table ``proteins`` that annotates them, the image ``multiplex`` (lazy,
+    channels by name) and the image ``he``, depending on the files given. ``cells`` are circles with the areas of the
+    cells, or with a radius of 4 µm where the table has no areas. ``proteins`` has ``X``, float32 intensities unchanged
+    from the file (compensated or negative values stay); ``var["column"]`` and ``var["blank"]``; ``obs`` with the
+    remaining columns (names cleaned, ``region`` becomes ``acquisition_region``); ``obsm["spatial_um"]`` in micrometers
+    of the instrument; and ``obsm["spatial"]`` in pixels of the H&E, where the H&E is placed. Without an H&E,
+    ``"global"`` and ``obsm["spatial"]`` are pixels of the multiplex image.
 
-    A channel name that appears twice, as nuclear stains and blanks do, gets a suffix (``Blank-1``) in the order of
-    the table; one without a name is called by its column. Blank channels are kept and marked in ``var["blank"]``.
+    Repeated channel names, such as nuclear stains and blanks, get a suffix (``Blank-1``) in the order of the table.
+    Unnamed channels are named after their column. Blank channels are kept and marked in ``var["blank"]``.
 
     Raises
     ------
@@ -95,18 +108,21 @@ def codex(
         If a file is missing.
     ValueError
         If a file is truncated, empty or of another kind; the table lacks positions or has cells of several regions,
-        repeated ids, or values that are not finite; a cell lies outside the image; the pixel size is not known;
-        a channel of `channels` is not there; or the alignment puts no cell on the H&E.
+        repeated ids or non-finite values; most cells lie off the image; the pixel size is unknown; a channel of
+        `channels` or the image `series` does not exist; `image` refers to other files and `several_files` is not set;
+        or the alignment puts no cell on the H&E.
 
     Warns
     -----
     UserWarning
-        If the H&E states another resolution than its alignment implies, or most cells lie beside it.
+        If cells off the multiplex image are left out, the H&E states a resolution that differs from its alignment, or
+        most cells lie off the H&E. Also if `image` holds several images, states an orientation, or ends in rows or
+        tiles of zeros.
 
     Notes
     -----
-    Columns of the CODEX Processor, and that ``size`` counts a cell's voxels, are those of Akoya's page on its FCS
-    format. Its positions are pixels of a region; a file of several regions is refused, since they overlap.
+    Columns of the CODEX Processor follow Akoya's page on its FCS format, where ``size`` is a cell's number of voxels.
+    Positions are pixels of a region. Files with several regions are not supported, since the regions overlap.
 
     Examples
     --------
@@ -123,12 +139,12 @@ def codex(
     if cells is None and image is None:
         raise ValueError("Expected cells, a multiplex image or both, found neither. Pass `cells=` or `image=`.")
     if alignment is not None and he_image is None:
-        raise ValueError("Expected `he_image=` with `alignment=`, found no H&E. Pass the image that is aligned.")
-    multiplex = None if image is None else open_multichannel(image)
-    table = None if cells is None else read_cells(Path(cells).expanduser())
+        raise ValueError("Expected `he_image=` with `alignment=`, found no H&E. Pass the aligned H&E image.")
+    multiplex = None if image is None else open_multichannel(image, series=series, several_files=several_files)
+    table = None if cells is None else read_cells(Path(cells).expanduser(), wanted=channels or ())
     pixel_um, mpp_source = _pixel_um(mpp, multiplex, cells, image)
     if table is not None and multiplex is not None:
-        _check_inside(table, multiplex, pixel_um, image)
+        table = _on_image(table, multiplex, pixel_um, image)
     proteins = None if table is None else _proteins(table, pixel_um, channels)
     if multiplex is not None and channels is not None:
         multiplex = _name_channels(multiplex, channels, select=table is None, source=image)
@@ -176,29 +192,29 @@ def codex(
 def _pixel_um(
     mpp: float | None, multiplex: MultichannelImage | None, cells: str | Path | None, image: str | Path | None
 ) -> tuple[float, str]:
-    """Return micrometres a pixel of the multiplex image, and where that is from."""
+    """Return micrometers per pixel of the multiplex image, and the source of the value."""
     if mpp is not None:
         return float(mpp), "given"
     if multiplex is not None and multiplex.pixel_um is not None:
         return multiplex.pixel_um, "file"
-    where = f"{cells} has pixels alone, and no image is given" if image is None else f"{image} does not state it"
+    where = f"{cells} does not state it, and no image is given" if image is None else f"{image} does not state it"
     raise ValueError(
-        f"Expected the size of a pixel of the multiplex image, which the cells' micrometres follow from: {where}. Pass "
-        "`mpp=`, micrometres a pixel (0.377 is the default of Akoya's CODEX)."
+        f"Expected the pixel size of the multiplex image, to convert cell positions to micrometers: {where}. Pass "
+        "`mpp=`, micrometers per pixel (0.377 is the default of Akoya's CODEX)."
     )
 
 
-def _check_inside(table: CellTable, multiplex: MultichannelImage, pixel_um: float, image: str | Path | None) -> None:
-    positions = table.positions / (pixel_um if table.unit == "um" else 1.0)
-    height, width = multiplex.levels[0].shape[1:]
-    outside = np.asarray(((positions < 0) | (positions >= (width, height))).any(axis=1))
-    if outside.any():
-        low, high = positions.min(axis=0), positions.max(axis=0)
-        raise ValueError(
-            f"Expected all cells of {table.path} inside {image} of {width} x {height} px (x, y), found "
-            f"{int(outside.sum())} of {len(outside)} outside; their positions span x {low[0]:.0f} to {high[0]:.0f}, y "
-            f"{low[1]:.0f} to {high[1]:.0f} px. Pass the image in which they were segmented, at full resolution."
-        )
+def _on_image(table: CellTable, multiplex: MultichannelImage, pixel_um: float, image: str | Path | None) -> CellTable:
+    """Drop cells off the image."""
+    inside = on_image(
+        table.positions / (pixel_um if table.unit == "um" else 1.0),
+        multiplex.levels[0].shape[1:],
+        what="cells",
+        where=str(table.path),
+        image=str(image),
+        mend="Pass the image in which they were segmented, at full resolution.",
+    )
+    return table.taken(inside)
 
 
 def _open_he(
@@ -216,14 +232,14 @@ def _open_he(
         levels, stated = open_raster(file)
         return HE(levels, stated, None, None)
     if table is not None:
-        points = _micrometres(table, pixel_um)
+        points = _micrometers(table, pixel_um)
     else:
-        # Without cells it is the image itself that is to lie on the H&E.
+        # Without cells, a grid of points over the image must lie on the H&E.
         height, width = multiplex.levels[0].shape[1:] if multiplex is not None else (1, 1)
         fractions = np.stack(np.meshgrid(*[np.linspace(0.0, 1.0, 16)] * 2), axis=-1).reshape(-1, 2)
         points = fractions * (width, height) * pixel_um
     to_um = np.diag([pixel_um, pixel_um, 1.0])
-    return open_he(file, alignment, bundle=file.parent, to_um=to_um, centres=points)
+    return open_he(file, alignment, bundle=file.parent, to_um=to_um, centers=points)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -235,17 +251,17 @@ def _circles(table: CellTable, pixel_um: float) -> geopandas.GeoDataFrame:
     if table.areas is not None:
         radius = np.sqrt(table.areas / np.pi) * (pixel_um if table.area_unit == "px" else 1.0)
     frame = geopandas.GeoDataFrame(
-        {"radius": radius}, geometry=shapely.points(_micrometres(table, pixel_um)), index=table.ids
+        {"radius": radius}, geometry=shapely.points(_micrometers(table, pixel_um)), index=table.ids
     )
     return ShapesModel.parse(frame, transformations={contract.INSTRUMENT: Identity()})
 
 
-def _micrometres(table: CellTable, pixel_um: float) -> np.ndarray:
+def _micrometers(table: CellTable, pixel_um: float) -> np.ndarray:
     return table.positions * (pixel_um if table.unit == "px" else 1.0)
 
 
 def _proteins(table: CellTable, pixel_um: float, channels: Channels | None) -> AnnData:
-    # The column of an unnamed channel is its cycle and channel, and a colon.
+    # The column of an unnamed channel is cycle, channel and a colon, such as "cyc002_ch003:".
     named = [name or column.rstrip(":") for name, column in zip(table.channels, table.columns, strict=True)]
     names = list(make_index_unique(pd.Index(named)))
     chosen = dict(enumerate(names))
@@ -264,16 +280,16 @@ def _proteins(table: CellTable, pixel_um: float, channels: Channels | None) -> A
             },
             index=pd.Index(chosen.values()),
         ),
-        obsm={contract.SPATIAL_UM: _micrometres(table, pixel_um)},
+        obsm={contract.SPATIAL_UM: _micrometers(table, pixel_um)},
     )
 
 
 def _clean(others: pd.DataFrame) -> pd.DataFrame:
-    """Give columns the names, and text the type, that a zarr store can hold."""
+    """Give columns names, and text a type, that a zarr store can hold."""
     names = [re.sub(r"[^A-Za-z0-9_.-]+", "_", str(name).replace("µ", "u").replace("μ", "u")) for name in others.columns]
     names = [name.strip("_") or "column" for name in names]
     names = [RESERVED.get(name.lower(), name) for name in names]
-    # A store tells names apart by more than their case.
+    # Names in a store must be unique ignoring case.
     seen = make_index_unique(pd.Index([name.lower() for name in names]))
     names = [name + unique[len(name) :] for name, unique in zip(names, seen, strict=True)]
     cleaned = others.set_axis(names, axis=1).copy()
@@ -285,7 +301,7 @@ def _clean(others: pd.DataFrame) -> pd.DataFrame:
 def _name_channels(
     multiplex: MultichannelImage, channels: Channels, *, select: bool, source: str | Path | None
 ) -> MultichannelImage:
-    """Choose and rename an image's channels, or rename them alone."""
+    """Rename the channels of an image, and with `select` keep only those in `channels`."""
     if select:
         chosen = _choose(channels, [multiplex.channels], where=str(source))
         levels = [level[list(chosen)] for level in multiplex.levels]
@@ -295,7 +311,7 @@ def _name_channels(
 
 
 def _choose(channels: Channels, spellings: list[list[str]], *, where: str) -> dict[int, str]:
-    """Return the numbers of the channels asked for, in that order, and their names."""
+    """Return the numbers of the requested channels, in that order, with their new names."""
     if isinstance(channels, str) or not channels:
         raise ValueError(f"Expected `channels` to be a list of names or a mapping to new ones, found {channels!r}.")
     wanted = dict(channels) if isinstance(channels, Mapping) else {name: name for name in channels}
@@ -306,7 +322,7 @@ def _choose(channels: Channels, spellings: list[list[str]], *, where: str) -> di
         if number is None:
             missing.append(name)
         else:
-            # A column's own name finds its channel, which keeps its short one.
+            # A channel found by its column name keeps its short name.
             chosen[number] = str(new) if isinstance(channels, Mapping) else spellings[0][number]
     if missing:
         raise ValueError(f"Expected the channels {missing} in {where}, found {spellings[0]}.")

@@ -1,8 +1,7 @@
-"""Legacy Spatial Transcriptomics: a table of counts, an H&E image and a table of spots."""
+"""Read legacy Spatial Transcriptomics from a table of counts, an H&E image and a table of spots."""
 
 from __future__ import annotations
 
-import gzip
 import warnings
 from pathlib import Path
 
@@ -13,11 +12,14 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._damaged_files import reading
 from stimage_sd.io._raster import open_raster
-from stimage_sd.io._section import as_counts, assemble, check_mpp, check_unique, pitch_px, require_file, unique_genes
+from stimage_sd.io._section import as_counts, assemble, check_mpp, check_unique, require_file, unique_genes
+from stimage_sd.io._text import open_text
+from stimage_sd.stats.lattice import pitch_px
 
 SPOT_COLUMNS = ["x", "y", "pixel_x", "pixel_y", "selected"]
-#: neighbours one pitch away on the square array
+#: steps to the neighbors one pitch away on the square array
 STEPS = [(1, 0), (0, 1)]
 
 
@@ -31,48 +33,53 @@ def legacy_st(
     spot_um: float = 100.0,
     pitch_um: float = 200.0,
 ) -> SpatialData:
-    r"""Read a section of legacy Spatial Transcriptomics, as those of her2st.
+    r"""Read a section of legacy Spatial Transcriptomics, such as her2st.
 
-    Kept are the spots that are selected and have counts, in the order of the counts.
+    Selected spots with counts are kept, in the order of the counts.
 
     Parameters
     ----------
     counts
-        Tab-separated table of raw counts, spots × genes, gzipped or not; rows are named ``XxY`` by their
-        place on the array.
+        Tab-separated table of raw counts, spots × genes, plain or gzipped. Rows are named ``XxY`` by their
+        position on the array.
     image
         H&E image at full resolution.
     spots
-        Tab-separated table with ``x``, ``y`` (place on the array), ``pixel_x``, ``pixel_y`` (pixels of the
-        image) and ``selected`` (1: under tissue).
+        Tab-separated table with ``x``, ``y`` (position on the array), ``pixel_x``, ``pixel_y`` (pixels of the
+        image) and ``selected`` (1 for spots under tissue).
     sample
-        Sample id; the name of the file of counts, up to its first dot, unless given.
+        Sample id. Default: the file name of the counts up to its first dot.
     mpp
-        Micrometres a pixel of the image. Estimated unless given: `pitch_um` over the median distance of
-        neighbouring spots in pixels.
+        Micrometers per pixel of the image. By default estimated as `pitch_um` divided by the median distance of
+        neighboring spots in pixels.
     spot_um
-        Diameter of a spot, µm.
+        Spot diameter in µm.
     pitch_um
-        Distance between the centres of neighbouring spots, µm.
+        Distance between the centers of neighboring spots in µm.
 
     Returns
     -------
-    A section with the image ``he``, the shapes ``spots`` and the table ``counts``: ``X`` CSR of int32,
-    ``obs`` with ``array_row`` and ``array_col``, ``obsm["spatial"]`` float64 (x, y) in H&E pixels.
+    A section with the image ``he``, the shapes ``spots`` and the table ``counts``. The table has ``X``, CSR of int32,
+    ``obs`` with ``array_row`` and ``array_col``, and ``obsm["spatial"]``, float64 (x, y) in H&E pixels.
 
     Raises
     ------
     FileNotFoundError
         If a file is missing.
     ValueError
-        If the tables share no barcode, lack a column, hold anything but raw counts or place a spot
-        outside the image, if no two spots are neighbours and `mpp` is not given, or if the image is not
-        8-bit RGB.
+        If the tables share no barcode, lack a column, hold values other than raw counts or place most spots off the
+        image, if no two spots are neighbors and `mpp` is not given, or if the image is not 8-bit RGB.
+
+    Warns
+    -----
+    UserWarning
+        If spots with counts are left out because they are not selected or lie off the image, or if gene names are
+        repeated.
 
     Notes
     -----
-    Spots of 100 µm at a pitch of 200 µm are those of Ståhl et al. 2016; her2st (Andersson et al. 2021)
-    was made on them.
+    Arrays with spots of 100 µm at a pitch of 200 µm are from Ståhl et al. 2016. her2st (Andersson et al. 2021) used
+    these arrays.
 
     Examples
     --------
@@ -94,14 +101,23 @@ def legacy_st(
     if not (spot_um > 0 and pitch_um > 0):
         raise ValueError(f"Expected positive `spot_um` and `pitch_um` (µm), found {spot_um!r} and {pitch_um!r}.")
 
-    positions = _read_spots(spots_path)
-    table = _read_counts(counts_path)
+    with reading(spots_path, what="a table of spots"):
+        positions = _read_spots(spots_path)
+    with reading(counts_path, what="a table of counts"):
+        table = _read_counts(counts_path)
     n_counted, n_selected = table.n_obs, len(positions)
     shared = table.obs_names[table.obs_names.isin(positions.index)]
     if shared.empty:
         raise ValueError(
-            f"Counts and spots share no barcode: {counts_path} has spots such as {table.obs_names[0]!r}, the selected "
-            f"ones of {spots_path} are such as {positions.index[0]!r}. Pass the two tables of one section."
+            f"Counts and spots share no barcode: {counts_path} has spots such as {table.obs_names[0]!r}, and "
+            f"{spots_path} has selected spots such as {positions.index[0]!r}. Pass the two tables of one section."
+        )
+    if len(shared) < table.n_obs:
+        warnings.warn(
+            f"{table.n_obs - len(shared)} of {table.n_obs} spots of {counts_path} are not among the {len(positions)} "
+            f"selected spots of {spots_path} and are left out. Check that both tables are of one section.",
+            UserWarning,
+            stacklevel=2,
         )
     table = table[shared].copy()
     positions = positions.loc[shared]
@@ -132,7 +148,7 @@ def legacy_st(
         pitch_um=pitch_um,
         mpp=mpp,
         mpp_source="array pitch" if estimated else "given",
-        n_spots=len(shared),
+        n_spots=sdata.tables[contract.COUNTS].n_obs,
         n_counted=n_counted,
         n_selected=n_selected,
     )
@@ -141,7 +157,8 @@ def legacy_st(
 
 def _read_spots(path: Path) -> pd.DataFrame:
     """Read the selected spots, indexed by ``XxY``."""
-    frame = pd.read_csv(path, sep="\t")
+    with open_text(path) as lines:
+        frame = pd.read_csv(lines, sep="\t")
     missing = [name for name in SPOT_COLUMNS if name not in frame.columns]
     if missing:
         raise ValueError(
@@ -161,15 +178,15 @@ def _read_spots(path: Path) -> pd.DataFrame:
 
 
 def _read_counts(path: Path) -> AnnData:
-    # Read by rows: a table of 15,000 columns takes pandas ten times as long, a column at a time, and it would
-    # rename repeated genes without a word.
+    # Read by rows. pandas reads by columns, takes ten times as long for 15,000 columns and silently renames repeated
+    # genes.
     names, rows = [], []
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        genes = next(lines, "").rstrip("\r\n").split("\t")
+    with open_text(path) as lines:
+        genes = [name.strip('"') for name in next(lines, "").rstrip("\r\n").split("\t")]
         for line in lines:
             name, _, values = line.rstrip("\r\n").partition("\t")
             if values:
-                names.append(name)
+                names.append(name.strip('"'))
                 rows.append(sp.csr_matrix(_parse_row(values, spot=name, source=path)))
     widths = {row.shape[1] for row in rows}
     if len(widths) != 1 or len(genes) - widths.pop() not in (0, 1):
@@ -187,7 +204,7 @@ def _read_counts(path: Path) -> AnnData:
 
 
 def _parse_row(text: str, *, spot: str, source: Path) -> np.ndarray:
-    """Parse the counts of one spot; those written as decimals take the slower way."""
+    """Parse the counts of one spot. Counts written as decimals take the slower path."""
     n_values = text.count("\t") + 1
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)
@@ -207,6 +224,6 @@ def _estimate_mpp(positions: pd.DataFrame, *, pitch_um: float, source: Path) -> 
     pitch = pitch_px(positions[["pixel_x", "pixel_y"]].to_numpy(), positions[["x", "y"]].to_numpy(), STEPS)
     if not pitch:
         raise ValueError(
-            f"Expected neighbouring spots in {source} to estimate the resolution from, found none. Pass `mpp=`."
+            f"Expected neighboring spots in {source} to estimate the resolution from, found none. Pass `mpp=`."
         )
     return pitch_um / pitch

@@ -1,17 +1,12 @@
-"""Opening a fluorescence or multiplex TIFF of many channels as a lazy pyramid.
+"""Open a fluorescence or multiplex TIFF with many channels as a lazy pyramid.
 
-OME-TIFF (its channels in one file or one file each, its pyramid in sub-directories), QPTIFF, ImageJ stacks
-and plain multi-page TIFF come out alike: a plane a channel, a dask array a level. An uncompressed image in
-one piece is mapped into memory; all else is read a tile or strip at a time through tifffile.
+Supported are OME-TIFF (channels in one file or in one file per channel, pyramid in sub-directories), QPTIFF, ImageJ
+stacks and plain multi-page TIFF. All become one plane per channel and one dask array per level. An uncompressed image
+in one piece is mapped into memory. Other images are read tile by tile or strip by strip through tifffile.
 """
 
 from __future__ import annotations
 
-import logging
-import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,31 +17,33 @@ import tifffile
 from anndata.utils import make_index_unique
 from pandas import Index
 
-from stimage_sd.io._multichannel_levels import BROKEN, DamagedFile, extend_channels, file_levels
-from stimage_sd.io._raster import MICROMETRES, PLAUSIBLE_MPP
-from stimage_sd.io._tiff_complete import missing_part
+from stimage_sd.io._multichannel_levels import extend_channels, file_levels
+from stimage_sd.io._pixel_size import imagej_unit, square
+from stimage_sd.io._raster import MICROMETERS, PLAUSIBLE_MPP
+from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
+from stimage_sd.io._tiff_images import NoSuchImage, choose_image, ome_image, pixels_of, warn_of_orientation
+from stimage_sd.io._tiff_open import BROKEN, DamagedFile, OtherFile, open_tiff
+from stimage_sd.io._tiff_region import UNCOMPRESSED
 
-#: what tifffile logs, and goes on after, where a directory points beyond the end of its file
-DAMAGE = re.compile("invalid (page|value) offset|invalid offset to")
-#: TIFF tag of a page's name
+#: TIFF tag of the page name
 PAGE_NAME = 285
 
 
 @dataclass(frozen=True)
 class MultichannelImage:
-    """An image of many channels.
+    """An image with many channels.
 
     Parameters
     ----------
     levels
-        The pyramid, finest first, each a lazy ``(c, y, x)`` of the file's own type; the coarsest has a longer
-        side of at most 1,024 px.
+        Pyramid levels, finest first, each a lazy ``(c, y, x)`` with the dtype of the file. The longer side of the
+        coarsest level is at most 1,024 px.
     channels
-        A name a channel, each once.
+        Unique channel names.
     named
-        Whether the file names all its channels; ``channel_1``, ``channel_2``, ... are made up.
+        Whether the file names all channels. Unnamed channels are called ``channel_1``, ``channel_2``, ...
     pixel_um
-        Micrometres a pixel of the finest level; `None` where the file states none.
+        Micrometers per pixel of the finest level, or `None` where the file states no pixel size.
     """
 
     levels: list[da.Array]
@@ -55,27 +52,41 @@ class MultichannelImage:
     pixel_um: float | None
 
 
-def open_multichannel(path: str | Path) -> MultichannelImage:
-    """Open a TIFF of one or many channels lazily, as a pyramid.
+def open_multichannel(
+    path: str | Path, *, series: int | str | None = None, several_files: bool = False
+) -> MultichannelImage:
+    """Open a TIFF with one or more channels as a lazy pyramid.
 
     Parameters
     ----------
     path
-        An OME-TIFF, QPTIFF, ImageJ or multi-page TIFF. Of an OME-TIFF of several files, the one that describes
-        them all; the others are found beside it.
+        An OME-TIFF, QPTIFF, ImageJ or multi-page TIFF. For an OME-TIFF in several files, the file that describes
+        all of them.
+    series
+        Image to read from a file with several images: its number in the file, from 0, or its name. Default: the
+        largest.
+    several_files
+        Whether to read the other files of an OME-TIFF in several files, from the same folder. By default such an image
+        is refused, since a file would decide which other files are read.
 
     Returns
     -------
-    The pyramid, the channels' names and the pixel size. Names are those of the OME-XML, of each page's
-    ``Biomarker`` or ``Name`` in a QPTIFF, ImageJ's labels, or pages' names; a repeated one gets a suffix.
-    Levels that the file lacks are computed from finer ones when they are asked for.
+    The pyramid, the channel names and the pixel size. Names are from the OME-XML, the ``Biomarker`` or ``Name`` of each
+    QPTIFF page, ImageJ's labels, or the page names. A repeated name gets a suffix. Levels that the file lacks are
+    computed lazily from finer levels.
 
     Raises
     ------
     FileNotFoundError
-        If the file, or one of those that it refers to, is not there.
+        If the file, or a file that it refers to, does not exist.
     ValueError
-        If one of them is truncated, empty or no TIFF, or the image is a stack of focal planes.
+        If a file is truncated, empty, damaged, not TIFF, or exceeds the limits; if it refers to other files that may
+        not be read; or if the image is a stack of focal planes.
+
+    Warns
+    -----
+    UserWarning
+        If the image is the largest of several, states an orientation, or ends in rows or tiles of zeros.
 
     Examples
     --------
@@ -87,27 +98,22 @@ def open_multichannel(path: str | Path) -> MultichannelImage:
     >>> [level.shape for level in image.levels], image.channels, image.pixel_um
     ([(2, 1500, 1200), (2, 750, 600)], ['DAPI', 'CD3'], 0.5)
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(f"Expected an image file at {path}, found {kind}. Check the path.")
     try:
-        with _reports_of_damage() as reports, tifffile.TiffFile(path) as tiff:
-            ome = ElementTree.fromstring(tiff.ome_metadata) if tiff.is_ome and tiff.ome_metadata else None
-            if ome is not None:
-                _check_parts(path, ome)
-            lacking = missing_part(path, tiff)
-            if lacking is not None:
-                raise DamagedFile(path, lacking)
-            series = tiff.series[0]
-            depth = _depth(series)
+        with open_tiff(path, several_files=several_files) as tiff:
+            chosen = choose_image(path, tiff, series, in_color=False).series
+            depth = _depth(chosen)
             if depth == 1:
-                levels = file_levels(path, series)
-                names = _names(tiff, series, ome)
-                pixel_um = _pixel_um(tiff, series.keyframe, ome)
-        if reports:
-            raise ValueError(reports[0])
-    except (FileNotFoundError, DamagedFile):
+                described = ome_image(tiff, chosen)
+                levels = file_levels(path, chosen)
+                names = _names(tiff, chosen, described)
+                pixel_um = _pixel_um(tiff, chosen.keyframe, described)
+                warn_of_orientation(path, chosen.keyframe.tags.valueof("Orientation", 1))
+                _warn_of_zeros(path, chosen)
+    except (FileNotFoundError, DamagedFile, OtherFile, NoSuchImage):
         raise
     except BROKEN as error:
         raise DamagedFile(path, error) from error
@@ -124,49 +130,23 @@ def open_multichannel(path: str | Path) -> MultichannelImage:
 
 
 # --------------------------------------------------------------------------------------------------
-# what a file says about itself
+# metadata of a file
 
 
-@contextmanager
-def _reports_of_damage() -> Iterator[list[str]]:
-    """Gather what tifffile logs, and goes on after, where a directory points beyond the end of its file."""
-    reports: list[str] = []
-    thread = threading.get_ident()
+def _warn_of_zeros(path: Path, series: tifffile.TiffPageSeries) -> None:
+    """Warn if the last plane of a file ends in zeros, as after a broken download or in some dark images.
 
-    class Gather(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.thread == thread and DAMAGE.search(record.getMessage()):
-                reports.append(record.getMessage())
-
-    handler = Gather(logging.ERROR)
-    tifffile.logger().addHandler(handler)
-    try:
-        yield reports
-    finally:
-        tifffile.logger().removeHandler(handler)
-
-
-def _check_parts(path: Path, ome: ElementTree.Element) -> None:
-    """Raise where a file that an OME-TIFF of several files refers to is not there, truncated or no TIFF."""
-    own = ome.attrib.get("UUID")
-    for part in ome.iter():
-        name = part.attrib.get("FileName") if part.tag.endswith("UUID") else None
-        if name is None or part.text == own or name == path.name:
-            continue
-        beside = path.parent / name
-        if not beside.is_file():
-            raise FileNotFoundError(
-                f"Expected {name} beside {path}, which says that some of its channels lie there, found no such file. "
-                "Keep the image's files in one folder, under their own names."
-            )
-        try:
-            # Its description is that of all the files: they would be looked for again.
-            with tifffile.TiffFile(beside, is_ome=False) as tiff:
-                lacking = missing_part(beside, tiff)
-        except BROKEN as error:
-            raise DamagedFile(beside, error) from error
-        if lacking is not None:
-            raise DamagedFile(beside, lacking)
+    Zeros in a compressed plane are an error, since dark pixels do not compress to zeros.
+    """
+    pages = [page.aspage() for page in series.pages if page is not None and page.parent.filehandle.path == str(path)]
+    if not pages:
+        return
+    last = max(pages, key=lambda page: max(page.dataoffsets))
+    n_zero, n_all = zero_tail(last)
+    if n_zero and last.compression != UNCOMPRESSED:
+        raise ValueError(f"the last {n_zero} of {n_all} strips or tiles are zeros alone")
+    if 0 < n_zero < n_all:
+        warn_of_zeros(path, n_zero, n_all, "rows or tiles")
 
 
 def _depth(series: tifffile.TiffPageSeries) -> int:
@@ -175,7 +155,7 @@ def _depth(series: tifffile.TiffPageSeries) -> int:
 
 def _names(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, ome: ElementTree.Element | None) -> list[str]:
     if ome is not None:
-        pixels = _pixels(ome)
+        pixels = pixels_of(ome)
         found = [] if pixels is None else [part for part in pixels if part.tag.endswith("Channel")]
         return [part.attrib.get("Name", "") for part in found]
     if series.kind == "qpi":
@@ -188,31 +168,24 @@ def _names(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, ome: Elemen
 
 
 def _pixel_um(tiff: tifffile.TiffFile, page: tifffile.TiffPage, ome: ElementTree.Element | None) -> float | None:
-    pixels = _pixels(ome) if ome is not None else None
+    pixels = pixels_of(ome)
     if pixels is not None:
         sizes = [
             float(pixels.attrib[f"PhysicalSize{axis}"])
-            * MICROMETRES.get(pixels.attrib.get(f"PhysicalSize{axis}Unit", "µm"), np.nan)
+            * MICROMETERS.get(pixels.attrib.get(f"PhysicalSize{axis}Unit", "µm"), np.nan)
             for axis in "XY"
             if f"PhysicalSize{axis}" in pixels.attrib
         ]
         if sizes:
             return _plausible(sizes)
-    imagej = tiff.imagej_metadata or {}
-    unit = {"micron": 1.0, "microns": 1.0, "inch": MICROMETRES[2], **MICROMETRES}.get(
-        str(imagej.get("unit", "")).replace("\\u00B5", "µ")
-    ) or MICROMETRES.get(int(page.tags.valueof("ResolutionUnit", 2)))
+    unit = imagej_unit(tiff) or MICROMETERS.get(int(page.tags.valueof("ResolutionUnit", 2)))
     resolutions = [page.tags.valueof(name, (0, 1)) for name in ("XResolution", "YResolution")]
     if unit is None or any(dots == 0 or units == 0 for dots, units in resolutions):
         return None
     return _plausible([unit * units / dots for dots, units in resolutions])
 
 
-def _pixels(ome: ElementTree.Element) -> ElementTree.Element | None:
-    return next((part for part in ome.iter() if part.tag.endswith("Pixels")), None)
-
-
 def _plausible(values: list[float]) -> float | None:
     if not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in values):
         return None
-    return float(np.mean(values))
+    return square(values)

@@ -1,16 +1,14 @@
-"""Image pyramids: halving an image, lazily or while it streams by once, and keeping the result on disk.
+"""Image pyramids: built lazily, or streamed once into the cache folder.
 
-A JPEG, a PNG or a striped TIFF can only be read from top to bottom. Such a file is streamed once into a
-chunked pyramid in the cache folder, and every later access is to that pyramid. The levels are built in
-the same pass, a strip at a time, so that the full resolution never stands in memory.
+A JPEG, PNG or striped TIFF can only be read from top to bottom. Such a file is streamed once into a chunked pyramid in
+the cache folder. All later reads use that pyramid. All levels are built in one pass, strip by strip, so the
+full-resolution image is never held in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import shutil
-import tempfile
-import time
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,23 +21,24 @@ from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 
 from stimage_sd._cache import cache_dir
+from stimage_sd._cache_size import mark_used, trim
+from stimage_sd._files import remove_abandoned, replacing
+from stimage_sd._zarr_chunks import WholeStore, is_whole
 from stimage_sd.contract import CHUNK
 
-#: halving stops at the first level whose longer side is at most this, px
+#: longest side of the coarsest level, px
 COARSEST = 1024
-#: columns written at a time, px
+#: columns written per block, px
 WRITTEN = 4 * CHUNK
-#: part of the cache key: raise it when the layout on disk changes
-LAYOUT = 1
-#: an unfinished pyramid of this age was left by a process that died, seconds
-ABANDONED = 6 * 3600.0
+#: layout version, part of the cache key; raise this number when the layout on disk changes
+LAYOUT = 2
 
-#: reads rows `start` to `stop` of an image as ``uint8 (stop - start, x, 3)``; called from top to bottom
+#: function that reads rows `start` to `stop` as ``uint8 (stop - start, x, 3)``; called from top to bottom
 ReadRows = Callable[[int, int], np.ndarray]
 
 
 def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
-    """Return ``(y, x)`` of every level of a pyramid, finest first, each half the one before, rounded up."""
+    """Return ``(y, x)`` of all pyramid levels, finest first. Each level halves the previous one, rounded up."""
     shapes = [(height, width)]
     while max(shapes[-1]) > COARSEST:
         shapes.append(((shapes[-1][0] + 1) // 2, (shapes[-1][1] + 1) // 2))
@@ -47,7 +46,7 @@ def level_shapes(height: int, width: int) -> list[tuple[int, int]]:
 
 
 def halve(image: np.ndarray) -> np.ndarray:
-    """Halve ``uint8 (y, x, c)`` by the mean of 2 × 2 pixels; an odd last row or column is repeated."""
+    """Halve ``uint8 (y, x, c)`` by the mean of 2 × 2 pixels. An odd last row or column is repeated."""
     height, width = image.shape[:2]
     if height % 2 or width % 2:
         image = cv2.copyMakeBorder(image, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
@@ -55,7 +54,7 @@ def halve(image: np.ndarray) -> np.ndarray:
 
 
 def halve_lazily(level: da.Array) -> da.Array:
-    """Halve a lazy ``uint8 (3, y, x)`` level as `halve` does, chunk by chunk."""
+    """Halve a lazy ``uint8 (3, y, x)`` level chunk by chunk, with `halve`."""
     even = level.rechunk((3, CHUNK, CHUNK))
     rows, columns = (tuple((size + 1) // 2 for size in sizes) for sizes in even.chunks[1:])
     halved = even.map_blocks(_halve_block, chunks=((3,), rows, columns), dtype=np.uint8, meta=np.empty((0, 0, 0), "u1"))
@@ -63,7 +62,7 @@ def halve_lazily(level: da.Array) -> da.Array:
 
 
 def extend_lazily(levels: list[da.Array]) -> list[da.Array]:
-    """Append halved levels until the coarsest has `COARSEST` px at most; they cost a read of the level before."""
+    """Append halved levels until the longer side is at most `COARSEST` px. Reading a level reads the previous one."""
     extended = list(levels)
     while max(extended[-1].shape[1:]) > COARSEST:
         extended.append(halve_lazily(extended[-1]))
@@ -73,18 +72,18 @@ def extend_lazily(levels: list[da.Array]) -> list[da.Array]:
 def cached_pyramid(
     source: Path, *, part: str, height: int, width: int, open_rows: Callable[[], ReadRows]
 ) -> list[da.Array]:
-    """Return the pyramid of an image that streams by, from the cache or by streaming it once.
+    """Return the pyramid of an image from the cache, or stream the image once to build the pyramid.
 
     Parameters
     ----------
     source
-        The image file; its path, size and time of change are the key, so that a changed file is read again.
+        The image file. Its path, size and modification time are in the cache key, so a changed file is read again.
     part
-        What of the file is streamed; part of the key.
+        Name of the image within the file. Also in the cache key.
     height, width
         Size of the finest level, px.
     open_rows
-        Opens the image for reading from top to bottom. Called only where the cache has no pyramid.
+        Opens the image for reading from top to bottom. Called only if the cache has no pyramid.
 
     Returns
     -------
@@ -92,23 +91,28 @@ def cached_pyramid(
     """
     state = source.stat()
     identity = f"{LAYOUT}|{source.resolve()}|{state.st_size}|{state.st_mtime_ns}|{part}"
-    folder = cache_dir() / "images"
+    folder = cache_dir().absolute() / "images"
     finished = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.zarr"
-    if not finished.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder, finished.stem)
-        unfinished = Path(tempfile.mkdtemp(prefix=f"{finished.stem}.", suffix=".partial", dir=folder))
-        try:
+    shapes = level_shapes(height, width)
+    if not is_whole(finished, names=[str(number) for number in range(len(shapes))]):
+        if finished.exists():
+            warnings.warn(
+                f"Parts of the cached image {finished} are missing; {source.name} is read again.",
+                UserWarning,
+                stacklevel=2,
+            )
+        remove_abandoned(folder)
+        # If another process writes the same pyramid, the later copy replaces an identical one.
+        with replacing(finished) as unfinished:
             _stream(open_rows(), unfinished, height=height, width=width, label=source.name)
-            _publish(unfinished, finished)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    group = zarr.open_group(finished, mode="r")
-    return [da.from_zarr(group[str(number)]) for number in range(len(level_shapes(height, width)))]
+        trim()
+    mark_used(finished)
+    group = zarr.open_group(WholeStore(finished, read_only=True), mode="r")
+    return [da.from_zarr(group[str(number)]) for number in range(len(shapes))]
 
 
 class _LevelWriter:
-    """Gathers the rows of one level and writes them in whole rows of chunks, in the background."""
+    """Collects the rows of one level and writes whole rows of chunks in the background."""
 
     def __init__(self, array: zarr.Array, pool: ThreadPoolExecutor, pending: list[Future[None]]) -> None:
         self.array = array
@@ -126,7 +130,7 @@ class _LevelWriter:
         if not self.rows:
             return
         rows = self.rows[0] if len(self.rows) == 1 else np.concatenate(self.rows)
-        # At most one strip is being written while the next is decoded: memory stays at a few strips.
+        # Only one strip is written while the next one is decoded, so memory stays at a few strips.
         while self.pending:
             self.pending.pop(0).result()
         self.pending.append(self.pool.submit(self._write, self.start, rows))
@@ -134,8 +138,8 @@ class _LevelWriter:
         self.rows = []
 
     def _write(self, start: int, rows: np.ndarray) -> None:
-        # Colours are parted first, a few chunks at a time: chunk by chunk out of interleaved colours takes twice as
-        # long, and the whole strip at once needs its memory again.
+        # Colors are split for a few chunks at once. Splitting chunk by chunk takes twice as long. Splitting the whole
+        # strip doubles its memory.
         for left in range(0, rows.shape[1], WRITTEN):
             block = rows[:, left : left + WRITTEN]
             planes = np.empty((3, *block.shape[:2]), dtype=np.uint8)
@@ -145,21 +149,26 @@ class _LevelWriter:
 
 def _stream(read_rows: ReadRows, folder: Path, *, height: int, width: int, label: str) -> None:
     group = zarr.open_group(folder, mode="w")
-    # LZ4 without shuffling: as fast to write as nothing at all and a quarter of the disk.
+    # LZ4 without shuffling writes as fast as uncompressed data and needs a quarter of the disk space.
     compressor = BloscCodec(cname="lz4", clevel=1, shuffle="noshuffle")
     pending: list[Future[None]] = []
     with ThreadPoolExecutor(1) as pool:
         writers = [
             _LevelWriter(
                 group.create_array(
-                    str(number), shape=(3, *shape), chunks=(3, CHUNK, CHUNK), dtype="uint8", compressors=compressor
+                    str(number),
+                    shape=(3, *shape),
+                    chunks=(3, CHUNK, CHUNK),
+                    dtype="uint8",
+                    compressors=compressor,
+                    config={"write_empty_chunks": True},
                 ),
                 pool,
                 pending,
             )
             for number, shape in enumerate(level_shapes(height, width))
         ]
-        # A strip's height is a power of two that every halving divides, so no strip but the last is ever odd.
+        # The height of a strip is a power of two, so only the last strip can have an odd height after halving.
         for start in tqdm(range(0, height, CHUNK), desc=f"Reading {label}", unit="strip", delay=2.0, leave=False):
             rows = read_rows(start, min(start + CHUNK, height))
             for number, writer in enumerate(writers):
@@ -168,21 +177,6 @@ def _stream(read_rows: ReadRows, folder: Path, *, height: int, width: int, label
             writer.flush()
         for write in pending:
             write.result()
-
-
-def _publish(unfinished: Path, finished: Path) -> None:
-    try:
-        unfinished.rename(finished)
-    except OSError:
-        # Another process finished the same pyramid first: its copy is as good.
-        if not finished.is_dir():
-            raise
-
-
-def _remove_abandoned(folder: Path, stem: str) -> None:
-    for left in folder.glob(f"{stem}.*.partial"):
-        if time.time() - left.stat().st_mtime > ABANDONED:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _halve_block(block: np.ndarray) -> np.ndarray:

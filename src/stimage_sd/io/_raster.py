@@ -1,24 +1,24 @@
-"""Opening an H&E image of any format as a lazy pyramid.
+"""H&E images of any format, opened as a lazy pyramid.
 
-Slides are read where they lie, through OpenSlide, or through tifffile where OpenSlide does not know the file,
-its compression or its layout. All else (JPEG, PNG, striped TIFF) has no random access and is streamed once,
-through libvips, into a pyramid in the cache folder (`stimage_sd._cache.cache_dir`). The same is done with
-a large tiled TIFF of one level, and from the coarsest level of a slide where that one is still large, since
-every thumbnail would otherwise read it through. Measured on a tiled JPEG-in-TIFF of 4,608 × 4,608 px, two
-cores: 0.15 s to stream it through libvips, 0.6 s to read it through OpenSlide.
+Slides are read in place. OpenSlide reads the scanner formats. tifffile reads TIFF and Aperio files, returns the levels
+as stored and reports damage. Other files (JPEG, PNG, striped TIFF) have no random access. They are streamed once into a
+pyramid in the cache folder (`stimage_sd._cache.cache_dir`). A large tiled TIFF with one level, or a slide with a large
+coarsest level, is also extended in the cache. Otherwise every thumbnail would read that level in full.
 
-Pixels are taken as they are stored. An EXIF orientation is not applied, because a table of spots counts
-stored pixels in some tools and turned ones in others; the user is warned of it instead.
+Pixels are used as stored. A stated orientation is not applied, because some tools place spots on stored pixels and
+others on rotated pixels. The user gets a warning.
 """
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
+import dask
 import dask.array as da
 import numpy as np
 import openslide
@@ -26,51 +26,61 @@ import pyvips
 import tifffile
 
 from stimage_sd.contract import CHUNK
-from stimage_sd.io._colour_planes import are_colours, read_whole
-from stimage_sd.io._lazy_levels import BROKEN, openslide_levels, tiff_levels
+from stimage_sd.io._color_planes import are_colors
+from stimage_sd.io._jpeg_check import check_jpeg
+from stimage_sd.io._lazy_levels import TiffLevel, as_dask, openslide_levels, openslide_properties, tiff_levels
+from stimage_sd.io._pixel_size import imagej_unit, square
 from stimage_sd.io._pyramid import ReadRows, cached_pyramid, extend_lazily
-from stimage_sd.io._tiff_complete import missing_part
+from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
+from stimage_sd.io._tiff_images import choose_image, ome_image, pixels_of, warn_of_orientation
+from stimage_sd.io._tiff_open import DamagedFile, open_tiff
+from stimage_sd.io._tiff_region import UNCOMPRESSED, block_shape
 
-#: a coarsest level with a longer side than this gets a pyramid in the cache, px
+#: a coarsest level with a longer side above this limit gets a pyramid in the cache, px
 LARGE = 4096
-#: resolutions that a microscope makes, µm a pixel; a TIFF tag outside is that of a printer or screen
+#: allowed share of black rows or tiles at the end of an uncompressed H&E; registered images have such borders
+BORDER = 0.25
+#: resolutions of microscopes, µm per pixel; TIFF tags outside this range describe a printer or screen
 PLAUSIBLE_MPP = (0.05, 10.0)
-#: compressions that libvips need not have been built with
-JPEG_2000 = (33003, 33004, 33005, 34712)
-#: what OpenSlide's own libtiff reads: none, LZW, JPEG, deflate, PackBits, Aperio's JPEG 2000, zstd
-OPENSLIDE_READS = (1, 5, 7, 8, 32946, 32773, 33003, 33005, 50000)
-#: slides whose file is but a thumbnail or an index of a folder of data
+#: compression tags of Aperio's JPEG 2000; OpenSlide converts these colors
+JPEG_2000 = (33003, 33004, 33005)
+#: slide formats with the pixel data in a folder; the file itself is only a thumbnail or an index
 PARTED = (".mrxs", ".vms", ".vmu")
-#: micrometres in the units an OME-TIFF and a TIFF tag (2: inch, 3: centimetre) may state
-MICROMETRES = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, 2: 25_400.0, 3: 10_000.0}
+#: keys that name other files in the index of a slide
+NAMES_A_FILE = re.compile(r"\s*(\w*file(_\d+)?|macroimage)\s*(\([\d,\s]*\))?\s*", re.IGNORECASE)
+#: micrometers per unit of OME-TIFF and of TIFF tags (2: inch, 3: centimeter)
+MICROMETERS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, 2: 25_400.0, 3: 10_000.0}
 
 
-def open_raster(path: str | Path) -> tuple[list[da.Array], float | None]:
+def open_raster(path: str | Path, *, series: int | str | None = None) -> tuple[list[da.Array], float | None]:
     """Open an H&E image lazily, as a pyramid.
 
     Parameters
     ----------
     path
         A JPEG, PNG or TIFF file, or a slide in a format that OpenSlide knows (SVS, NDPI, MRXS, SCN, ...).
+    series
+        Image to read from a TIFF with several images: its number in file order, from 0, or its name. By default the
+        largest image.
 
     Returns
     -------
-    Levels, finest first, each a lazy ``uint8 (3, y, x)`` in chunks of at most 1,024 px, the coarsest with a
-    longer side of at most 1,024 px; and the micrometres a pixel that the file states, `None` where it
-    states none.
+    The levels and the resolution. Levels are lazy ``uint8 (3, y, x)`` arrays, finest first, in chunks of at most
+    1,024 px. The longer side of the coarsest level is at most 1,024 px. The resolution is the micrometers per pixel
+    stated in the file, or `None` if the file states none.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If it is no image, is truncated, or is not 8-bit RGB.
+        If the file is not an image, is truncated or damaged, refers to another file, or is not 8-bit RGB.
 
     Warns
     -----
     UserWarning
-        If the image has an alpha channel, which is laid on white and dropped, states an orientation, or has three
-        planes that are taken for colours because they are light.
+        If the image has an alpha channel (it is blended with white and dropped), states an orientation, or is the
+        largest of several. Also if three separate planes are read as colors because they are bright.
 
     Examples
     --------
@@ -81,28 +91,35 @@ def open_raster(path: str | Path) -> tuple[list[da.Array], float | None]:
     >>> [level.shape for level in levels], mpp
     ([(3, 3000, 2000), (3, 1500, 1000), (3, 750, 500)], None)
     """
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"
         raise FileNotFoundError(f"Expected an image file at {path}, found {kind}. Check the path.")
     try:
-        with tifffile.TiffFile(path) as tiff:
-            return _open_tiff(path, tiff)
-    except (struct.error, IndexError) as error:
-        raise ValueError(_unreadable(path, error)) from error
+        with open_tiff(path) as tiff:
+            return _open_tiff(path, tiff, series)
+    except DamagedFile as error:
+        raise ValueError(_unreadable(path, error.reason)) from error
+    except (struct.error, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ValueError(_unreadable(path, repr(error))) from error
     except tifffile.TiffFileError:
+        if series not in (None, 0):
+            raise ValueError(
+                f"Expected `series` only for a TIFF, found {series!r} for {path}. Leave out `series`."
+            ) from None
+        _check_named_files(path)
         if _openslide_format(path) is not None:
             return _open_with_openslide(path)
         if path.suffix.lower() in PARTED:
             raise ValueError(
-                f"Expected the folder of {path.name} beside it, found that OpenSlide does not know {path} without. "
-                f"Put the folder {path.with_suffix('')} with the slide's data there."
+                f"Expected the folder of {path.name} beside it, found that OpenSlide cannot read {path} without it. "
+                f"Put the folder {path.with_suffix('')} with the data of the slide there."
             ) from None
         return _stream_with_vips(path), None
 
 
 def raster_size(path: Path) -> tuple[int, int]:
-    """Return ``(y, x)`` of a plain image, in pixels, from its header."""
+    """Return the size ``(y, x)`` of a JPEG or PNG from its header, px."""
     try:
         image = pyvips.Image.new_from_file(str(path), access="sequential")
     except pyvips.Error as error:
@@ -111,91 +128,141 @@ def raster_size(path: Path) -> tuple[int, int]:
 
 
 def raster_from_array(array: np.ndarray | da.Array) -> list[da.Array]:
-    """Turn an image in memory, or a lazy one, into a pyramid.
+    """Build a pyramid from an image in memory or from a lazy array.
 
     Parameters
     ----------
     array
-        ``uint8 (y, x, 3)`` or ``(3, y, x)``.
+        RGB ``(y, x, 3)`` or ``(3, y, x)``, or RGB with an alpha channel ``(y, x, 4)``. Values are ``uint8``, other
+        numbers from 0 to 255, or floating-point numbers from 0 to 1. The function computes the range of the values.
+        Values are converted to ``uint8`` when they are read.
 
     Returns
     -------
-    Levels, finest first, each a lazy ``uint8 (3, y, x)``. Coarser levels of a lazy array are computed
-    from it when they are asked for.
+    Lazy levels ``uint8 (3, y, x)``, finest first. Coarser levels of a lazy array are computed on access.
 
     Raises
     ------
     ValueError
-        If it is not 8-bit RGB.
+        If the array is not RGB, or has values outside 0 to 255.
+
+    Warns
+    -----
+    UserWarning
+        If the image has an alpha channel. It is blended with white and dropped.
 
     Examples
     --------
     >>> import numpy as np
     >>> [level.shape for level in raster_from_array(np.zeros((1500, 1300, 3), np.uint8))]
     [(3, 1500, 1300), (3, 750, 650)]
+    >>> raster_from_array(np.full((8, 8, 3), 0.2))[0][0, 0, 0].compute()
+    np.uint8(51)
     """
-    if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]) or array.dtype != np.uint8:
-        if array.ndim == 3 and array.shape[2] == 4 and array.dtype == np.uint8:
-            _warn_of_alpha("The array")
-            return raster_from_array(_drop_alpha(array))
+    shape = tuple(array.shape)
+    if array.ndim != 3 or not (shape[2] in (3, 4) or shape[0] == 3):
         raise ValueError(
-            f"Expected an 8-bit RGB image, uint8 (y, x, 3) or (3, y, x), found {array.dtype} {tuple(array.shape)}. "
-            f"Convert it, for example with `skimage.util.img_as_ubyte`."
+            f"Expected an RGB image, (y, x, 3) or (3, y, x), found {array.dtype} {shape}. Pass the H&E in color."
         )
     lazy = array if isinstance(array, da.Array) else da.from_array(array, chunks=-1)
-    if lazy.shape[2] == 3:
+    if shape[2] in (3, 4):
         lazy = da.moveaxis(lazy, -1, 0)
-    return extend_lazily([lazy.rechunk((3, CHUNK, CHUNK))])
+    lazy = _as_uint8(lazy.rechunk((-1, CHUNK, CHUNK)))
+    if lazy.shape[0] == 4:
+        _warn_of_alpha("The array")
+        lazy = _drop_alpha(lazy)
+    return extend_lazily([lazy])
+
+
+def _as_uint8(lazy: da.Array) -> da.Array:
+    """Convert colors to 8 bit, after one pass over the image for the range of the values."""
+    if lazy.dtype == np.uint8:
+        return lazy
+    low, high = dask.compute(lazy.min(), lazy.max()) if lazy.dtype.kind in "fiu" else (np.nan, np.nan)
+    if not (low >= 0 and high <= 255):  # also rejects NaN
+        raise ValueError(
+            f"Expected colors as uint8, or numbers from 0 to 1 or from 0 to 255, found {lazy.dtype} from {low} to "
+            f"{high}. Convert the image to 8-bit RGB, for example with `skimage.util.img_as_ubyte`."
+        )
+    factor = 255 if lazy.dtype.kind == "f" and high <= 1 else 1
+    return da.rint(lazy * lazy.dtype.type(factor)).astype(np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------
-# one way for each kind of file
+# readers by kind of file
 
 
-def _open_tiff(path: Path, tiff: tifffile.TiffFile) -> tuple[list[da.Array], float | None]:
-    missing = missing_part(path, tiff)
-    if missing is not None:
-        raise ValueError(_unreadable(path, missing))
-    series = tiff.series[0]
-    page = series.keyframe
-    planes = are_colours(path, tiff, series)
-    if not planes:
-        _check_colours(path, series, page)
-        planes = series.ndim == 3 and series.axes.startswith("S")
-    mpp = _tiff_mpp(tiff, page)
+def _open_tiff(path: Path, tiff: tifffile.TiffFile, series: int | str | None) -> tuple[list[da.Array], float | None]:
     known = _openslide_format(path)
-    levels: list[da.Array] | None
-    if known in (None, "generic-tiff"):
-        levels = _generic_levels(path, series, known, planes=planes)
-    else:
+    first = tiff.series[0].keyframe
+    aperio = known == "aperio" and first.compression not in JPEG_2000
+    if known not in (None, "generic-tiff") and not aperio:
+        # Only OpenSlide reads these layouts: one huge JPEG (NDPI), overlapping tiles (BIF), missing tiles (Philips).
+        if series is not None:
+            raise ValueError(
+                f"Expected no `series` for a slide of format {known!r}, which marks its label and macro images, found "
+                f"{series!r} for {path}. Leave out `series`."
+            )
+        _check_colors(path, tiff.series[0], first)
         levels, stated = _open_with_openslide(path, whole=False)
-        mpp = stated if stated is not None else mpp
-        if known != "aperio":
-            # Scanners' own layouts: one huge JPEG (NDPI), overlapping tiles (BIF), tiles left out (Philips).
-            return _complete(path, levels), mpp
-    single = len(series.levels) == 1 and max(page.shape) > LARGE and page.compression not in JPEG_2000
-    if levels and not (single and not planes):
-        if page.samplesperpixel == 4:
-            _warn_of_alpha(path.name)
-        return _complete(path, levels), mpp
-    return _stream_planes(path, series) if planes else _stream_with_vips(path), mpp
+        return _complete(path, levels, "slide"), stated if stated is not None else _tiff_mpp(tiff, tiff.series[0])
+    image = choose_image(path, tiff, 0 if aperio and series is None else series, in_color=True)
+    pages = [image.pages(number) for number in range(len(image.series.levels))]
+    page = pages[0][0]
+    if not are_colors(path, tiff, image):
+        _check_colors(path, image.series, page)
+    warn_of_orientation(path, page.tags.valueof("Orientation", 1))
+    mpp = _tiff_mpp(tiff, image.series)
+    if aperio and series is None:
+        # In Aperio files, the tiled pages are the levels. Thumbnail, label and macro image have strips.
+        tiled = [page.aspage() for page in tiff.pages if page.aspage().is_tiled]
+        pages = [[page] for page in sorted(tiled, key=lambda page: -page.imagewidth)] or pages
+        page = pages[0][0]
+        mpp = _slide_mpp(openslide_properties(path)) or mpp
+    if page.samplesperpixel == 4:
+        _warn_of_alpha(path.name)
+    for one in (page for level in pages for page in level):
+        _check_tail(path, one)
+    if not _in_rgb(page):
+        return _stream_with_vips(path, page), mpp
+    return _tiff_pyramid(path, tiff_levels(path, pages), pages), mpp
 
 
-def _generic_levels(
-    path: Path, series: tifffile.TiffPageSeries, known: str | None, *, planes: bool
-) -> list[da.Array] | None:
-    """Return the levels of a TIFF that is no scanner's own; `None` where it has no tiles and so no random access."""
-    page = series.keyframe
-    if not page.is_tiled:
-        return None
-    if known is not None and not planes and page.compression in OPENSLIDE_READS:
-        levels, _ = _open_with_openslide(path, whole=False)
-        # OpenSlide takes a pyramid it does not know the layout of for a plain tiled TIFF of one level.
-        if len(levels) >= len(series.levels):
-            return levels
-    if planes or (series.ndim == 3 and series.shape[series.axes.find("S")] == 3):
-        return tiff_levels(path, series)
-    return None
+def _in_rgb(page: tifffile.TiffPage) -> bool:
+    """Return whether tifffile decodes a page to RGB."""
+    if page.photometric == tifffile.PHOTOMETRIC.YCBCR:
+        return page.compression == tifffile.COMPRESSION.JPEG
+    return page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.MINISBLACK)
+
+
+def _tiff_pyramid(path: Path, levels: list[TiffLevel], pages: list[list[tifffile.TiffPage]]) -> list[da.Array]:
+    """Return the pyramid of a TIFF. Tiled pages are read in place, striped pages are streamed into the cache."""
+    part = f"image {'.'.join(str(number) for number in levels[0].places[0])}"
+    if all(page.is_tiled for level in pages for page in level):
+        return _complete(path, [as_dask(level) for level in levels], part)
+    finest, page = levels[0], pages[0][0]
+    height, width = finest.shape[1:]
+
+    def open_rows() -> ReadRows:
+        # A compressed strip is always decoded as a whole, so an image of few tall strips is read only once.
+        at_once = page.compression != UNCOMPRESSED and block_shape(page)[0] > CHUNK
+        source = finest[slice(None), slice(None), slice(None)] if at_once else finest
+        return lambda start, stop: np.ascontiguousarray(
+            np.moveaxis(source[slice(None), slice(start, stop), slice(None)], 0, -1)
+        )
+
+    return cached_pyramid(path, part=part, height=height, width=width, open_rows=open_rows)
+
+
+def _check_tail(path: Path, page: tifffile.TiffPage) -> None:
+    """Raise if an image ends in zeros, as after a broken download. Warn if the zeros may be a black border."""
+    n_zero, n_all = zero_tail(page)
+    if not n_zero:
+        return
+    kind = "tiles" if page.is_tiled else "rows" if page.compression == UNCOMPRESSED else "strips"
+    if page.compression != UNCOMPRESSED or n_zero > BORDER * n_all:
+        raise ValueError(_unreadable(path, f"the last {n_zero} of its {n_all} {kind} are all zeros"))
+    warn_of_zeros(path, n_zero, n_all, kind)
 
 
 def _open_with_openslide(path: Path, *, whole: bool = True) -> tuple[list[da.Array], float | None]:
@@ -205,23 +272,20 @@ def _open_with_openslide(path: Path, *, whole: bool = True) -> tuple[list[da.Arr
         raise ValueError(
             f"Expected a readable slide, found that OpenSlide cannot open {path} ({error}). Copy or export it again."
         ) from error
-    return _complete(path, levels) if whole else levels, _openslide_mpp(slide)
+    return _complete(path, levels, "slide") if whole else levels, _slide_mpp(slide.properties)
 
 
-def _stream_with_vips(path: Path) -> list[da.Array]:
-    image = _open_with_vips(path)
-    if image.get_typeof("orientation") and int(image.get("orientation")) > 1:
-        warnings.warn(
-            f"{path.name} states orientation {image.get('orientation')}, which is not applied: coordinates count "
-            "pixels as they are stored. Turn the image and save it again if its spots were placed on the turned one.",
-            UserWarning,
-            stacklevel=4,
-        )
-    if image.hasalpha():
+def _stream_with_vips(path: Path, page: tifffile.TiffPage | None = None) -> list[da.Array]:
+    """Stream an image, or a TIFF page with colors that libvips converts to RGB."""
+    image = _open_with_vips(path, page)
+    if page is None:
+        warn_of_orientation(path, int(image.get("orientation")) if image.get_typeof("orientation") else 1)
+    if page is None and image.hasalpha():
         _warn_of_alpha(path.name)
 
     def open_rows() -> ReadRows:
-        opened = _open_with_vips(path)
+        _check_jpeg_file(path)
+        opened = _open_with_vips(path, page)
         if opened.hasalpha():
             opened = opened.flatten(background=[255.0, 255.0, 255.0])
 
@@ -234,36 +298,42 @@ def _stream_with_vips(path: Path) -> list[da.Array]:
 
         return read_rows
 
-    return cached_pyramid(path, part="image", height=image.height, width=image.width, open_rows=open_rows)
+    part = "image" if page is None else f"converted {'.'.join(str(number) for number in page.treeindex)}"
+    return cached_pyramid(path, part=part, height=image.height, width=image.width, open_rows=open_rows)
 
 
-def _stream_planes(path: Path, series: tifffile.TiffPageSeries) -> list[da.Array]:
-    """Stream colours that lie apart and in strips, which libvips does not read side by side."""
-
-    def open_rows() -> ReadRows:
+def _check_jpeg_file(path: Path) -> None:
+    """Raise `ValueError` if a JPEG file is damaged. The decoder itself does not report damage."""
+    content = np.memmap(path, np.uint8, mode="r")
+    if bytes(content[:3]) == b"\xff\xd8\xff":
         try:
-            planes = read_whole(path)
-        except BROKEN as error:
+            check_jpeg(content.data)
+        except ValueError as error:
             raise ValueError(_unreadable(path, error)) from error
-        return lambda start, stop: np.ascontiguousarray(np.moveaxis(planes[:, start:stop], 0, -1))
-
-    height, width = series.shape[1:]
-    return cached_pyramid(path, part="planes", height=height, width=width, open_rows=open_rows)
 
 
-def _open_with_vips(path: Path) -> pyvips.Image:
+def _open_with_vips(path: Path, page: tifffile.TiffPage | None = None) -> pyvips.Image:
+    """Open an image for one pass from top to bottom, with libvips warnings about damage raised as errors."""
+    options: dict[str, Any] = {"fail_on": "warning"}
+    if page is not None:
+        # For a TIFF, libvips warns about every unknown tag, so only errors count.
+        options = {"fail_on": "error", "page": page.treeindex[0], "subifd": (*page.treeindex, -1)[1]}
     try:
-        # `revalidate`: libvips remembers files by name, and would show an overwritten one as it was.
-        image = pyvips.Image.new_from_file(str(path), access="sequential", fail_on="truncated", revalidate=True)
+        # libvips caches files by name. `revalidate` avoids the old content of an overwritten file.
+        image = pyvips.Image.new_from_file(str(path), access="sequential", revalidate=True, **options)
     except pyvips.Error as error:
         raise ValueError(_unreadable(path, error)) from error
     if image.format != "uchar" or image.bands - image.hasalpha() != 3 or image.interpretation == "cmyk":
         raise ValueError(_not_rgb(path, f"{image.bands} channel(s) of {image.format} ({image.interpretation})"))
+    if page is None and image.get_n_pages() > 1:
+        raise ValueError(
+            f"Expected one image, found {image.get_n_pages()} in {path}. Save the section image as a PNG or TIFF."
+        )
     return image
 
 
-def _complete(path: Path, levels: list[da.Array]) -> list[da.Array]:
-    """Give a tiled slide the coarser levels it lacks."""
+def _complete(path: Path, levels: list[da.Array], part: str) -> list[da.Array]:
+    """Add missing coarser levels to a tiled slide; `part` names the image within the file."""
     coarsest = levels[-1]
     height, width = coarsest.shape[1:]
     if max(height, width) <= LARGE:
@@ -272,46 +342,57 @@ def _complete(path: Path, levels: list[da.Array]) -> list[da.Array]:
     def read_rows(start: int, stop: int) -> np.ndarray:
         return np.ascontiguousarray(np.moveaxis(coarsest[:, start:stop].compute(), 0, -1))
 
-    part = f"level {len(levels) - 1}"
+    part = f"{part}, level {len(levels) - 1}"
     return levels[:-1] + cached_pyramid(path, part=part, height=height, width=width, open_rows=lambda: read_rows)
 
 
 # --------------------------------------------------------------------------------------------------
-# what a file says about itself
+# file metadata
+
+
+def _check_named_files(path: Path) -> None:
+    """Raise if a slide of several files names a file outside its folder. Otherwise a slide could read any file."""
+    index = path.with_suffix("") / "Slidedat.ini" if path.suffix.lower() == ".mrxs" else path
+    if path.suffix.lower() not in PARTED or not index.is_file():
+        return
+    for line in index.read_text(errors="replace").splitlines():
+        key, _, name = line.partition("=")
+        if NAMES_A_FILE.fullmatch(key) and re.search(r"[/\\]|^\s*\.\.\s*$", name):
+            raise ValueError(
+                f"Expected the files of a slide in one folder, found that {index} refers to {name.strip()!r}. Copy the "
+                "slide again, with its folder."
+            )
 
 
 def _openslide_format(path: Path) -> str | None:
     return openslide.OpenSlide.detect_format(str(path))
 
 
-def _check_colours(path: Path, series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> None:
-    colours = page.samplesperpixel in (3, 4) or page.photometric == tifffile.PHOTOMETRIC.PALETTE
-    if page.dtype != np.uint8 or not colours:
+def _check_colors(path: Path, series: tifffile.TiffPageSeries, page: tifffile.TiffPage) -> None:
+    colors = page.samplesperpixel in (3, 4) or page.photometric == tifffile.PHOTOMETRIC.PALETTE
+    if page.dtype != np.uint8 or not colors:
         channels = series.shape[0] if series.axes[0] == "C" else page.samplesperpixel
         found = f"{channels} channel(s) of {page.dtype} ({tifffile.PHOTOMETRIC(page.photometric).name})"
-        raise ValueError(_not_rgb(path, found, fluorescence=not colours))
+        raise ValueError(_not_rgb(path, found, fluorescence=not colors))
 
 
-def _openslide_mpp(slide: openslide.OpenSlide) -> float | None:
-    stated = [slide.properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
+def _slide_mpp(properties: Mapping[str, str]) -> float | None:
+    stated = [properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
     return _mean_mpp([float(value) for value in stated if value is not None])
 
 
-def _tiff_mpp(tiff: tifffile.TiffFile, page: tifffile.TiffPage) -> float | None:
-    if tiff.ome_metadata:
-        pixels = next(
-            (element for element in ElementTree.fromstring(tiff.ome_metadata).iter() if element.tag.endswith("Pixels")),
-            None,
-        )
-        if pixels is not None and "PhysicalSizeX" in pixels.attrib:
-            sizes = [
-                float(pixels.attrib[f"PhysicalSize{axis}"])
-                * MICROMETRES.get(pixels.attrib.get(f"PhysicalSize{axis}Unit", "µm"), np.nan)
-                for axis in "XY"
-                if f"PhysicalSize{axis}" in pixels.attrib
-            ]
-            return _mean_mpp(sizes)
-    unit = MICROMETRES.get(int(_tag(page, "ResolutionUnit", 2)))
+def _tiff_mpp(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> float | None:
+    page = series.keyframe
+    pixels = pixels_of(ome_image(tiff, series))
+    if pixels is not None and "PhysicalSizeX" in pixels.attrib:
+        sizes = [
+            float(pixels.attrib[f"PhysicalSize{axis}"])
+            * MICROMETERS.get(pixels.attrib.get(f"PhysicalSize{axis}Unit", "µm"), np.nan)
+            for axis in "XY"
+            if f"PhysicalSize{axis}" in pixels.attrib
+        ]
+        return _mean_mpp(sizes)
+    unit = imagej_unit(tiff) or MICROMETERS.get(int(_tag(page, "ResolutionUnit", 2)))
     resolutions = [_tag(page, name, (0, 1)) for name in ("XResolution", "YResolution")]
     if unit is None or any(pixels == 0 or units == 0 for pixels, units in resolutions):
         return None
@@ -325,20 +406,20 @@ def _tag(page: tifffile.TiffPage, name: str, default: Any) -> Any:
 def _mean_mpp(values: list[float]) -> float | None:
     if not values or not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in values):
         return None
-    return float(np.mean(values))
+    return square(values)
 
 
-def _drop_alpha(array: np.ndarray | da.Array) -> np.ndarray | da.Array:
-    opacity = array[..., 3:].astype(np.float32) / 255.0
-    return (array[..., :3] * opacity + 255.0 * (1.0 - opacity)).round().astype(np.uint8)
+def _drop_alpha(lazy: da.Array) -> da.Array:
+    opacity = lazy[3:].astype(np.float32) / 255.0
+    return (lazy[:3] * opacity + 255.0 * (1.0 - opacity)).round().astype(np.uint8).rechunk((3, CHUNK, CHUNK))
 
 
 def _warn_of_alpha(what: str) -> None:
-    warnings.warn(f"{what} has an alpha channel: it was laid on white and dropped.", UserWarning, stacklevel=4)
+    warnings.warn(f"{what} has an alpha channel, which was blended with white and dropped.", UserWarning, stacklevel=4)
 
 
 def _not_rgb(path: Path, found: str, *, fluorescence: bool = False) -> str:
-    mend = "An image of fluorescence belongs to `stimage_sd.io.codex(cells, image=...)`. " if fluorescence else ""
+    mend = "Read a fluorescence image with `stimage_sd.io.codex(cells, image=...)`. " if fluorescence else ""
     return (
         f"Expected an 8-bit RGB H&E image, found {found} in {path}. "
         f"{mend}Pass the brightfield image, or convert this one to 8-bit RGB."

@@ -1,4 +1,4 @@
-"""What the readers share: from an image, positions and counts to a section."""
+"""Shared steps of the readers: a section from an image, positions and counts."""
 
 from __future__ import annotations
 
@@ -14,97 +14,122 @@ import scipy.sparse as sp
 import shapely
 from anndata import AnnData
 from anndata.utils import make_index_unique
+from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd._squidpy import spatial_uns
 
+#: largest share of spots outside the image; a larger share means that the image does not belong to the spots
+MOST_OFF = 0.5
+
 
 def assemble(
-    levels: list[da.Array], table: AnnData, *, diameter_px: float, sample: str, platform: str, mpp: float | None
+    levels: list[da.Array],
+    table: AnnData,
+    *,
+    diameter_px: float,
+    sample: str,
+    platform: str,
+    mpp: float | None,
+    proteins: AnnData | None = None,
 ) -> SpatialData:
-    """Build a section from a pyramid and a table with ``obsm["spatial"]``, the spots' centres in its pixels.
+    """Build a section from the levels of an H&E and a table of spots.
 
     Parameters
     ----------
     levels
-        The H&E, finest first, each ``uint8 (3, y, x)``.
+        Levels of the H&E, ``uint8 (3, y, x)``, finest first.
     table
-        Raw counts, ``obs`` = spots. Becomes the section's.
+        Raw counts, one row per spot. ``obsm["spatial"]`` holds the centers of the spots, px of the finest level.
+        The table is stored in the section, without spots outside the image.
     diameter_px
-        Diameter of a spot, pixels of the finest level.
+        Diameter of a spot, px of the finest level.
     sample, platform, mpp
-        As `contract.register` takes them.
+        As in `contract.register`.
+    proteins
+        Antibody counts of the same spots in the same order.
     """
-    centres = np.asarray(table.obsm["spatial"], dtype=np.float64)
-    check_inside(centres, levels[0].shape[1:], sample=sample)
-    table.obsm["spatial"] = centres
+    centers = np.asarray(table.obsm["spatial"], dtype=np.float64)
+    table.obsm["spatial"] = centers
+    inside = on_image(centers, levels[0].shape[1:], what="spots", where=f"section {sample!r}")
+    tables = {contract.COUNTS: table} | ({} if proteins is None else {contract.PROTEINS: proteins})
+    if proteins is not None:
+        proteins.obs, proteins.obsm["spatial"] = table.obs.copy(), centers.copy()
+    if not inside.all():
+        tables = {name: part[inside].copy() for name, part in tables.items()}
+        centers = centers[inside]
     shapes = geopandas.GeoDataFrame(
-        {"radius": np.full(len(centres), diameter_px / 2.0)}, geometry=shapely.points(centres)
+        {"radius": np.full(len(centers), diameter_px / 2.0)}, geometry=shapely.points(centers)
     )
     sdata = SpatialData(
         images={contract.IMAGE: contract.build_image(levels)},
         shapes={contract.SPOTS: contract.build_shapes(shapes, mpp=None)},
     )
     contract.register(sdata, sample=sample, platform=platform, image=contract.IMAGE, mpp=mpp)
-    table.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=diameter_px)
-    sdata.tables[contract.COUNTS] = contract.annotate(table, region=contract.SPOTS)
+    for name, part in tables.items():
+        part.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=diameter_px)
+        sdata.tables[name] = contract.annotate(part, region=contract.SPOTS)
     return sdata
 
 
-def check_inside(centres: np.ndarray, shape: tuple[int, int], *, sample: str) -> None:
-    """Raise `ValueError` where a centre ``(x, y)`` lies outside an image of ``(y, x)`` pixels."""
-    if not np.isfinite(centres).all():
-        raise ValueError(f"Expected finite spot positions in section {sample!r}, found NaN or infinity.")
-    height, width = shape
-    outside = ((centres < 0) | (centres >= (width, height))).any(axis=1)
-    if outside.any():
-        low, high = centres.min(axis=0), centres.max(axis=0)
-        raise ValueError(
-            f"Expected all spots of section {sample!r} inside its image of {width} x {height} px (x, y), found "
-            f"{int(outside.sum())} of {len(centres)} outside; their positions span x {low[0]:.0f} to {high[0]:.0f}, "
-            f"y {low[1]:.0f} to {high[1]:.0f}. Pass the image these positions were measured on, at full resolution."
-        )
+def on_image(
+    centers: NDArray[np.float64],
+    shape: tuple[int, ...],
+    *,
+    what: str,
+    where: str,
+    image: str = "its image",
+    mend: str = "Pass the image these positions were measured on, at full resolution.",
+) -> NDArray[np.bool_]:
+    """Return which centers ``(x, y)`` lie on an image of ``(y, x)`` pixels, and warn about centers outside.
 
-
-def pitch_px(centres: np.ndarray, lattice: np.ndarray, steps: list[tuple[int, int]]) -> float | None:
-    """Measure the distance between neighbours of an array, in pixels.
-
-    Parameters
-    ----------
-    centres
-        ``(n, 2)`` positions, px.
-    lattice
-        ``(n, 2)`` integer positions in the array.
-    steps
-        Lattice offsets of neighbours one pitch away; half of them is enough.
-
-    Returns
-    -------
-    The median distance over all pairs of neighbours, which a few misplaced spots do not move; `None`
-    where no two spots are neighbours.
+    Raises
+    ------
+    ValueError
+        If there are no centers, a center is not finite, or most centers lie outside the image.
     """
-    where = {position: number for number, position in enumerate(map(tuple, lattice.tolist()))}
-    pairs = [
-        (number, where[neighbour])
-        for (first, second), number in where.items()
-        for step in steps
-        if (neighbour := (first + step[0], second + step[1])) in where
-    ]
-    if not pairs:
-        return None
-    here, there = np.asarray(pairs).T
-    return float(np.median(np.linalg.norm(centres[here] - centres[there], axis=1)))
+    if not len(centers):
+        raise ValueError(f"Expected {what} in {where}, found none. Pass the files of a section that has some.")
+    unknown = ~np.isfinite(centers).all(axis=1)
+    if unknown.any():
+        raise ValueError(
+            f"Expected finite positions of the {what} of {where}, found NaN or infinity for {int(unknown.sum())} of "
+            f"{len(centers)}. Leave these out."
+        )
+    height, width = shape
+    inside = ((centers >= 0) & (centers < (width, height))).all(axis=1)
+    if inside.all():
+        return np.asarray(inside)
+    low, high = centers.min(axis=0), centers.max(axis=0)
+    found = (
+        f"{int((~inside).sum())} of {len(centers)} outside; their positions span x {low[0]:.0f} to {high[0]:.0f}, y "
+        f"{low[1]:.0f} to {high[1]:.0f}"
+    )
+    expected = f"Expected the {what} of {where} inside {image} of {width} x {height} px (x, y), found {found}."
+    if inside.mean() < 1.0 - MOST_OFF:
+        raise ValueError(f"{expected} {mend}")
+    warnings.warn(f"{expected} These are left out.", UserWarning, stacklevel=4)
+    return np.asarray(inside)
 
 
 def as_counts(values: Any, *, where: str) -> sp.csr_matrix:
-    """Return raw counts as CSR of int32, checked; int32 is half of int64 and what 10x files hold."""
+    """Check raw counts and return them as CSR, in int32 if all counts fit."""
     contract.check_counts(values, where=where)
-    return sp.csr_matrix(values, dtype=np.int32)
+    counts = sp.csr_matrix(values)
+    return counts.astype(contract.count_type(counts), copy=False)
 
 
-def unique_genes(names: pd.Index, *, where: str) -> pd.Index:
-    """Return gene names with a suffix on repeated ones, and say so where there are any."""
+def unique_genes(names: pd.Index, *, where: str, genomes: pd.Series | None = None) -> pd.Index:
+    """Return unique gene names without Ensembl versions, and warn if names needed a suffix.
+
+    Names in several genomes get the genome as prefix. Other repeated names get a suffix.
+    """
+    names = contract.without_versions(names)
+    if genomes is not None:
+        plain, genome = pd.Series(names.to_numpy()), genomes.astype(str).reset_index(drop=True)
+        shared = genome.groupby(plain).transform("nunique") > 1
+        names = pd.Index(plain.where(~shared, genome + "_" + plain))
     repeated = names[names.duplicated()]
     if repeated.empty:
         return names
@@ -113,26 +138,28 @@ def unique_genes(names: pd.Index, *, where: str) -> pd.Index:
         f"{len(repeated)} gene name(s) appear more than once in {where} and got a suffix (`NAME-1`): "
         f"{', '.join(examples[:5])}{', ...' if len(examples) > 5 else ''}.",
         UserWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
     return make_index_unique(names)
 
 
 def check_mpp(mpp: float | None) -> None:
-    """Raise `ValueError` where a resolution is given and is no positive number."""
+    """Raise `ValueError` if a given resolution is not a positive number."""
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
-        raise ValueError(f"Expected `mpp` to be a positive number of micrometres a pixel, found {mpp!r}.")
+        raise ValueError(f"Expected `mpp` to be a positive number of micrometers per pixel, found {mpp!r}.")
 
 
-def check_unique(names: pd.Index, *, what: str, where: str) -> None:
-    """Raise `ValueError` where a name appears twice."""
+def check_unique(names: pd.Index, *, what: str, where: str, mend: str = "Leave one of each.") -> None:
+    """Raise `ValueError` if a name appears more than once."""
     repeated = names[names.duplicated()]
     if len(repeated):
-        raise ValueError(f"Expected every {what} once in {where}, found {len(repeated)} repeated, as {repeated[0]!r}.")
+        raise ValueError(
+            f"Expected every {what} once in {where}, found {len(repeated)} repeated, such as {repeated[0]!r}. {mend}"
+        )
 
 
 def require_file(path: str | Path, *, what: str) -> Path:
-    """Return `path`, or raise `FileNotFoundError` saying what was expected there."""
+    """Return `path`, or raise `FileNotFoundError` if no file is there."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"Expected {what} at {path}, found no file. Check the path.")

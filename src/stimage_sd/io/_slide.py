@@ -1,4 +1,4 @@
-"""Whole slides without molecules."""
+"""H&E images and whole slides without molecular data."""
 
 from __future__ import annotations
 
@@ -12,36 +12,48 @@ from stimage_sd.io._raster import open_raster
 from stimage_sd.io._section import check_mpp
 
 
-def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = None) -> SpatialData:
+def slide(
+    path: str | Path, *, mpp: float | None = None, series: int | str | None = None, sample: str | None = None
+) -> SpatialData:
     """Read an H&E image or whole slide, lazily.
 
     Parameters
     ----------
     path
         A slide in a format that OpenSlide knows (SVS, NDPI, MRXS, SCN, BIF, ...), a TIFF or OME-TIFF with or without
-        levels, a JPEG or a PNG. Colours may lie apart, a plane each.
+        levels, a JPEG or a PNG. The colors may be stored as three separate planes.
     mpp
-        Micrometres a pixel at full resolution. Unless given, what the file states; it is not guessed.
+        Micrometers per pixel at full resolution. By default as stated in the file. The resolution is never guessed.
+    series
+        Image to read from a TIFF with several images (macro image, scenes, fields of view): its number in file order,
+        from 0, or its name. By default the largest image. Not for scanner formats, which mark the slide themselves.
     sample
-        Sample id; the name of the file up to its first dot unless given.
+        Sample id. By default the name of the file up to the first dot.
 
     Returns
     -------
-    A section with the image ``he`` alone, its levels those of the file, and coarser ones where it has too few. The
-    scanner's vendor and objective are in its history.
+    A section with only the image ``he``. The image has the levels of the file, and coarser levels if the file has too
+    few. The history of the section holds the vendor and objective of the scanner.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If it is no image, is truncated, or is not 8-bit RGB.
+        If the file is not an image, is truncated or damaged, is not 8-bit RGB, keeps pixels in other files, or has no
+        image `series`.
 
     Warns
     -----
     UserWarning
-        If the image has an alpha channel or states an orientation, or three planes are taken for colours because
-        they are light.
+        If the image has an alpha channel, states an orientation, or is the largest of several. Also if three separate
+        planes are read as colors because they are bright.
+
+    Notes
+    -----
+    Strips and tiles are checked when they are read. A missing or damaged strip or tile raises a `ValueError`. Damage is
+    detected in JPEG, deflate, LZW and PNG data, but not in uncompressed pixels. Limits are checked before memory is
+    allocated: at most 20,000 directories or planes, and tiles of at most 256 MB.
 
     Examples
     --------
@@ -54,8 +66,8 @@ def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = No
     ('biopsy', (3, 600, 800))
     """
     check_mpp(mpp)
-    path = Path(path).expanduser()
-    levels, stated = open_raster(path)
+    path = Path(path).expanduser().absolute()
+    levels, stated = open_raster(path, series=series)
     sdata = SpatialData(images={contract.IMAGE: contract.build_image(levels)})
     contract.register(
         sdata,
@@ -66,6 +78,12 @@ def slide(path: str | Path, *, mpp: float | None = None, sample: str | None = No
     )
     source = "given" if mpp is not None else "file" if stated is not None else "unknown"
     contract.record(
-        sdata, "io.slide", path=path, mpp=mpp if mpp is not None else stated, mpp_source=source, **scanner(path)
+        sdata,
+        "io.slide",
+        path=path,
+        mpp=mpp if mpp is not None else stated,
+        mpp_source=source,
+        series=series,
+        **scanner(path),
     )
     return sdata

@@ -1,8 +1,9 @@
-"""10x Visium: what Space Ranger wrote, old and new."""
+"""10x Visium sections, from the output of any Space Ranger version."""
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,79 +12,80 @@ from typing import Any
 import dask.array as da
 import numpy as np
 import pandas as pd
-import scanpy
-from anndata import AnnData
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._damaged_files import reading
 from stimage_sd.io._raster import open_raster, raster_size
-from stimage_sd.io._section import as_counts, assemble, check_mpp, pitch_px, unique_genes
+from stimage_sd.io._section import assemble, check_mpp, check_unique
+from stimage_sd.io._tenx import Matrix, other_types, read_matrix, tables_of
+from stimage_sd.io._text import open_text
+from stimage_sd.stats.lattice import VISIUM_STEPS, pitch_px
 
-#: diameter of a Visium spot, µm
-SPOT_UM = 55.0
-#: distance between the centres of neighbouring spots, µm
-PITCH_UM = 100.0
-#: what Space Ranger's ``spot_diameter_fullres`` stands for, µm: not the 55 µm of the spot itself
-NOMINAL_SPOT_UM = 65.0
-#: neighbours one pitch away on the hexagonal array, whose columns count half steps: (row, column)
-STEPS = [(0, 2), (1, 1), (1, -1)]
-#: two ways to the same number may differ by this much before the user is told
+#: largest relative difference between two sources of the same number without a warning
 TOLERANCE = 0.05
 
-MATRIX = "filtered_feature_bc_matrix"
+MATRIX, RAW = "filtered_feature_bc_matrix", "raw_feature_bc_matrix"
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
 SCALEFACTORS = "scalefactors_json.json"
 HIRES = "tissue_hires_image.png"
 POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
+#: names of Visium HD bins; `visium_hd` reads these
+BIN = re.compile(r"s_\d{3}um_")
+HD = "Read it with `stimage_sd.io.visium_hd`, and pass the run's `outs` folder."
 
 
 def visium(
     path: str | Path, *, image: str | Path | None = None, mpp: float | None = None, sample: str | None = None
 ) -> SpatialData:
-    """Read a Visium section from the folder that Space Ranger wrote.
+    """Read a Visium section from the output folder of Space Ranger.
 
-    Kept are the spots in tissue that have counts, in the order of the matrix.
+    The section holds the spots in tissue that have counts, in the order of the matrix.
 
     Parameters
     ----------
     path
-        The run's folder or its ``outs``: ``filtered_feature_bc_matrix.h5`` or the folder of that name, and
-        ``spatial`` with ``tissue_positions`` (``.parquet``, ``.csv``, or ``_list.csv`` without a header),
-        ``scalefactors_json.json`` and ``tissue_hires_image.png``. File names may have a prefix.
+        Folder of the run or its ``outs``. It holds ``filtered_feature_bc_matrix.h5`` or a folder of that name, else
+        ``raw_feature_bc_matrix`` in either form. Its folder ``spatial`` holds ``tissue_positions`` (``.parquet``,
+        ``.csv``, or ``_list.csv`` without a header), ``scalefactors_json.json`` and ``tissue_hires_image.png``. File
+        names may have a prefix. Files in the folder of the matrix may be gzipped. Positions may be quoted and
+        separated by commas, semicolons or tabs, in UTF-8, UTF-16 or Windows-1252.
     image
-        The full-resolution image that Space Ranger was given. Without it ``tissue_hires_image.png`` is the
-        section's H&E: positions and resolution are then those of its pixels.
+        The full-resolution image that was the input of Space Ranger. Without it, ``tissue_hires_image.png`` is the H&E
+        of the section, and positions and resolution refer to its pixels.
     mpp
-        Micrometres a pixel of the full-resolution image. Estimated unless given: 100 µm over the median
-        distance of neighbouring spots in pixels; of a section without neighbours, 65 µm over
-        ``spot_diameter_fullres``.
+        Micrometers per pixel of the full-resolution image. By default estimated as 100 µm over the median distance of
+        neighboring spots in pixels. Without neighboring spots, the estimate is 65 µm over ``spot_diameter_fullres``.
     sample
-        Sample id; the name of the run's folder unless given.
+        Sample id. By default the name of the folder of the run.
 
     Returns
     -------
-    A section with the image ``he``, the shapes ``spots`` (circles of 55 µm) and the table ``counts``: ``X``
-    CSR of int32, ``obs`` with ``in_tissue``, ``array_row`` and ``array_col``, ``obsm["spatial"]`` float64
-    (x, y) in H&E pixels.
+    A section with the image ``he``, the shapes ``spots`` (circles of 55 µm) and the table ``counts``. ``X`` is CSR of
+    int32. ``obs`` has ``in_tissue``, ``array_row`` and ``array_col``. ``obsm["spatial"]`` is float64 (x, y) in H&E
+    pixels. Antibody counts are the table ``proteins`` of the same spots, with ``X`` in float32. If the matrix has
+    several genomes, ``var["genome"]`` holds the genome of each gene. Gene names in several genomes get the genome as
+    prefix.
 
     Raises
     ------
     FileNotFoundError
         If a file is missing.
     ValueError
-        If matrix and positions share no barcode, a table is not what Space Ranger writes, a spot lies
-        outside the image, or the image is not 8-bit RGB.
+        If matrix and positions share no barcode, a barcode is repeated, a table is not in the format of Space Ranger,
+        the run is Visium HD, most spots lie outside the image, or the image is not 8-bit RGB.
 
     Warns
     -----
     UserWarning
-        If no full-resolution image is given, the image does not have the size that Space Ranger's scale
-        factors imply, pitch and spot diameter disagree on the resolution, or gene names are repeated.
+        If barcodes of matrix and positions differ, spots outside the image are left out, no full-resolution image is
+        given, the image does not have the size implied by the scale factors, pitch and spot diameter give different
+        resolutions, gene names are repeated, or features are neither genes nor antibodies.
 
     Notes
     -----
-    10x Genomics' page on spatial outputs has ``spot_diameter_fullres`` as the diameter of a theoretical
-    spot of 65 µm. The pitch is measured on the positions themselves and needs no such convention.
+    According to the page of 10x Genomics on spatial outputs, ``spot_diameter_fullres`` is the diameter of a
+    theoretical spot of 65 µm. The pitch is measured on the positions and does not need this convention.
 
     Examples
     --------
@@ -96,25 +98,32 @@ def visium(
     """
     check_mpp(mpp)
     files = _find_files(Path(path).expanduser())
-    scalefactors = _read_scalefactors(files.scalefactors)
-    positions = _read_positions(files.positions)
-    table = _read_matrix(files.matrix)
-    n_counted = table.n_obs
-    table, kept = _match(table, positions, files)
+    with reading(files.scalefactors, what="the scale factors of Space Ranger"):
+        scalefactors = _read_scalefactors(files.scalefactors)
+    with reading(files.positions, what="the positions of the spots"):
+        positions = _read_positions(files.positions)
+    with reading(files.matrix, what="a matrix of counts of Space Ranger"):
+        matrix = read_matrix(files.matrix)
+    rows, kept = _match(matrix, positions, files)
+    tables = tables_of(matrix, None if len(rows) == len(matrix.barcodes) else rows, where=str(files.matrix))
+    table = tables[contract.COUNTS]
+    if others := other_types(matrix):
+        warnings.warn(f"Features of the types {others} in {files.matrix} are left out.", UserWarning, stacklevel=2)
     full_mpp, mpp_source = _resolution(mpp, positions, scalefactors, source=files.positions)
 
     levels, scale = _open_image(image, files, scalefactors)
     for name in POSITION_COLUMNS[1:4]:
         table.obs[name] = kept[name].to_numpy(dtype=int)
-    # Space Ranger's pixel row is y and its column x.
+    # In Space Ranger, the pixel row is y and the pixel column is x.
     table.obsm["spatial"] = kept[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=np.float64) * scale
     sdata = assemble(
         levels,
         table,
-        diameter_px=SPOT_UM / full_mpp * scale,
+        diameter_px=contract.SPOT_UM / full_mpp * scale,
         sample=sample if sample is not None else files.sample,
         platform="visium",
         mpp=full_mpp / scale,
+        proteins=tables.get(contract.PROTEINS),
     )
     contract.record(
         sdata,
@@ -124,8 +133,9 @@ def visium(
         image_scale=scale,
         mpp=full_mpp / scale,
         mpp_source=mpp_source,
-        n_spots=table.n_obs,
-        n_counted=n_counted,
+        matrix=files.matrix,
+        n_spots=sdata.tables[contract.COUNTS].n_obs,
+        n_counted=len(matrix.barcodes),
         n_in_tissue=int((positions["in_tissue"] == 1).sum()),
     )
     return sdata
@@ -133,13 +143,18 @@ def visium(
 
 @dataclass(frozen=True)
 class _Files:
-    """Where the parts of a run lie."""
+    """Paths of the files of a run."""
 
     sample: str
     matrix: Path
     positions: Path
     scalefactors: Path
     hires: Path | None
+
+    @property
+    def is_raw(self) -> bool:
+        """Return whether the matrix has all barcodes of the slide."""
+        return RAW in self.matrix.name
 
 
 def _find_files(path: Path) -> _Files:
@@ -149,9 +164,12 @@ def _find_files(path: Path) -> _Files:
         )
     outs = path / "outs" if (path / "outs").is_dir() else path
     if (outs / "binned_outputs").is_dir():
-        raise ValueError(f"Expected a Visium run with spots, found the bins of a Visium HD run in {outs}.")
+        raise ValueError(f"Expected a Visium run with spots, found the bins of a Visium HD run in {outs}. {HD}")
+    if outs.name == "segmented_outputs" or (outs / "segmented_outputs").is_dir():
+        raise ValueError(f"Expected a Visium run with spots, found cells of a Visium HD run in {outs}. {HD}")
     spatial = outs / "spatial" if (outs / "spatial").is_dir() else outs
-    matrix = _find(outs, f"{MATRIX}.h5") or _find(outs, MATRIX)
+    places = (_find(outs, f"{name}{ending}") for name in (MATRIX, RAW) for ending in (".h5", ""))
+    matrix = next((found for found in places if found is not None), None)
     positions = next((found for name in POSITIONS if (found := _find(spatial, name))), None)
     scalefactors = _find(spatial, SCALEFACTORS)
     if matrix is None or positions is None or scalefactors is None:
@@ -169,7 +187,7 @@ def _find_files(path: Path) -> _Files:
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    """Return the entry of a folder that has a name, with or without a prefix."""
+    """Return the file or folder with a name, with or without a prefix."""
     found = [folder / name] if (folder / name).exists() else sorted(folder.glob(f"*{name}"))
     if len(found) > 1:
         raise ValueError(
@@ -191,65 +209,93 @@ def _read_scalefactors(path: Path) -> dict[str, float]:
         raise ValueError(
             f"Expected positive {wanted} in {path}, found {scalefactors}; missing or not positive: {wrong}."
         )
+    if "bin_size_um" in scalefactors:
+        size = scalefactors["bin_size_um"]
+        raise ValueError(
+            f"Expected a Visium run with spots, found bins of {size} µm of a Visium HD run in {path}. {HD}"
+        )
     return scalefactors
 
 
 def _read_positions(path: Path) -> pd.DataFrame:
-    """Read positions, indexed by barcode; without a header they are those of Space Ranger 1."""
-    if path.suffix == ".parquet":
-        frame = pd.read_parquet(path)
-    else:
-        with path.open() as lines:
-            headed = next(lines, "").startswith("barcode")
-        frame = pd.read_csv(path) if headed else pd.read_csv(path, header=None)
-        if not headed and frame.shape[1] == len(POSITION_COLUMNS):
-            frame.columns = pd.Index(POSITION_COLUMNS)
+    """Read positions, indexed by barcode. Files of Space Ranger 1 have no header."""
+    frame = pd.read_parquet(path) if path.suffix == ".parquet" else _read_text_positions(path)
     missing = [name for name in POSITION_COLUMNS if name not in frame.columns]
     if missing:
         raise ValueError(
-            f"Expected the columns {POSITION_COLUMNS} in {path}, found {list(frame.columns)}. Take the file as Space "
-            "Ranger wrote it."
+            f"Expected the columns {POSITION_COLUMNS} in {path}, found {list(frame.columns)}. Use the file as written "
+            "by Space Ranger."
         )
+    kinds = {name: frame[name].dtype for name in POSITION_COLUMNS[1:]}
+    wrong = [name for name, kind in kinds.items() if not pd.api.types.is_numeric_dtype(kind)]
+    if wrong or frame[POSITION_COLUMNS].isna().any(axis=None):
+        raise ValueError(
+            f"Expected a barcode and numbers in every row of {path}, found {wrong or 'some that are missing'}. Use "
+            "the file as written by Space Ranger."
+        )
+    frame["barcode"] = frame["barcode"].astype(str)
+    check_unique(pd.Index(frame["barcode"]), what="barcode", where=str(path))
     return frame.set_index("barcode")
 
 
-def _read_matrix(path: Path) -> AnnData:
-    with warnings.catch_warnings():
-        # Repeated gene names are made unique, and spoken of, by the reader itself.
-        warnings.filterwarnings("ignore", message=".*names are not unique.*")
-        table = scanpy.read_10x_mtx(path, make_unique=False) if path.is_dir() else scanpy.read_10x_h5(path)
-    variables = table.var.set_axis(unique_genes(table.var_names, where=str(path)), axis=0)
-    return AnnData(X=as_counts(table.X, where=str(path)), obs=table.obs, var=variables)
+def _read_text_positions(path: Path) -> pd.DataFrame:
+    with open_text(path) as lines:
+        first = lines.readline()
+        lines.seek(0)
+        separator = max(",;\t", key=first.count)
+        headed = first.replace('"', "").strip().startswith("barcode")
+        frame = pd.read_csv(lines, sep=separator, header=0 if headed else None)
+    if not headed and frame.shape[1] == len(POSITION_COLUMNS):
+        frame.columns = pd.Index(POSITION_COLUMNS)
+    return frame.rename(columns=lambda name: str(name).strip())
 
 
-def _match(table: AnnData, positions: pd.DataFrame, files: _Files) -> tuple[AnnData, pd.DataFrame]:
+def _match(matrix: Matrix, positions: pd.DataFrame, files: _Files) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return the rows of the matrix in tissue, and their positions. Warn about lost barcodes."""
+    if BIN.match(str(matrix.barcodes[0])):
+        raise ValueError(
+            f"Expected a Visium run with spots, found bins of a Visium HD run in {files.matrix}, such as "
+            f"{matrix.barcodes[0]!r}. {HD}"
+        )
     in_tissue = positions.index[positions["in_tissue"] == 1]
-    shared = table.obs_names[table.obs_names.isin(in_tissue)]
-    if shared.empty:
+    rows = np.flatnonzero(matrix.barcodes.isin(in_tissue))
+    if not len(rows):
         example = in_tissue[0] if len(in_tissue) else "none"
         raise ValueError(
-            f"Counts and spots share no barcode: {files.matrix} has such as {table.obs_names[0]!r}, the spots in "
-            f"tissue of {files.positions} are such as {example!r}. Pass the folder of one run."
+            f"Counts and spots share no barcode. {files.matrix} has barcodes such as {matrix.barcodes[0]!r}. The spots "
+            f"in tissue of {files.positions} have names such as {example!r}. Pass the folder of one run."
         )
-    return table[shared].copy(), positions.loc[shared]
+    without_place = 0 if files.is_raw else len(matrix.barcodes) - len(rows)
+    without_counts = len(in_tissue) - len(rows)
+    if without_place or without_counts:
+        warnings.warn(
+            f"Barcodes of {files.matrix.name} and {files.positions.name} of {files.sample!r} differ: "
+            f"{without_place} of {len(matrix.barcodes)} with counts are not in tissue, {without_counts} of "
+            f"{len(in_tissue)} in tissue have no counts; {len(rows)} are kept. All Visium slides share their barcodes: "
+            "check that both files are of one section.",
+            UserWarning,
+            stacklevel=3,
+        )
+    kept = matrix.barcodes[rows]
+    return rows, positions.loc[kept]
 
 
 def _resolution(
     mpp: float | None, positions: pd.DataFrame, scalefactors: dict[str, float], *, source: Path
 ) -> tuple[float, str]:
-    """Return micrometres a pixel at full resolution, and where that is from."""
+    """Return the micrometers per pixel at full resolution, and their source."""
     if mpp is not None:
         return mpp, "given"
-    centres = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=np.float64)
-    pitch = pitch_px(centres, positions[["array_row", "array_col"]].to_numpy(), STEPS)
-    by_diameter = NOMINAL_SPOT_UM / scalefactors["spot_diameter_fullres"]
+    centers = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=np.float64)
+    pitch = pitch_px(centers, positions[["array_row", "array_col"]].to_numpy(), VISIUM_STEPS)
+    by_diameter = contract.NOMINAL_SPOT_UM / scalefactors["spot_diameter_fullres"]
     if not pitch:
         return by_diameter, "spot diameter"
-    by_pitch = PITCH_UM / pitch
+    by_pitch = contract.PITCH_UM / pitch
     if abs(by_pitch / by_diameter - 1.0) > TOLERANCE:
         warnings.warn(
-            f"The spots of {source} are {pitch:.1f} px apart, which makes {by_pitch:.4f} µm a pixel and is used; by "
-            f"its `spot_diameter_fullres` it were {by_diameter:.4f}. Pass `mpp=` if you know it.",
+            f"The spots of {source} are {pitch:.1f} px apart, which gives {by_pitch:.4f} µm per pixel and is used; its "
+            f"`spot_diameter_fullres` gives {by_diameter:.4f}. Pass `mpp=` if you know the resolution.",
             UserWarning,
             stacklevel=3,
         )
@@ -257,7 +303,7 @@ def _resolution(
 
 
 def _open_image(image: str | Path | None, files: _Files, scalefactors: dict[str, Any]) -> tuple[list[da.Array], float]:
-    """Return the H&E's levels and its pixels a full-resolution pixel."""
+    """Return the levels of the H&E, and its pixels per full-resolution pixel."""
     scale = float(scalefactors["tissue_hires_scalef"])
     if image is not None:
         levels, _ = open_raster(image)
@@ -269,7 +315,7 @@ def _open_image(image: str | Path | None, files: _Files, scalefactors: dict[str,
         )
     warnings.warn(
         f"No full-resolution image given: {files.hires.name} is the H&E of {files.sample!r}, and its tiles will be "
-        f"coarse ({1.0 / scale:.1f} times). Pass the image that Space Ranger was given as `image=`.",
+        f"{1.0 / scale:.1f} times coarser. Pass the input image of Space Ranger as `image=`.",
         UserWarning,
         stacklevel=3,
     )
@@ -283,8 +329,9 @@ def _check_size(finest: da.Array, image: str | Path, files: _Files, scale: float
     implied = [size / scale for size in raster_size(files.hires)]
     if any(abs(size / expected - 1.0) > TOLERANCE for size, expected in zip(finest.shape[1:], implied, strict=True)):
         warnings.warn(
-            f"{image} has {finest.shape[2]} x {finest.shape[1]} px; by its scale factors the image that Space Ranger "
-            f"was given had about {implied[1]:.0f} x {implied[0]:.0f}. Pass that one as `image=` unless this is right.",
+            f"{image} has {finest.shape[2]} x {finest.shape[1]} px; the scale factors imply that the input image of "
+            f"Space Ranger had about {implied[1]:.0f} x {implied[0]:.0f}. Pass that image as `image=` unless this is "
+            "right.",
             UserWarning,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""10x Xenium: what the instrument's onboard analysis wrote, versions 1 to 4, and the H&E of the section."""
+"""10x Xenium sections from output bundles of the onboard analysis, versions 1 to 4, with the H&E."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd._squidpy import attach_spatial
-from stimage_sd.io._section import as_counts, check_mpp, unique_genes
+from stimage_sd.contract import GENES
+from stimage_sd.io._section import check_mpp
+from stimage_sd.io._tenx import PROTEINS, Matrix, read_matrix, tables_of
 from stimage_sd.io._xenium_images import build_dapi, check_covered, open_he, open_morphology, pixel_size, pixels_to_um
 from stimage_sd.io._xenium_parts import (
-    Matrix,
     check_same_cells,
     read_cell_boundaries,
     read_cells,
-    read_matrix,
     read_nucleus_boundaries,
 )
 from stimage_sd.io._xenium_transcripts import read_transcripts
 
-#: the newest version whose bundles this reader was written for
+#: newest major version of the onboard analysis that this reader supports
 NEWEST = 4
 
 EXPERIMENT = "experiment.xenium"
 FOCUS = "morphology_focus"
 FORMS = (".parquet", ".csv.gz", ".csv")
-#: parts of a bundle, and the forms in which each may be there, the first preferred
+#: parts of a bundle and their possible file endings, in order of preference
 PARTS = {
     "cell_feature_matrix": (".h5", ""),
     "cells": FORMS,
@@ -54,63 +54,70 @@ def xenium(
     pixel_size_um: float | None = None,
     origin_um: tuple[float, float] = (0.0, 0.0),
 ) -> SpatialData:
-    """Read a Xenium section from its output bundle, with its H&E where there is one.
+    """Read a Xenium section from its output bundle, with an optional H&E.
 
     Parameters
     ----------
     path
-        The bundle's folder: ``experiment.xenium``, ``cell_feature_matrix`` (``.h5``, or the folder of that name),
+        Folder of the bundle, with ``experiment.xenium``, ``cell_feature_matrix`` (``.h5``, or the folder of that name),
         ``cells``, ``cell_boundaries``, ``nucleus_boundaries`` and ``transcripts`` (``.parquet``, ``.csv.gz`` or
-        ``.csv``), and the morphology image: the folder ``morphology_focus`` of version 2 and later, or
+        ``.csv``). The morphology image is the folder ``morphology_focus`` of version 2 and later, or
         ``morphology_focus.ome.tif`` or ``morphology_mip.ome.tif`` of version 1. File names may have a prefix.
     he_image
-        The H&E of the section: OME-TIFF or whatever `stimage_sd.io.slide` reads.
+        The H&E of the section, an OME-TIFF or any other file that `stimage_sd.io.slide` reads.
     alignment
-        10x Genomics' alignment of the H&E, as a CSV file of 3 × 3 numbers or an array (3 × 3, or 2 × 3 without
-        the last row): from pixels of the H&E to pixels of the morphology image, both at full resolution.
-        Looked for beside `he_image` and in the bundle unless given (``*_imagealignment.csv``). Pass
-        `numpy.linalg.inv` of a matrix that maps the other way.
+        10x Genomics' alignment of the H&E, as a CSV file of 3 × 3 numbers or an array (3 × 3, or 2 × 3 without the
+        last row). It maps pixels of the H&E to pixels of the morphology image, both at full resolution. By default
+        ``*_imagealignment.csv`` is searched in the folder of `he_image` and in the bundle. If a matrix maps the other
+        way, pass its inverse with `numpy.linalg.inv`.
     sample
-        Sample id; the name of the bundle's folder unless given.
+        Sample id. By default the name of the folder of the bundle.
     dapi
-        Whether to read the morphology image; `False` for a bundle that was copied without it.
+        Whether to read the morphology image. Pass `False` for a bundle without the image.
     pixel_size_um
-        Micrometres a pixel of the morphology image; as ``experiment.xenium`` says unless given.
+        Micrometers per pixel of the morphology image. By default as stated in ``experiment.xenium``.
     origin_um
-        Where the morphology image's corner lies (x, y), µm, in a bundle that was cut out of another.
+        Position (x, y) of the corner of the morphology image, µm, for a bundle that was cut out of a larger one.
 
     Returns
     -------
-    A section with the shapes ``cells`` and ``nuclei`` (polygons), the points ``transcripts`` (lazy; ``x``, ``y``,
-    ``z``, ``feature_name``, ``qv``, ``cell_id``, which is ``UNASSIGNED`` outside all cells, ``overlaps_nucleus``,
-    controls included), the image ``dapi`` (lazy; all stains of the morphology image), the image ``he`` and the
-    table ``counts``: ``X`` CSR of int32, cells × genes; ``obs`` what ``cells`` has and ``control_counts``, the
-    counts of all features that are no genes; ``obsm["spatial_um"]`` in the instrument's micrometres. Proteins of
-    version 4 are the table ``proteins``. All but the H&E have the coordinate system ``"instrument"``; with an H&E
-    and its alignment, or without any H&E, they are placed (``"global"``, ``obsm["spatial"]``), else after
-    `stimage_sd.pp.register`.
+    A section with these elements:
+
+    - shapes ``cells`` and ``nuclei``: polygons. There are no ``nuclei`` if a segmentation was imported without nuclei;
+    - points ``transcripts``: lazy, including controls, with ``x``, ``y``, ``z``, ``feature_name``, ``qv``,
+      ``overlaps_nucleus`` and ``cell_id``, which is ``UNASSIGNED`` outside all cells;
+    - image ``dapi``: lazy, with all stains of the morphology image;
+    - image ``he``, if an H&E is given;
+    - table ``counts``: ``X`` CSR of int32, cells × genes. ``obs`` has the columns of ``cells`` and ``control_counts``,
+      the counts of all features that are not genes. ``obsm["spatial_um"]`` is in instrument micrometers;
+    - table ``proteins`` of version 4: ``X`` float32 intensities, the whole numbers of the HDF5 file divided by its
+      ``protein_scaling_factor``.
+
+    All elements except the H&E have the coordinate system ``"instrument"``. With an H&E and its alignment, or without
+    an H&E, they are also placed in ``"global"`` and ``obsm["spatial"]``. Otherwise `stimage_sd.pp.register` places
+    them.
 
     Raises
     ------
     FileNotFoundError
         If a file is missing.
     ValueError
-        If a file is truncated, empty, or not of the same run as the others, if the cells do not lie on the
-        morphology image or the H&E, or if the pixel size cannot be told.
+        If a file is truncated, empty, or from another run than the other files. Also if the cells do not lie on the
+        morphology image or the H&E, or if sources disagree on the pixel size.
 
     Warns
     -----
     UserWarning
-        If ``experiment.xenium`` is missing, newer than version 4 or of another number of cells, cells have no
-        outline, gene names are repeated, the H&E states another resolution than its alignment, or most cells lie
-        off the H&E.
+        If ``experiment.xenium`` is missing, newer than version 4 or states another number of cells, there are no
+        nuclei, cells have no outline, gene names are repeated, the H&E states another resolution than its alignment, or
+        most cells lie outside the H&E.
 
     Notes
     -----
-    Formats after 10x Genomics' pages on the outputs of Xenium Onboard Analysis, the direction of the alignment
-    after their article on converting coordinates between H&E and Xenium data. A cell's second outline or nucleus
-    (version 2 and later) becomes part of a multipolygon, and a nucleus of its own. Versions tell little about
-    the layout, which is recognised by the files that are there.
+    File formats follow the pages of 10x Genomics on the outputs of Xenium Onboard Analysis. The direction of the
+    alignment follows their article on converting coordinates between H&E and Xenium data. In version 2 and later, a
+    cell may have several outlines or nuclei. Several outlines become a multipolygon, and each nucleus is a separate
+    shape. The layout is recognized by the files in the bundle, as the version says little about the layout.
 
     Examples
     --------
@@ -128,33 +135,34 @@ def xenium(
         raise ValueError("Expected `he_image=` with `alignment=`, found no H&E. Pass the image that is aligned.")
     bundle = _Bundle.find(Path(path).expanduser())
     experiment = _read_experiment(bundle)
-    # First what everything else has to agree with.
+    # Counts and cells come first, as all other files have to match them.
     matrix_path, cells_path = bundle.part("cell_feature_matrix"), bundle.part("cells")
     cells, matrix = read_cells(cells_path), read_matrix(matrix_path)
     check_same_cells(matrix, cells, matrix_path=matrix_path, cells_path=cells_path)
-    cells = cells.loc[matrix.cells]
+    cells = cells.loc[matrix.barcodes]
     stated = experiment.get("num_cells", len(cells))
     if stated != len(cells):
         warnings.warn(
-            f"{EXPERIMENT} of {bundle.folder} speaks of {stated} cells, {cells_path.name} has {len(cells)}. Check that "
+            f"{EXPERIMENT} of {bundle.folder} states {stated} cells, {cells_path.name} has {len(cells)}. Check that "
             "both are of one run, unless the run was cut.",
             UserWarning,
             stacklevel=2,
         )
-    centres = cells[["x_centroid", "y_centroid"]].to_numpy(dtype=np.float64)
-    others = {name: bundle.part(name) for name in ("cell_boundaries", "nucleus_boundaries", "transcripts")}
+    centers = cells[["x_centroid", "y_centroid"]].to_numpy(dtype=np.float64)
+    others = {name: bundle.part(name) for name in ("cell_boundaries", "transcripts")}
 
     morphology = open_morphology(bundle.morphology()) if dapi else None
     pixel_um, pixel_source = pixel_size(pixel_size_um, experiment, morphology)
     if morphology is not None:
-        check_covered(morphology, centres, pixel_um, origin_um)
+        check_covered(morphology, centers, pixel_um, origin_um)
     to_um = pixels_to_um(pixel_um, origin_um)
     he = None
     if he_image is not None:
-        he = open_he(Path(he_image).expanduser(), alignment, bundle=bundle.folder, to_um=to_um, centres=centres)
+        he = open_he(Path(he_image).expanduser(), alignment, bundle=bundle.folder, to_um=to_um, centers=centers)
 
     outlines = read_cell_boundaries(others["cell_boundaries"], cells)
-    tables = _build_tables(matrix, cells, centres, where=str(matrix_path))
+    nuclei = read_nucleus_boundaries(bundle.find_part("nucleus_boundaries"), cells, where=bundle.folder)
+    tables = _build_tables(matrix, cells, centers, where=str(matrix_path))
     sdata = SpatialData(
         images={
             **({} if he is None else {contract.IMAGE: contract.build_image(he.levels)}),
@@ -162,7 +170,7 @@ def xenium(
         },
         shapes={
             contract.CELLS: outlines,
-            contract.NUCLEI: read_nucleus_boundaries(others["nucleus_boundaries"], cells),
+            **({} if nuclei is None else {contract.NUCLEI: nuclei}),
         },
         points={contract.TRANSCRIPTS: read_transcripts(others["transcripts"], outlines, matrix.features.index)},
     )
@@ -201,7 +209,7 @@ def xenium(
 
 @dataclass(frozen=True)
 class _Bundle:
-    """Where a bundle lies, and its parts."""
+    """Folder and files of a bundle."""
 
     folder: Path
     sample: str
@@ -220,16 +228,20 @@ class _Bundle:
         return cls(folder, sample, _find_prefix(folder))
 
     def entry(self, name: str) -> Path | None:
-        """Return the file or folder of a name, with the bundle's prefix or without."""
+        """Return the file or folder with a name, with or without the prefix of the bundle."""
         places = (self.folder / f"{self.prefix}{name}", self.folder / name)
         return next((place for place in places if place.exists()), None)
 
+    def find_part(self, stem: str) -> Path | None:
+        """Return the file of a part, or `None` if it is missing."""
+        found = (self.entry(f"{stem}{form}") for form in PARTS[stem])
+        return next((file for file in found if file is not None), None)
+
     def part(self, stem: str) -> Path:
-        """Return the file of a part that has to be there."""
-        for form in PARTS[stem]:
-            found = self.entry(f"{stem}{form}")
-            if found is not None:
-                return found
+        """Return the file of a part, or raise `FileNotFoundError` if it is missing."""
+        found = self.find_part(stem)
+        if found is not None:
+            return found
         forms = " or ".join(f"{stem}{form}" if form else f"{stem}/" for form in PARTS[stem])
         here = sorted(entry.name for entry in self.folder.iterdir())
         raise FileNotFoundError(
@@ -238,7 +250,7 @@ class _Bundle:
         )
 
     def morphology(self) -> list[Path]:
-        """Return the files of the morphology image: one, or one a stain."""
+        """Return the files of the morphology image: one file, or one file per stain."""
         folder = self.entry(FOCUS)
         if folder is not None and folder.is_dir():
             files = sorted(file for file in folder.glob("*.ome.tif*") if not file.name.startswith("."))
@@ -255,11 +267,11 @@ class _Bundle:
 
 
 def _find_prefix(folder: Path) -> str:
-    """Return what stands before the names of all files; the part that no other program writes tells it."""
+    """Return the prefix of all file names, found from a file that only Xenium bundles have."""
     for name in ("cell_feature_matrix.h5", "cell_feature_matrix", EXPERIMENT):
         if (folder / name).exists():
             return ""
-        # Hidden files are what other file systems left behind.
+        # Hidden files are leftovers of other file systems.
         found = sorted(file.name for file in folder.glob(f"*_{name}") if not file.name.startswith("."))
         if len(found) > 1:
             raise ValueError(f"Expected one {name} in {folder}, found {found}. Give each run its own folder.")
@@ -269,7 +281,7 @@ def _find_prefix(folder: Path) -> str:
 
 
 def _read_experiment(bundle: _Bundle) -> dict[str, Any]:
-    """Return what the run says about itself; empty where it says nothing."""
+    """Return the content of ``experiment.xenium``, or an empty dictionary if the file is missing."""
     path = bundle.entry(EXPERIMENT)
     if path is None:
         warnings.warn(
@@ -285,13 +297,13 @@ def _read_experiment(bundle: _Bundle) -> dict[str, Any]:
     size = experiment.get("pixel_size") if isinstance(experiment, dict) else None
     if not isinstance(size, int | float) or not size > 0:
         raise ValueError(f"Expected a positive `pixel_size` in {path}, found {size!r}. Copy it again.")
-    # A run that was segmented anew has the layout of the program that did it.
+    # A resegmented run has the layout of the Xenium Ranger version that wrote it.
     ranger = experiment.get("xenium_ranger")
     software = (isinstance(ranger, dict) and ranger.get("version")) or experiment.get("analysis_sw_version", "")
     version = re.search(r"\d+(\.\d+)*", str(software))
     if version is not None and int(version.group().split(".")[0]) > NEWEST:
         warnings.warn(
-            f"{path.name} is of version {software!r}; this reader knows versions 1 to {NEWEST} and tries.",
+            f"{path.name} is of version {software!r}; this reader supports versions 1 to {NEWEST} and may fail.",
             UserWarning,
             stacklevel=3,
         )
@@ -302,25 +314,16 @@ def _read_experiment(bundle: _Bundle) -> dict[str, Any]:
 # tables
 
 
-def _build_tables(matrix: Matrix, cells: pd.DataFrame, centres: np.ndarray, *, where: str) -> dict[str, AnnData]:
-    """Part the genes, and proteins, from the controls, whose counts are summed up a cell."""
-    kinds = matrix.features["feature_types"]
-    genes, proteins = (kinds == kind for kind in ("Gene Expression", "Protein Expression"))
-    if not genes.any():
-        raise ValueError(f"Expected features of the type 'Gene Expression' in {where}, found {sorted(set(kinds))}.")
-    controls = matrix.values[:, np.flatnonzero(~genes & ~proteins)]
+def _build_tables(matrix: Matrix, cells: pd.DataFrame, centers: np.ndarray, *, where: str) -> dict[str, AnnData]:
+    """Build the tables of genes and proteins, with the sum of the control counts per cell in ``obs``."""
+    controls = matrix.values[:, np.flatnonzero(~matrix.features["feature_types"].isin([GENES, *PROTEINS]))]
     obs = cells.drop(columns=["x_centroid", "y_centroid"])
     obs["control_counts"] = np.asarray(controls.sum(axis=1)).ravel().astype(np.int64)
     obs[contract.INSTANCE_KEY] = obs.index.to_numpy()
     obs.index.name = None
-
-    def part(chosen: pd.Series, values: Any) -> AnnData:
-        var = matrix.features.loc[chosen.to_numpy(), ["gene_ids"]]
-        var.index = unique_genes(var.index, where=where)
-        return AnnData(X=values, obs=obs.copy(), var=var, obsm={contract.SPATIAL_UM: centres.copy()})
-
-    tables = {contract.COUNTS: part(genes, as_counts(matrix.values[:, np.flatnonzero(genes)], where=where))}
-    if proteins.any():
-        intensities = matrix.values[:, np.flatnonzero(proteins)].toarray().astype(np.float32)
-        tables[contract.PROTEINS] = part(proteins, intensities)
+    tables = tables_of(matrix, None, where=where)
+    for table in tables.values():
+        table.obs = obs.copy()
+        table.var = table.var[["gene_ids"]]
+        table.obsm[contract.SPATIAL_UM] = centers.copy()
     return tables

@@ -1,4 +1,4 @@
-"""The images of a Xenium section: its morphology image and its H&E, and where they lie in the instrument's µm."""
+"""Images of a Xenium section: the morphology image and the H&E, and their position in instrument micrometers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from stimage_sd import contract
 from stimage_sd.io._multichannel import MultichannelImage, open_multichannel
 from stimage_sd.io._raster import open_raster
 from stimage_sd.io._section import require_file
+from stimage_sd.io._text import open_text
 
-#: micrometres a pixel of every Xenium morphology image at full resolution
+#: micrometers per pixel of all Xenium morphology images at full resolution
 PIXEL_UM = 0.2125
-#: more cells than this outside the morphology image mean that its pixel size or origin is wrong
+#: largest share of cells outside the morphology image; a larger share means a wrong pixel size or origin
 OUTSIDE = 0.1
-#: two ways to the same resolution may differ by this much
+#: largest relative difference between two sources of the same resolution
 TOLERANCE = 0.05
-#: how the file of an alignment is called: the H&E's name without its endings, or anything, and this
+#: ending of the name of an alignment file, after the name of the H&E without its endings, or any name with "image"
 SUFFIX = "alignment.csv"
 
 
@@ -36,7 +37,7 @@ SUFFIX = "alignment.csv"
 
 @dataclass(frozen=True)
 class Morphology:
-    """The morphology image, and the file that describes it."""
+    """A morphology image and its file."""
 
     image: MultichannelImage
     file: Path
@@ -48,21 +49,23 @@ def open_morphology(files: list[Path]) -> Morphology:
     Parameters
     ----------
     files
-        One file, or several, a stain each, of which the first describes them all or each only itself.
+        One file, or one file per stain. Either the first file describes all stains, or each file only its own stain.
 
     Raises
     ------
     ValueError
         If the stains are of different sizes.
     """
-    whole = open_multichannel(files[0])
+    # The instrument writes one file per stain, and each file describes all stains.
+    whole = open_multichannel(files[0], several_files=True)
     if whole.levels[0].shape[0] >= len(files):
         return Morphology(_name_dapi(whole), files[0])
-    stains = [whole, *(open_multichannel(file) for file in files[1:])]
+    stains = [whole, *(open_multichannel(file, several_files=True) for file in files[1:])]
     sizes = {file.name: stain.levels[0].shape for file, stain in zip(files, stains, strict=True)}
     if len({tuple(level.shape for level in stain.levels) for stain in stains}) > 1 or whole.levels[0].shape[0] > 1:
         raise ValueError(
-            f"Expected stains of one size, one a file, in {files[0].parent}, found {sizes}. Take the files of one run."
+            f"Expected stains of one size, one per file, in {files[0].parent}, found {sizes}. Take the files of one "
+            "run."
         )
     names = [
         stain.channels[0] if stain.named else re.sub(r"^ch\d+_", "", file.name.split(".")[0])
@@ -73,18 +76,18 @@ def open_morphology(files: list[Path]) -> Morphology:
 
 
 def _name_dapi(image: MultichannelImage) -> MultichannelImage:
-    # The first stain is that of the nuclei in every version; the first version's files do not say so.
+    # The first stain is DAPI in all versions, but files of version 1 do not name it.
     unnamed = not image.named or image.channels[0].lower() == "dapi"
     return replace(image, channels=["DAPI", *image.channels[1:]]) if unnamed else image
 
 
 def pixel_size(given: float | None, experiment: Mapping[str, Any], morphology: Morphology | None) -> tuple[float, str]:
-    """Return micrometres a pixel of the morphology image, and where that is from.
+    """Return the micrometers per pixel of the morphology image, and their source.
 
     Raises
     ------
     ValueError
-        If the run's own description and the image disagree.
+        If ``experiment.xenium`` and the image disagree.
     """
     if given is not None:
         return float(given), "given"
@@ -99,33 +102,33 @@ def pixel_size(given: float | None, experiment: Mapping[str, Any], morphology: M
         return size, "experiment.xenium"
     if stated is not None:
         return stated, "morphology image"
-    # Right for the instrument's own images; that this is one of them is checked by where the cells lie.
+    # This is the pixel size of all images of the instrument. `check_covered` compares the image with the cells.
     return PIXEL_UM, "instrument"
 
 
-def check_covered(morphology: Morphology, centres: np.ndarray, pixel_um: float, origin_um: tuple[float, float]) -> None:
-    """Raise `ValueError` where the cells' ``(n, 2)`` centres, µm, do not lie on the morphology image."""
+def check_covered(morphology: Morphology, centers: np.ndarray, pixel_um: float, origin_um: tuple[float, float]) -> None:
+    """Raise `ValueError` if the cell centers ``(n, 2)``, µm, do not lie on the morphology image."""
     height, width = morphology.image.levels[0].shape[1:]
     low = np.asarray(origin_um, dtype=np.float64)
     high = low + np.array([width, height]) * pixel_um
-    outside = ((centres < low) | (centres > high)).any(axis=1).mean()
+    outside = ((centers < low) | (centers > high)).any(axis=1).mean()
     if outside > OUTSIDE:
-        first, last = centres.min(axis=0), centres.max(axis=0)
+        first, last = centers.min(axis=0), centers.max(axis=0)
         raise ValueError(
             f"Expected the cells on {morphology.file.name} in {morphology.file.parent}, found {outside:.0%} outside. "
-            f"At {pixel_um} µm a pixel its {width} x {height} px span x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} "
-            f"to {high[1]:.0f} µm; the cells span x {first[0]:.0f} to {last[0]:.0f}, y {first[1]:.0f} to {last[1]:.0f} "
-            "µm. The image is a part of the run's, or reduced: pass `pixel_size_um=` and `origin_um=`, or `dapi=False`."
+            f"At {pixel_um} µm per pixel its {width} x {height} px span x {low[0]:.0f} to {high[0]:.0f}, y "
+            f"{low[1]:.0f} to {high[1]:.0f} µm; the cells span x {first[0]:.0f} to {last[0]:.0f}, y {first[1]:.0f} to "
+            f"{last[1]:.0f} µm. The image was cut or reduced. Pass `pixel_size_um=` and `origin_um=`, or `dapi=False`."
         )
 
 
 def pixels_to_um(pixel_um: float, origin_um: tuple[float, float]) -> np.ndarray:
-    """Return the ``(3, 3)`` matrix from pixels of the morphology image to the instrument's micrometres."""
+    """Return the ``(3, 3)`` matrix from pixels of the morphology image to instrument micrometers."""
     return np.array([[pixel_um, 0.0, origin_um[0]], [0.0, pixel_um, origin_um[1]], [0.0, 0.0, 1.0]])
 
 
 def build_dapi(morphology: Morphology, pixel_um: float, origin_um: tuple[float, float]) -> xr.DataTree:
-    """Build the image element, which lies where the instrument's micrometres say."""
+    """Build the image element, placed in instrument micrometers."""
     image = contract.build_multichannel(morphology.image.levels, channels=morphology.image.channels, pixel_um=pixel_um)
     if any(origin_um):
         placed = Sequence([Scale([pixel_um] * 2, axes=("x", "y")), Translation(list(origin_um), axes=("x", "y"))])
@@ -139,18 +142,18 @@ def build_dapi(morphology: Morphology, pixel_um: float, origin_um: tuple[float, 
 
 @dataclass(frozen=True)
 class HE:
-    """The H&E and what is known of its place.
+    """An H&E and its position.
 
     Parameters
     ----------
     levels
-        Its pyramid, finest first.
+        Levels of the H&E, finest first.
     mpp
-        Micrometres a pixel; `None` where unknown.
+        Micrometers per pixel, or `None` if unknown.
     alignment
-        ``(3, 3)`` from its pixels to those of the morphology image; `None` where there is none.
+        ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image, or `None` without an alignment.
     from_um
-        ``(3, 3)`` from the instrument's micrometres to its pixels; `None` likewise.
+        ``(3, 3)`` matrix from instrument micrometers to pixels of the H&E, or `None` without an alignment.
     """
 
     levels: list[da.Array]
@@ -165,22 +168,22 @@ def open_he(
     *,
     bundle: Path,
     to_um: np.ndarray,
-    centres: np.ndarray,
+    centers: np.ndarray,
 ) -> HE:
     """Open the H&E, and find and check its alignment.
 
     Parameters
     ----------
     file
-        The H&E.
+        File of the H&E.
     alignment
-        Its alignment; looked for beside it and in the bundle unless given.
+        Alignment of the H&E. By default searched in the folder of the H&E and in the bundle.
     bundle
         Folder of the bundle.
     to_um
-        ``(3, 3)`` from pixels of the morphology image to the instrument's micrometres.
-    centres
-        ``(n_cells, 2)`` x, y of the cells in them.
+        ``(3, 3)`` matrix from pixels of the morphology image to instrument micrometers.
+    centers
+        ``(n_cells, 2)`` x, y of the cells, instrument micrometers.
     """
     levels, stated = open_raster(file)
     given = alignment if alignment is not None else find_alignment(file, bundle)
@@ -189,20 +192,18 @@ def open_he(
     source = Path(given).name if isinstance(given, str | Path) else "`alignment=`"
     matrix = read_alignment(given)
     from_um = np.linalg.inv(to_um @ matrix)
-    mpp, backwards = (
-        float(np.sqrt(abs(np.linalg.det((to_um @ way)[:2, :2])))) for way in (matrix, np.linalg.inv(matrix))
-    )
-    _check_placed(centres, from_um, levels[0].shape[1:], file=file, source=source)
+    mpp, backwards = (contract.scale_of(to_um @ way) for way in (matrix, np.linalg.inv(matrix)))
+    _check_placed(centers, from_um, levels[0].shape[1:], file=file, source=source)
     if stated is not None and abs(backwards / stated - 1.0) <= TOLERANCE < abs(mpp / stated - 1.0):
         raise ValueError(
             f"Expected {source} to map pixels of {file.name} to pixels of the morphology image, found the other way: "
-            f"{file.name} states {stated:.4f} µm a pixel; by the matrix it has {mpp:.4f}, by its inverse "
-            f"{backwards:.4f}. Pass `np.linalg.inv` of it."
+            f"{file.name} states {stated:.4f} µm per pixel; by the matrix it has {mpp:.4f}, by its inverse "
+            f"{backwards:.4f}. Pass `np.linalg.inv` of the matrix."
         )
     if stated is not None and abs(mpp / stated - 1.0) > TOLERANCE:
         warnings.warn(
-            f"{file.name} states {stated:.4f} µm a pixel; by {source} it has {mpp:.4f}, which is used. Check that the "
-            "alignment is of this file.",
+            f"{file.name} states {stated:.4f} µm per pixel; by {source} it has {mpp:.4f}, which is used. Check that "
+            "the alignment is of this file.",
             UserWarning,
             stacklevel=3,
         )
@@ -210,12 +211,12 @@ def open_he(
 
 
 def find_alignment(he_image: Path, bundle: Path) -> Path | None:
-    """Return the alignment that lies beside an H&E or in the bundle, `None` where there is none.
+    """Return the alignment file in the folder of the H&E or in the bundle, or `None` if there is none.
 
     Raises
     ------
     ValueError
-        If several could be meant.
+        If several files match.
     """
     own = he_image.name
     for ending in (".tif", ".tiff", ".btf", ".ome"):
@@ -224,7 +225,7 @@ def find_alignment(he_image: Path, bundle: Path) -> Path | None:
         if (folder / f"{own}{SUFFIX}").is_file():
             return folder / f"{own}{SUFFIX}"
     found = sorted({file.resolve() for folder in (he_image.parent, bundle) for file in folder.glob(f"*image{SUFFIX}")})
-    # A run may have an immunofluorescence image beside it, with an alignment of its own.
+    # A run may also have an alignment of an immunofluorescence image.
     found = [file for file in found if "if_image" not in file.name]
     if len(found) > 1:
         names = [file.name for file in found]
@@ -233,21 +234,23 @@ def find_alignment(he_image: Path, bundle: Path) -> Path | None:
 
 
 def read_alignment(alignment: str | Path | np.ndarray) -> np.ndarray:
-    """Return a ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image, checked.
+    """Read and check the ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image.
 
     Raises
     ------
     FileNotFoundError
-        If the file is not there.
+        If the file does not exist.
     ValueError
-        If the file has no 3 × 3 numbers, or the array no 3 × 3 or 2 × 3, or they make no invertible affine map.
+        If the file is not 3 × 3 numbers, the array is not 3 × 3 or 2 × 3, or the matrix is not an invertible affine
+        map.
     """
     if isinstance(alignment, str | Path):
         path = require_file(alignment, what="an alignment (a CSV file of 3 x 3 numbers)")
-        # Two rows alone may be a file that was cut off in the middle of a number.
+        # A file of two rows may be truncated, so only 3 × 3 is accepted.
         where, sizes = str(path), [(3, 3)]
         try:
-            found = pd.read_csv(path, header=None).to_numpy(dtype=np.float64)
+            with open_text(path) as lines:
+                found = pd.read_csv(lines, header=None).to_numpy(dtype=np.float64)
         except (ValueError, pd.errors.ParserError) as error:
             raise ValueError(f"Expected 3 x 3 numbers in {path}, found something else ({error}).") from error
     else:
@@ -265,17 +268,17 @@ def read_alignment(alignment: str | Path | np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _check_placed(centres: np.ndarray, from_um: np.ndarray, shape: tuple[int, int], *, file: Path, source: str) -> None:
-    """Raise where no cell, and warn where less than half of them, would lie on the H&E of ``(y, x)`` pixels."""
-    placed = centres @ from_um[:2, :2].T + from_um[:2, 2]
+def _check_placed(centers: np.ndarray, from_um: np.ndarray, shape: tuple[int, int], *, file: Path, source: str) -> None:
+    """Raise if no cell lies on the H&E of ``(y, x)`` pixels. Warn if less than half of the cells do."""
+    placed = centers @ from_um[:2, :2].T + from_um[:2, 2]
     inside = ((placed >= 0) & (placed < (shape[1], shape[0]))).all(axis=1).mean()
     if inside == 0:
         low, high = placed.min(axis=0), placed.max(axis=0)
         raise ValueError(
             f"Expected cells on {file.name} ({shape[1]} x {shape[0]} px), found that {source} places them all outside: "
-            f"x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f}. It is to map pixels of the H&E to "
-            "pixels of the morphology image, both at full resolution; pass `np.linalg.inv` of one that maps the other "
-            "way, or read without it and run `stimage_sd.pp.register(sdata)`."
+            f"x {low[0]:.0f} to {high[0]:.0f}, y {low[1]:.0f} to {high[1]:.0f}. The matrix has to map pixels of the "
+            "H&E to pixels of the morphology image, both at full resolution. Pass `np.linalg.inv` of a matrix that "
+            "maps the other way, or read without it and run `stimage_sd.pp.register(sdata)`."
         )
     if inside < 0.5:
         warnings.warn(

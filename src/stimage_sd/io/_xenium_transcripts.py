@@ -1,10 +1,9 @@
-"""The transcripts of a Xenium bundle, read lazily and checked against the cells and the features."""
+"""Transcripts of a Xenium bundle, read lazily and checked against cells and features."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,18 @@ from spatialdata.transformations import Identity
 
 from stimage_sd import contract
 from stimage_sd._cache import cache_dir
-from stimage_sd.io._xenium_parts import BLOCK, CSV_TYPES, as_text, check_columns, in_boxes, unreadable
+from stimage_sd._cache_size import mark_used, trim
+from stimage_sd._files import remove_abandoned, replacing
+from stimage_sd.io._tenx import unreadable
+from stimage_sd.io._xenium_parts import BLOCK, CSV_TYPES, as_text, check_columns, in_boxes
 
-#: rows of transcripts a partition, at least: one is some 60 MB
+#: smallest number of transcripts per partition, about 60 MB
 PARTITION = 1_000_000
-#: what a transcript outside all cells has for a cell
+#: cell id of transcripts outside all cells
 UNASSIGNED = "UNASSIGNED"
-#: the same in the first version, and in tables that other programs wrote
+#: the same in version 1 and in tables from other programs
 NOBODY = ("-1", "")
-#: columns of the transcripts that are kept, and what they are called here
+#: columns kept from the file, and their names in the section
 TRANSCRIPT_COLUMNS = {
     "x_location": "x",
     "y_location": "y",
@@ -45,9 +47,9 @@ REQUIRED_OF_TRANSCRIPTS = ["x_location", "y_location", "feature_name", "qv", "ce
 def read_transcripts(path: Path, cells: geopandas.GeoDataFrame, features: pd.Index) -> dd.DataFrame:
     """Read the transcripts lazily: ``x``, ``y`` and ``z`` in µm, ``feature_name`` categorical, ``qv``, ``cell_id``.
 
-    `cells` are the outlines, `features` the names of the matrix; the transcripts have to agree with both. Read at
-    once are the file's directory, one part's cells and places, and, a part at a time, which features there are:
-    without these a lazy column has no known categories.
+    `cells` are the outlines and `features` the names in the matrix. The transcripts have to match both. Three parts are
+    read at once: the metadata of the file, the cells and positions of one row group, and the feature names of all row
+    groups. The names are the categories of the lazy column.
     """
     source = path if path.suffix == ".parquet" else _as_parquet(path)
     try:
@@ -75,8 +77,8 @@ def read_transcripts(path: Path, cells: geopandas.GeoDataFrame, features: pd.Ind
         label="transcripts",
         **options,
     )
-    # Parsing would put the columns together one by one, and each would read the file again: 8 times slower. What it
-    # adds is the same for no rows.
+    # `PointsModel.parse` on all rows would read the file again for each column, which is 8 times slower. It adds the
+    # same attributes to an empty table.
     parsed = PointsModel.parse(
         meta,
         feature_key="feature_name",
@@ -89,19 +91,24 @@ def read_transcripts(path: Path, cells: geopandas.GeoDataFrame, features: pd.Ind
 
 
 def _feature_names(file: pq.ParquetFile) -> list[str]:
-    """Gather the names that occur; only dictionaries are decoded, and one part of the column is held at a time."""
+    """Return the sorted feature names in the file. Only dictionaries are decoded, one row group after another."""
     names: set[str] = set()
+    n_unnamed = 0
     for number in range(file.num_row_groups):
         for chunk in file.read_row_group(number, columns=["feature_name"])["feature_name"].chunks:
             encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
             names.update(encoded.dictionary.cast(pa.string()).to_pylist())
-    if None in names:
-        raise ValueError("some transcripts have no feature name")
+            n_unnamed += encoded.null_count
+    if None in names or n_unnamed:
+        raise ValueError(
+            f"expected a `feature_name` of every transcript, found {n_unnamed} of {file.metadata.num_rows} without one "
+            "(null). Leave these rows out of the file, or copy it again."
+        )
     return sorted(names)
 
 
 def _partition(sizes: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """Group a file's row groups into partitions; return the groups and the first row of each."""
+    """Group the row groups of a file into partitions. Return row groups and first row of each partition."""
     parts: list[tuple[int, ...]] = []
     starts: list[int] = []
     row, current, first = 0, [], 0
@@ -119,7 +126,7 @@ def _partition(sizes: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
 def _read_rows(
     part: tuple[tuple[int, ...], int], *, path: str, names: list[str], columns: list[str] | None = None
 ) -> pd.DataFrame:
-    """Read one partition; dask asks for the `columns` that it needs."""
+    """Read one partition. dask passes the `columns` it needs."""
     groups, start = part
     wanted = [raw for raw, name in TRANSCRIPT_COLUMNS.items() if columns is None or name in columns]
     try:
@@ -152,7 +159,7 @@ def _as_categorical(column: pa.ChunkedArray, names: list[str]) -> pd.Categorical
 
 
 def _owners(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return cell ids as text, and one word for no cell."""
+    """Return cell ids as text, with `UNASSIGNED` for transcripts outside all cells."""
     owners = pc.fill_null(as_text(column), UNASSIGNED)
     return pc.if_else(pc.is_in(owners, value_set=pa.array(NOBODY)), UNASSIGNED, owners)
 
@@ -160,7 +167,7 @@ def _owners(column: pa.ChunkedArray) -> pa.ChunkedArray:
 def _check_transcripts(
     names: list[str], sampled: pa.Table, cells: geopandas.GeoDataFrame, features: pd.Index, path: Path
 ) -> None:
-    """Raise where names, cells or places of some transcripts are not those of the run."""
+    """Raise if feature names, cells or positions of a sample of transcripts do not match the run."""
     if not features.isin(names).any():
         raise ValueError(
             f"Expected transcripts of the run's features, such as {features[0]!r}, in {path}, found others, such as "
@@ -170,7 +177,7 @@ def _check_transcripts(
     found = pd.Index(encoded.dictionary.to_pylist())
     rows = cells.index.get_indexer(found)
     unknown = found[(rows < 0) & (found != UNASSIGNED)]
-    # A cut-out has transcripts of cells that lie beyond its border.
+    # A bundle cut out of a larger one has transcripts of cells outside its border.
     if len(unknown) > len(found) / 2:
         raise ValueError(
             f"Expected transcripts in the run's cells, such as {cells.index[0]!r}, in {path}, found {len(unknown)} of "
@@ -187,32 +194,42 @@ def _check_transcripts(
 
 
 def _as_parquet(path: Path) -> Path:
-    """Return a copy of a CSV file as Parquet, from the cache or by streaming it once."""
+    """Return a Parquet copy of a CSV file, from the cache or by streaming the file once."""
     state = path.stat()
     identity = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:32]
     finished = cache_dir() / "tables" / f"{identity}.parquet"
-    if finished.is_file():
+    if _is_parquet(finished):
+        mark_used(finished)
         return finished
-    finished.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(suffix=".partial", dir=finished.parent)
-    os.close(handle)
-    try:
-        reading = pyarrow.csv.ReadOptions(block_size=BLOCK)
-        with pyarrow.csv.open_csv(path, reading) as rows:
-            names = rows.schema.names
-        check_columns(names, REQUIRED_OF_TRANSCRIPTS, path)
-        # Types are told by a file's first rows, which other columns may belie.
-        kept = [name for name in TRANSCRIPT_COLUMNS if name in names]
-        converting = pyarrow.csv.ConvertOptions(column_types=CSV_TYPES, include_columns=kept)
-        with (
-            pyarrow.csv.open_csv(path, reading, convert_options=converting) as rows,
-            pq.ParquetWriter(unfinished, rows.schema) as writer,
-        ):
-            for batch in rows:
-                writer.write_batch(batch)
-        Path(unfinished).rename(finished)
-    except (pa.ArrowException, OSError, EOFError) as error:
-        raise unreadable(path, error) from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    remove_abandoned(finished.parent)
+    with replacing(finished) as unfinished:
+        try:
+            reading = pyarrow.csv.ReadOptions(block_size=BLOCK)
+            with pyarrow.csv.open_csv(path, reading) as rows:
+                names = rows.schema.names
+            check_columns(names, REQUIRED_OF_TRANSCRIPTS, path)
+            # pyarrow guesses types from the first rows, so the types are set and other columns are left out.
+            kept = [name for name in TRANSCRIPT_COLUMNS if name in names]
+            converting = pyarrow.csv.ConvertOptions(column_types=CSV_TYPES, include_columns=kept)
+            with (
+                pyarrow.csv.open_csv(path, reading, convert_options=converting) as rows,
+                pq.ParquetWriter(unfinished, rows.schema) as writer,
+            ):
+                for batch in rows:
+                    writer.write_batch(batch)
+        except (pa.ArrowException, OSError, EOFError) as error:
+            raise unreadable(path, error) from error
+    trim()
     return finished
+
+
+def _is_parquet(path: Path) -> bool:
+    """Return whether a table is in the cache. Warn if the cached table is damaged."""
+    try:
+        pq.read_metadata(path)
+    except FileNotFoundError:
+        return False
+    except (pa.ArrowException, OSError):
+        warnings.warn(f"The cached table {path} is damaged and is written again.", UserWarning, stacklevel=2)
+        return False
+    return True

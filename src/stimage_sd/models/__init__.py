@@ -1,4 +1,4 @@
-"""Fitted models, their files, and the registry of extractors."""
+"""Fitted models, model files and the registry of extractors."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["baselines"],
     submod_attrs={
         "_baseline_model": ["BaselineModel"],
         "_cell_classifier": ["CellClassifier"],
         "_cellvit": ["CellViT", "load_cellvit"],
         "_combined": ["CombinedModel"],
         "_extractors": ["Extractor", "extractors", "get_extractor", "register_extractor"],
-        "_files": ["load"],
         "_finetuned": ["FinetunedModel"],
         "_gene_classifier": ["GeneClassifier"],
+        "_load": ["load"],
         "_nb": ["NBModel"],
+        "_recipe": ["Recipe", "SectionData", "TrainingSection"],
     },
 )

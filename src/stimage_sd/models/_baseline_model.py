@@ -1,4 +1,4 @@
-"""A fitted baseline: a recipe, what it learnt, and a dispersion a gene; and its file."""
+"""Fitted baselines and their files: a recipe, its learned arrays and one dispersion per gene."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.models._features import FeatureSpace
-from stimage_sd.models._files import write_model
+from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._recipe import Recipe, SectionData, options, recipes
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
-from stimage_sd.models.baselines._recipe import Recipe, SectionData, options, recipes
-from stimage_sd.stream import run_over_tiles
+from stimage_sd.stream.driver import run_over_tiles
+
+#: British names in files of earlier versions
+_OLD_NAMES = {"learnt.": "learned.", "space.centre": "space.center", "normalisation": "normalization"}
 
 
+@kind("baseline")
 @dataclass(frozen=True)
 class BaselineModel:
-    """A model of one mean a gene and tile, with one dispersion a gene, as a negative binomial.
+    """A negative binomial model with one mean per gene and tile, and one dispersion per gene.
 
     Made by `stimage_sd.tl.fit_baseline`, loaded by `stimage_sd.models.load`.
 
@@ -29,32 +33,31 @@ class BaselineModel:
     genes
         Names of the genes, in the order of every array's last axis.
     recipe
-        The hyperparameters, one of `stimage_sd.models.baselines`.
+        The hyperparameters, an instance of a recipe of `stimage_sd.baselines`.
     tiles
-        What tiles and embeddings must be, for each extractor.
-    learnt
+        Tiling and embedding that a section must have, for each extractor.
+    learned
         The recipe's arrays.
     scale
-        ``float32 (n_genes,)``: what the recipe's means are multiplied by, so that they agree with counts of tiles
-        that were left out.
+        ``float32 (n_genes,)``: factor on the recipe's means that makes them agree with counts of left-out tiles.
     dispersion
-        ``float32 (n_genes,)``: r, of highest likelihood for those.
+        ``float32 (n_genes,)``: r of highest likelihood for the counts of left-out tiles.
     familiarity
-        By which strangeness is told.
+        Space of the training embeddings, from which strangeness is computed.
     floor
         ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
     total
-        The size factor 1, the training tiles' median total count, where the recipe's target is ``"lognorm"``.
+        Median total count of the training tiles, which has size factor 1, if the recipe's target is ``"lognorm"``.
     interval_level
         Nominal level at which central intervals covered 90 % of left-out counts.
     training
-        What was fitted, for the reader: sections, seed, package version.
+        Record of the fit: sections, seed, package version.
     """
 
     genes: tuple[str, ...]
     recipe: Recipe
     tiles: tuple[TileSpecification, ...]
-    learnt: Mapping[str, np.ndarray]
+    learned: Mapping[str, np.ndarray]
     scale: np.ndarray
     dispersion: np.ndarray
     familiarity: FeatureSpace
@@ -65,12 +68,12 @@ class BaselineModel:
 
     @property
     def member_weights(self) -> np.ndarray:
-        """One member, of weight 1."""
+        """Weights of the members: one member of weight 1."""
         return np.ones(1)
 
     @property
     def description(self) -> dict[str, Any]:
-        """What predictions say about their model."""
+        """Description of the model, stored with its predictions."""
         extractors = [tiles.extractor for tiles in self.tiles]
         return {
             "extractor": "+".join(extractors),
@@ -80,41 +83,41 @@ class BaselineModel:
         }
 
     def open(self, sdata: SpatialData, *, section: str) -> BaselineSection:
-        """Check that a section is as the model expects, and predict its means.
+        """Check that a section matches the model, and predict its means.
 
         Parameters
         ----------
         sdata
             The section.
         section
-            Its name, for errors.
+            Name of the section, for error messages.
 
         Returns
         -------
-        The section, for `r_and_p`.
+        The opened section. Its `r_and_p` gives the predictions.
 
         Raises
         ------
         KeyError
             If the section was not tiled or embedded.
         ValueError
-            If tiles, embeddings or staining are not those of the model; the error names the step to run again.
+            If tiles, embeddings or staining differ from the model's. The error names the step to run again.
         """
         for expected in self.tiles:
             found = specification(sdata, expected.extractor, context=expected.context_rings > 0)
             check_specification(found, expected, section=section)
         seen = section_data(sdata, self.tiles, self.recipe)
-        means = self.recipe.mean(self.learnt, seen) * self.scale
+        means = self.recipe.mean(self.learned, seen) * self.scale
         strangeness = self.familiarity.strangeness(np.concatenate(seen.embeddings, axis=1))
         return BaselineSection(means.astype(np.float32), self.dispersion, strangeness)
 
     def save(self, path: str | Path) -> Path:
-        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
         Parameters
         ----------
         path
-            Where to.
+            File or directory to write.
 
         Returns
         -------
@@ -129,7 +132,7 @@ class BaselineModel:
             "training": self.training,
         }
         arrays = {
-            **{f"learnt.{name}": array for name, array in self.learnt.items()},
+            **{f"learned.{name}": array for name, array in self.learned.items()},
             **self.familiarity.arrays(),
             "scale": self.scale,
             "dispersion": self.dispersion,
@@ -139,9 +142,13 @@ class BaselineModel:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> BaselineModel:
-        """Put a model together from what `save` wrote."""
+        """Build a model from the config and arrays that `save` wrote."""
         known = recipes()
         name = config["recipe"]["name"]
+        arrays = {_renamed(key): array for key, array in arrays.items()}
+        hyperparameters = {
+            key.replace("neighbours", "neighbors"): value for key, value in config["recipe"]["options"].items()
+        }
         if name not in known:
             raise KeyError(f"the recipe is {name!r}, expected one of {sorted(known)}")
         n_genes = len(config["genes"])
@@ -150,9 +157,11 @@ class BaselineModel:
         tiles = [{**each, "fields_of_view": tuple(each["fields_of_view"])} for each in config["tiles"]]
         return cls(
             genes=tuple(config["genes"]),
-            recipe=known[name](**config["recipe"]["options"]),
+            recipe=known[name](**hyperparameters),
             tiles=tuple(TileSpecification(**each) for each in tiles),
-            learnt={key.removeprefix("learnt."): array for key, array in arrays.items() if key.startswith("learnt.")},
+            learned={
+                key.removeprefix("learned."): array for key, array in arrays.items() if key.startswith("learned.")
+            },
             scale=arrays["scale"],
             dispersion=arrays["dispersion"],
             familiarity=FeatureSpace.from_arrays(arrays, standardize="cohort"),
@@ -175,11 +184,11 @@ class BaselineSection:
     Attributes
     ----------
     means
-        ``float32 (n_tiles, n_genes)``.
+        Predicted mean counts, ``float32 (n_tiles, n_genes)``.
     dispersion
-        ``float32 (n_genes,)``.
+        r, ``float32 (n_genes,)``.
     strangeness
-        ``float32 (n_tiles,)``.
+        Distance from the training tiles, ``float32 (n_tiles,)``.
     """
 
     means: np.ndarray
@@ -187,33 +196,41 @@ class BaselineSection:
     strangeness: np.ndarray
 
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters of the negative binomials of some tiles, each ``float32 (1, n_rows, n_genes)``."""
+        """Return r and p of some tiles, each ``float32 (1, n_rows, n_genes)``."""
         means = self.means[rows]
         r = np.broadcast_to(self.dispersion, means.shape)
         return r[None], (r / (r + means))[None]
 
 
 def section_data(sdata: SpatialData, tiles: tuple[TileSpecification, ...], recipe: Recipe) -> SectionData:
-    """Read what a recipe sees of a section: embeddings and positions of its kept tiles, and pixels where needed."""
+    """Read the embeddings and positions of a section's kept tiles, and pixels if the recipe needs them."""
     table = contract.tiles(sdata)
     keep = table.obs["keep"].to_numpy()
-    positions = np.asarray(table.obsm["spatial"], dtype=np.float64)[keep]
+    image = contract.working_image_name(sdata)
+    geometry = contract.tile_geometry(sdata, table[keep], image)
     return SectionData(
         embeddings=tuple(features(sdata, each) for each in tiles),
-        positions=positions,
-        pixels=_pixels(sdata, positions, recipe.pixels_px) if "pixels" in recipe.needs else None,  # type: ignore[attr-defined]
+        name=contract.sample(sdata),
+        positions=geometry.centers,
+        pixels=_pixels(sdata, image, geometry, recipe.pixels_px) if "pixels" in recipe.needs else None,  # type: ignore[attr-defined]
     )
 
 
-def _pixels(sdata: SpatialData, centers: np.ndarray, side: int) -> np.ndarray:
-    """Tiles of the image that embeddings are of, resized, ``uint8 (n_tiles, side, side, 3)``."""
+def _pixels(sdata: SpatialData, image: str, geometry: contract.TileGeometry, side: int) -> np.ndarray:
+    """Cut and resize the tiles of the embedded image, ``uint8 (n_tiles, side, side, 3)``."""
     tiles = run_over_tiles(
-        contract.levels(sdata, contract.working_image_name(sdata)),
-        centers,
+        contract.levels(sdata, image),
+        geometry.centers,
         np.asarray,
-        sides=[contract.tiling(sdata)["side_px"]],
+        sides=[geometry.side],
         target=side,
         key=f"pixels-{side}",
         description=f"{contract.sample(sdata)}: pixels",
     )
     return tiles[:, 0].astype(np.uint8)
+
+
+def _renamed(key: str) -> str:
+    for old, new in _OLD_NAMES.items():
+        key = key.replace(old, new)
+    return key

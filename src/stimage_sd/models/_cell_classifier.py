@@ -1,4 +1,4 @@
-"""A fitted network that finds nuclei and tells their types, and its file."""
+"""Fitted networks that find nuclei and their cell types, and their files."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ import scipy.special
 from flax import nnx
 from numpy.typing import NDArray
 
-from stimage_sd.models._files import write_model
+from stimage_sd.image.hv_maps import hv_watershed
+from stimage_sd.models._files import kind, write_model
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.nn import onnx_graph
 from stimage_sd.nn.hovernet import HoVerNet, HoVerNetSize
-from stimage_sd.nn.hv_maps import hv_watershed
 
 #: diameter of a nucleus, µm
 NUCLEUS_UM = 8.0
-#: a slide may be so much coarser than what the network was trained on
+#: a slide may have at most this multiple of the training images' micrometers per pixel
 MOST_COARSE = 1.25
-#: sides that the network takes are divisible by this
+#: the network takes images whose sides are divisible by this
 _STEP = 8
 
 
 @runtime_checkable
 class CellFinder(Protocol):
-    """What finds nuclei and tells their types: a fitted `CellClassifier`, or another network of that kind.
+    """A network that finds nuclei and their types, such as a fitted `CellClassifier`.
 
     Attributes
     ----------
     classes
         Names of the types.
     mpp
-        Micrometres a pixel of the pictures that it is to be given.
+        Micrometers per pixel of the images that the network takes.
     n_values
-        Values of a pixel: a probability a class, and whatever features follow.
+        Number of values per pixel: one probability per class, then any features.
     key
-        What tells it from others, such as a hash of its weights.
+        Identifier of the network, such as a hash of its weights.
     """
 
     @property
@@ -53,21 +53,21 @@ class CellFinder(Protocol):
 
     @property
     def mpp(self) -> float:
-        """Micrometres a pixel."""
+        """Micrometers per pixel of the images that the network takes."""
         ...
 
     @property
     def n_values(self) -> int:
-        """How many values a pixel has."""
+        """Number of values per pixel."""
         ...
 
     @property
     def key(self) -> str:
-        """What tells it from others."""
+        """Identifier of the network."""
         ...
 
     def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Find the nuclei of pictures.
+        """Find the nuclei in images.
 
         Parameters
         ----------
@@ -76,24 +76,24 @@ class CellFinder(Protocol):
 
         Returns
         -------
-        Labels ``int32 (batch, y, x)``, 0 where there is no nucleus, and ``float32 (batch, y, x, n_values)``.
+        Labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``.
         """
         ...
 
 
 class CellMaps(NamedTuple):
-    """What the network says of every pixel, each ``float32``.
+    """Output of the network for every pixel, all ``float32``.
 
     Attributes
     ----------
     nuclear
-        ``(batch, y, x)``, probability of being of a nucleus.
+        ``(batch, y, x)``, probability that the pixel belongs to a nucleus.
     hv
         ``(batch, 2, y, x)``, horizontal and vertical distance.
     types
         ``(batch, n_classes + 1, y, x)``, probabilities of background and types.
     features
-        ``(batch, n_features, y, x)``, what the types are told by.
+        ``(batch, n_features, y, x)``, features from which the types are computed.
     """
 
     nuclear: NDArray[np.float32]
@@ -102,9 +102,10 @@ class CellMaps(NamedTuple):
     features: NDArray[np.float32]
 
 
+@kind("cell_classifier")
 @dataclass(frozen=True, eq=False)
 class CellClassifier:
-    """A HoVer-Net that finds the nuclei of H&E and tells the type of each.
+    """A HoVer-Net that finds the nuclei in H&E images and their types.
 
     Made by `stimage_sd.tl.fit_cell_classifier`, loaded by `stimage_sd.models.load`.
 
@@ -113,15 +114,15 @@ class CellClassifier:
     classes
         Names of the types, in the order of the probabilities.
     size
-        How large the network is.
+        Size of the network.
     mpp
-        Micrometres a pixel of the pictures that it was trained on.
+        Micrometers per pixel of the training images.
     tile_px
-        Side of the tiles that it was trained on, px.
+        Side of the training tiles, px.
     arrays
-        The network's arrays by their path in it.
+        The network's arrays by their path in the network.
     training
-        What was fitted, for the reader: sections, cells a class, options, package versions, history.
+        Record of the fit: sections, cells per class, options, package versions, history.
     """
 
     classes: tuple[str, ...]
@@ -133,17 +134,17 @@ class CellClassifier:
 
     @property
     def n_features(self) -> int:
-        """Features of a nucleus: channels of the last layer of the branch of types."""
+        """Number of features per nucleus: channels of the last layer of the type branch."""
         return self.size.width
 
     @property
     def n_values(self) -> int:
-        """Values of a pixel: a probability a class, then the features."""
+        """Number of values per pixel: one probability per class, then the features."""
         return len(self.classes) + self.n_features
 
     @cached_property
     def key(self) -> str:
-        """What tells it from others: a hash of its arrays."""
+        """Identifier of the network: a hash of its arrays, and `mpp`."""
         return f"hovernet-{sha256_of_arrays(self.arrays)[:16]}-{self.mpp:g}"
 
     @cached_property
@@ -161,9 +162,9 @@ class CellClassifier:
     def _session(self) -> onnxruntime.InferenceSession:
         model = onnx_graph.record(self.module.stacked, mean=[0.0] * 3, std=[1.0] * 3, embedding_size=None)
         options = onnxruntime.SessionOptions()
-        # one thread a picture: the tile stream keeps as many on their way as there are cores
+        # one thread per image, because the tile stream runs as many images at once as there are cores
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        # its arena would keep the most that any picture ever took
+        # with the arena, memory would stay at the peak of the largest image
         options.enable_cpu_mem_arena = False
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -172,7 +173,7 @@ class CellClassifier:
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def maps(self, images: NDArray[np.uint8]) -> CellMaps:
-        """Give the network's maps of pictures of any size.
+        """Compute the network's maps for images of any size.
 
         Parameters
         ----------
@@ -181,7 +182,7 @@ class CellClassifier:
 
         Returns
         -------
-        The maps, as large as the pictures. Where a side is not divisible by 8 the picture is mirrored beyond its
+        The maps, as large as the images. If a side is not divisible by 8, the image is padded by mirroring at its
         lower and right border.
         """
         height, width = images.shape[1:3]
@@ -200,7 +201,7 @@ class CellClassifier:
         )
 
     def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Find the nuclei of pictures.
+        """Find the nuclei in images.
 
         Parameters
         ----------
@@ -209,8 +210,8 @@ class CellClassifier:
 
         Returns
         -------
-        Labels ``int32 (batch, y, x)``, 0 where there is no nucleus, and ``float32 (batch, y, x, n_values)``: the
-        probabilities of the classes, without that of the background, then the features.
+        Labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``: the
+        probabilities of the classes without the background, then the features.
         """
         maps = self.maps(images)
         pairs = zip(maps.nuclear, maps.hv, strict=True)
@@ -218,12 +219,12 @@ class CellClassifier:
         return labels, np.moveaxis(np.concatenate([maps.types[:, 1:], maps.features], axis=1), 1, -1)
 
     def save(self, path: str | Path) -> Path:
-        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
         Parameters
         ----------
         path
-            Where to.
+            File or directory to write.
 
         Returns
         -------
@@ -240,7 +241,7 @@ class CellClassifier:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> CellClassifier:
-        """Put a model together from what `save` wrote."""
+        """Build a model from the config and arrays that `save` wrote."""
         size = dict(config["size"])
         size |= {name: tuple(size[name]) for name in ("depths", "dense")}
         found = cls(
@@ -259,13 +260,13 @@ class CellClassifier:
 
     @classmethod
     def of(cls, network: nnx.Module, **parts: Any) -> CellClassifier:
-        """Put a model together from a network and all else."""
+        """Build a model from a network and the other attributes."""
         return cls(arrays=network_arrays(network), **parts)
 
     def __repr__(self) -> str:
         sections = ", ".join(self.training.get("sections", []))
         n_numbers = sum(array.size for array in self.arrays.values())
         return (
-            f"CellClassifier: {', '.join(self.classes)}; HoVer-Net of {n_numbers:,} numbers at {self.mpp:g} µm a "
-            f"pixel; trained on {sections}"
+            f"CellClassifier: {', '.join(self.classes)}; HoVer-Net of {n_numbers:,} numbers at {self.mpp:g} µm "
+            f"per pixel; trained on {sections}"
         )

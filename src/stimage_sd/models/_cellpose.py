@@ -1,4 +1,4 @@
-"""Cellpose, versions 3 and 4, on the haematoxylin channel; nothing of it is imported before it is asked for."""
+"""Cellpose 4 on the hematoxylin channel. Cellpose is imported on first use."""
 
 from __future__ import annotations
 
@@ -13,45 +13,43 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stimage_sd.nn.nuclear_contrast import haematoxylin
+from stimage_sd.image.nuclear_contrast import hematoxylin
 
-#: the model of version 3 that was trained on nuclei; version 4 has one for all, which it names itself
-_NUCLEI_OF_VERSION_3 = "nuclei"
-#: versions whose calls are known
-_VERSIONS = (3, 4)
+#: supported major version
+_VERSION = 4
 
 
 class CellposeNuclei:
-    """Finds nuclei of H&E by Cellpose, as the paper does: on haematoxylin after colour deconvolution.
+    """Find nuclei in H&E with Cellpose on hematoxylin after color deconvolution, as in the paper.
 
-    It is picklable; each process loads the weights once.
+    Instances can be pickled. Each process loads the weights once.
 
     Parameters
     ----------
     model
-        Name of one of Cellpose's models, or path of a file of weights; by default ``"nuclei"`` of version 3, and of
-        version 4 its own default. A name's weights are downloaded by Cellpose where it does not have them.
+        Name of a Cellpose model, or path of a file of weights. Default: Cellpose's own. Cellpose downloads the weights
+        of a named model if they are missing.
     nucleus_px
-        Diameter of a nucleus, about, px.
+        Approximate diameter of a nucleus, px.
     low, high
-        Haematoxylin that becomes 0 and 1. They are a section's, not a picture's, so that what is found in a place does
-        not depend on what else is in the picture.
+        Hematoxylin values that are scaled to 0 and 1. They belong to the section, so that nuclei in one place do not
+        depend on the rest of the image.
 
     Raises
     ------
     ModuleNotFoundError
         If Cellpose is not installed.
     ImportError
-        If its version is neither 3 nor 4.
+        If the version of Cellpose is not 4.
     FileNotFoundError
-        If `model` is a path, and no file is there.
+        If `model` is a path without a file.
     ValueError
-        If `model` is none of Cellpose's names.
+        If `model` is not a name that Cellpose knows.
     """
 
     def __init__(self, model: str | Path | None, *, nucleus_px: float, low: float, high: float) -> None:
-        self.version = cellpose_version()
-        self.model = _known_model(model, self.version)
+        check_cellpose()
+        self.model = _known_model(model)
         self.nucleus_px = float(nucleus_px)
         self.low, self.high = float(low), float(max(high, low + 1e-3))
         self._network: Any = None
@@ -59,12 +57,12 @@ class CellposeNuclei:
 
     @property
     def key(self) -> str:
-        """What tells it from others: version, weights, diameter, scale."""
+        """Identifier of the method: version of Cellpose, weights, diameter and scale."""
         weights = self.model
         if os.path.isfile(weights):
             with open(weights, "rb") as file:
                 weights = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-        return f"cellpose{self.version}-{weights}-{self.nucleus_px:g}-{self.low:.4f}-{self.high:.4f}"
+        return f"cellpose{_VERSION}-{weights}-{self.nucleus_px:g}-{self.low:.4f}-{self.high:.4f}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_network", "_lock")}
@@ -74,31 +72,28 @@ class CellposeNuclei:
         self._network, self._lock = None, threading.Lock()
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.int32]:
-        """Return label maps, ``int32 (batch, y, x)``, of pictures, ``uint8 (batch, y, x, 3)``."""
+        """Return label maps ``int32 (batch, y, x)`` of images ``uint8 (batch, y, x, 3)``."""
         return np.stack([self._labels(image) for image in images])
 
     def _labels(self, image: NDArray[np.uint8]) -> NDArray[np.int32]:
-        stain = haematoxylin(np.moveaxis(image, -1, 0))
+        stain = hematoxylin(np.moveaxis(image, -1, 0))
         scaled = np.clip((stain - self.low) / (self.high - self.low), 0, 1).astype(np.float32)
-        options: dict[str, Any] = {"diameter": self.nucleus_px, "normalize": False}
-        if self.version == 3:
-            options["channels"] = [0, 0]  # one channel, and no second one of nuclei
-        with self._lock:  # the network takes all cores by itself
+        with self._lock:  # the network uses all cores
             if self._network is None:
                 self._network = _load(self.model)
-            masks = self._network.eval(scaled, **options)[0]
+            masks = self._network.eval(scaled, diameter=self.nucleus_px, normalize=False)[0]
         return np.asarray(masks).reshape(scaled.shape).astype(np.int32)
 
 
-def cellpose_version() -> int:
-    """Return the major version of Cellpose.
+def check_cellpose() -> None:
+    """Check that a supported version of Cellpose is installed.
 
     Raises
     ------
     ModuleNotFoundError
-        If it is not installed.
+        If Cellpose is not installed.
     ImportError
-        If it is of a version whose calls are not known.
+        If the version is not supported.
     """
     try:
         version = importlib.metadata.version("cellpose")
@@ -107,19 +102,16 @@ def cellpose_version() -> int:
             'Found no Cellpose. Install it with `pip install "stimage-sd[nuclei]"`, or find nuclei without it: '
             '`stimage_sd.pp.segment_nuclei(sdata, method="watershed")`.'
         ) from error
-    major = int(version.split(".")[0])
-    if major not in _VERSIONS:
-        raise ImportError(f'Expected Cellpose 3 or 4, found {version}. Run `pip install "cellpose>=4,<5"`.')
-    return major
+    if int(version.split(".")[0]) != _VERSION:
+        raise ImportError(f'Expected Cellpose {_VERSION}, found {version}. Run `pip install "cellpose>=4,<5"`.')
 
 
-def _known_model(model: str | Path | None, version: int) -> str:
-    """Path or name of a model; Cellpose itself would take another one in silence where it finds none."""
+def _known_model(model: str | Path | None) -> str:
+    """Return the path or name of a model. Without this check, Cellpose silently uses another model."""
     from cellpose import models
 
     if model is None:
-        default = inspect.signature(models.CellposeModel).parameters["pretrained_model"].default
-        return _NUCLEI_OF_VERSION_3 if version == 3 else str(default)
+        return str(inspect.signature(models.CellposeModel).parameters["pretrained_model"].default)
     if Path(model).expanduser().is_file():
         return str(Path(model).expanduser().resolve())
     names = sorted({*models.MODEL_NAMES, *models.get_user_models()})
@@ -128,7 +120,7 @@ def _known_model(model: str | Path | None, version: int) -> str:
     if isinstance(model, Path) or len(Path(model).parts) > 1 or Path(model).suffix:
         raise FileNotFoundError(f"Found no file of Cellpose's weights at {str(model)!r}.")
     raise ValueError(
-        f"Expected `model` as the path of a file, or one of Cellpose {version}'s names {names}; found {str(model)!r}."
+        f"Expected `model` as the path of a file, or one of Cellpose {_VERSION}'s names {names}; found {str(model)!r}."
     )
 
 

@@ -1,7 +1,7 @@
-"""CellViT's family beside HoVer-Net: HistoPLUS and NuLite of lazyslide-models, as finders of cells.
+"""CellViT networks of lazyslide-models, HistoPLUS and NuLite, that find cells.
 
-They give the same three maps, so that nuclei are found by the same watershed and scored by the same scores. Nothing of
-torch is imported before one is asked for.
+They give the same three maps as HoVer-Net, so the same watershed finds the nuclei and the same scores apply. Torch is
+imported when the first network is loaded.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ import numpy as np
 import scipy.special
 from numpy.typing import NDArray
 
+from stimage_sd.image.hv_maps import hv_watershed
 from stimage_sd.models._cell_classifier import NUCLEUS_UM
-from stimage_sd.nn.hv_maps import hv_watershed
 
-#: what is seen around the part of a window that is kept, px
+#: border of a window that the network sees and that is discarded, px
 _BORDER = 32
-#: windows that the network is given at a time
+#: windows per run of the network
 _BATCH = 4
 
 
 class Family(NamedTuple):
-    """A network of CellViT's family.
+    """Description of a CellViT network before its weights are read.
 
     Attributes
     ----------
     classes
         Types, without the background.
     tile_px
-        Side of the pictures that it takes, by micrometres a pixel.
+        Side of the network's input in px, by micrometers per pixel.
     mean, std
-        Normalisation, on the scale 0 … 1.
+        Normalization, on the scale 0 to 1.
     maps
-        Names of its outputs: nuclear pixels, distances, types.
+        Names of the outputs: nuclear pixels, distances, types.
     repository
-        On the hub.
+        Repository on the Hugging Face hub.
     files
-        Its file of weights there, by micrometres a pixel.
+        File of weights in the repository, by micrometers per pixel.
     needs_access
-        Whether its authors grant access one by one.
+        Whether users must request access from the authors.
     """
 
     classes: tuple[str, ...]
@@ -87,20 +87,20 @@ FAMILY = {
 
 @dataclass(frozen=True, eq=False)
 class CellViT:
-    """A network of CellViT's family that finds nuclei and tells their types; made by `load_cellvit`.
+    """A CellViT network that finds nuclei and their types, loaded by `load_cellvit`.
 
     Attributes
     ----------
     name
-        Which network.
+        Name of the network.
     classes
         Names of the types.
     mpp
-        Micrometres a pixel of the pictures that it is to be given.
+        Micrometers per pixel of the images that the network takes.
     tile_px
-        Side of the windows that it is run on, px.
+        Side of the windows that the network runs on, px.
     key
-        What tells it from others.
+        Identifier of the network and its weights.
     network
         The torch module.
     """
@@ -114,11 +114,11 @@ class CellViT:
 
     @property
     def n_values(self) -> int:
-        """Values of a pixel: a probability a class."""
+        """Number of values per pixel: one probability per class."""
         return len(self.classes)
 
     def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """Find the nuclei of pictures of any size.
+        """Find the nuclei in images of any size.
 
         Parameters
         ----------
@@ -127,13 +127,13 @@ class CellViT:
 
         Returns
         -------
-        Labels ``int32 (batch, y, x)``, 0 where there is no nucleus, and ``float32 (batch, y, x, n_classes)``: the
-        probabilities of the classes, without that of the background.
+        Labels ``int32 (batch, y, x)``, 0 for no nucleus, and ``float32 (batch, y, x, n_classes)``: the probabilities of
+        the classes without the background.
 
         Notes
         -----
-        A picture is run window by window, of each the middle is kept, and nuclei are looked for when the maps are
-        whole, so that no seam is made.
+        The network runs on overlapping windows, and the middle of each window is kept. The watershed runs on the
+        complete maps, so there are no seams between windows.
         """
         labels, values = [], []
         for image in images:
@@ -143,11 +143,11 @@ class CellViT:
         return np.stack(labels), np.stack(values)
 
     def maps(self, image: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-        """Give the maps of a picture.
+        """Compute the maps of an image.
 
         Returns
         -------
-        Probability of being nuclear ``(y, x)``, distances ``(2, y, x)``, probabilities of background and types
+        Probability that a pixel is nuclear ``(y, x)``, distances ``(2, y, x)``, probabilities of background and types
         ``(n_classes + 1, y, x)``.
         """
         height, width = image.shape[:2]
@@ -167,15 +167,15 @@ class CellViT:
         return nuclear, whole[2:4], scipy.special.softmax(whole[4:], axis=0)
 
     def _run(self, windows: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Logits and distances, ``(batch, maps, y, x)``."""
+        """Return logits and distances, ``(batch, maps, y, x)``."""
         import torch
 
         family = FAMILY[self.name]
         mean, std = (np.asarray(of, np.float32) for of in (family.mean, family.std))
         scaled = ((windows / np.float32(255) - mean) / std).astype(np.float32)
-        with _LOCK, torch.inference_mode():  # the network takes all cores by itself
+        with _LOCK, torch.inference_mode():  # the network uses all cores
             found = self.network(torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))))
-        # HistoPLUS gives the last layer's tokens beside its maps
+        # HistoPLUS returns the maps together with the last layer's tokens
         maps = found[0] if isinstance(found, tuple) else found
         return np.concatenate([maps[name].float().cpu().numpy() for name in family.maps], axis=1)
 
@@ -184,30 +184,30 @@ _LOCK = threading.Lock()
 
 
 def load_cellvit(name: str, *, weights: str | Path | None = None, mpp: float = 0.5) -> CellViT:
-    """Load a network of CellViT's family (extra ``foundation``).
+    """Load a CellViT network (extra ``foundation``).
 
     Parameters
     ----------
     name
         ``"histoplus"`` (14 types) or ``"nulite"`` (PanNuke's five).
     weights
-        A local file: of HistoPLUS its state dict in torch's format, of NuLite a program of `torch.export`. By default
-        they are looked for on the hub.
+        A local file: the state dict of HistoPLUS in torch's format, or the `torch.export` program of NuLite. By default
+        the weights come from the Hugging Face hub.
     mpp
-        Micrometres a pixel that the network was trained at: 0.5 or 0.25.
+        Micrometers per pixel that the network was trained at: 0.5 or 0.25.
 
     Returns
     -------
-    What `stimage_sd.tl.predict_cells` takes in the place of a fitted model.
+    The network, which `stimage_sd.tl.predict_cells` takes in place of a fitted model.
 
     Raises
     ------
     ModuleNotFoundError
         If the extra is not installed.
     FileNotFoundError
-        If `weights` is no file, or they cannot be had from the hub.
+        If `weights` is not a file, or the download from the hub fails.
     ValueError
-        If the name or the resolution is not known, or the file is of another network.
+        If the name or the resolution is unknown, or the file belongs to another network.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Several fitted models as one: a mixture of all their members, and its file."""
+"""Mixtures of several fitted models, and their files."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from spatialdata import SpatialData
 
-from stimage_sd.models._files import model_from, read_model, write_model
+from stimage_sd._files import scratch
+from stimage_sd.models._files import kind, model_from, read_model, write_model
 from stimage_sd.models._predictor import OpenedSection, Predictor
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
+@kind("combined")
 @dataclass(frozen=True)
 class CombinedModel:
-    """A mixture of fitted models, such as one for each of several extractors.
+    """A mixture of fitted models, such as one model per extractor.
 
     Made by `stimage_sd.tl.combine`, loaded by `stimage_sd.models.load`.
 
@@ -30,18 +32,18 @@ class CombinedModel:
     parts
         The models.
     weights
-        Weight of each model, none negative, their sum 1. A model's members share its weight, so that the mixture's
-        variance is the mean of the members' variances plus the variance of all their means: within models and
-        between them.
+        Weight of each model. Weights are not negative and sum to 1. The members of a model share its weight. The
+        variance of the mixture is the mean of the members' variances plus the variance of all members' means, so it
+        covers differences within and between models.
     floor
-        ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit; of the models' own, weighted, where
-        they were trained on different counts.
+        ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit. If the models were trained on different
+        counts, it is the weighted mean of their floors.
     total
-        The size factor 1, which is that of all models; `None` without size factors.
+        Total count with size factor 1, the same for all models; `None` without size factors.
     interval_level
-        Nominal level of the intervals. A mean of the models' own until `stimage_sd.tl.calibrate` sets it.
+        Nominal level of the intervals. It is the mean of the models' levels until `stimage_sd.tl.calibrate` sets it.
     training
-        Names of the sections that any of the models was trained on, and how weights were found.
+        Names of the training sections of all models, and how the weights were found.
     """
 
     genes: tuple[str, ...]
@@ -61,7 +63,7 @@ class CombinedModel:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What predictions say about their model."""
+        """Description of the model, stored with its predictions."""
         each = [part.description for part in self.parts]
         return {
             "extractor": " + ".join(dict.fromkeys(str(one.get("extractor", "none")) for one in each)),
@@ -72,25 +74,25 @@ class CombinedModel:
         }
 
     def open(self, sdata: SpatialData, *, section: str) -> CombinedSection:
-        """Open a section by each model.
+        """Open a section with each model.
 
         Parameters
         ----------
         sdata
-            The section, tiled once and embedded by every model's extractor.
+            The section, tiled once and embedded with every model's extractor.
         section
-            Its name, for errors.
+            Name of the section, for error messages.
 
         Returns
         -------
-        The section, for `r_and_p`.
+        The opened section. Its `r_and_p` gives the predictions.
 
         Raises
         ------
         KeyError
-            If the section was not tiled, or not embedded by one of the extractors.
+            If the section was not tiled, or not embedded with one of the extractors.
         ValueError
-            If tiles, embeddings or staining are not those of one of the models; the error names the step to run.
+            If tiles, embeddings or staining differ from those of a model. The error names the step to run.
         """
         opened = tuple(part.open(sdata, section=section) for part in self.parts)
         counts = {len(one.strangeness) for one in opened}
@@ -103,12 +105,12 @@ class CombinedModel:
         return CombinedSection(opened, self._columns(), strangeness.astype(np.float32))
 
     def stand_ins(self, sdata: SpatialData, *, section: str) -> MixtureStandIns:
-        """Open a section by each model for tiles that stand in the place of one of its own.
+        """Open a section with each model, so that other tiles can replace one of its tiles.
 
         Raises
         ------
         TypeError
-            If one of the models does not predict by embeddings.
+            If one of the models does not predict from embeddings.
         """
         other = [type(part).__name__ for part in self.parts if not isinstance(part, Explainable)]
         if other:
@@ -133,26 +135,26 @@ class CombinedModel:
         return MixtureStandIns(together, self.member_weights.astype(np.float32), r_and_p)
 
     def _columns(self) -> tuple[np.ndarray, ...]:
-        """Of each model, where the combination's genes lie among its own."""
+        """Return the indices of the combination's genes in each model."""
         places = [{gene: number for number, gene in enumerate(part.genes)} for part in self.parts]
         return tuple(np.array([place[gene] for gene in self.genes]) for place in places)
 
     def save(self, path: str | Path) -> Path:
-        """Write the combination with all its models: one file where the path ends in ``.stimage``, else a directory.
+        """Write the combination to one file if the path ends in ``.stimage``, otherwise to a directory.
 
         Parameters
         ----------
         path
-            Where to.
+            File or directory to write.
 
         Returns
         -------
         The path.
         """
         configs, arrays = [], {"floor": self.floor}
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch(Path(tempfile.gettempdir()), prefix="stimage-sd-members") as folder:
             for number, part in enumerate(self.parts):
-                config, own = read_model(part.save(Path(folder) / f"part-{number}"))
+                config, own = read_model(part.save(folder / f"part-{number}"))
                 configs.append(config)
                 arrays |= {f"part{number}.{name}": array for name, array in own.items()}
         config = {
@@ -167,7 +169,7 @@ class CombinedModel:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> CombinedModel:
-        """Put a combination together from what `save` wrote."""
+        """Build a combination from the config and arrays that `save` wrote."""
         parts = []
         for number, part in enumerate(config["parts"]):
             prefix = f"part{number}."
@@ -196,16 +198,16 @@ class CombinedModel:
 
 @dataclass(frozen=True)
 class CombinedSection:
-    """A section as each model of a combination sees it.
+    """A section opened by each model of a combination.
 
     Attributes
     ----------
     opened
         The section, opened by each model.
     columns
-        Of each model, where the combination's genes lie among its own.
+        Indices of the combination's genes in each model.
     strangeness
-        ``float32 (n_tiles,)``: the models' own, weighted.
+        ``float32 (n_tiles,)``: weighted mean of the models' strangeness.
     """
 
     opened: Sequence[OpenedSection]
@@ -213,7 +215,7 @@ class CombinedSection:
     strangeness: np.ndarray
 
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters of all models' negative binomials of some tiles, each ``float32 (n_members, n_rows, n_genes)``."""
+        """Return r and p of all models for some tiles, each ``float32 (n_members, n_rows, n_genes)``."""
         each = [one.r_and_p(rows) for one in self.opened]
         r, p = (
             np.concatenate([pair[which][:, :, chosen] for pair, chosen in zip(each, self.columns, strict=True)])

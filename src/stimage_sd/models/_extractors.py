@@ -1,4 +1,4 @@
-"""Extractors: what turns tiles into embeddings, and the registry of them by name."""
+"""Extractors, which turn tiles into embeddings, and their registry."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from stimage_sd._cache import keep_compiled
+from stimage_sd.image.tissue_statistics import N_STATISTICS, tissue_statistics
 from stimage_sd.models._foundation import FOUNDATION_MODELS, load_foundation
 from stimage_sd.models._pretrained import load_densenet121, load_vision_transformer
 from stimage_sd.models._weights import abstract, load_efficientnet_lite, load_resnet50, sha256_of_arrays
@@ -26,7 +27,6 @@ from stimage_sd.nn.densenet import DenseNet121
 from stimage_sd.nn.efficientnet import EMBEDDING_SIZE, SCALINGS, EfficientNetLite
 from stimage_sd.nn.parts import parts_of, run_parts
 from stimage_sd.nn.resnet import ResNet50
-from stimage_sd.nn.tissue_statistics import N_STATISTICS, tissue_statistics
 from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
 Tiles = NDArray[np.uint8]
@@ -34,37 +34,37 @@ Embeddings = NDArray[np.float32]
 Network = nnx.Module | Callable[[Any], Any]
 Run = Callable[[Tiles], Any]
 
-# Tiles in one run of ONNX Runtime. From 8 on the activations leave the cache, which is slower, and they
-# take 20 MB a tile of 299 px.
+# Tiles per run of ONNX Runtime. From 8 tiles on, the activations no longer fit the CPU cache, which is slower.
+# They take 20 MB per tile of 299 px.
 ONNX_BATCH = 2
-#: of red, green and blue: the normalisation that torchvision's weights were trained with
+#: normalization of red, green and blue that torchvision's weights were trained with
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True, eq=False)
 class Extractor:
-    """A network, with weights, that turns tiles into embeddings.
+    """A network with weights that turns tiles into embeddings.
 
-    Get one by name from `get_extractor`. Calls may come from several threads at once: each runs on one
-    core of the CPU, so callers work on batches in parallel. Where JAX runs on a GPU or TPU, so does this.
+    `get_extractor` returns an extractor by name. Several threads can call it at once. Each call runs on one CPU core,
+    so callers run batches in parallel. If JAX runs on a GPU or TPU, the extractor runs there too.
 
     Attributes
     ----------
     name
-        Its name in the registry.
+        Name in the registry.
     input_size
-        Height and width in pixels to resize tiles to; None where any size will do, as for networks that are
-        convolutions alone: tiles then keep the size they were cut at (`stimage_sd.pp.tile(target_px=)`).
+        Height and width in pixels that tiles are resized to. `None` for networks that take any size, such as
+        convolutional networks: tiles keep the size they were cut at (`stimage_sd.pp.tile(target_px=)`).
     embedding_size
         Length of an embedding.
     weights_hash
-        sha256 of the file of weights, or of the arrays; empty for a plain function registered without one.
-    licence
+        sha256 of the file of weights or of the arrays. Empty for a plain function registered without a hash.
+    license
         Terms of use of the weights.
     mean, std
-        Normalisation, on the scale 0 … 1, that the network sees; None where it takes bytes.
+        Normalization of the input, on the scale 0 to 1. `None` if the network takes uint8 tiles.
     weights
-        The file of weights that was asked for; None for the default.
+        File of weights given to `get_extractor`, or `None` for the default weights.
 
     Examples
     --------
@@ -78,7 +78,7 @@ class Extractor:
     input_size: int | None
     embedding_size: int
     weights_hash: str
-    licence: str
+    license: str
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     weights: Path | None
@@ -102,7 +102,7 @@ class Extractor:
         Raises
         ------
         ValueError
-            If the tiles are of another shape or dtype, or the network's output is.
+            If the tiles or the network's output have another shape or dtype.
         """
         tiles = np.asarray(tiles)
         if tiles.dtype != np.uint8 or tiles.ndim != 4 or tiles.shape[3] != 3 or 0 in tiles.shape[1:]:
@@ -122,12 +122,12 @@ class Extractor:
         return embeddings
 
     def module(self) -> nnx.Module:
-        """Give a new copy of the network, with its weights, as a Flax module on JAX's default device.
+        """Return a new copy of the network with its weights, a Flax module on JAX's default device.
 
         Returns
         -------
         flax.nnx.Module
-            Takes float32 tiles (batch, height, width, 3) that are normalised by `mean` and `std`.
+            Takes float32 tiles (batch, height, width, 3), normalized by `mean` and `std`.
 
         Raises
         ------
@@ -149,17 +149,17 @@ class Extractor:
 
     @property
     def is_recordable(self) -> bool:
-        """Whether the network runs in ONNX Runtime here, recorded for its weights in a second."""
+        """Whether the network runs in ONNX Runtime on this machine. Recording takes about a second."""
         return self._entry.is_recordable and jax.default_backend() == "cpu"
 
-    def normalise(self, tiles: jax.Array) -> jax.Array:
-        """Bring uint8 tiles to what the network sees, in JAX; without `mean` and `std` they stay as they are."""
-        return _normalised(self._entry, tiles, jnp)
+    def normalize(self, tiles: jax.Array) -> jax.Array:
+        """Normalize uint8 tiles in JAX. Without `mean` and `std`, return the tiles unchanged."""
+        return _normalized(self._entry, tiles, jnp)
 
     def first_parts(self, n_parts: int) -> Run:
-        """Give a function from uint8 tiles to what the network's first parts make of them, channels last.
+        """Return a function from uint8 tiles to the output of the network's first parts, channels last.
 
-        It runs as the extractor does: on the calling thread alone where the network `is_recordable`.
+        It runs like the extractor: on the calling thread alone if the network `is_recordable`.
         """
         if not isinstance(self._network, nnx.Module):
             raise TypeError(f"The extractor {self.name!r} is a plain function, which has no parts.")
@@ -173,18 +173,18 @@ class Extractor:
 
         @jax.jit
         def compiled(state: Any, tiles: jax.Array) -> jax.Array:
-            return run_parts(parts_of(nnx.merge(graph, state))[:n_parts], self.normalise(tiles))
+            return run_parts(parts_of(nnx.merge(graph, state))[:n_parts], self.normalize(tiles))
 
         return partial(compiled, jax.device_put(state) if n_parts else state)
 
     def __reduce__(self) -> tuple[Callable[..., Extractor], tuple[Any, ...]]:
-        """Pickle as what the registry knows: a process that reads it builds the extractor once."""
+        """Pickle the registry entry, so that each process builds the extractor once."""
         return _rebuild, (self._entry, self.weights)
 
 
 @dataclass(frozen=True, eq=False)
 class _Entry:
-    """What the registry knows of an extractor before its weights are read."""
+    """Registry entry of an extractor, known before its weights are read."""
 
     name: str
     load: Callable[[Path | None], tuple[Network, str]]
@@ -192,10 +192,12 @@ class _Entry:
     embedding_size: int
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
-    licence: str
-    token: str  # tells registrations under one name apart, in other processes too
-    is_recordable: bool = False  # whether the network is written in primitives that nn.onnx_graph records
-    architecture: Callable[..., nnx.Module] | None = None  # with rngs=, makes a built-in network without weights
+    license: str
+    token: str  # distinguishes registrations under one name, also in other processes
+    is_recordable: bool = False  # whether nn.onnx_graph can record the network
+    architecture: Callable[..., nnx.Module] | None = (
+        None  # called with rngs=, returns a built-in network without weights
+    )
 
 
 _EFFICIENTNETS = tuple(
@@ -204,10 +206,10 @@ _EFFICIENTNETS = tuple(
         load=partial(load_efficientnet_lite, scaling=scaling),
         input_size=None,
         embedding_size=EMBEDDING_SIZE,
-        # The TensorFlow models' normalisation: (byte - 127) / 128.
+        # The TensorFlow models' normalization: (byte - 127) / 128.
         mean=(127 / 255,) * 3,
         std=(128 / 255,) * 3,
-        licence="Apache-2.0",
+        license="Apache-2.0",
         token="built-in",
         is_recordable=True,
         architecture=partial(EfficientNetLite, SCALINGS[scaling]),
@@ -223,7 +225,7 @@ _BUILT_IN = (
         embedding_size=2048,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        licence="BSD-3-Clause",
+        license="BSD-3-Clause",
         token="built-in",
         is_recordable=True,
         architecture=ResNet50,
@@ -235,12 +237,12 @@ _BUILT_IN = (
         embedding_size=1024,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        licence="BSD-3-Clause",
+        license="BSD-3-Clause",
         token="built-in",
         is_recordable=True,
         architecture=DenseNet121,
     ),
-    # one network, two released sets of weights, which were trained with different normalisations
+    # one network with two released sets of weights, trained with different normalizations
     _Entry(
         name="vit_base_patch16_224",
         load=partial(load_vision_transformer, name="vit_base_patch16_224"),
@@ -248,7 +250,7 @@ _BUILT_IN = (
         embedding_size=768,
         mean=(0.5,) * 3,
         std=(0.5,) * 3,
-        licence="Apache-2.0",
+        license="Apache-2.0",
         token="built-in",
         architecture=partial(VisionTransformer, SIZES["base"]),
     ),
@@ -259,7 +261,7 @@ _BUILT_IN = (
         embedding_size=768,
         mean=IMAGENET_MEAN,
         std=IMAGENET_STD,
-        licence="BSD-3-Clause",
+        license="BSD-3-Clause",
         token="built-in",
         architecture=partial(VisionTransformer, SIZES["base"]),
     ),
@@ -270,9 +272,9 @@ _FOUNDATION = tuple(
         load=partial(load_foundation, name),
         input_size=model.input_size,
         embedding_size=model.embedding_size,
-        mean=model.normalisation[0],
-        std=model.normalisation[1],
-        licence=model.licence,
+        mean=model.normalization[0],
+        std=model.normalization[1],
+        license=model.license,
         token="built-in",
     )
     for name, model in FOUNDATION_MODELS.items()
@@ -280,10 +282,10 @@ _FOUNDATION = tuple(
 
 
 def _load_tissue_statistics(weights: Path | None) -> tuple[Network, str]:
-    return _registered(weights, name="tissue_statistics", network=tissue_statistics, weights_hash="tissue-statistics-1")
+    return _registered(weights, name="tissue_statistics", network=tissue_statistics, weights_hash="tissue-statistics-2")
 
 
-#: what is measured rather than learnt; the hash is of the definition, to be raised when that changes
+#: extractors that are measured, not learned; raise the number in the hash when the definition changes
 _CLASSICAL = (
     _Entry(
         name="tissue_statistics",
@@ -292,13 +294,13 @@ _CLASSICAL = (
         embedding_size=N_STATISTICS,
         mean=None,
         std=None,
-        licence="",
+        license="",
         token="built-in",
     ),
 )
 _entries: dict[str, _Entry] = {entry.name: entry for entry in (*_BUILT_IN, *_FOUNDATION, *_CLASSICAL)}
 _built: dict[tuple[str, Path | None], Extractor] = {}
-# Threads of one process ask for the same extractor at once; the first builds it.
+# Several threads may ask for the same extractor at once. The first thread builds it.
 _lock = threading.RLock()
 
 
@@ -308,7 +310,7 @@ def extractors() -> list[str]:
     Returns
     -------
     list of str
-        Sorted.
+        Sorted names.
 
     Examples
     --------
@@ -319,17 +321,17 @@ def extractors() -> list[str]:
 
 
 def get_extractor(name: str, *, weights: str | Path | None = None) -> Extractor:
-    """Give an extractor by name, with its weights; built once a process.
+    """Return an extractor by name, with its weights. It is built once per process.
 
     Parameters
     ----------
     name
         One of `extractors()`.
     weights
-        A safetensors file of weights in place of the default, in torchvision's or timm's naming; for an
-        EfficientNet-Lite, in that of its released file. By default efficientnet_lite0's weights come with the
-        installation and efficientnet_lite1's and efficientnet_lite2's with the extra `networks`; the others are
-        looked for at `$STIMAGE_SD_WEIGHTS/<name>.safetensors` and on the Hugging Face hub.
+        A safetensors file of weights that replaces the default, with torchvision's or timm's names. For an
+        EfficientNet-Lite, the names are those of its released file. By default, the weights of efficientnet_lite0 come
+        with the installation, and those of efficientnet_lite1 and efficientnet_lite2 with the extra `networks`. All
+        others are searched at `$STIMAGE_SD_WEIGHTS/<name>.safetensors`, then on the Hugging Face hub.
 
     Returns
     -------
@@ -339,11 +341,11 @@ def get_extractor(name: str, *, weights: str | Path | None = None) -> Extractor:
     Raises
     ------
     KeyError
-        If there is none of this name.
+        If no extractor has this name.
     FileNotFoundError
-        If its weights are nowhere.
+        If the weights are not found.
     ValueError
-        If the file of weights is damaged or of another network, or the extractor takes none.
+        If the file of weights is damaged or belongs to another network, or the extractor takes no file.
 
     Examples
     --------
@@ -370,41 +372,41 @@ def register_extractor(
     embedding_size: int,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    licence: str = "",
+    license: str = "",
     weights_hash: str = "",
 ) -> None:
-    """Add an extractor to the registry, in place of one registered before under its name.
+    """Add an extractor to the registry. An earlier extractor of that name is replaced.
 
     Parameters
     ----------
     name
-        Its name; not that of a built-in one.
+        Name of the extractor. Names of built-in extractors are not allowed.
     network
-        A Flax module, which is compiled, or any function: from tiles (batch, height, width, 3) to
-        embeddings (batch, embedding_size).
+        A Flax module, which is compiled, or any function. Input: tiles (batch, height, width, 3). Output: embeddings
+        (batch, embedding_size).
     input_size
-        Height and width in pixels to resize tiles to.
+        Height and width in pixels that tiles are resized to.
     embedding_size
         Length of an embedding.
     mean, std
-        Of red, green and blue, on the scale 0 … 1: the network gets float32 (tiles / 255 − mean) / std.
-        Without them it gets the uint8 tiles.
-    licence
+        Normalization of red, green and blue, on the scale 0 to 1. The network gets float32 (tiles / 255 − mean) / std.
+        Without `mean` and `std`, the network gets the uint8 tiles.
+    license
         Terms of use of the weights.
     weights_hash
-        sha256 of the weights, kept with what is computed from them. Computed for a Flax module.
+        sha256 of the weights, stored with the embeddings. Computed for a Flax module.
 
     Raises
     ------
     ValueError
-        If the name is a built-in extractor's, a size is not positive, or only one of mean and std is given.
+        If the name belongs to a built-in extractor, a size is not positive, or only one of mean and std is given.
 
     Examples
     --------
-    >>> def colour(tiles):
+    >>> def color(tiles):
     ...     return tiles.mean(axis=(1, 2))
-    >>> register_extractor("colour", colour, input_size=32, embedding_size=3)
-    >>> get_extractor("colour")(np.full((1, 32, 32, 3), 7, np.uint8))
+    >>> register_extractor("color", color, input_size=32, embedding_size=3)
+    >>> get_extractor("color")(np.full((1, 32, 32, 3), 7, np.uint8))
     array([[7., 7., 7.]], dtype=float32)
     """
     if name in {entry.name for entry in (*_BUILT_IN, *_FOUNDATION, *_CLASSICAL)}:
@@ -425,31 +427,33 @@ def register_extractor(
         embedding_size=embedding_size,
         mean=None if mean is None else tuple(mean),
         std=None if std is None else tuple(std),
-        licence=licence,
+        license=license,
         token=uuid.uuid4().hex,
     )
     _enter(entry)
 
 
 def settings(name: str) -> dict[str, Any]:
-    """What a registered extractor wants of its tiles, and the length of its embeddings; its weights are not read.
+    """Return an extractor's input size, embedding size and normalization, without reading its weights.
 
     Raises
     ------
     ValueError
-        If there is none of this name.
+        If no extractor has this name.
     """
     entry = _entry_of(name)
     return {key: getattr(entry, key) for key in ("input_size", "embedding_size", "mean", "std")}
 
 
 def blank_module(name: str) -> nnx.Module:
-    """Give a new network of a registered extractor, its arrays yet to be set.
+    """Return a new network of a registered extractor, with arrays still to be set.
 
     Raises
     ------
     ValueError
-        If there is none of this name, or it is a plain function.
+        If no extractor has this name.
+    TypeError
+        If the extractor is a plain function.
     """
     entry = _entry_of(name)
     if entry.architecture is not None:
@@ -458,7 +462,7 @@ def blank_module(name: str) -> nnx.Module:
 
 
 def derived_extractor(name: str, network: nnx.Module, *, weights_hash: str) -> Extractor:
-    """Give an extractor like a registered one, with other weights; it is not entered into the registry."""
+    """Return a copy of a registered extractor with other weights, without registering the copy."""
     entry = _entry_of(name)
     named = f"{name}-{weights_hash[:8]}"
     load = partial(_registered, name=named, network=network, weights_hash=weights_hash)
@@ -469,10 +473,10 @@ def unregistered_extractor(
     name: str, network: nnx.Module, *, input_size: int, embedding_size: int, mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Extractor:  # fmt: skip
-    """Give an extractor of a network that the registry does not know, nor learns of."""
+    """Return an extractor of a network without registering it."""
     token = uuid.uuid4().hex
     load = partial(_registered, name=name, network=network, weights_hash=token)
-    return _build(_Entry(name, load, input_size, embedding_size, mean, std, licence="", token=token), None)
+    return _build(_Entry(name, load, input_size, embedding_size, mean, std, license="", token=token), None)
 
 
 def _entry_of(name: str) -> _Entry:
@@ -502,7 +506,7 @@ def _registered(weights: Path | None, *, name: str, network: Network, weights_ha
 
 
 def _rebuild(entry: _Entry, weights: Path | None) -> Extractor:
-    """Give a pickled extractor, entering it into this process's registry where it is new to it."""
+    """Return a pickled extractor, and register it in this process if it is new."""
     with _lock:
         known = _entries.get(entry.name)
         if known is None or known.token != entry.token:
@@ -523,7 +527,7 @@ def _build(entry: _Entry, weights: Path | None) -> Extractor:
         input_size=entry.input_size,
         embedding_size=entry.embedding_size,
         weights_hash=weights_hash,
-        licence=entry.licence,
+        license=entry.license,
         mean=entry.mean,
         std=entry.std,
         weights=weights,
@@ -534,7 +538,7 @@ def _build(entry: _Entry, weights: Path | None) -> Extractor:
 
 
 def _onnx(entry: _Entry, network: nnx.Module) -> Run:
-    """Run a network in ONNX Runtime, on the calling thread alone."""
+    """Run a network in ONNX Runtime on the calling thread."""
     return _recorded(entry, network, embedding_size=entry.embedding_size)
 
 
@@ -554,24 +558,24 @@ def _recorded(entry: _Entry, network: Callable[[Any], Any], *, embedding_size: i
 
 
 def _compiled(entry: _Entry, network: nnx.Module) -> Run:
-    """Run a Flax module compiled, where JAX's default device is."""
+    """Compile a Flax module for JAX's default device."""
     keep_compiled()
     graph, state = nnx.split(network)
     state = jax.device_put(state)
 
     @jax.jit
     def embed(state: Any, tiles: jax.Array) -> jax.Array:
-        return nnx.merge(graph, state)(_normalised(entry, tiles, jnp))
+        return nnx.merge(graph, state)(_normalized(entry, tiles, jnp))
 
     return partial(embed, state)
 
 
 def _plain(entry: _Entry, function: Callable[[Any], Any]) -> Run:
-    return lambda tiles: function(_normalised(entry, tiles, np))
+    return lambda tiles: function(_normalized(entry, tiles, np))
 
 
-def _normalised(entry: _Entry, tiles: Any, numpy: Any) -> Any:
-    """Apply an entry's normalisation, in numpy or in JAX; without one the bytes are left as they are."""
+def _normalized(entry: _Entry, tiles: Any, numpy: Any) -> Any:
+    """Normalize tiles in numpy or JAX. Without a normalization, return the bytes unchanged."""
     if entry.mean is None:
         return tiles
     levels = (255 * np.asarray(entry.mean)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The space a head works in: embeddings, standardised, reduced to their principal components."""
+"""Feature space of the heads: embeddings, standardized and reduced to principal components."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sklearn.utils.extmath import randomized_svd
 from stimage_sd.models._strangeness import Covariance, distances, fit_strangeness
 
 Standardize = Literal["section", "cohort"]
-#: tiles that principal components are found on; more hardly turn them
+#: tiles used to find principal components; more tiles hardly change them
 _MOST_TILES = 20_000
-#: tiles whose embeddings are copied at a time
+#: tiles per copied block of embeddings
 _BLOCK = 4_096
-#: fewer tiles than this do not tell a section's mean and deviation
+#: least number of tiles for a section's mean and deviation
 LEAST_TILES = 20
-#: share of the median deviation that a feature's is taken to be at least, where distances are measured
+#: least deviation of a feature in distances, as a share of the median deviation
 _LEAST_DEVIATION = 0.1
 
 
 class SectionScale(NamedTuple):
-    """What embeddings are standardised by.
+    """Mean and deviation that standardize embeddings.
 
     Attributes
     ----------
     mean, deviation
-        ``float32 (n_features,)``; infinite is the deviation of a feature that is constant, and so says nothing.
+        ``float32 (n_features,)``. Constant features have an infinite deviation, so they become 0.
     """
 
     mean: np.ndarray
@@ -37,28 +37,28 @@ class SectionScale(NamedTuple):
 
 @dataclass(frozen=True)
 class FeatureSpace:
-    """Standardisation and principal components, fitted on the training tiles.
+    """Standardization and principal components, fitted on the training tiles.
 
     Attributes
     ----------
     mean, deviation
         ``float32 (n_features,)`` over the training tiles.
     components
-        ``float32 (n_features, n_components)``: projection, in units of the largest component's deviation.
-        The components are not whitened: under one weight decay small components then count for little, as
-        in ridge regression, which is measurably better (docs, "Design decisions").
+        ``float32 (n_features, n_components)``: projection, in units of the largest component's deviation. Components
+        are not whitened. Under one weight decay, small components then count for little, as in ridge regression. This
+        scores better (docs, "Design decisions").
     usual_distance
-        ``float32 (1,)``: 95th percentile of training tiles' distance from the other sections' tiles, the unit of
-        `strangeness`.
+        ``float32 (1,)``: 95th percentile of the distances of training tiles from the tiles of other sections. It is the
+        unit of `strangeness`.
     directions, variances
-        ``float32 (n_features, n_directions)`` and ``(n_directions + 1,)``: the covariance of the training tiles,
-        standardised by the cohort, shrunk; the last variance is that of all other directions.
+        ``float32 (n_features, n_directions)`` and ``(n_directions + 1,)``: shrunk covariance of the training tiles,
+        standardized by the cohort. The last variance applies to all other directions.
     weight
-        ``float32 (n_features,)``: what standardised features are multiplied by, so that each extractor's have the same
-        share of the variance.
+        ``float32 (n_features,)``: factor on the standardized features that gives each extractor the same share of the
+        variance.
     standardize
-        ``"section"``: a section's embeddings are standardised by its own mean and deviation, which takes out
-        what staining and scanner add to all its tiles alike. ``"cohort"``: by the training tiles'.
+        ``"section"``: standardize each section by its own mean and deviation. This removes effects of staining and
+        scanner on the whole section. ``"cohort"``: use the mean and deviation of the training tiles.
     """
 
     mean: np.ndarray
@@ -80,26 +80,36 @@ class FeatureSpace:
         seed: int,
         widths: Sequence[int] | None = None,
     ) -> FeatureSpace:
-        """Find the space on a cohort.
+        """Fit the space on a cohort.
 
         Parameters
         ----------
         sections
             Embeddings of each section, ``float32 (n_tiles, n_features)``.
         n_components
-            Dimensions to reduce to, at most one less than tiles.
+            Number of components to keep, at most the number of tiles minus one.
         standardize
-            Whose mean and deviation to standardise a section by.
+            ``"section"`` or ``"cohort"``: source of the mean and deviation of a section.
         seed
-            Seed of the randomised decomposition.
+            Seed of the randomized decomposition.
         widths
-            Features of each extractor, where there are several side by side.
+            Number of features of each extractor, if there are several.
 
         Returns
         -------
         The space.
+
+        Raises
+        ------
+        ValueError
+            If a section has too few tiles to be standardized by itself, or there are fewer than two tiles in total.
         """
         n_tiles = sum(map(len, sections.values()))
+        if n_tiles < 2:
+            raise ValueError(
+                f"Expected two tiles or more to learn from, found {n_tiles} in the sections {list(sections)}. Add "
+                "sections or tiles to the cohort."
+            )
         mean = sum(values.sum(axis=0, dtype=np.float64) for values in sections.values()) / n_tiles
         square = sum(((values - mean) ** 2).sum(axis=0, dtype=np.float64) for values in sections.values())
         deviation = np.maximum(np.sqrt(square / n_tiles), 1e-6)
@@ -114,7 +124,10 @@ class FeatureSpace:
             for name, values in sections.items()
         }
         sample = np.concatenate(
-            [space.standardized(values[chosen[name]], space.scale(values)) for name, values in sections.items()]
+            [
+                space.standardized(values[chosen[name]], space.scale(values, section=name))
+                for name, values in sections.items()
+            ]
         )
         rank = min(n_components, len(sample) - 1, sample.shape[1])
         _, singular, directions = randomized_svd(sample, rank, random_state=seed, n_iter=4)
@@ -124,7 +137,7 @@ class FeatureSpace:
         return cls(
             mean,
             deviation,
-            # in the order that a model file has it: a matrix product's last bit depends on it
+            # memory order as in a model file, because the last bit of a matrix product depends on it
             np.ascontiguousarray(directions.T / max(deviations[0], 1e-6), dtype=np.float32),
             np.array([usual], dtype=np.float32),
             np.ascontiguousarray(covariance.directions),
@@ -133,47 +146,55 @@ class FeatureSpace:
             standardize,
         )
 
-    def scale(self, values: np.ndarray) -> SectionScale:
-        """What a section, ``float32 (n_tiles, n_features)``, is standardised by.
+    def scale(self, values: np.ndarray, *, section: str | None = None) -> SectionScale:
+        """Return the mean and deviation that standardize a section.
+
+        Parameters
+        ----------
+        values
+            Embeddings of the whole section, ``float32 (n_tiles, n_features)``.
+        section
+            Name of the section, for error messages.
 
         Raises
         ------
         ValueError
-            If the section has too few tiles to be standardised by itself.
+            If the section has too few tiles to be standardized by itself.
         """
         if self.standardize == "cohort":
             return _without_constants(self.mean, self.deviation)
         if len(values) < LEAST_TILES:
             raise ValueError(
-                f"The model standardises each section by itself, which takes at least {LEAST_TILES} tiles, found "
-                f'{len(values)}. Fit with `standardize="cohort"` for sections that small.'
+                f"The model standardizes each section by itself, which takes at least {LEAST_TILES} tiles, found "
+                f"{len(values)}{f' in section {section!r}' if section else ''}. "
+                f'Fit with `standardize="cohort"` for sections that small, or leave them out.'
             )
-        # a block at a time: a section's embeddings are copied nowhere as a whole
+        # in blocks, to avoid a copy of all embeddings of the section
         sums = [values[rows].sum(axis=0, dtype=np.float64) for rows in _rows(len(values))]
         mean = (np.sum(sums, axis=0) / len(values)).astype(np.float32)
         squares = [((values[rows] - mean) ** 2).sum(axis=0, dtype=np.float64) for rows in _rows(len(values))]
         return _without_constants(mean, np.sqrt(np.sum(squares, axis=0) / len(values)).astype(np.float32))
 
     def standardized(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
-        """Standardise embeddings, ``float32 (n_tiles, n_features)``.
+        """Standardize embeddings, ``float32 (n_tiles, n_features)``.
 
         Parameters
         ----------
         values
-            Embeddings of one whole section, or, by the `scale` of their section, of any tiles; JAX's arrays too.
+            Embeddings of a whole section, or of any tiles if `scale` is given. Numpy or JAX arrays.
         scale
-            What to standardise by; that of `values` by default.
+            Mean and deviation of the section. By default, computed from `values`.
 
         Raises
         ------
         ValueError
-            If the section has too few tiles to be standardised by itself.
+            If the section has too few tiles to be standardized by itself.
         """
         mean, deviation = self.scale(values) if scale is None else scale
         return ((values - mean) / deviation * self.weight).astype(np.float32)
 
     def reduce(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
-        """Bring embeddings into the space, ``float32 (n_tiles, n_components)``; for `scale` see `standardized`."""
+        """Project embeddings to components, ``float32 (n_tiles, n_components)``. For `scale`, see `standardized`."""
         scale = self.scale(values) if scale is None else scale
         if len(values) <= _BLOCK:
             return self.standardized(values, scale) @ self.components
@@ -183,7 +204,7 @@ class FeatureSpace:
         return reduced
 
     def strangeness(self, values: np.ndarray) -> np.ndarray:
-        """How far tiles lie from the training tiles: above 1, farther than 95 % of those.
+        """Compute how far tiles lie from the training tiles. Above 1 is farther than 95 % of the training tiles.
 
         Parameters
         ----------
@@ -192,14 +213,14 @@ class FeatureSpace:
 
         Returns
         -------
-        ``float32 (n_tiles,)``: Mahalanobis distance of the embeddings from the training tiles' mean, in units of the
-        95th percentile of training tiles, each measured by the other sections.
+        ``float32 (n_tiles,)``: Mahalanobis distance of the embeddings from the mean of the training tiles, in units of
+        `usual_distance`.
 
         Notes
         -----
         Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples", without classes.
-        Embeddings are standardised by the cohort here, whatever `standardize` is: a section that is strange as a
-        whole is to show.
+        Embeddings are always standardized by the cohort here, so that a section that is strange as a whole gets high
+        values.
         """
         covariance = Covariance(self.directions, self.variances)
         blocks = (self._by_cohort(values[rows]) for rows in _rows(len(values)))
@@ -207,33 +228,33 @@ class FeatureSpace:
         return (found / self.usual_distance[0]).astype(np.float32)
 
     def _by_cohort(self, values: np.ndarray) -> np.ndarray:
-        # what was all but constant in training is measured by what others vary: any value of it would be far away
+        # features that hardly vary in training get a least deviation; otherwise any new value would be far away
         return (values - self.mean) / np.maximum(self.deviation, _LEAST_DEVIATION * np.median(self.deviation))
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The space's arrays by name, for a model file."""
+        """Return the arrays of the space by name, for a model file."""
         return {f"features.{item.name}": getattr(self, item.name) for item in fields(self)[:-1]}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray], *, standardize: Standardize) -> FeatureSpace:
-        """The inverse of `arrays`."""
-        # files of one extractor need not say that all features weigh the same
+        """Build a space from what `arrays` returned."""
+        # files of models with one extractor may lack the weights, which are then 1
         arrays = {"features.weight": np.ones_like(arrays["features.mean"]), **arrays}
         named: dict[str, Any] = {item.name: arrays[f"features.{item.name}"] for item in fields(cls)[:-1]}
         return cls(**named, standardize=standardize)
 
 
 def _without_constants(mean: np.ndarray, deviation: np.ndarray) -> SectionScale:
-    """Infinite deviation where it is next to none: what is constant says nothing."""
+    """Set the deviation of constant features to infinity, so that they become 0."""
     return SectionScale(mean, np.where(deviation > 1e-6, deviation, np.float32(np.inf)))
 
 
 def _rows(n_tiles: int) -> Iterator[slice]:
-    """Blocks of tiles."""
+    """Return slices of blocks of tiles."""
     return (slice(start, min(start + _BLOCK, n_tiles)) for start in range(0, max(n_tiles, 1), _BLOCK))
 
 
 def equal_shares(widths: Sequence[int]) -> np.ndarray:
-    """Weights of standardised features, so that each extractor's have the same share of the variance, ``float32``."""
+    """Return ``float32`` feature weights that give each extractor the same share of the variance."""
     shares = [np.full(width, np.sqrt(sum(widths) / (len(widths) * width))) for width in widths]
     return np.concatenate(shares).astype(np.float32)

@@ -1,44 +1,53 @@
-"""Models on disk: arrays in safetensors, the rest in JSON; loading can never run code."""
+"""Model files: arrays in safetensors, everything else in JSON. Loading a model never runs code from the file."""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
-import os
-import shutil
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-FORMAT_VERSION = 1
+from stimage_sd._files import replacing, restored
+
+Kind = TypeVar("Kind", bound=type)
+
+#: classes by kind of model
+_KINDS: dict[str, Any] = {}
+#: files have a checksum from version 2 on
+FORMAT_VERSION = 2
 _ARRAYS = "model.safetensors"
 _CONFIG = "config.json"
-#: what reading a damaged file ends in: of a zip (RuntimeError where a flipped bit says that it is encrypted, or
-#: compressed in an unknown way), of JSON and its encoding (both ValueError), of safetensors
+#: the only array that may hold infinities
+_LOG_ODDS = "intercepts"
+#: limits on the unpacked size of a part: always allowed up to the first, in bytes; above it, the largest ratio of
+#: unpacked to packed size
+_ALWAYS_READ, _MOST_PACKED = 64 << 20, 100
+#: errors of damaged files: from zip (RuntimeError if a flipped bit marks the part as encrypted or as compressed in an
+#: unknown way), from JSON and its encoding (both ValueError), from safetensors
 _DAMAGE = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, KeyError, ValueError, SafetensorError)
 
 
 def write_model(path: str | Path, *, kind: str, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
-    """Write a model: one zip where the path ends in ``.stimage`` or ``.zip``, a directory otherwise.
+    """Write a model to one zip if the path ends in ``.stimage`` or ``.zip``, otherwise to a directory.
 
     Parameters
     ----------
     path
-        Where to; replaced as a whole where it exists and is a model.
+        File or directory to write. An existing model is replaced as a whole.
     kind
-        Which class reads it, such as ``"nb"``.
+        Kind of model, such as ``"nb"``. It decides which class reads the file.
     config
-        Whatever JSON holds.
+        Values that JSON can hold.
     arrays
-        The numbers.
+        Arrays by name.
 
     Returns
     -------
@@ -47,106 +56,64 @@ def write_model(path: str | Path, *, kind: str, config: Mapping[str, Any], array
     Raises
     ------
     FileExistsError
-        If something that is no model lies at the path.
+        If the path exists and is not a model.
+    ValueError
+        If an array is not finite.
     """
     path = Path(path)
-    if path.exists() and not _is_model(path):
-        raise FileExistsError(f"{path} exists and is no stimage-sd model, so it is not replaced. Choose another name.")
-    text = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **config}, indent=1)
+    if restored(path).exists() and not _is_model(path):
+        raise FileExistsError(
+            f"{path} exists and is not a stimage-sd model, so it is not replaced. Choose another name."
+        )
+    if problem := _not_finite(arrays):
+        raise ValueError(f"The model cannot be saved: {problem}. Check the training data for such values.")
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     data = save_safetensors(contiguous)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # written beside and moved there when complete: an interrupted save leaves what was
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    # through JSON and back, because the checksum covers the config as it will be read
+    content = json.loads(json.dumps({"format_version": FORMAT_VERSION, "kind": kind, **config}))
+    text = json.dumps({**content, "checksum": _checksum(content, data)}, indent=1)
+    with replacing(path) as complete:
         if path.suffix in (".stimage", ".zip"):
-            complete = temporary / path.name
             with zipfile.ZipFile(complete, "w", zipfile.ZIP_DEFLATED) as archive:
                 archive.writestr(_CONFIG, text)
                 archive.writestr(_ARRAYS, data)
         else:
-            complete = temporary / "model"
             complete.mkdir()
             (complete / _CONFIG).write_text(text)
             (complete / _ARRAYS).write_bytes(data)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(complete, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return path
 
 
-def load(path: str | Path) -> Any:
-    """Load a fitted model.
+def kind(name: str) -> Callable[[Kind], Kind]:
+    """Register the class whose ``from_parts`` builds the models of a kind."""
 
-    Parameters
-    ----------
-    path
-        What `save` wrote, a file or a directory.
+    def register(model: Kind) -> Kind:
+        _KINDS[name] = model
+        return model
 
-    Returns
-    -------
-    The model, of the class that was saved.
-
-    Raises
-    ------
-    FileNotFoundError
-        If nothing is there.
-    ValueError
-        If it is no model, is damaged, or was written by a newer version of the package.
-
-    Examples
-    --------
-    >>> import stimage_sd as sti
-    >>> sti.models.load("no-such.stimage")
-    Traceback (most recent call last):
-    FileNotFoundError: No model at no-such.stimage.
-    """
-    config, arrays = read_model(path)
-    try:
-        return model_from(config, arrays)
-    except NotImplementedError as error:
-        raise ValueError(f"{path} holds {error}. Update stimage-sd.") from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"The model at {path} is damaged: {error}. Save it again.") from error
+    return register
 
 
 def model_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
-    """Put a model of any kind together from what `read_model` read.
+    """Build a model of any registered kind from what `read_model` returned.
 
     Raises
     ------
     NotImplementedError
-        If it is of a kind that this version does not know.
+        If this version does not know the kind of model.
     KeyError, TypeError, AttributeError
-        If something is missing or of another form.
+        If a value is missing or has another form.
     """
-    from stimage_sd.models._baseline_model import BaselineModel
-    from stimage_sd.models._cell_classifier import CellClassifier
-    from stimage_sd.models._combined import CombinedModel
-    from stimage_sd.models._finetuned import FinetunedModel
-    from stimage_sd.models._gene_classifier import GeneClassifier
-    from stimage_sd.models._nb import NBModel
-
-    readers: dict[str, Any] = {
-        "baseline": BaselineModel.from_parts,
-        "cell_classifier": CellClassifier.from_parts,
-        "combined": CombinedModel.from_parts,
-        "finetuned": FinetunedModel.from_parts,
-        "gene_classifier": GeneClassifier.from_parts,
-        "nb": NBModel.from_parts,
-    }
     content = dict(config)
-    kind = content.pop("kind", None)
-    if kind not in readers:
-        raise NotImplementedError(f"a model of kind {kind!r}; this version knows {sorted(readers)}")
-    return readers[kind](content, arrays)
+    name = content.pop("kind", None)
+    if name not in _KINDS:
+        raise NotImplementedError(f"a model of kind {name!r}; this version knows {sorted(_KINDS)}")
+    return _KINDS[name].from_parts(content, arrays)
 
 
 def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Read config and arrays of a model file, checked for version and damage."""
-    path = Path(path)
+    """Read the config and arrays of a model file, and check version and checksum."""
+    path = restored(Path(path))
     if not path.exists():
         raise FileNotFoundError(f"No model at {path}.")
     try:
@@ -156,27 +123,61 @@ def read_model(path: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]
         raise ValueError(_unreadable(path, error)) from error
     _check_version(config, path)
     try:
-        return config, load_safetensors(data)
+        arrays = load_safetensors(data)
     except _DAMAGE as error:
         raise ValueError(_unreadable(path, error)) from error
+    stated = config.pop("checksum", None)
+    if (stated is not None or config["format_version"] > 1) and stated != _checksum(config, data):
+        raise ValueError(
+            f"The model at {path} is damaged: its content does not match its checksum. Copy it again, or save the "
+            "model again."
+        )
+    del config["format_version"]
+    if problem := _not_finite(arrays):
+        raise ValueError(f"The model at {path} is damaged: {problem}. Save it again.")
+    return config, arrays
+
+
+def _checksum(config: Mapping[str, Any], data: bytes) -> str:
+    """Hash the content of a file, independent of the layout of its JSON."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
+
+
+def _not_finite(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Describe the first array with values that are not finite."""
+    for name, array in arrays.items():
+        values = np.asarray(array)
+        # log odds are infinite for a gene that is always or never High
+        wrong = np.isnan(values) if name == _LOG_ODDS else ~np.isfinite(values)
+        if wrong.any():
+            return f"{int(wrong.sum())} of {values.size} values of its array {name!r} are not finite"
+    return None
 
 
 def _unreadable(path: Path, error: Exception) -> str:
     return (
         f"Expected a stimage-sd model at {path}, but it cannot be read ({error}). "
-        "It is truncated or something else; save the model again."
+        "It is truncated or not a model. Save the model again."
     )
 
 
 def _parts(path: Path) -> tuple[str, bytes]:
     if path.is_dir():
         return (path / _CONFIG).read_text(), (path / _ARRAYS).read_bytes()
-    with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+    with zipfile.ZipFile(path) as archive:
+        for name in (_CONFIG, _ARRAYS):
+            part = archive.getinfo(name)
+            if part.file_size > max(_ALWAYS_READ, _MOST_PACKED * part.compress_size):
+                raise ValueError(
+                    f"its {name} unpacks from {part.compress_size:,} to {part.file_size:,} bytes, which no model does"
+                )
         return archive.read(_CONFIG).decode(), archive.read(_ARRAYS)
 
 
 def _check_version(config: Any, path: Path) -> None:
-    version = config.pop("format_version", None) if isinstance(config, dict) else None
+    version = config.get("format_version") if isinstance(config, dict) else None
     if not isinstance(version, int):
         raise ValueError(f"Expected a stimage-sd model at {path}, found a config without a format version.")
     if version > FORMAT_VERSION:

@@ -1,4 +1,4 @@
-"""A network fine-tuned together with negative-binomial layers, and its file."""
+"""Networks fine-tuned together with negative binomial heads, and their files."""
 
 from __future__ import annotations
 
@@ -16,46 +16,47 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.models._extractors import Extractor, blank_module, derived_extractor, settings
 from stimage_sd.models._features import FeatureSpace
-from stimage_sd.models._files import write_model
+from stimage_sd.models._files import kind, write_model
 from stimage_sd.models._nb import HeadName, NBModel, NBSection
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._specification import TileSpecification, check_specification
 from stimage_sd.models._stand_ins import Embedded, MixtureStandIns
 from stimage_sd.models._weights import sha256_of_arrays
-from stimage_sd.stream import run_over_tiles
+from stimage_sd.stream.driver import run_over_tiles
 
 _PREFIX = "network/"
 
 
+@kind("finetuned")
 @dataclass(frozen=True, eq=False)
 class FinetunedModel:
     """A network and a head that predict a negative binomial for every gene from a tile's pixels.
 
-    Made by `stimage_sd.tl.finetune_nb`, loaded by `stimage_sd.models.load`. It needs no embeddings: `tl.predict`
-    has it embed the tiles by its own network.
+    Made by `stimage_sd.tl.finetune_nb`, loaded by `stimage_sd.models.load`. Sections need no embeddings. In
+    `tl.predict`, the model embeds the tiles with its own network.
 
     Attributes
     ----------
     genes
         Names of the genes, in the order of every array's last axis.
     tiles
-        How tiles must be cut; `extractor` and `weights_hash` say what the network was before.
+        Tiling that a section must have. `extractor` and `weights_hash` name the network before fine-tuning.
     features
-        From the network's features to the head's inputs.
+        Space from the network's features to the head's inputs.
     head
         ``"paper"`` or ``"dispersion"``.
     parameters
-        The head's arrays; the leading axis has one member.
+        The head's arrays. The first axis has one member.
     floor
         ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
     network
-        The network, with the weights it was trained to.
+        The network with fine-tuned weights.
     total
-        The size factor 1: the training tiles' median total count; `None` without size factors.
+        Median total count of the training tiles, which has size factor 1; `None` without size factors.
     interval_level
         Nominal level at which the central intervals covered 90 % of held-out counts.
     training
-        What was fitted, for the reader: sections, validation, seed, options, package versions, history.
+        Record of the fit: sections, validation, seed, options, package versions, history.
     """
 
     genes: tuple[str, ...]
@@ -71,18 +72,18 @@ class FinetunedModel:
 
     @property
     def embeddings(self) -> tuple[TileSpecification, ...]:
-        """None: tiles are embedded by the model itself."""
+        """Embeddings that a section must have: none, because the model embeds tiles itself."""
         return ()
 
     @cached_property
     def extractor(self) -> Extractor:
-        """The network as an extractor, for `stimage_sd.pp.embed`: its name ends in a part of its weights' hash."""
+        """The network as an extractor for `stimage_sd.pp.embed`. Its name ends in the start of its weights' hash."""
         weights_hash = sha256_of_arrays(network_arrays(self.network))
         return derived_extractor(self.tiles.extractor, self.network, weights_hash=weights_hash)
 
     @property
     def history(self) -> pd.DataFrame:
-        """Losses, a row an epoch, with columns epoch, member, training_nll and validation_nll; epoch 0: the start."""
+        """Losses, one row per epoch: epoch, member, training_nll and validation_nll. Epoch 0 is before training."""
         return pd.DataFrame(self.training["history"])
 
     @property
@@ -92,7 +93,7 @@ class FinetunedModel:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What predictions say about their model."""
+        """Description of the model, stored with its predictions."""
         unfrozen = self.training.get("options", {}).get("unfreeze")
         return {
             "extractor": self.extractor.name,
@@ -102,37 +103,38 @@ class FinetunedModel:
         }
 
     def open(self, sdata: SpatialData, *, section: str) -> NBSection:
-        """Check that a section was tiled as the model expects, and compute its features from the pixels.
+        """Check that a section's tiles match the model, and compute their features from the pixels.
 
         Parameters
         ----------
         sdata
             The section.
         section
-            Its name, for errors.
+            Name of the section, for error messages.
 
         Returns
         -------
-        The section, for `r_and_p`.
+        The opened section. Its `r_and_p` gives the predictions.
 
         Raises
         ------
         KeyError
             If the section was not tiled.
         ValueError
-            If tiles or staining are not those of the model; the error names the step to run again.
+            If tiles or staining differ from the model's. The error names the step to run again.
         """
         values = self._embeddings(sdata, section)
-        return NBSection(self._heads(), self.features.reduce(values), self.features.strangeness(values))
+        scale = self.features.scale(values, section=section)
+        return NBSection(self._heads(), self.features.reduce(values, scale), self.features.strangeness(values))
 
     def stand_ins(self, sdata: SpatialData, *, section: str) -> MixtureStandIns:
-        """Open a section, as `open` does, for tiles that stand in the place of one of its own."""
+        """Open a section, as `open` does, so that other tiles can replace one of its tiles."""
         values = self._embeddings(sdata, section)
         image, none = contract.working_image_name(sdata), np.zeros((len(values), 0), np.float32)
         return self._heads().stand_ins_of((Embedded(self.tiles, image, values, none, self.extractor),))
 
     def _embeddings(self, sdata: SpatialData, section: str) -> np.ndarray:
-        """Check the section, and embed its kept tiles, ``float32 (n_tiles, n_features)``."""
+        """Check the section and embed its kept tiles, ``float32 (n_tiles, n_features)``."""
         expected = self.tiles
         check_specification(
             tile_specification(
@@ -142,12 +144,13 @@ class FinetunedModel:
             section=section,
         )
         table = contract.tiles(sdata)
-        keep = table.obs["keep"].to_numpy()
+        image = contract.working_image_name(sdata)
+        centers, side = contract.tile_geometry(sdata, table[table.obs["keep"].to_numpy()], image)
         return run_over_tiles(
-            contract.levels(sdata, contract.working_image_name(sdata)),
-            np.asarray(table.obsm["spatial"])[keep],
+            contract.levels(sdata, image),
+            centers,
             self.extractor,
-            sides=[contract.tiling(sdata)["side_px"]],
+            sides=[side],
             target=expected.input_px,
             key=f"{self.extractor.name}-{self.extractor.weights_hash}",
             description=f"{contract.sample(sdata)}: {self.extractor.name}",
@@ -157,12 +160,12 @@ class FinetunedModel:
         return NBModel(self.genes, self.tiles, self.features, self.head, self.parameters, self.floor, self.total)
 
     def save(self, path: str | Path) -> Path:
-        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
         Parameters
         ----------
         path
-            Where to.
+            File or directory to write.
 
         Returns
         -------
@@ -175,7 +178,7 @@ class FinetunedModel:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> FinetunedModel:
-        """Put a model together from what `save` wrote; the network's class comes from the registry, by its name."""
+        """Build a model from what `save` wrote. The registry gives the network's class by name."""
         described = dict(config["network"])
         name = described.pop("extractor")
         network = blank_module(name)
@@ -192,7 +195,7 @@ class FinetunedModel:
 
     @classmethod
     def of(cls, heads: NBModel, network: nnx.Module) -> FinetunedModel:
-        """Put a model together from its heads and its network."""
+        """Build a model from its heads and its network."""
         shared = (item.name for item in fields(cls) if item.name != "network")
         return cls(network=network, **{name: getattr(heads, name) for name in shared})
 
@@ -205,12 +208,12 @@ class FinetunedModel:
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON gives it back."""
+    """Turn tuples into lists, as JSON does."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def tile_specification(sdata: SpatialData, *, extractor: str, weights_hash: str, input_px: int) -> TileSpecification:
-    """Read off a section how its tiles are cut, for a network that embeds them itself.
+    """Read a section's tiling, for a model that embeds tiles itself.
 
     Raises
     ------

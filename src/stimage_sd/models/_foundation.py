@@ -1,7 +1,7 @@
-"""Pathology foundation models: what each expects, and building it from a local file or from the hub.
+"""Pathology foundation models: their settings, and loading them from a local file or from the Hugging Face hub.
 
-Their networks are torch modules of timm, transformers and lazyslide-models (extra ``foundation``); nothing of them
-is imported before an extractor of theirs is asked for.
+The networks are torch modules of timm, transformers and lazyslide-models (extra ``foundation``). These packages are
+imported when the first such extractor is loaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 OPTIMUS = ((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
 
-Normalisation = tuple[tuple[float, float, float], tuple[float, float, float]]
+Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Transformer:
     Attributes
     ----------
     options
-        Of `timm.models.VisionTransformer`, but width, depth and heads, which follow from the weights.
+        Options of `timm.models.VisionTransformer`, without width, depth and heads. These follow from the weights.
     head_width
         Width of an attention head.
     gated
-        Whether its blocks have gated feed-forward layers (SwiGLU, packed).
+        Whether the blocks have gated feed-forward layers (SwiGLU, packed).
     """
 
     options: Mapping[str, Any]
@@ -45,39 +45,39 @@ class Transformer:
 
 @dataclass(frozen=True)
 class FoundationModel:
-    """What is known of a foundation model before its weights are read.
+    """Settings of a foundation model, known before its weights are read.
 
     Attributes
     ----------
     key
-        Its name in lazyslide-models.
+        Name in lazyslide-models.
     page
-        Where its weights and its terms are.
-    licence
+        Web page with the weights and their terms.
+    license
         Terms of use of the weights.
     needs_access
-        Whether its authors grant access one by one.
+        Whether users must request access from the authors.
     kind
-        How a local file or folder of weights is read: ``"timm"``: a state dict (safetensors, or torch's format);
-        ``"transformers"``: a folder with ``config.json`` and weights; ``"exported"``: a program of `torch.export`;
-        ``"conch"``: its own package's checkpoint.
+        Format of local weights. ``"timm"``: a state dict (safetensors, or torch's format). ``"transformers"``: a folder
+        with ``config.json`` and weights. ``"exported"``: a program of `torch.export`. ``"conch"``: a checkpoint of the
+        package conch.
     embedding_size, input_size
-        Length of an embedding; side of the tiles that it takes, px.
+        Length of an embedding, and side of the input tiles in px.
     crop
-        Side of the middle of a tile that the network sees, px.
+        Side of the central part of a tile that the network sees, px.
     pooling
-        ``"class"``: the class token. ``"class and mean"``: and the mean of the patches' tokens.
+        ``"class"``: the class token. ``"class and mean"``: the class token and the mean of the patch tokens.
     """
 
     key: str
     page: str
-    licence: str
+    license: str
     embedding_size: int
     kind: Literal["timm", "transformers", "exported", "conch"] = "timm"
     needs_access: bool = True
     input_size: int = 224
     crop: int = 224
-    normalisation: Normalisation = IMAGENET
+    normalization: Normalization = IMAGENET
     pooling: Literal["class", "class and mean"] = "class"
     network: Transformer | None = field(default=None, repr=False)
 
@@ -88,60 +88,60 @@ _HUGE = {"patch_size": 14, "mlp_ratio": 5.3375, "init_values": 1e-5, "global_poo
 FOUNDATION_MODELS: dict[str, FoundationModel] = {
     "gigapath": FoundationModel(
         key="gigapath", page="https://huggingface.co/prov-gigapath/prov-gigapath", embedding_size=1536,
-        licence="Apache-2.0, research use", input_size=256,
+        license="Apache-2.0, research use", input_size=256,
         network=Transformer({**_GIANT, "patch_size": 16, "mlp_ratio": 5.33334}),
     ),
     "h_optimus_0": FoundationModel(
         key="h-optimus-0", page="https://huggingface.co/bioptimus/H-optimus-0", embedding_size=1536,
-        licence="Apache-2.0", normalisation=OPTIMUS,
+        license="Apache-2.0", normalization=OPTIMUS,
         network=Transformer({**_GIANT, "reg_tokens": 4, "no_embed_class": True}),
     ),
     "h_optimus_1": FoundationModel(
         key="h-optimus-1", page="https://huggingface.co/bioptimus/H-optimus-1", embedding_size=1536,
-        licence="CC-BY-NC-ND-4.0", normalisation=OPTIMUS,
+        license="CC-BY-NC-ND-4.0", normalization=OPTIMUS,
         network=Transformer({**_GIANT, "reg_tokens": 4, "no_embed_class": True}),
     ),
     "phikon": FoundationModel(
         key="phikon", page="https://huggingface.co/owkin/phikon", embedding_size=768,
-        licence="Owkin non-commercial", kind="transformers", needs_access=False,
+        license="Owkin non-commercial", kind="transformers", needs_access=False,
     ),
     "phikon_v2": FoundationModel(
         key="phikonv2", page="https://huggingface.co/owkin/phikon-v2", embedding_size=1024,
-        licence="Owkin non-commercial", kind="transformers", needs_access=False,
+        license="Owkin non-commercial", kind="transformers", needs_access=False,
     ),
     "ctranspath": FoundationModel(
         key="ctranspath", page="https://github.com/Xiyue-Wang/TransPath", embedding_size=768,
-        licence="GPL-3.0", kind="exported", needs_access=False,
+        license="GPL-3.0", kind="exported", needs_access=False,
     ),
     "conch": FoundationModel(
         key="conch", page="https://huggingface.co/MahmoodLab/conch", embedding_size=512,
-        licence="CC-BY-NC-ND-4.0", kind="conch", input_size=448, crop=448, normalisation=CLIP,
+        license="CC-BY-NC-ND-4.0", kind="conch", input_size=448, crop=448, normalization=CLIP,
     ),
     "uni": FoundationModel(
-        key="uni", page="https://huggingface.co/MahmoodLab/UNI", embedding_size=1024, licence="CC-BY-NC-ND-4.0",
+        key="uni", page="https://huggingface.co/MahmoodLab/UNI", embedding_size=1024, license="CC-BY-NC-ND-4.0",
         network=Transformer({"patch_size": 16, "init_values": 1e-5, "dynamic_img_size": True}, gated=False),
     ),
     "uni2": FoundationModel(
-        key="uni2", page="https://huggingface.co/MahmoodLab/UNI2-h", embedding_size=1536, licence="CC-BY-NC-ND-4.0",
+        key="uni2", page="https://huggingface.co/MahmoodLab/UNI2-h", embedding_size=1536, license="CC-BY-NC-ND-4.0",
         network=Transformer({**_GIANT, "reg_tokens": 8, "no_embed_class": True, "dynamic_img_size": True}),
     ),
     "virchow": FoundationModel(
-        key="virchow", page="https://huggingface.co/paige-ai/Virchow", embedding_size=2560, licence="Apache-2.0",
+        key="virchow", page="https://huggingface.co/paige-ai/Virchow", embedding_size=2560, license="Apache-2.0",
         pooling="class and mean", network=Transformer(_HUGE, head_width=80),
     ),
     "virchow2": FoundationModel(
         key="virchow2", page="https://huggingface.co/paige-ai/Virchow2", embedding_size=2560,
-        licence="CC-BY-NC-ND-4.0", pooling="class and mean",
+        license="CC-BY-NC-ND-4.0", pooling="class and mean",
         network=Transformer({**_HUGE, "reg_tokens": 4}, head_width=80),
     ),
 }  # fmt: skip
 
 
 class TorchNetwork:
-    """A torch module as a function from normalised tiles ``(n, y, x, 3)`` to embeddings, both numpy.
+    """A torch module as a numpy function from normalized tiles ``(n, y, x, 3)`` to embeddings.
 
-    It runs on a GPU where there is one. One batch is computed at a time, by all cores: the threads that cut tiles
-    wait for each other here rather than for the cores.
+    The module runs on a GPU if there is one. It computes one batch at a time on all cores, and the threads that cut
+    tiles wait for their turn.
     """
 
     def __init__(self, forward: Callable[[Any], Any], module: Any, *, crop: int) -> None:
@@ -153,7 +153,7 @@ class TorchNetwork:
         self._forward, self._crop, self._lock = forward, crop, threading.Lock()
 
     def __call__(self, tiles: np.ndarray) -> np.ndarray:
-        """Embed normalised tiles."""
+        """Embed normalized tiles."""
         import torch
 
         top, left = ((side - self._crop) // 2 for side in tiles.shape[1:3])
@@ -165,29 +165,29 @@ class TorchNetwork:
 
 
 def load_foundation(name: str, weights: Path | None) -> tuple[TorchNetwork, str]:
-    """Build a foundation model from a local file or folder, or from the hub.
+    """Load a foundation model from a local file or folder, or from the Hugging Face hub.
 
     Parameters
     ----------
     name
-        Its name in `FOUNDATION_MODELS`.
+        Name in `FOUNDATION_MODELS`.
     weights
-        A local file or folder, as its `FoundationModel.kind` says; `None`: the Hugging Face hub, or its local cache.
+        A local file or folder in the format of `FoundationModel.kind`. `None`: the Hugging Face hub or its local cache.
 
     Returns
     -------
-    The network, and a hash of its weights.
+    The network and a hash of its weights.
 
     Raises
     ------
     ImportError
         If the extra is not installed.
     FileNotFoundError
-        If the weights are nowhere.
+        If the weights are not found.
     PermissionError
-        If the hub asks for access that is not granted.
+        If the hub requires access that was not granted.
     ValueError
-        If the weights are damaged or of another network.
+        If the weights are damaged or belong to another network.
     """
     model = FOUNDATION_MODELS[name]
     try:
@@ -200,13 +200,13 @@ def load_foundation(name: str, weights: Path | None) -> tuple[TorchNetwork, str]
             f'({error}). Run `pip install "stimage-sd[foundation]"`.'
         ) from error
     if weights is not None and not weights.exists():
-        raise FileNotFoundError(f"No weights of {name!r} at {weights}. They are to be had at {model.page}.")
+        raise FileNotFoundError(f"No weights of {name!r} at {weights}. Get them from {model.page}.")
     module, forward = _from_hub(name, model) if weights is None else _from_disk(name, model, weights)
     return TorchNetwork(forward, module, crop=model.crop), _hash(module)
 
 
 # --------------------------------------------------------------------------------------------------
-# from the hub
+# weights from the Hugging Face hub
 
 
 def _from_hub(name: str, model: FoundationModel) -> tuple[Any, Callable[[Any], Any]]:
@@ -218,14 +218,14 @@ def _from_hub(name: str, model: FoundationModel) -> tuple[Any, Callable[[Any], A
         built = MODEL_REGISTRY[model.key]()
     except (GatedRepoError, RepositoryNotFoundError) as error:
         raise PermissionError(
-            f"The weights of {name!r} are given to those who ask ({model.licence}). Ask at {model.page}, log in with "
+            f"The weights of {name!r} require access ({model.license}). Request it at {model.page} and log in with "
             f"`hf auth login`, {local}."
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(
-            f"The weights of {name!r} are neither in the cache of the Hugging Face hub nor to be had from there "
-            f"({reason}). Fetch them from {model.page} where there is a network, {local}."
+            f"The weights of {name!r} are not in the cache of the Hugging Face hub, and the download failed "
+            f"({reason}). Download them from {model.page}, {local}."
         ) from error
     module = built.model
     if model.kind == "transformers":
@@ -236,7 +236,7 @@ def _from_hub(name: str, model: FoundationModel) -> tuple[Any, Callable[[Any], A
 
 
 # --------------------------------------------------------------------------------------------------
-# from the disk
+# weights from disk
 
 
 def _from_disk(name: str, model: FoundationModel, weights: Path) -> tuple[Any, Callable[[Any], Any]]:
@@ -263,16 +263,16 @@ def _from_disk(name: str, model: FoundationModel, weights: Path) -> tuple[Any, C
 
 
 def build_transformer(model: FoundationModel, state: Mapping[str, Any], *, where: str) -> Any:
-    """Build timm's vision transformer that a state dict is of, and fill it.
+    """Build timm's vision transformer for a state dict, and fill it.
 
     Parameters
     ----------
     model
-        What is known of it.
+        Settings of the foundation model.
     state
-        Tensors by name, as timm names them.
+        Tensors by their names in timm.
     where
-        What to call it in errors.
+        Description of the model and its weights for error messages.
 
     Returns
     -------
@@ -281,7 +281,7 @@ def build_transformer(model: FoundationModel, state: Mapping[str, Any], *, where
     Raises
     ------
     ValueError
-        If the names or shapes are not the network's.
+        If the names or shapes do not fit the network.
     """
     import torch
     from timm.layers import SwiGLUPacked
@@ -312,7 +312,7 @@ def build_transformer(model: FoundationModel, state: Mapping[str, Any], *, where
 
 
 def _state(path: Path) -> dict[str, Any]:
-    """Read a state dict without running code in it."""
+    """Read a state dict without running code from the file."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -331,7 +331,7 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _unpickling_error() -> type[Exception]:
-    import pickle  # torch raises its error where a file holds more than tensors
+    import pickle  # torch raises this error if a file holds more than tensors
 
     return pickle.UnpicklingError
 

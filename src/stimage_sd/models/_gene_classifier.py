@@ -1,4 +1,4 @@
-"""A fitted elastic-net classifier of genes, High or Low, and its file."""
+"""Fitted elastic-net classifiers of genes (High or Low), and their files."""
 
 from __future__ import annotations
 
@@ -12,38 +12,39 @@ import scipy.special
 from spatialdata import SpatialData
 
 from stimage_sd.models._features import FeatureSpace, SectionScale, Standardize
-from stimage_sd.models._files import write_model
+from stimage_sd.models._files import kind, write_model
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.models._stand_ins import ClassStandIns, Values, embedded, in_place
 
 
+@kind("gene_classifier")
 @dataclass(frozen=True)
 class GeneClassifier:
-    """The probability that a gene is High on a tile: one logistic regression a gene on the tile's embedding.
+    """A classifier of genes as High or Low, with one logistic regression per gene on the tile's embedding.
 
-    Made by `stimage_sd.tl.fit_gene_classifier`, loaded by `stimage_sd.models.load`. A gene is High on a tile where
-    the z-score of its log1p count is above zero.
+    Made by `stimage_sd.tl.fit_gene_classifier`, loaded by `stimage_sd.models.load`. A gene is High on a tile if the
+    z-score of its log1p count is above zero.
 
     Attributes
     ----------
     genes
         Names of the genes, in the order of the coefficients' rows.
     tiles
-        What tiles and embeddings must be.
+        Tiling and embedding that a section must have.
     features
-        Mean and deviation that embeddings are standardised by, and the principal components, where they are reduced
-        to them. ``features.standardize`` tells whose mean: for embeddings, and for the z-scores, alike.
+        Mean and deviation of the embeddings, and principal components if the embeddings are reduced.
+        ``features.standardize`` selects the mean of the section or of the cohort, for embeddings and z-scores.
     coefficients
         ``float32 (n_genes, n_features)``.
     intercepts
-        ``float32 (n_genes,)``; minus infinity for a gene that was constant in training, hence never High.
+        ``float32 (n_genes,)``. Minus infinity for a gene that was constant in training, because it is never High.
     thresholds
-        ``float64 (n_genes,)``: mean log1p count over the training tiles, above which a gene is High where the cohort
-        is standardised as one. Sections that are standardised by themselves have their own means as thresholds.
+        ``float64 (n_genes,)``: mean log1p count over the training tiles. A gene is High above its threshold if the
+        cohort is standardized as one. Sections that are standardized by themselves use their own means.
     base_rates
         ``float32 (n_genes,)``: share of the training tiles on which the gene is High.
     training
-        What was fitted, for the reader: sections, solver, options, package versions, convergence.
+        Record of the fit: sections, solver, options, package versions, convergence.
     """
 
     genes: tuple[str, ...]
@@ -57,38 +58,39 @@ class GeneClassifier:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What predicted classes say about their model."""
+        """Description of the model, stored with its predictions."""
         return {"extractor": self.tiles.extractor, "standardize": self.features.standardize}
 
     def probabilities(self, sdata: SpatialData, *, section: str) -> tuple[np.ndarray, np.ndarray]:
-        """Probability of High of every gene on the kept tiles of a section, and how strange these are.
+        """Predict the probability of High for every gene on a section's kept tiles, and the tiles' strangeness.
 
         Parameters
         ----------
         sdata
             The section.
         section
-            Its name, for errors.
+            Name of the section, for error messages.
 
         Returns
         -------
-        ``float32 (n_tiles, n_genes)``, and ``float32 (n_tiles,)``: above 1, farther from the training tiles than 95 %
-        of those.
+        Probabilities ``float32 (n_tiles, n_genes)``, and strangeness ``float32 (n_tiles,)``. Above 1, a tile is farther
+        from the training tiles than 95 % of them.
 
         Raises
         ------
         KeyError
             If the section was not tiled or embedded.
         ValueError
-            If tiles, embeddings or staining are not those of the model; the error names the step to run again.
+            If tiles, embeddings or staining differ from the model's. The error names the step to run again.
         """
         self._check(sdata, section)
         values = features(sdata, self.tiles)
-        probabilities = scipy.special.expit(self._margins(values)).astype(np.float32)
+        scale = self.features.scale(values, section=section)
+        probabilities = scipy.special.expit(self._margins(values, scale)).astype(np.float32)
         return probabilities, self.features.strangeness(values)
 
     def stand_ins(self, sdata: SpatialData, *, section: str) -> ClassStandIns:
-        """Open a section, as `probabilities` does, for tiles that stand in the place of one of its own."""
+        """Open a section, as `probabilities` does, so that other tiles can replace one of its tiles."""
         self._check(sdata, section)
         stored = embedded(sdata, self.tiles)
         scale = self.features.scale(np.concatenate([stored.own, stored.context], axis=1))
@@ -103,16 +105,16 @@ class GeneClassifier:
         check_specification(found, self.tiles, section=section)
 
     def _margins(self, values: Values, scale: SectionScale | None = None) -> Values:
-        """Log odds of High, of a whole section, or of any tiles by the scale of their section."""
+        """Return log odds of High for a whole section, or for any tiles if the scale of their section is given."""
         return brought(self.features, values, scale) @ self.coefficients.T + self.intercepts
 
     def save(self, path: str | Path) -> Path:
-        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
         Parameters
         ----------
         path
-            Where to.
+            File or directory to write.
 
         Returns
         -------
@@ -129,7 +131,7 @@ class GeneClassifier:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> GeneClassifier:
-        """Put a model together from what `save` wrote."""
+        """Build a model from the config and arrays that `save` wrote."""
         tiles = dict(config["tiles"])
         tiles["fields_of_view"] = tuple(tiles["fields_of_view"])
         if config["standardize"] not in get_args(Standardize):
@@ -164,19 +166,19 @@ class GeneClassifier:
 
 
 def brought(space: FeatureSpace, values: Values, scale: SectionScale | None = None) -> Values:
-    """Embeddings as the classifier takes them: standardised, and reduced where it was asked (`FeatureSpace.reduce`)."""
+    """Standardize embeddings for the classifier, and reduce them if the space has components."""
     return space.reduce(values, scale) if space.components.size else space.standardized(values, scale)
 
 
 def is_high(counts: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:
-    """Where genes are High: log1p counts above thresholds, or above their own means (z-score above zero).
+    """Return where genes are High: log1p counts above thresholds, or above their means (z-score above zero).
 
     Parameters
     ----------
     counts
         ``(n_tiles, n_genes)``.
     thresholds
-        ``(n_genes,)`` of log1p counts; `None`: their means. A constant gene is above its mean nowhere.
+        ``(n_genes,)`` of log1p counts. `None`: the mean of each gene, and constant genes are never High.
 
     Returns
     -------
@@ -185,5 +187,5 @@ def is_high(counts: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndar
     logged = np.log1p(np.asarray(counts, dtype=np.float64))
     if thresholds is not None:
         return logged > thresholds
-    # a mean of equal numbers may be rounded to less than they are
+    # the mean of equal numbers can be rounded below these numbers
     return (logged > logged.mean(axis=0)) & (logged.max(axis=0) > logged.min(axis=0))

@@ -1,4 +1,4 @@
-"""Which genes vary most over a cohort."""
+"""Selection of the genes that vary most over a cohort."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ import scanpy as sc
 
 
 def shared_genes(tables: Mapping[str, ad.AnnData]) -> list[str]:
-    """Genes that every section measured, in the first section's order.
+    """Return the genes that every section measured, in the first section's order.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If the sections share no gene.
     """
     first, *others = tables.values()
     shared = [str(gene) for gene in first.var_names if all(gene in table.var_names for table in others)]
     if not shared:
         examples = {name: list(map(str, table.var_names[:3])) for name, table in tables.items()}
-        raise ValueError(f"The sections share no gene; their names begin {examples}. Are they of one naming scheme?")
+        raise ValueError(f"The sections share no gene; their names begin {examples}. Use one naming scheme.")
     return shared
 
 
 def most_variable(
     tables: Mapping[str, ad.AnnData], shared: list[str], *, n_top: int, min_spots: float = 0.1
 ) -> list[str]:
-    """Rank genes by the variance of their Pearson residuals, sections as batches.
+    """Rank genes by the variance of their Pearson residuals, with sections as batches.
 
     Parameters
     ----------
     tables
-        Each section's raw counts.
+        Raw counts of each section.
     shared
-        Genes to choose among; every table has them.
+        Candidate genes, which every table must have.
     n_top
-        How many to choose at most.
+        Maximum number of genes.
     min_spots
-        Least share of all spots that express a gene.
+        Minimum share of all spots that express a gene.
 
     Returns
     -------
-    Names, the most variable first.
+    Names of the genes, most variable first.
 
     Raises
     ------
     ValueError
-        If no gene is expressed in so many spots.
+        If no gene is expressed in that share of the spots.
     """
     joint = ad.concat(
         {

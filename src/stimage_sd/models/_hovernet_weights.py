@@ -1,4 +1,4 @@
-"""Weights of HoVer-Net and of its encoder, from files in the naming of others."""
+"""Weights of HoVer-Net and its encoder, from files with the names of HoVer-Net's authors, torchvision or timm."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from stimage_sd.nn.densenet import Norm
 from stimage_sd.nn.hovernet import Decoder, Dense, HoVerNet, Residual
 
 Named = Iterator[tuple[str, nnx.Variable]]
-#: what wraps a network in its authors' files
+#: prefixes of names in the authors' files
 _WRAPPERS = ("module.", "desc.", "model.")
 
 
 def load_hovernet(network: HoVerNet, path: Path) -> str:
-    """Put the weights of a file into a network, in place.
+    """Read weights from a file into a network, in place.
 
     Parameters
     ----------
     network
         The network.
     path
-        A safetensors file: HoVer-Net's, whole or its encoder alone, in its authors' naming, or ResNet-50's in
-        torchvision's and timm's. ResNet-50 normalises after its convolutions, the encoder before them: it takes the
-        convolutions, and the first two normalisations of each unit, which stand in the same place; the others stay as
-        they are.
+        A safetensors file. Accepted are HoVer-Net's weights, whole or only the encoder, with the authors' names, and
+        ResNet-50's weights with the names of torchvision and timm. ResNet-50 normalizes after its convolutions, but the
+        encoder normalizes before them. The encoder therefore takes the convolutions and the first two normalizations of
+        each unit, which have the same place in both. The other normalizations stay unchanged.
 
     Returns
     -------
@@ -40,7 +40,7 @@ def load_hovernet(network: HoVerNet, path: Path) -> str:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If its arrays are of another network, or of one of another size.
+        If its arrays belong to another network or to a network of another size.
     """
     arrays = {_unwrapped(name): array for name, array in read_safetensors(path).items()}
     try:
@@ -53,7 +53,7 @@ def load_hovernet(network: HoVerNet, path: Path) -> str:
                 wanted |= dict(decoder_names(network))
         fill_variables(wanted, arrays)
     except ValueError as error:
-        raise ValueError(f"{path} does not fit the network: {error} Is `size=` that of the weights?") from error
+        raise ValueError(f"{path} does not fit the network: {error} Check `size=`.") from error
     return sha256_of_file(path)
 
 
@@ -64,12 +64,12 @@ def _unwrapped(name: str) -> str:
 
 
 def _without_place(name: str) -> bool:
-    """Whether an array of ResNet-50 belongs nowhere in an encoder that normalises first."""
+    """Return whether an array of ResNet-50 has no counterpart in the encoder."""
     return ".bn3." in name or ".downsample.1." in name
 
 
 def encoder_names(network: HoVerNet) -> Named:
-    """Give the encoder's variables the names that their arrays have in the authors' files."""
+    """Yield the encoder's variables with the names of their arrays in the authors' files."""
     yield "conv0./.weight", network.stem.conv.kernel
     yield from _norm("conv0.bn", network.stem.norm)
     for number, block in enumerate(network.blocks):
@@ -78,7 +78,7 @@ def encoder_names(network: HoVerNet) -> Named:
 
 
 def decoder_names(network: HoVerNet) -> Named:
-    """Give the decoders' variables the names that their arrays have in the authors' files."""
+    """Yield the decoders' variables with the names of their arrays in the authors' files."""
     branches: Mapping[str, Decoder] = {"np": network.nuclear, "hv": network.hv, "tp": network.types}
     for branch, decoder in branches.items():
         prefix = f"decoder.{branch}"
@@ -92,7 +92,7 @@ def decoder_names(network: HoVerNet) -> Named:
 
 
 def resnet_names(network: HoVerNet) -> Named:
-    """Give the encoder's variables the names that their arrays have in torchvision's ResNet-50."""
+    """Yield the encoder's variables with the names of their arrays in torchvision's ResNet-50."""
     yield "conv1.weight", network.stem.conv.kernel
     yield from _norm("bn1", network.stem.norm)
     for stage, block in enumerate(network.blocks, start=1):
@@ -140,7 +140,7 @@ def _norm(prefix: str, layer: Norm) -> Named:
 
 
 def arrays_in_authors_naming(network: HoVerNet) -> dict[str, NDArray[np.float32]]:
-    """Give a network's arrays the names and the layout that the authors' files have.
+    """Return a network's arrays with the names and layout of the authors' files.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Principal components of tiles: of what was predicted on them, or of their embeddings; and of predicted cells."""
+"""Principal components of tiles (by predictions or embeddings) and of predicted cells."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._specification import common_specification, features
 
 Use = Literal["predictions", "embeddings", "cells"]
-#: key in ``obsm`` of the features that predicted cells' types are told by, and in ``uns`` of places without a nucleus
+#: key in ``obsm`` of the features of predicted cells, and key in ``uns`` of the features of places without a nucleus
 CELL_FEATURES, BACKGROUND_FEATURES = "X_cell_features", "background_features"
-#: cells of a section that are laid out at most
+#: maximum number of cells per section
 _MOST_CELLS = 5000
 
 
-def kept_table(sdata: SpatialData, use: Use) -> ad.AnnData:
-    """The table of predictions, the rows of the tiles' table that are kept, or predicted cells and background."""
+def kept_table(sdata: SpatialData, use: Use, key: str = contract.PREDICTIONS) -> ad.AnnData:
+    """Return the table of predictions, the kept tiles, or the predicted cells with background."""
     if use == "predictions":
-        return contract.predictions(sdata)
+        return contract.predictions(sdata, key)
     if use == "cells":
         return _cells_and_background(sdata)
     table = contract.tiles(sdata)
@@ -40,36 +40,39 @@ def components(
     n_components: int,
     standardize: Standardize,
     seed: int,
+    key: str = contract.PREDICTIONS,
 ) -> dict[str, np.ndarray]:
-    """Bring the tiles of all sections into one space.
+    """Compute principal components of the tiles or cells of all sections in one space.
 
     Parameters
     ----------
     cohort
-        Sections with predictions, or embeddings.
+        Sections with predictions, embeddings or predicted cells.
     use
-        ``"predictions"``: log1p of the predicted means. ``"embeddings"``: those of `extractor`, with their context.
-        ``"cells"``: features of predicted cells.
+        ``"predictions"``: log1p of the predicted means. ``"embeddings"``: embeddings of `extractor`, with their
+        context. ``"cells"``: features of predicted cells.
     extractor
-        Whose embeddings.
+        Name of the extractor.
     n_components
-        How many components at most.
+        Maximum number of components.
     standardize
-        Whose mean and deviation genes, or embeddings, are standardised by: each section's own, or the cohort's.
+        ``"section"`` or ``"cohort"``: standardize by the mean and deviation of each section or of the cohort.
     seed
         Seed of the decomposition.
+    key
+        Name of the tables of predictions.
 
     Returns
     -------
-    Of each section ``float32 (n_tiles, n_components)``.
+    Components of each section, ``float32 (n_tiles, n_components)``, by section name.
 
     Raises
     ------
     KeyError
         If a section has no predictions or embeddings.
     ValueError
-        If `use` or `standardize` is none of theirs, `n_components` is not positive, or the sections have fewer than
-        two genes in common.
+        If `use` or `standardize` is not an allowed value, `n_components` is not positive, or the sections share fewer
+        than two genes.
     """
     if use not in get_args(Use):
         raise ValueError(f"Expected `use` to be one of {list(get_args(Use))}, found {use!r}.")
@@ -87,10 +90,10 @@ def components(
         n_components = min(n_components, next(iter(of_cells.values())).shape[1])
         space = FeatureSpace.fit(of_cells, n_components=n_components, standardize=standardize, seed=seed)
         return {name: space.reduce(values) for name, values in of_cells.items()}
-    tables = [contract.predictions(sdata) for sdata in cohort.values()]
+    tables = [contract.predictions(sdata, key) for sdata in cohort.values()]
     genes = [gene for gene in tables[0].var_names if all(gene in table.var_names for table in tables[1:])]
     if len(genes) < 2:
-        raise ValueError(f"Expected two predicted genes or more that all sections have, found {genes}.")
+        raise ValueError(f"Expected two or more predicted genes that all sections share, found {genes}.")
     logged = [np.log1p(np.asarray(table[:, genes].X, dtype=np.float64)) for table in tables]
     if standardize == "section":
         scaled = np.concatenate([_standardized(values) for values in logged])
@@ -103,7 +106,7 @@ def components(
 
 
 def _cells_and_background(sdata: SpatialData) -> ad.AnnData:
-    """Features of predicted cells, of some where there are many, and of places without a nucleus."""
+    """Return features of predicted cells (at most `_MOST_CELLS`) and of places without a nucleus."""
     table = contract.cell_types(sdata)
     if CELL_FEATURES not in table.obsm:
         raise KeyError(

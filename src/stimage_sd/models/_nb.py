@@ -1,7 +1,8 @@
-"""A fitted ensemble of negative-binomial heads, and its file."""
+"""Fitted ensembles of negative binomial heads, and their files."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -13,19 +14,20 @@ import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
 
+from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._features import FeatureSpace, Standardize
-from stimage_sd.models._files import write_model
+from stimage_sd.models._files import kind, write_model
 from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.models._stand_ins import Embedded, MixtureStandIns, Values, embedded, in_place
-from stimage_sd.nn.negative_binomial_head import HEADS
 from stimage_sd.nn.sharding import shard_members
 
 HeadName = Literal["paper", "dispersion"]
-#: tiles from which on their number is not padded
+#: largest number of tiles that is padded to a power of two
 _BLOCK = 1 << 16
 
 
+@kind("nb")
 @dataclass(frozen=True)
 class NBModel:
     """An ensemble that predicts a negative binomial for every gene and tile.
@@ -37,25 +39,25 @@ class NBModel:
     genes
         Names of the genes, in the order of every array's last axis.
     tiles
-        What tiles and embeddings must be.
+        Tiling and embedding that a section must have.
     features
-        From embeddings to components.
+        Space from embeddings to components.
     head
         ``"paper"`` or ``"dispersion"``.
     parameters
-        The heads' arrays; the leading axis is the member.
+        The heads' arrays. The first axis is the member.
     floor
         ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
     total
-        The size factor 1: the training tiles' median total count; `None` without size factors.
+        Median total count of the training tiles, which has size factor 1; `None` without size factors.
     interval_level
         Nominal level at which the mixture's central intervals covered 90 % of held-out counts.
     training
-        What was fitted, for the reader: sections, validation, seed, options, package versions, metrics.
+        Record of the fit: sections, validation, seed, options, package versions, metrics.
     patterns
-        From components to what each member's heads see; `None` where they see the components.
+        Projection from components to the input of each member's head. `None` if the input is the components.
     beside
-        What the embeddings of further extractors must be, which are features beside the first's.
+        Tiling and embedding for further extractors, whose embeddings are appended to those of the first.
     """
 
     genes: tuple[str, ...]
@@ -72,63 +74,64 @@ class NBModel:
 
     @property
     def n_members(self) -> int:
-        """Members of the ensemble."""
+        """Number of members of the ensemble."""
         return len(self.parameters["bias"])
 
     @property
     def history(self) -> pd.DataFrame:
-        """Losses, a row a member and epoch, with columns epoch, member, training_nll and validation_nll."""
+        """Losses, one row per member and epoch, with columns epoch, member, training_nll and validation_nll."""
         return pd.DataFrame(self.training["history"])
 
     @property
     def member_weights(self) -> np.ndarray:
-        """Weight of each member in the mixture: all alike, ``float64 (n_members,)``."""
+        """Weight of each member in the mixture, all equal, ``float64 (n_members,)``."""
         return np.full(self.n_members, 1.0 / self.n_members)
 
     @property
     def description(self) -> dict[str, Any]:
-        """What predictions say about their model."""
+        """Description of the model, stored with its predictions."""
         extractors = "+".join(tiles.extractor for tiles in self.embeddings)
         return {"extractor": extractors, "head": self.head, "n_members": self.n_members}
 
     @property
     def embeddings(self) -> tuple[TileSpecification, ...]:
-        """What the embeddings of every extractor must be, in the order of the features."""
+        """Tiling and embedding that a section must have for each extractor, in the order of the features."""
         return (self.tiles, *self.beside)
 
     def open(self, sdata: SpatialData, *, section: str) -> NBSection:
-        """Check that a section is as the model expects, and bring its embeddings into the heads' space.
+        """Check that a section matches the model, and project its embeddings to the heads' space.
 
         Parameters
         ----------
         sdata
             The section.
         section
-            Its name, for errors.
+            Name of the section, for error messages.
 
         Returns
         -------
-        The section, for `r_and_p`.
+        The opened section. Its `r_and_p` gives the predictions.
 
         Raises
         ------
         KeyError
             If the section was not tiled or embedded.
         ValueError
-            If tiles, embeddings or staining are not those of the model; the error names the step to run again.
+            If tiles, embeddings or staining differ from the model's. The error names the step to run again.
         """
         self._check(sdata, section)
         parts = [features(sdata, tiles) for tiles in self.embeddings]
         values = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-        return NBSection(self, self.features.reduce(values), self.features.strangeness(values))
+        scale = self.features.scale(values, section=section)
+        return NBSection(self, self.features.reduce(values, scale), self.features.strangeness(values))
 
     def stand_ins(self, sdata: SpatialData, *, section: str) -> MixtureStandIns:
-        """Open a section, as `open` does, for tiles that stand in the place of one of its own."""
+        """Open a section, as `open` does, so that other tiles can replace one of its tiles."""
         self._check(sdata, section)
         return self.stand_ins_of(tuple(embedded(sdata, tiles) for tiles in self.embeddings))
 
     def stand_ins_of(self, section: tuple[Embedded, ...]) -> MixtureStandIns:
-        """Stand-ins in a section whose embeddings are given."""
+        """Return stand-ins for a section whose embeddings are given."""
         values = np.concatenate([part for one in section for part in (one.own, one.context)], axis=1)
         scale = self.features.scale(values)
 
@@ -143,14 +146,14 @@ class NBModel:
             check_specification(found, expected, section=section)
 
     def r_and_p(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters of the negative binomials.
+        """Return the parameters of the negative binomials.
 
         Parameters
         ----------
         reduced
-            ``float32 (n_tiles, n_components)`` of `features.reduce`.
+            ``float32 (n_tiles, n_components)`` from `features.reduce`.
         members
-            Which members; all by default.
+            Indices of the members. Default: all.
 
         Returns
         -------
@@ -160,7 +163,7 @@ class NBModel:
         return np.asarray(r), np.asarray(p)
 
     def _heads(self, reduced: Values, *, members: Sequence[int] | None = None) -> tuple[jax.Array, jax.Array]:
-        """The same in JAX, which can be differentiated."""
+        """Return r and p as JAX arrays, which can be differentiated."""
         chosen = dict(self.parameters)
         if members is not None:
             chosen = {name: array[list(members)] for name, array in chosen.items()}
@@ -169,12 +172,12 @@ class NBModel:
         return r, p
 
     def save(self, path: str | Path) -> Path:
-        """Write the model: one file where the path ends in ``.stimage``, a directory otherwise.
+        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
         Parameters
         ----------
         path
-            Where to.
+            File or directory to write.
 
         Returns
         -------
@@ -184,7 +187,7 @@ class NBModel:
         return write_model(path, kind="nb", config=config, arrays=arrays)
 
     def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Take the model apart into what JSON holds and arrays: the inverse of `from_parts`."""
+        """Return the model's config and arrays, from which `from_parts` builds it again."""
         config = {
             "genes": list(self.genes),
             "tiles": asdict(self.tiles),
@@ -197,17 +200,23 @@ class NBModel:
         }
         arrays = {f"head.{name}": np.asarray(array) for name, array in self.parameters.items()}
         if self.patterns is not None:
-            arrays |= {"patterns.basis": self.patterns.basis, "patterns.centre": self.patterns.centre}
+            arrays |= {"patterns.basis": self.patterns.basis, "patterns.center": self.patterns.center}
         return config, {**arrays, **self.features.arrays(), "floor": self.floor}
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> NBModel:
-        """Put a model together from what `save` wrote."""
+        """Build a model from the config and arrays that `save` wrote."""
         parameters = {name.removeprefix("head."): array for name, array in arrays.items() if name.startswith("head.")}
         n_genes = len(config["genes"])
         if config["head"] not in HEADS or arrays["floor"].shape != (2, n_genes):
             raise KeyError(f"head {config['head']!r} with a floor of shape {arrays['floor'].shape} for {n_genes} genes")
         n_components, n_members = arrays["features.components"].shape[1], len(parameters["bias"])
+        if config["total"] is not None and "size_factors" not in config["training"].get("options", {}):
+            warnings.warn(
+                "The model was fitted with size factors by a version that multiplied r by depth. Its intervals at a "
+                "spot's measured depth are wrong. Fit it again.",
+                stacklevel=2,
+            )
         patterns = _patterns(arrays, n_members=n_members, n_components=n_components)
         n_features = n_components if patterns is None else patterns.rank
         expected = _parameter_shapes(config["head"], n_members, n_features, n_genes)
@@ -241,16 +250,16 @@ class NBModel:
 
 @dataclass(frozen=True)
 class NBSection:
-    """A section in the space of a model's heads.
+    """A section whose embeddings are projected to the space of a model's heads.
 
     Attributes
     ----------
     model
         The model.
     reduced
-        ``float32 (n_tiles, n_components)``.
+        Components of the tiles, ``float32 (n_tiles, n_components)``.
     strangeness
-        ``float32 (n_tiles,)``.
+        Distance from the training tiles, ``float32 (n_tiles,)``.
     """
 
     model: NBModel
@@ -258,9 +267,9 @@ class NBSection:
     strangeness: np.ndarray
 
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters of the negative binomials of some tiles, each ``float32 (n_members, n_rows, n_genes)``."""
+        """Return r and p of some tiles, each ``float32 (n_members, n_rows, n_genes)``."""
         chosen = self.reduced[rows]
-        # padded to a few sizes, so that the head is compiled for these alone
+        # padded to a few sizes, so that JAX compiles the head only for these sizes
         size = min(_BLOCK, 1 << max(len(chosen) - 1, 1).bit_length())
         padded = np.zeros((max(size, len(chosen)), chosen.shape[1]), dtype=np.float32)
         padded[: len(chosen)] = chosen
@@ -273,20 +282,20 @@ def _specification(values: Mapping[str, Any]) -> TileSpecification:
 
 
 def _patterns(arrays: Mapping[str, np.ndarray], *, n_members: int, n_components: int) -> SharedPatterns | None:
-    """The patterns among a file's arrays, where the model has some."""
+    """Return the patterns of a model file, or `None` if the model has no patterns."""
     if "patterns.basis" not in arrays:
         return None
-    found = SharedPatterns(arrays["patterns.basis"], arrays["patterns.centre"])
-    if found.basis.shape[:2] != (n_members, n_components) or found.centre.shape != (n_members, n_components):
+    found = SharedPatterns(arrays["patterns.basis"], arrays["patterns.center"])
+    if found.basis.shape[:2] != (n_members, n_components) or found.center.shape != (n_members, n_components):
         raise KeyError(
-            f"patterns of shapes {found.basis.shape} and {found.centre.shape} for {n_members} members and "
+            f"patterns of shapes {found.basis.shape} and {found.center.shape} for {n_members} members and "
             f"{n_components} components"
         )
     return found
 
 
 def _parameter_shapes(head: str, n_members: int, n_features: int, n_genes: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a head's arrays, as its own `initial` makes them."""
+    """Return the shapes of a head's arrays, from the head's `initial`."""
     ones = np.ones(n_genes)
     initial = partial(HEADS[head].initial, mean=ones, dispersion=ones, n_members=n_members, n_features=n_features)
     return {name: array.shape for name, array in jax.eval_shape(initial, jax.random.key(0)).items()}
@@ -296,7 +305,7 @@ _COMPILED: dict[str, Any] = {}
 
 
 def _r_and_p(head: str) -> Any:
-    """The head's function, compiled once a process."""
+    """Return the head's function, compiled once per process."""
     if head not in _COMPILED:
         _COMPILED[head] = jax.jit(HEADS[head].r_and_p)
     return _COMPILED[head]

@@ -1,4 +1,4 @@
-"""A network's arrays by their path in it, and the way back."""
+"""Arrays of a network by path: reading and setting them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 def network_arrays(network: nnx.Module) -> dict[str, NDArray[Any]]:
-    """A network's arrays by their path in it, such as ``stem/kernel``; states of random generators left out."""
+    """Return a network's arrays by path, such as ``stem/kernel``, without states of random generators."""
     return {"/".join(map(str, path)): np.asarray(variable[...]) for path, variable in _variables(network)}
 
 
@@ -21,7 +21,7 @@ def put_arrays(network: nnx.Module, arrays: Mapping[str, NDArray[Any]], *, name:
     Raises
     ------
     ValueError
-        If they are not of the same names, shapes and dtypes.
+        If the names or shapes of the arrays differ from the network's.
     """
     wanted = {"/".join(map(str, path)): variable for path, variable in _variables(network)}
     expected = {key: tuple(variable.shape) for key, variable in wanted.items()}
@@ -29,7 +29,7 @@ def put_arrays(network: nnx.Module, arrays: Mapping[str, NDArray[Any]], *, name:
     if found != expected:
         wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         raise ValueError(
-            f"The model's weights are not of the network of the extractor {name!r}: {len(wrong)} arrays differ, such "
+            f"The model's weights do not fit the network of the extractor {name!r}: {len(wrong)} arrays differ, such "
             f"as {wrong[:3]}. Register the network that the model was trained with."
         )
     for key, variable in wanted.items():

@@ -1,4 +1,4 @@
-"""What every fitted model of genes is: something that opens a section and gives mixtures of negative binomials."""
+"""Interface of fitted gene models, which open a section and predict mixtures of negative binomials."""
 
 from __future__ import annotations
 
@@ -10,23 +10,22 @@ from spatialdata import SpatialData
 
 
 class OpenedSection(Protocol):
-    """A section as a model sees it, checked and read.
+    """A section that a model has checked and read.
 
     Attributes
     ----------
     strangeness
-        ``float32 (n_tiles,)``: above 1, farther from the training tiles than 95 % of those.
+        ``float32 (n_tiles,)``. Above 1, a tile is farther from the training tiles than 95 % of them.
     """
 
     strangeness: np.ndarray
 
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
-        """Parameters of the negative binomials of some of the kept tiles, in their order.
+        """Return the negative binomial parameters of some kept tiles, in their order.
 
         Returns
         -------
-        r and p, each ``float32 (n_members, n_rows, n_genes)``; the number of members is always that of the
-        model's `member_weights`.
+        r and p, each ``float32 (n_members, n_rows, n_genes)``, with as many members as the model's `member_weights`.
         """
         ...
 
@@ -40,15 +39,16 @@ class Predictor(Protocol):
     genes
         Names of the genes, in the order of every array's last axis.
     member_weights
-        ``float64 (n_members,)``, their sum 1: weight of each member in the mixture.
+        Weight of each member in the mixture, ``float64 (n_members,)``. The weights sum to 1.
     floor
         ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
     total
-        The size factor 1, where the model was fitted with size factors; `None` without.
+        Total count with size factor 1; `None` if the model was fitted without size factors.
     interval_level
         Nominal level at which the mixture's central intervals covered 90 % of held-out counts.
     training
-        What was fitted, for the reader; ``training["sections"]`` names the sections.
+        Record of the fit. ``training["sections"]`` has the names of the sections. ``training["fingerprints"]``
+        identifies them by their spots and counts (`stimage_sd.contract.fingerprint`).
     """
 
     genes: tuple[str, ...]
@@ -64,21 +64,21 @@ class Predictor(Protocol):
 
     @property
     def description(self) -> dict[str, Any]:
-        """What predictions say about their model: plain values, such as extractor and head."""
+        """Description of the model, stored with its predictions: plain values such as extractor and head."""
         ...
 
     def open(self, sdata: SpatialData, *, section: str) -> OpenedSection:
-        """Check that a section is as the model expects, and read what it needs of it.
+        """Check that a section matches the model, and read the model's inputs from it.
 
         Raises
         ------
         KeyError
             If the section was not tiled or embedded.
         ValueError
-            If tiles, embeddings or staining are not those of the model; the error names the step to run again.
+            If tiles, embeddings or staining differ from the model's. The error names the step to run again.
         """
         ...
 
     def save(self, path: str | Path) -> Path:
-        """Write the model to a file or directory, for `stimage_sd.models.load`."""
+        """Write the model to a file or directory that `stimage_sd.models.load` reads."""
         ...

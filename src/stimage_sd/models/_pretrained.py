@@ -1,4 +1,4 @@
-"""DenseNet-121 and vision transformers with weights in torchvision's or timm's naming."""
+"""DenseNet-121 and vision transformers with weights from torchvision or timm."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VIT_HUBS = {"vit_base_patch16_224": "timm/vit_base_patch16_224.augreg_in21k_ft_i
 
 
 def densenet121_names(network: DenseNet121) -> dict[str, nnx.Variable]:
-    """Give each variable the name that its array has in torchvision and timm.
+    """Return the network's variables by the names of their arrays in torchvision and timm.
 
     Parameters
     ----------
@@ -65,12 +65,12 @@ def _norm_names(layer: Norm, prefix: str) -> dict[str, nnx.Variable]:
 
 
 def load_densenet121(weights: Path | None) -> Pretrained:
-    """Build DenseNet-121 with weights in torchvision's and timm's naming, its arrays in numpy.
+    """Build DenseNet-121 with weights from torchvision or timm, with numpy arrays.
 
     Parameters
     ----------
     weights
-        A safetensors file; None to look for one (`find_weights`).
+        A safetensors file, or `None` to search for one (`find_weights`).
 
     Returns
     -------
@@ -82,7 +82,7 @@ def load_densenet121(weights: Path | None) -> Pretrained:
     FileNotFoundError
         If there is no such file, or none was found.
     ValueError
-        If the file is damaged or of another network.
+        If the file is damaged or belongs to another network.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def load_densenet121(weights: Path | None) -> Pretrained:
     (7, 7, 3, 64)
     """
     file = find_weights("densenet121", hub=DENSENET121_HUB) if weights is None else weights
-    # torchvision's released file says "norm.1" where its network says "norm1"
+    # torchvision's released file has "norm.1" in place of the network's "norm1"
     arrays = {
         re.sub(r"\b(norm|conv)\.([12])\b", r"\1\2", name): array for name, array in read_safetensors(file).items()
     }
@@ -100,14 +100,14 @@ def load_densenet121(weights: Path | None) -> Pretrained:
 
 
 def vision_transformer_names(network: VisionTransformer, *, torchvision: bool) -> dict[str, nnx.Variable]:
-    """Give each variable the name that its array has in torchvision or in timm.
+    """Return the network's variables by the names of their arrays in torchvision or timm.
 
     Parameters
     ----------
     network
         The network to fill.
     torchvision
-        Whether by torchvision's names (``vit_b_16``); else by timm's (``vit_base_patch16_224``).
+        `True` for torchvision's names (``vit_b_16``), `False` for timm's names (``vit_base_patch16_224``).
 
     Returns
     -------
@@ -161,12 +161,12 @@ def _kernel_and_bias(layer: nnx.Linear | nnx.Conv | nnx.LayerNorm, name: str) ->
 
 
 def load_vision_transformer(weights: Path | None, *, name: str, size: str = "base") -> Pretrained:
-    """Build a vision transformer (patches of 16 px, tiles of 224 px), its arrays in numpy.
+    """Build a vision transformer (patches of 16 px, tiles of 224 px) with numpy arrays.
 
     Parameters
     ----------
     weights
-        A safetensors file in torchvision's or timm's naming; None to look for one (`find_weights`).
+        A safetensors file with torchvision's or timm's names, or `None` to search for one (`find_weights`).
     name
         Name of the extractor.
     size
@@ -182,7 +182,7 @@ def load_vision_transformer(weights: Path | None, *, name: str, size: str = "bas
     FileNotFoundError
         If there is no such file, or none was found.
     ValueError
-        If the file is damaged or of another network.
+        If the file is damaged or belongs to another network.
 
     Examples
     --------

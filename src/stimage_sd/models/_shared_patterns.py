@@ -1,4 +1,4 @@
-"""From components of the embeddings to the patterns of expression that an ensemble's heads see."""
+"""Projection of embedding components to the expression patterns that the heads of an ensemble take as input."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 @dataclass(frozen=True)
 class SharedPatterns:
-    """A few directions of the components, each member's own: those along which the expression of many genes varies.
+    """Directions of the components along which the expression of many genes varies, for each member.
 
     Attributes
     ----------
     basis
         ``float32 (n_members, n_components, rank)``.
-    centre
-        ``float32 (n_members, n_components)``: the mean of the tiles that a member was trained on.
+    center
+        ``float32 (n_members, n_components)``: mean of each member's training tiles.
     """
 
     basis: np.ndarray
-    centre: np.ndarray
+    center: np.ndarray
 
     @property
     def rank(self) -> int:
@@ -29,19 +29,19 @@ class SharedPatterns:
         return self.basis.shape[-1]
 
     def project(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> np.ndarray:
-        """Bring components into each member's patterns.
+        """Project components to the patterns of each member.
 
         Parameters
         ----------
         reduced
             ``float32 (n_tiles, n_components)``.
         members
-            Which members; all by default.
+            Indices of the members. Default: all.
 
         Returns
         -------
         ``float32 (n_members, n_tiles, rank)``.
         """
         chosen = slice(None) if members is None else list(members)
-        basis, centre = self.basis[chosen], self.centre[chosen]
-        return reduced @ basis - centre[:, None, :] @ basis
+        basis, center = self.basis[chosen], self.center[chosen]
+        return reduced @ basis - center[:, None, :] @ basis

@@ -1,4 +1,4 @@
-"""How a section was tiled, stained and embedded, and whether that is what a model expects."""
+"""Tiling, staining and embedding of a section, and the check against those of a model."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 
-#: tiles whose sides differ by less are the same to an extractor
+#: largest relative difference between the sides of tiles that count as equal
 _TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
 class TileSpecification:
-    """What a section's tiles and embeddings must be for a model to predict on them.
+    """Tiling, staining and embedding that a section must have for a model to predict on it.
 
     Attributes
     ----------
     extractor, weights_hash
         Name of the extractor and hash of its weights.
     fields_of_view
-        Multiples of the tile's side that were embedded.
+        Embedded fields of view, as multiples of the tile's side.
     context_rings
-        Rings of neighbours whose embeddings are features too; 0: none.
+        Rings of neighbors whose embeddings are also features. 0 for none.
     input_px
-        Side of what the extractor saw, px.
+        Side of the extractor's input, px.
     side_px, size_um
-        Side of a tile in H&E pixels, and in micrometres where the resolution is known.
+        Side of a tile in H&E pixels, and in micrometers if the resolution is known.
     stain
-        Stain normalisation of the image that tiles were cut from (method, concentrations, reference), or
-        `None`.
+        Stain normalization of the tiled image (method, concentrations, reference), or `None`.
     """
 
     extractor: str
@@ -48,7 +47,7 @@ class TileSpecification:
 
 
 def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -> TileSpecification:
-    """Read off a section how its tiles were cut and embedded.
+    """Read the tiling, staining and embedding of a section.
 
     Parameters
     ----------
@@ -57,7 +56,7 @@ def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -
     extractor
         Name of the extractor.
     context
-        Whether the neighbours' embeddings count.
+        Whether to include the rings of neighbors.
 
     Returns
     -------
@@ -85,18 +84,32 @@ def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -
 
 
 def features(sdata: SpatialData, tiles: TileSpecification) -> np.ndarray:
-    """Embeddings, and those of the neighbours where the specification has them, of the tiles to keep."""
+    """Return the embeddings of the kept tiles, with those of the neighbors if the specification has rings.
+
+    Raises
+    ------
+    KeyError
+        If the section was not embedded.
+    ValueError
+        If no tile is kept, or an embedding is not finite.
+    """
     table = contract.tiles(sdata)
     keep = table.obs["keep"].to_numpy()
+    if not keep.any():
+        raise ValueError(
+            f"Section {contract.sample(sdata)!r} is empty: none of its {len(keep)} tiles is kept. Leave the section "
+            "out, or tile it again with a lower `min_tissue=`."
+        )
     own = contract.embeddings(sdata, tiles.extractor)
     own = own if keep.all() else own[keep]
-    if tiles.context_rings == 0:
-        return own
-    return np.concatenate([own, np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]], axis=1)
+    if tiles.context_rings:
+        own = np.concatenate([own, np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]], axis=1)
+    contract.check_finite(sdata, own, tiles.extractor)
+    return own
 
 
 def check_specification(found: TileSpecification, expected: TileSpecification, *, section: str) -> None:
-    """Raise `ValueError`, naming the step to run again, where a section is not what is expected."""
+    """Raise `ValueError` if a section differs from the specification, with the step to run again."""
     problems = [
         *_size_problem(found, expected),
         *_embedding_problems(found, expected),
@@ -148,17 +161,17 @@ def _stain_problem(found: dict[str, Any] | None, expected: dict[str, Any] | None
     if expected is None and found is None:
         return []
     if expected is None:
-        return ["tiles of a stain-normalised image, expected the image as it is: embed with `image_key=`"]
+        return ["tiles of a stain-normalized image, expected the image as it is: embed with `image_key=`"]
     call = (
         f'`stimage_sd.pp.stain_normalize(sdata, model.tiles.stain["reference"], method={expected["method"]!r}, '
         f"concentrations={expected['concentrations']!r})` before `pp.embed`"
     )
     if found is None:
-        return [f"tiles without stain normalisation, expected {expected['method']!r}: run {call}"]
+        return [f"tiles without stain normalization, expected {expected['method']!r}: run {call}"]
     same = all(found[name] == expected[name] for name in ("method", "concentrations")) and _close(
         found["reference"], expected["reference"]
     )
-    return [] if same else [f"tiles normalised by {found['method']!r} to another reference: run {call}"]
+    return [] if same else [f"tiles normalized by {found['method']!r} to another reference: run {call}"]
 
 
 def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -177,21 +190,21 @@ def extractor_names(extractor: str | Sequence[str]) -> list[str]:
     Raises
     ------
     ValueError
-        If there is none, or one stands there twice.
+        If there is no name, or a name is repeated.
     """
     names = [extractor] if isinstance(extractor, str) else list(extractor)
     if not names or len(set(names)) < len(names):
-        raise ValueError(f"Expected `extractor` to be a name or different names, got {extractor!r}.")
+        raise ValueError(f"Expected `extractor` to be a name or different names, found {extractor!r}.")
     return names
 
 
 def common_specification(cohort: dict[str, SpatialData], extractor: str) -> TileSpecification:
-    """Read off a cohort what all its sections share, for a model to be fitted on.
+    """Return the specification that all sections of a cohort share, with their mean tile size.
 
     Raises
     ------
     ValueError
-        If sections were tiled, stained or embedded unlike each other.
+        If sections were tiled, stained or embedded in different ways.
     """
     each = {name: specification(sdata, extractor) for name, sdata in cohort.items()}
     first = next(iter(each.values()))

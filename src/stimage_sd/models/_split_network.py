@@ -1,4 +1,4 @@
-"""A network split into what is trained and what is not, and how its gradient is added up by micro-batches."""
+"""Networks split into frozen and trained parts, and gradients summed over micro-batches."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from flax import nnx
 from jax import Array
 from tqdm.auto import tqdm
 
+from stimage_sd.likelihood.heads import Parameters
 from stimage_sd.models._extractors import Extractor, derived_extractor
-from stimage_sd.nn.negative_binomial_head import Parameters
 from stimage_sd.nn.parts import Part, parts_of, run_parts, variables_of
 
 Unfreeze = Literal["last_stage", "all"] | None
-#: gives tiles by their rows, ``uint8 (n_rows, side, side, 3)``
+#: function from rows to tiles, ``uint8 (n_rows, side, side, 3)``
 Read = Callable[[np.ndarray], np.ndarray]
-#: tiles that an extractor is given at a time
+#: tiles per call of an extractor
 _EXTRACTOR_BATCH = 16
 
 
 class Trained(NamedTuple):
-    """What the gradient changes: the network's unfrozen parameters, and the head's."""
+    """Trained parameters: those of the network's unfrozen parts, and those of the head."""
 
     network: Any
     head: Parameters
@@ -35,36 +35,36 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Unfrozen:
-    """How the trained parts of a network run; two of networks built alike are equal, so that one compiled step serves.
+    """Structure of the trained parts of a network. Equal structures share one compiled training step.
 
     Attributes
     ----------
     graph
         The network without its arrays.
     first
-        Number of the first part that is trained.
+        Index of the first trained part.
     """
 
     graph: Any
     first: int
 
     def features(self, trained: Any, rest: Any, inputs: Array) -> Array:
-        """Features, ``float32 (n_tiles, n_features)``, of what the frozen parts gave."""
+        """Compute features ``float32 (n_tiles, n_features)`` from the output of the frozen parts."""
         return run_parts(self._parts(trained, rest, parts_of), inputs)
 
     def checkpointed_features(
         self, trained: Any, rest: Any, inputs: Array, *, parts: Callable[[nnx.Module], list[Part]] = parts_of
     ) -> Array:
-        """The same for the gradient: a part's activations are computed again for it.
+        """Compute features for a gradient. Activations are computed again in the backward pass to save memory.
 
         Parameters
         ----------
         trained, rest
             The network's state.
         inputs
-            What the frozen parts gave.
+            Output of the frozen parts.
         parts
-            Takes the network apart; with dropout, where training has that.
+            Function that splits the network into parts, with dropout if training uses it.
         """
         each = self._parts(trained, rest, parts)
         return run_parts([part._replace(run=jax.checkpoint(part.run)) for part in each], inputs)
@@ -74,23 +74,23 @@ class Unfrozen:
 
 
 class SplitNetwork:
-    """An extractor's network, split into frozen parts, which run as the extractor does, and those that are trained.
+    """An extractor's network, split into frozen parts and trained parts. Frozen parts run like the extractor.
 
     Parameters
     ----------
     extractor
-        Gives the network and its normalisation.
+        Extractor with the network and its normalization.
     unfreeze
-        Which parts are trained.
+        ``"last_stage"``, ``"all"`` or `None`: parts to train.
 
     Attributes
     ----------
     unfrozen
-        How the trained parts run.
+        Structure of the trained parts.
     initial
-        The trained parameters, as they are at the start.
+        Trained parameters before training.
     rest
-        All else of the network's state.
+        All other state of the network.
     """
 
     def __init__(self, extractor: Extractor, unfreeze: Unfreeze) -> None:
@@ -103,25 +103,25 @@ class SplitNetwork:
         split: Any = nnx.split(module, lambda path, _: path in paths, ...)
         graph, self.initial, self.rest = split
         self.unfrozen = Unfrozen(graph, first)
-        # constants for ever: they run as the extractor does, on a CPU several times as fast as what XLA compiles
+        # frozen parts never change, so they run like the extractor, on a CPU several times as fast as XLA's code
         self._frozen = extractor.first_parts(first)
         self._pool = ThreadPoolExecutor(cpu_count())
         self._embed = jax.jit(self.unfrozen.features)
 
     def module(self, trained: Any) -> nnx.Module:
-        """Put the network together again, its arrays in numpy."""
+        """Return the whole network with numpy arrays."""
         return nnx.merge(self.unfrozen.graph, *jax.tree.map(np.asarray, (trained, self.rest)))
 
     def frozen_parts(self, tiles: np.ndarray) -> Array:
-        """What the frozen parts make of a micro-batch, a part of it on each core."""
+        """Run the frozen parts on a micro-batch, split over the cores."""
         n_pieces = min(len(tiles), cpu_count() or 1) if self._extractor.is_recordable and self.unfrozen.first else 1
         pieces = self._pool.map(self._frozen, np.array_split(tiles, n_pieces))
         return jnp.concatenate([jnp.asarray(piece) for piece in pieces])
 
     def features(self, trained: Any, read: Read, rows: np.ndarray, *, batch_size: int, label: str) -> np.ndarray:
-        """Features of some tiles as they are, ``float32 (n_rows, n_features)``."""
+        """Compute features of some tiles without augmentation, ``float32 (n_rows, n_features)``."""
         if self._extractor.is_recordable:
-            # recorded anew for these weights: several times as fast as what XLA compiles for a CPU
+            # a new recording with these weights is several times as fast on a CPU as XLA's code
             now = derived_extractor(self._extractor.name, self.module(trained), weights_hash="now")
             return features_by(now, read, rows, label=label)
         blocks = []
@@ -139,14 +139,14 @@ def _first_trained(name: str, n_parts: int, unfreeze: Unfreeze) -> int:
         return 0
     if n_parts < 2:
         raise ValueError(
-            f'The network of the extractor {name!r} does not say what its stages are, so `unfreeze="last_stage"` has '
-            'no meaning for it. Give it a method `parts` (stimage_sd.nn.parts), or pass `unfreeze="all"`.'
+            f'The network of the extractor {name!r} defines no stages, so `unfreeze="last_stage"` is not possible. '
+            'Add a method `parts` to the network (stimage_sd.nn.parts), or pass `unfreeze="all"`.'
         )
     return n_parts - 1
 
 
 def features_by(extractor: Extractor, read: Read, rows: np.ndarray, *, label: str) -> np.ndarray:
-    """Features of some tiles by an extractor, ``float32 (n_rows, n_features)``, on all cores."""
+    """Compute features of some tiles with an extractor on all cores, ``float32 (n_rows, n_features)``."""
     batches = [rows[start : start + _EXTRACTOR_BATCH] for start in range(0, len(rows), _EXTRACTOR_BATCH)]
     with ThreadPoolExecutor(cpu_count()) as pool:
         found = pool.map(lambda batch: extractor(read(batch)), batches)
@@ -158,7 +158,7 @@ def features_by(extractor: Extractor, read: Read, rows: np.ndarray, *, label: st
 
 
 class MicroBatch(NamedTuple):
-    """Rows of one micro-batch; `weight` is 0 for those that only fill it up."""
+    """Rows of one micro-batch. `weight` is 0 for rows that only fill the micro-batch."""
 
     number: int
     rows: np.ndarray
@@ -166,23 +166,23 @@ class MicroBatch(NamedTuple):
 
 
 def micro_batches(rows: np.ndarray, size: int) -> Iterator[MicroBatch]:
-    """Cut a batch into micro-batches of one size, so that one compiled step serves for all."""
+    """Cut a batch into micro-batches of equal size, so that all use one compiled step."""
     for number, start in enumerate(range(0, len(rows), size)):
         chosen = rows[start : start + size]
         yield MicroBatch(number, np.resize(chosen, size), (np.arange(size) < len(chosen)).astype(np.float32))
 
 
 def gradient_sum(loss: Callable[..., Array]) -> Callable[..., tuple[Trained, Array]]:
-    """Compile what adds a micro-batch's gradient and loss to those before it.
+    """Compile a function that adds the gradient and loss of a micro-batch to a running total.
 
     Parameters
     ----------
     loss
-        From what is trained and further arrays to a number, summed over the micro-batch.
+        Function from trained parameters and further arrays to a loss, summed over the micro-batch.
 
     Returns
     -------
-    ``(total, trained, *arrays) -> total``; `total` is a gradient and a loss, at first `no_gradient`.
+    ``(total, trained, *arrays) -> total``. `total` is a gradient and a loss. It starts as `no_gradient`.
     """
 
     def added(total: tuple[Trained, Array], trained: Trained, *arrays: Any) -> tuple[Trained, Array]:
@@ -193,5 +193,5 @@ def gradient_sum(loss: Callable[..., Array]) -> Callable[..., tuple[Trained, Arr
 
 
 def no_gradient(trained: Trained) -> tuple[Trained, Array]:
-    """What `gradient_sum` begins with."""
+    """Return a zero gradient and a zero loss, the start of `gradient_sum`."""
     return jax.tree.map(jnp.zeros_like, trained), jnp.zeros(())

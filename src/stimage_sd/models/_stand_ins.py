@@ -1,4 +1,4 @@
-"""What a model predicts for tiles that stand in the place of one of a section's: what explanations are made by."""
+"""Stand-ins: predictions for other tiles in the place of one tile of a section, used by explanations."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.likelihood import negative_binomial
 from stimage_sd.models._extractors import Extractor
 from stimage_sd.models._specification import TileSpecification
-from stimage_sd.nn import negative_binomial
 
-#: numpy's or JAX's: JAX's where a gradient is asked for
+#: numpy or JAX arrays; JAX if a gradient is needed
 Values = Any
 
 
 @dataclass(frozen=True, eq=False)
 class Embedded:
-    """Embeddings of a section's kept tiles by one extractor, and how they came about.
+    """Embeddings of a section's kept tiles by one extractor, and how they were computed.
 
     Attributes
     ----------
     tiles
-        How tiles were cut and embedded.
+        Tiling and embedding of the section.
     image
-        Name of the image that they were cut from.
+        Name of the tiled image.
     own
-        ``float32 (n_tiles, n_fields * n_features)``: the tiles' own embeddings.
+        ``float32 (n_tiles, n_fields * n_features)``: embeddings of the tiles.
     context
-        ``float32 (n_tiles, n_context)``: the neighbours', without columns where there are none.
+        ``float32 (n_tiles, n_context)``: embeddings of the neighbors. It has no columns without context.
     extractor
-        The extractor, where the model brings its own; `None`: the registered one of that name.
+        The model's extractor. `None`: the registered extractor of that name.
     """
 
     tiles: TileSpecification
@@ -46,34 +46,34 @@ class Embedded:
 
 
 class StandIns(Protocol):
-    """A section in which other tiles can stand in the place of one.
+    """A section in which other tiles (stand-ins) can replace a tile.
 
     Attributes
     ----------
     embedded
-        Whose embeddings of the other tiles are needed, in this order.
+        The section's embeddings. Stand-ins need embeddings by the same extractors, in this order.
     names
-        What `outputs` gives.
+        Names of the outputs.
     """
 
     embedded: tuple[Embedded, ...]
     names: tuple[str, ...]
 
     def outputs(self, row: int, own: Sequence[Values], columns: np.ndarray) -> dict[str, Values]:
-        """What the model predicts for tiles in the place of one of the kept ones.
+        """Predict for tiles in the place of a kept tile.
 
-        All else stays as it is in the section: the neighbours' embeddings, and the mean and deviation that the section
-        is standardised by.
+        The rest of the section stays the same: the neighbors' embeddings, and the mean and deviation that standardize
+        the section.
 
         Parameters
         ----------
         row
-            Number of the kept tile.
+            Index of the kept tile.
         own
-            Embeddings of the tiles, ``float32 (n_stand_ins, n_fields * n_features)`` for each of `embedded`; JAX's
-            arrays where the prediction is to be differentiated.
+            Embeddings of the stand-ins, ``float32 (n_stand_ins, n_fields * n_features)`` for each of `embedded`. JAX
+            arrays if the prediction will be differentiated.
         columns
-            Numbers of the genes.
+            Indices of the genes.
 
         Returns
         -------
@@ -84,12 +84,12 @@ class StandIns(Protocol):
 
 @runtime_checkable
 class Explainable(Protocol):
-    """A model that predicts from the pixels of a tile, by way of its embeddings."""
+    """A model that predicts from the embeddings of a tile's pixels."""
 
     genes: tuple[str, ...]
 
     def stand_ins(self, sdata: SpatialData, *, section: str) -> StandIns:
-        """Check that a section is as the model expects, and open it for tiles in the place of its own."""
+        """Check that a section matches the model, and open it so that other tiles can replace one of its tiles."""
         ...
 
 
@@ -102,7 +102,7 @@ class MixtureStandIns:
     weights
         ``float32 (n_members,)``.
     r_and_p
-        From the row and the embeddings to r and p, each ``float32 (n_members, n_stand_ins, n_genes)``.
+        Function from row and embeddings to r and p, each ``float32 (n_members, n_stand_ins, n_genes)``.
     """
 
     names: ClassVar[tuple[str, ...]] = ("mean", "aleatoric", "epistemic", "total_variance")
@@ -111,7 +111,7 @@ class MixtureStandIns:
     r_and_p: Callable[[int, Sequence[Values]], tuple[Values, Values]] = field(repr=False)
 
     def outputs(self, row: int, own: Sequence[Values], columns: np.ndarray) -> dict[str, Values]:
-        """Moments of the mixture, as `stimage_sd.tl.predict` writes them."""
+        """Compute the moments of the mixture that `stimage_sd.tl.predict` writes."""
         r, p = self.r_and_p(row, own)
         return _moments(r[..., columns], p[..., columns], self.weights, numpy=_numpy_of(own))
 
@@ -123,7 +123,7 @@ class ClassStandIns:
     Attributes
     ----------
     margins
-        From the row and the embeddings to the log odds of High, ``float32 (n_stand_ins, n_genes)``.
+        Function from row and embeddings to the log odds of High, ``float32 (n_stand_ins, n_genes)``.
     """
 
     names: ClassVar[tuple[str, ...]] = ("mean",)
@@ -131,28 +131,13 @@ class ClassStandIns:
     margins: Callable[[int, Sequence[Values]], Values] = field(repr=False)
 
     def outputs(self, row: int, own: Sequence[Values], columns: np.ndarray) -> dict[str, Values]:
-        """``"mean"``: the probability of High."""
+        """Compute the probability of High, named ``"mean"``."""
         probability = jax.nn.sigmoid(self.margins(row, own)[:, columns])
         return {"mean": _numpy_of(own).asarray(probability)}
 
 
 def _moments(r: Values, p: Values, weights: np.ndarray, *, numpy: Any = np) -> dict[str, Values]:
-    """Mean and variances of a mixture of negative binomials.
-
-    Parameters
-    ----------
-    r, p
-        ``float32 (n_members, n_tiles, n_genes)``.
-    weights
-        ``float32 (n_members,)``, their sum 1.
-    numpy
-        The module to compute by: numpy, or `jax.numpy` where it is to be differentiated.
-
-    Returns
-    -------
-    ``mean``; ``aleatoric``, the mean of the members' variances; ``epistemic``, the variance of the members' means;
-    ``total_variance``, their sum; each ``float32 (n_tiles, n_genes)``.
-    """
+    """Compute the mean and the aleatoric, epistemic and total variance of a mixture of negative binomials."""
     means = numpy.asarray(negative_binomial.mean(r=r, p=p))
     mean = numpy.tensordot(weights, means, axes=1)
     aleatoric = numpy.tensordot(weights, numpy.asarray(negative_binomial.variance(r=r, p=p)), axes=1)
@@ -161,28 +146,30 @@ def _moments(r: Values, p: Values, weights: np.ndarray, *, numpy: Any = np) -> d
 
 
 def embedded(sdata: SpatialData, tiles: TileSpecification) -> Embedded:
-    """Read a section's embeddings of the kept tiles, as `features` does, with the neighbours' apart."""
+    """Read the embeddings of a section's kept tiles and, separately, of their neighbors."""
     table = contract.tiles(sdata)
     keep = table.obs["keep"].to_numpy()
     own = contract.embeddings(sdata, tiles.extractor)[keep]
     context = np.zeros((len(own), 0), np.float32)
     if tiles.context_rings:
         context = np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]
+    for values in (own, context):
+        contract.check_finite(sdata, values, tiles.extractor)
     how: Mapping[str, Any] = table.uns.get("embeddings", {}).get(tiles.extractor, {})
     return Embedded(tiles, str(how.get("image", contract.working_image_name(sdata))), own, context)
 
 
 def in_place(section: Sequence[Embedded], row: int, own: Sequence[Values]) -> Values:
-    """Features of tiles in the place of one: their own embeddings, and the context of that place.
+    """Return the features of stand-ins: their embeddings, and the context of the replaced tile.
 
     Parameters
     ----------
     section
         The section's embeddings.
     row
-        Number of the kept tile.
+        Index of the kept tile.
     own
-        The tiles' embeddings by each extractor.
+        Embeddings of the stand-ins for each extractor.
 
     Returns
     -------

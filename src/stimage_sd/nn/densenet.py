@@ -1,7 +1,7 @@
-"""DenseNet-121, as the released ImageNet weights expect.
+"""DenseNet-121, compatible with the released ImageNet weights.
 
-Source: Huang et al., "Densely connected convolutional networks", 2017. A dense layer normalises and clips what
-all layers before it gave, and adds 32 channels to it.
+Source: Huang et al., "Densely connected convolutional networks", 2017. A dense layer takes the channels of all previous
+layers and adds 32 channels.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ EMBEDDING_SIZE = 1024
 
 
 class Norm(nnx.Module):
-    """Batch normalisation with running statistics, which are held fixed in training as well.
+    """Batch normalization with running statistics that also stay fixed in training.
 
     Parameters
     ----------
     channels
-        Channels of the value.
+        Number of channels.
 
     Attributes
     ----------
     scale, bias : nnx.Param
         float32 (channels,), gamma and beta.
     mean, variance : nnx.BatchStat
-        float32 (channels,), the running statistics.
+        float32 (channels,), running statistics.
 
     Examples
     --------
@@ -54,26 +54,26 @@ class Norm(nnx.Module):
         self.variance = nnx.BatchStat(jnp.ones(channels, jnp.float32))
 
     def folded(self) -> tuple[Any, Any]:
-        """Give the factor and the summand that equal this layer, in the array type of the weights.
+        """Return the factor and offset that equal this layer, in the array type of the weights.
 
         Returns
         -------
         factor, summand
-            float32 (channels,): g = scale / sqrt(variance + epsilon), and bias − mean · g.
+            float32 (channels,): factor g = scale / sqrt(variance + epsilon), and offset bias − mean · g.
         """
         gain = self.scale[...] * (self.variance[...] + np.float32(BATCH_NORM_EPSILON)) ** np.float32(-0.5)
         return gain, self.bias[...] - self.mean[...] * gain
 
 
 class Convolution(nnx.Module):
-    """A square convolution without bias, zeros around the image keeping its size.
+    """Square convolution without bias, with zero padding that keeps the image size.
 
     Parameters
     ----------
     in_channels, out_channels
-        Channels before and after.
+        Numbers of input and output channels.
     kernel_size
-        Height and width of the kernel; odd.
+        Height and width of the kernel, odd.
     rngs
         Source of the initial kernel (He et al. 2015, fan in).
 
@@ -92,19 +92,19 @@ class Convolution(nnx.Module):
 
 @singledispatch
 def norm(value: Any, layer: Norm) -> Any:
-    """Normalise a value.
+    """Apply batch normalization with running statistics.
 
     Parameters
     ----------
     value
         float32 (batch, height, width, channels), or a value of a graph being recorded.
     layer
-        The layer.
+        Normalization layer.
 
     Returns
     -------
     value
-        Of the same shape.
+        Normalized value of the same shape.
 
     Examples
     --------
@@ -117,14 +117,14 @@ def norm(value: Any, layer: Norm) -> Any:
 
 @singledispatch
 def convolution(value: Any, layer: Convolution) -> Any:
-    """Convolve a value.
+    """Apply a convolution.
 
     Parameters
     ----------
     value
         float32 (batch, height, width, in_channels), or a value of a graph being recorded.
     layer
-        The layer.
+        Convolution layer.
 
     Returns
     -------
@@ -144,7 +144,7 @@ def convolution(value: Any, layer: Convolution) -> Any:
 
 @singledispatch
 def concatenate(value: Any, others: Sequence[Any]) -> Any:
-    """Put the channels of further values behind those of the first.
+    """Concatenate values along the channels.
 
     Parameters
     ----------
@@ -154,7 +154,7 @@ def concatenate(value: Any, others: Sequence[Any]) -> Any:
     Returns
     -------
     value
-        With the channels of all.
+        Value with the channels of all inputs.
 
     Examples
     --------
@@ -166,7 +166,7 @@ def concatenate(value: Any, others: Sequence[Any]) -> Any:
 
 @singledispatch
 def halve(value: Any) -> Any:
-    """Average squares of two by two; an odd last row or column is left out.
+    """Average 2 × 2 squares, without an odd last row or column.
 
     Parameters
     ----------
@@ -187,12 +187,12 @@ def halve(value: Any) -> Any:
 
 
 class DenseLayer(nnx.Module):
-    """What a layer adds to the channels before it: clip, 1 × 1 convolution, clip, 3 × 3 convolution.
+    """Dense layer: norm, ReLU and 1 × 1 convolution, then norm, ReLU and 3 × 3 convolution.
 
     Parameters
     ----------
     in_channels
-        Channels before.
+        Number of input channels.
     rngs
         Source of the initial weights.
 
@@ -208,17 +208,17 @@ class DenseLayer(nnx.Module):
         self.filter = Convolution(BOTTLENECK, GROWTH, 3, rngs=rngs)
 
     def __call__(self, value: Any) -> Any:
-        """Run the layer on float32 (batch, height, width, in_channels) or on a graph's value."""
+        """Run the layer on float32 (batch, height, width, in_channels) or on a graph value."""
         return convolution(relu(conv_norm(relu(norm(value, self.before)), self.reduce)), self.filter)
 
 
 class Transition(nnx.Module):
-    """Between blocks: half the channels, half the height and width.
+    """Transition between blocks that halves channels, height and width.
 
     Parameters
     ----------
     in_channels
-        Channels before.
+        Number of input channels.
     rngs
         Source of the initial weights.
 
@@ -233,12 +233,12 @@ class Transition(nnx.Module):
         self.reduce = Convolution(in_channels, in_channels // 2, 1, rngs=rngs)
 
     def __call__(self, value: Any) -> Any:
-        """Run the transition on float32 (batch, height, width, in_channels) or on a graph's value."""
+        """Run the transition on float32 (batch, height, width, in_channels) or on a graph value."""
         return halve(convolution(relu(norm(value, self.before)), self.reduce))
 
 
 class DenseNet121(nnx.Module):
-    """DenseNet-121 up to its pooled features.
+    """DenseNet-121 up to the pooled features.
 
     Parameters
     ----------
@@ -265,7 +265,7 @@ class DenseNet121(nnx.Module):
         self.after = Norm(channels)
 
     def parts(self) -> list[Part]:
-        """Give the dense blocks, each with the transition before it; the first with the stem, the last with pooling."""
+        """Return the dense blocks with their transitions, the first with the stem, the last with pooling."""
         first = Part((self.stem, self.blocks[0]), lambda tiles: _dense(self.blocks[0], self._stem(tiles)))
         pairs = zip(self.transitions, self.blocks[1:], strict=True)
         *middle, last = [Part(pair, partial(_after_transition, *pair)) for pair in pairs]
@@ -281,13 +281,13 @@ class DenseNet121(nnx.Module):
         Parameters
         ----------
         tiles
-            float32 (batch, height, width, 3), RGB, normalised, 32 px high and wide at least; or the input of a
-            graph being recorded.
+            Normalized RGB tiles, float32 (batch, height, width, 3), at least 32 × 32 px, or the input of a graph being
+            recorded.
 
         Returns
         -------
         embeddings
-            float32 (batch, 1024), or the graph's value.
+            float32 (batch, 1024), or a graph value.
         """
         return run_parts(self.parts(), tiles)
 

@@ -1,9 +1,8 @@
-"""EfficientNet-Lite: EfficientNet without squeeze-and-excitation and with ReLU6, at several widths and depths.
+"""EfficientNet-Lite at several widths and depths: EfficientNet with ReLU6, without squeeze-and-excitation.
 
-Source: Tan & Le, "EfficientNet: rethinking model scaling for convolutional neural networks", 2019, and the
-TensorFlow EfficientNet-Lite models, whose settings the released weights were trained with: "same" padding,
-batch-norm epsilon 1e-3, input normalised by mean 127 and deviation 128, of 224 pixels for Lite0, 240 for Lite1
-and 260 for Lite2.
+Source: Tan & Le, "EfficientNet: rethinking model scaling for convolutional neural networks", 2019, and the TensorFlow
+EfficientNet-Lite models. The released weights were trained with "same" padding, batch-norm epsilon 1e-3, and input
+normalized by mean 127 and deviation 128. The input size is 224 pixels for Lite0, 240 for Lite1 and 260 for Lite2.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ Value = TypeVar("Value")
 BATCH_NORM_EPSILON = 1e-3
 STEM_CHANNELS = 32
 EMBEDDING_SIZE = 1280
-#: channels of a stage are a multiple of this
+#: the channels of a stage are a multiple of this number
 CHANNEL_STEP = 8
 
 
 class Stage(NamedTuple):
-    """Blocks of one kind; only the first has the stride and changes the channels.
+    """Blocks of one kind, where only the first block has the stride and changes the channels.
 
     Examples
     --------
@@ -44,7 +43,7 @@ class Stage(NamedTuple):
     channels: int
 
 
-#: of EfficientNet-Lite0, which the others are scaled from
+#: stages of EfficientNet-Lite0, from which the other networks are scaled
 STAGES = (
     Stage(repeats=1, kernel_size=3, stride=1, expansion=1, channels=16),
     Stage(repeats=2, kernel_size=3, stride=2, expansion=6, channels=24),
@@ -57,16 +56,16 @@ STAGES = (
 
 
 class Scaling(NamedTuple):
-    """How many times as wide and as deep as EfficientNet-Lite0 a network is.
+    """Width and depth of a network relative to EfficientNet-Lite0.
 
-    Unlike in EfficientNet, stem and head keep their channels, and the first and the last stage their one block.
+    Unlike in EfficientNet, stem and head keep their channels, and the first and last stage keep one block.
 
     Attributes
     ----------
     width
-        Factor of the channels of every stage.
+        Factor on the channels of every stage.
     depth
-        Factor of the blocks of every stage but the first and the last.
+        Factor on the blocks of every stage except the first and the last.
 
     Examples
     --------
@@ -80,13 +79,13 @@ class Scaling(NamedTuple):
     def stages(self) -> tuple[Stage, ...]:
         """Scale the stages of EfficientNet-Lite0.
 
-        Blocks are rounded up; channels to the nearest multiple of 8, or to the next one above where the nearest
-        is less than nine tenths of what was asked for.
+        Blocks are rounded up. Channels are rounded to the nearest multiple of 8, or to the next larger multiple if the
+        nearest is below 90 % of the scaled number.
 
         Returns
         -------
         tuple of Stage
-            As many stages, of the same kinds.
+            The scaled stages, in the same number and of the same kinds.
 
         Examples
         --------
@@ -111,16 +110,16 @@ def _whole_channels(asked: float) -> int:
 
 
 class InvertedResidual(nnx.Module):
-    """Expand the channels, filter each of them, project; add the input where the shapes agree.
+    """Inverted residual block: expansion, depthwise convolution, projection, shortcut if shapes agree.
 
     Parameters
     ----------
     in_channels, out_channels
-        Channels before and after.
+        Numbers of input and output channels.
     kernel_size, stride
-        Of the depthwise convolution.
+        Kernel size and stride of the depthwise convolution.
     expansion
-        Factor of the channels inside; at 1 there is no expanding convolution.
+        Factor of the inner channels. At 1 there is no expanding convolution.
     rngs
         Source of the initial weights.
 
@@ -151,7 +150,7 @@ class InvertedResidual(nnx.Module):
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
     def __call__(self, value: Value) -> Value:
-        """Run the block on float32 (batch, height, width, in_channels) or on a graph's value."""
+        """Run the block on float32 (batch, height, width, in_channels) or on a graph value."""
         inner = value if self.expand is None else relu6(conv_norm(value, self.expand))
         inner = relu6(conv_norm(inner, self.depthwise))
         projected = conv_norm(inner, self.project)
@@ -159,12 +158,12 @@ class InvertedResidual(nnx.Module):
 
 
 class EfficientNetLite(nnx.Module):
-    """EfficientNet-Lite up to its pooled features.
+    """EfficientNet-Lite up to the pooled features.
 
     Parameters
     ----------
     scaling
-        Width and depth; `SCALINGS` names those with released weights.
+        Width and depth. `SCALINGS` lists the scalings with released weights.
     rngs
         Source of the initial weights.
 
@@ -198,9 +197,9 @@ class EfficientNetLite(nnx.Module):
         self.head = ConvNorm(channels, EMBEDDING_SIZE, 1, **common)
 
     def parts(self) -> list[Part]:
-        """Give the blocks of each resolution; the first with the stem, the last with the head and pooling."""
+        """Return the blocks by resolution, the first with the stem, the last with the head and pooling."""
         halving = [index for index, block in enumerate(self.blocks) if block.depthwise.stride == 2]
-        # four parts, as the other networks have: the stem and all blocks before an eighth of the tile's size are one
+        # four parts as in the other networks: stem and all blocks above an eighth of the tile size form one part
         cuts = [0, *halving[1:], len(self.blocks)]
         groups = [list(self.blocks[start:stop]) for start, stop in pairwise(cuts)]
         middle = [Part(tuple(group), partial(_through, group)) for group in groups[1:-1]]
@@ -217,12 +216,12 @@ class EfficientNetLite(nnx.Module):
         Parameters
         ----------
         tiles
-            float32 (batch, height, width, 3), RGB, normalised; or the input of a graph being recorded.
+            Normalized RGB tiles, float32 (batch, height, width, 3), or the input of a graph being recorded.
 
         Returns
         -------
         embeddings
-            float32 (batch, 1280), or the graph's value.
+            float32 (batch, 1280), or a graph value.
         """
         return run_parts(self.parts(), tiles)
 

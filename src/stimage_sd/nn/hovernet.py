@@ -1,10 +1,10 @@
-"""HoVer-Net: which pixels are nuclear, where in its nucleus each lies, and of which type it is.
+"""HoVer-Net: nuclear pixels, distances within nuclei, and types of nuclei.
 
 Source: Graham et al., "HoVer-Net: simultaneous segmentation and classification of nuclei in multi-tissue histology
-images", Medical Image Analysis 2019. A residual encoder whose blocks normalise before they convolve (He et al.,
-"Identity mappings in deep residual networks", 2016), its first convolution without a stride, and three decoders of
-densely connected units. A layer of the encoder is written in terms of the width of the first, so that the published
-network and one that trains on two cores are the same code.
+images", Medical Image Analysis 2019. The encoder is a pre-activation residual network (He et al., "Identity mappings in
+deep residual networks", 2016) without a stride in the first convolution. Three decoders have densely connected units.
+All layers scale with the width of the first layer, so the published network and a small network for two CPU cores share
+the code.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from flax import nnx
 from stimage_sd.nn.densenet import BATCH_NORM_EPSILON, Norm, concatenate, norm
 from stimage_sd.nn.layers import add, relu
 
-#: a layer that normalises: by its running statistics, or by those of the batch
-Normalise = Callable[[Any, Norm], Any]
+#: function that applies a normalization layer, by running statistics or by batch statistics
+Normalize = Callable[[Any, Norm], Any]
 Padding = Literal["same", "valid"]
-#: share of a batch's statistics in the running ones after it
+#: weight of the batch statistics in the update of the running statistics
 _MOMENTUM = 0.1
 
 
 @dataclass(frozen=True)
 class HoVerNetSize:
-    """How large a network is.
+    """Size of a HoVer-Net.
 
     Attributes
     ----------
     width
         Channels of the first convolution.
     depths
-        Residual units of the encoder's four blocks.
+        Number of residual units in the four encoder blocks.
     dense
-        Densely connected units of a decoder's first and second block.
+        Number of densely connected units in the first and second block of a decoder.
     kernel_size
-        Of the decoders' convolutions.
+        Kernel size of the decoder convolutions.
     padding
-        Of the decoders' convolutions: ``"same"`` gives maps of the tile's size, ``"valid"`` only the part that sees
-        nothing but tissue.
+        Padding of the decoder convolutions. ``"same"`` gives maps of the tile size. ``"valid"`` gives only the part
+        that does not depend on padding.
     pad_stem
-        Whether zeros are put around the tile for the first convolution.
+        Whether the first convolution is padded with zeros.
     """
 
     width: int = 64
@@ -57,7 +57,7 @@ class HoVerNetSize:
     pad_stem: bool = True
 
 
-#: the published network, with maps as large as the tile, and one that trains on two cores
+#: the published network with maps of the tile size, and a small network that trains on two CPU cores
 SIZES = {
     "published": HoVerNetSize(),
     "small": HoVerNetSize(width=8, depths=(1, 1, 1, 1), dense=(2, 1), kernel_size=3),
@@ -65,22 +65,22 @@ SIZES = {
 
 
 class Conv(nnx.Module):
-    """A square convolution.
+    """Square convolution with optional stride, groups and bias.
 
     Parameters
     ----------
     in_channels, out_channels
-        Channels before and after.
+        Numbers of input and output channels.
     kernel_size
-        Height and width of the kernel; odd.
+        Height and width of the kernel, odd.
     stride
-        Step, px.
+        Stride, px.
     groups
-        Groups of channels that do not see each other.
+        Number of separate channel groups.
     padding
-        ``"same"``: zeros around, more of them below and to the right where they cannot be even; ``"valid"``: none.
+        ``"same"`` pads with zeros, with the odd pixel below and to the right. ``"valid"`` does not pad.
     bias
-        Whether a bias is added.
+        Whether to add a bias.
     rngs
         Source of the initial kernel (He et al. 2015, fan in).
 
@@ -103,14 +103,14 @@ class Conv(nnx.Module):
 
 @singledispatch
 def conv(value: Any, layer: Conv) -> Any:
-    """Convolve a value.
+    """Apply a convolution.
 
     Parameters
     ----------
     value
         float32 (batch, height, width, in_channels), or a value of a graph being recorded.
     layer
-        The layer.
+        Convolution layer.
 
     Returns
     -------
@@ -122,7 +122,7 @@ def conv(value: Any, layer: Conv) -> Any:
     >>> conv(jnp.ones((1, 8, 8, 3)), Conv(3, 4, 5, padding="valid", rngs=nnx.Rngs(0))).shape
     (1, 4, 4, 4)
     """
-    # on a CPU, XLA's convolution by 1 px and its grouped one take several times as long as what follows
+    # on a CPU, 1 × 1 and grouped convolutions of XLA take several times as long as this code
     if layer.kernel_size == 1:
         convolved = value[:, :: layer.stride, :: layer.stride] @ layer.kernel[0, 0]
     else:
@@ -141,7 +141,7 @@ def _convolved(value: Any, kernel: Any, layer: Conv) -> Any:
 
 @singledispatch
 def double(value: Any) -> Any:
-    """Repeat every pixel twice along both axes.
+    """Upsample by repeating every pixel twice along both axes.
 
     Examples
     --------
@@ -153,7 +153,7 @@ def double(value: Any) -> Any:
 
 @singledispatch
 def trim(value: Any, pixels: int) -> Any:
-    """Leave out as many pixels on each side.
+    """Crop the given number of pixels on each side.
 
     Examples
     --------
@@ -164,19 +164,19 @@ def trim(value: Any, pixels: int) -> Any:
 
 
 def batch_norm(value: Any, layer: Norm) -> Any:
-    """Normalise a value by its own batch, and let the layer's running statistics follow, as training does.
+    """Apply batch normalization with batch statistics and update the running statistics, for training.
 
     Parameters
     ----------
     value
         float32 (batch, height, width, channels).
     layer
-        The layer; its mean and variance are changed.
+        Normalization layer. Its mean and variance are changed.
 
     Returns
     -------
     value
-        Of the same shape.
+        Normalized value of the same shape.
 
     Examples
     --------
@@ -195,18 +195,18 @@ def batch_norm(value: Any, layer: Norm) -> Any:
 
 
 class Residual(nnx.Module):
-    """Units that add to what they are given, each: normalise, clip, convolve by 1, 3 and 1 px.
+    """Residual units, each with norm, ReLU and convolution at kernel sizes 1, 3 and 1.
 
     Parameters
     ----------
     in_channels
-        Channels before.
+        Number of input channels.
     width
-        Channels within; four times as many come out.
+        Number of inner channels. The output has four times as many.
     depth
-        How many units.
+        Number of units.
     stride
-        Of the first unit.
+        Stride of the first unit.
     rngs
         Source of the initial kernels.
     """
@@ -215,7 +215,7 @@ class Residual(nnx.Module):
         out = 4 * width
         self.shortcut = Conv(in_channels, out, 1, stride=stride, rngs=rngs)
         befores = [in_channels] + [out] * (depth - 1)
-        # the value that the first unit is given was normalised by whoever gave it
+        # the input of the first unit is already normalized
         self.norms = nnx.List([Norm(out) for _ in range(depth - 1)])
         self.narrow = nnx.List([Conv(before, width, 1, rngs=rngs) for before in befores])
         self.norms_1 = nnx.List([Norm(width) for _ in befores])
@@ -224,32 +224,32 @@ class Residual(nnx.Module):
         self.widen = nnx.List([Conv(width, out, 1, rngs=rngs) for _ in befores])
         self.last = Norm(out)
 
-    def __call__(self, value: Any, normalise: Normalise) -> Any:
-        """Apply the units."""
+    def __call__(self, value: Any, normalize: Normalize) -> Any:
+        """Apply the residual units."""
         kept = conv(value, self.shortcut)
         for number, narrow in enumerate(self.narrow):
-            inner = value if number == 0 else relu(normalise(kept, self.norms[number - 1]))
-            inner = relu(normalise(conv(inner, narrow), self.norms_1[number]))
-            inner = relu(normalise(conv(inner, self.middle[number]), self.norms_2[number]))
+            inner = value if number == 0 else relu(normalize(kept, self.norms[number - 1]))
+            inner = relu(normalize(conv(inner, narrow), self.norms_1[number]))
+            inner = relu(normalize(conv(inner, self.middle[number]), self.norms_2[number]))
             kept = add(conv(inner, self.widen[number]), kept)
-        return relu(normalise(kept, self.last))
+        return relu(normalize(kept, self.last))
 
 
 class Dense(nnx.Module):
-    """A convolution, units that each add channels to those of all before, and a convolution by 1 px.
+    """Dense block: convolution, densely connected units, and a 1 × 1 convolution.
 
     Parameters
     ----------
     in_channels, width
-        Channels before, and after the first convolution.
+        Number of input channels, and number of channels after the first convolution.
     bottleneck, growth
-        Channels within a unit, and those it adds.
+        Number of inner channels of a unit, and number of channels that a unit adds.
     n_units
-        How many.
+        Number of units.
     out_channels
-        Channels after.
+        Number of output channels.
     size
-        Kernel and padding.
+        Size of the network, for kernel size and padding.
     rngs
         Source of the initial kernels.
     """
@@ -271,24 +271,24 @@ class Dense(nnx.Module):
         self.last = Norm(width + n_units * growth)
         self.out = Conv(width + n_units * growth, out_channels, 1, rngs=rngs)
 
-    def __call__(self, value: Any, normalise: Normalise) -> Any:
-        """Apply the convolution, the units and the last convolution."""
+    def __call__(self, value: Any, normalize: Normalize) -> Any:
+        """Apply the first convolution, the units and the last convolution."""
         value = conv(value, self.first)
         for before, narrow, after, grow in zip(self.norms, self.narrow, self.norms_1, self.grow, strict=True):
-            inner = relu(normalise(conv(relu(normalise(value, before)), narrow), after))
+            inner = relu(normalize(conv(relu(normalize(value, before)), narrow), after))
             value = concatenate(trim(value, self.lost), [conv(inner, grow)])
-        return conv(relu(normalise(value, self.last)), self.out)
+        return conv(relu(normalize(value, self.last)), self.out)
 
 
 class Decoder(nnx.Module):
-    """From the encoder's four values to maps of the tile.
+    """Decoder from the four encoder values to maps of the tile.
 
     Parameters
     ----------
     size
-        Of the network.
+        Size of the network.
     n_maps
-        Channels of the maps.
+        Number of channels of the maps.
     rngs
         Source of the initial kernels.
     """
@@ -302,21 +302,21 @@ class Decoder(nnx.Module):
         self.last = Conv(4 * width, width, size.kernel_size, rngs=rngs)
         self.norm = Norm(width)
         self.maps = Conv(width, n_maps, 1, bias=True, rngs=rngs)
-        # what is left of the encoder's finer values where convolutions lose their border
+        # crop of the finer encoder values, because valid convolutions lose their border
         self._trims = _trims(size)
 
-    def __call__(self, values: tuple[Any, Any, Any, Any], normalise: Normalise) -> tuple[Any, Any]:
-        """Return the maps, and the features that they are made of."""
+    def __call__(self, values: tuple[Any, Any, Any, Any], normalize: Normalize) -> tuple[Any, Any]:
+        """Return the maps, and the features from which they are computed."""
         finest, fine, coarse, coarsest = values
-        value = self.coarse(add(double(coarsest), coarse), normalise)
-        value = self.fine(add(double(value), trim(fine, self._trims[0])), normalise)
+        value = self.coarse(add(double(coarsest), coarse), normalize)
+        value = self.fine(add(double(value), trim(fine, self._trims[0])), normalize)
         value = conv(add(double(value), trim(finest, self._trims[1])), self.last)
-        features = relu(normalise(value, self.norm))
+        features = relu(normalize(value, self.norm))
         return conv(features, self.maps), features
 
 
 def _trims(size: HoVerNetSize) -> tuple[int, int]:
-    """Pixels a side that the values of the second and of the first block lose."""
+    """Return the crop per side for the values of the second and the first encoder block, px."""
     if size.padding == "same":
         return 0, 0
     lost = size.kernel_size // 2
@@ -325,36 +325,36 @@ def _trims(size: HoVerNetSize) -> tuple[int, int]:
 
 
 class Stem(nnx.Module):
-    """The first convolution."""
+    """First convolution of the encoder."""
 
     def __init__(self, size: HoVerNetSize, *, rngs: nnx.Rngs) -> None:
         self.conv = Conv(3, size.width, 7, padding="same" if size.pad_stem else "valid", rngs=rngs)
         self.norm = Norm(size.width)
 
-    def __call__(self, tiles: Any, normalise: Normalise) -> Any:
-        """Convolve, normalise and clip."""
-        return relu(normalise(conv(tiles, self.conv), self.norm))
+    def __call__(self, tiles: Any, normalize: Normalize) -> Any:
+        """Apply convolution, normalization and ReLU."""
+        return relu(normalize(conv(tiles, self.conv), self.norm))
 
 
 def as_fitted(module: Any, value: Any) -> Any:
-    """Run a part of the network by its running statistics."""
+    """Run a part of the network with running statistics."""
     return module(value, norm)
 
 
 def as_trained(module: Any, value: Any) -> Any:
-    """Run a part of the network by the batch's statistics; for the gradient, its activations are computed again."""
+    """Run a part of the network with batch statistics, and recompute its activations for the gradient."""
     return nnx.remat(lambda part, given: part(given, batch_norm))(module, value)
 
 
 class HoVerNet(nnx.Module):
-    """The network.
+    """HoVer-Net with three decoders.
 
     Parameters
     ----------
     n_types
-        Types of nuclei; the background is one more.
+        Number of types of nuclei, without the background.
     size
-        How large it is.
+        Size of the network.
     rngs
         Source of the initial kernels.
 
@@ -380,19 +380,19 @@ class HoVerNet(nnx.Module):
         self.types = Decoder(size, n_types + 1, rngs=rngs)
 
     def __call__(self, tiles: Any, run: Callable[[Any, Any], Any] = as_fitted) -> tuple[Any, Any, Any, Any]:
-        """Give the maps of tiles.
+        """Compute the maps of tiles.
 
         Parameters
         ----------
         tiles
-            float32 (batch, height, width, 3), 0 to 1; height and width divisible by 8.
+            Tiles from 0 to 1, float32 (batch, height, width, 3). Height and width must be divisible by 8.
         run
-            `as_fitted`, or `as_trained`.
+            `as_fitted` or `as_trained`.
 
         Returns
         -------
-        Logits of background and nucleus; horizontal and vertical distance; logits of background and types; and the
-        features that the last are made of, ``width`` channels.
+        Logits of background and nucleus, horizontal and vertical distance, logits of background and types, and the
+        features of the type logits, with ``width`` channels.
         """
         value = run(self.stem, tiles)
         values = []
@@ -405,13 +405,13 @@ class HoVerNet(nnx.Module):
         return nuclear, hv, types, features
 
     def stacked(self, tiles: Any) -> Any:
-        """Give the maps of tiles in one value, one behind the other, as a graph that is recorded wants it."""
+        """Return the maps of tiles concatenated along the channels, for recording a graph."""
         nuclear, hv, types, features = self(tiles)
         return concatenate(nuclear, [hv, types, features])
 
 
 def n_parameters(network: nnx.Module) -> int:
-    """Count a network's trained numbers.
+    """Count the trained parameters of a network.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""What HoVer-Net is trained to: nuclear pixels, distances and types; uncertain types are left out.
+"""Training loss of HoVer-Net for nuclear pixels, distances and types, without pixels of unknown type.
 
-Source: Graham et al. 2019, section 3.3: cross-entropy and Dice of nuclear pixels and of types, squared error of the
-distances and, weighted twice, of their gradients within nuclei.
+Source: Graham et al. 2019, section 3.3. The loss is cross-entropy and Dice of nuclear pixels and of types, the squared
+error of the distances, and twice the squared error of their gradients within nuclei.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import numpy as np
 import optax
 from jax import Array
 
-#: type of a pixel that nobody is sure of
+#: type of pixels with unknown type
 IGNORED = -1
-#: weight of the gradients' error
+#: weight of the gradient error
 _GRADIENT_WEIGHT = 2.0
 _SMOOTH = 1e-3
 
 
 class CellTargets(NamedTuple):
-    """What the maps of tiles ought to be.
+    """Targets of the maps of tiles.
 
     Attributes
     ----------
     nuclear
-        ``(batch, y, x)``: 1 on nuclei, 0 elsewhere.
+        1 on nuclei, 0 elsewhere, ``(batch, y, x)``.
     hv
-        ``float32 (batch, y, x, 2)``, horizontal and vertical distance (`stimage_sd.nn.hv_maps`).
+        Horizontal and vertical distance (`stimage_sd.image.hv_maps`), ``float32 (batch, y, x, 2)``.
     types
-        ``int32 (batch, y, x)``: 0 background, types from 1, `IGNORED` where the type is not known.
+        0 for background, types from 1, `IGNORED` for unknown types, ``int32 (batch, y, x)``.
     weight
-        ``float32 (batch,)``: 0 for tiles that only fill up the batch.
+        0 for tiles that only pad the batch, ``float32 (batch,)``.
     """
 
     nuclear: Any
@@ -43,7 +43,7 @@ class CellTargets(NamedTuple):
 
 
 class CellLosses(NamedTuple):
-    """The parts of the loss, each a mean over pixels; the loss is their sum."""
+    """Parts of the loss, each a mean over pixels. The loss is their sum."""
 
     nuclear: Array
     distances: Array
@@ -51,17 +51,17 @@ class CellLosses(NamedTuple):
 
 
 def cell_losses(maps: tuple[Any, Any, Any], targets: CellTargets, class_weights: Any) -> CellLosses:
-    """Compare maps with what they ought to be.
+    """Compute the parts of the loss of maps against targets.
 
     Parameters
     ----------
     maps
-        Logits of background and nucleus, distances, logits of background and types, as `stimage_sd.nn.hovernet` gives
-        them, each ``(batch, y, x, channels)``.
+        Logits of background and nucleus, distances, and logits of background and types from `stimage_sd.nn.hovernet`,
+        each ``(batch, y, x, channels)``.
     targets
-        What they ought to be.
+        Targets of the maps.
     class_weights
-        ``float32 (n_types + 1,)``: weight of a pixel of each type in the cross-entropy.
+        Weight of a pixel of each type in the cross-entropy, ``float32 (n_types + 1,)``.
 
     Returns
     -------
@@ -96,14 +96,14 @@ def _mean(values: Array, weight: Array) -> Array:
 
 
 def _cross_entropy(logits: Array, labels: Array, weight: Array, counted: Array | None = None) -> Array:
-    """Mean over counted pixels, each with its weight."""
+    """Return the weighted cross-entropy, averaged over counted pixels."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     total = (weight if counted is None else counted).sum()
     return (losses * weight).sum() / jnp.maximum(total, 1.0)
 
 
 def _dice(logits: Array, labels: Array, weight: Array) -> Array:
-    """One minus the overlap of probabilities and truth, a channel, averaged over the channels."""
+    """Return one minus the Dice overlap of probabilities and truth per channel, averaged over channels."""
     probability = jax.nn.softmax(logits) * weight[..., None]
     truth = jax.nn.one_hot(labels, logits.shape[-1]) * weight[..., None]
     shared, either = (probability * truth).sum((0, 1, 2)), (probability + truth).sum((0, 1, 2))
@@ -111,10 +111,10 @@ def _dice(logits: Array, labels: Array, weight: Array) -> Array:
 
 
 def _gradient_error(hv: Array, truth: Array, weight: Array) -> Array:
-    """Squared error of the horizontal map's horizontal and the vertical map's vertical gradient."""
+    """Return the squared error of the gradient of each map along its own axis."""
     difference = hv - truth
     kernel = jnp.asarray(_kernel())
-    # a convolution is linear: the gradients' difference is the gradient of the difference
+    # convolution is linear, so the difference of gradients is the gradient of the difference
     slopes = [
         jax.lax.conv_general_dilated(
             difference[..., axis : axis + 1], of[..., None, None], (1, 1), "SAME",
@@ -126,23 +126,23 @@ def _gradient_error(hv: Array, truth: Array, weight: Array) -> Array:
 
 
 def _kernel(side: int = 5) -> np.ndarray:
-    """Sobel's derivative along x, each place by the inverse square of its distance."""
+    """Return a Sobel derivative along x, weighted by the inverse squared distance."""
     places = np.arange(side) - side // 2
     x, y = np.meshgrid(places, places)
     return (x / np.maximum(x**2 + y**2, 1)).astype(np.float32)
 
 
 def balanced_weights(n_pixels: np.ndarray) -> np.ndarray:
-    """Weigh classes by the root of how rare they are.
+    """Compute class weights from the inverse square root of the class frequency.
 
     Parameters
     ----------
     n_pixels
-        ``(n_classes,)``, training pixels of each.
+        Number of training pixels per class, ``(n_classes,)``.
 
     Returns
     -------
-    ``float32 (n_classes,)``, whose mean over pixels is 1; 0 for a class without any.
+    Weights ``float32 (n_classes,)``, with mean 1 over pixels, and 0 for classes without pixels.
 
     Examples
     --------

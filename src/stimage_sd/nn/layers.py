@@ -1,9 +1,8 @@
-"""The primitives that the image networks are written in, and their JAX meaning.
+"""Primitive layers of the image networks, in JAX.
 
-Each primitive dispatches on the type of its first argument. The functions below are what it means for
-arrays; `stimage_sd.nn.onnx_graph` registers what it means for a value of an ONNX graph that is being
-recorded. A network calls nothing else on its activations, so one definition serves both and they cannot
-drift apart.
+Each primitive dispatches on the type of its first argument. This module implements arrays, and
+`stimage_sd.nn.onnx_graph` registers values of an ONNX graph being recorded. Networks call only these primitives on
+their activations, so one network definition serves both.
 """
 
 from __future__ import annotations
@@ -20,26 +19,25 @@ Padding = Literal["same"] | int
 
 
 class ConvNorm(nnx.Module):
-    """A convolution without bias, followed by batch normalisation with running statistics.
+    """Convolution without bias, followed by batch normalization with running statistics.
 
-    The statistics are held fixed in the forward pass, in training as well: batches of tiles from one
-    section are too alike to re-estimate them from.
+    The statistics also stay fixed in training, because tiles of one section are too alike to re-estimate them.
 
     Parameters
     ----------
     in_channels, out_channels
-        Channels before and after; equal for a depthwise convolution.
+        Numbers of input and output channels, equal for a depthwise convolution.
     kernel_size
         Height and width of the kernel, in pixels.
     stride
         Step of the kernel along both axes.
     padding
-        "same" is TensorFlow's rule (the output is ceil(size / stride), the odd pixel of padding goes below
-        and to the right); a number pads so many zeros on each side, as torch does.
+        "same" follows TensorFlow: the output size is ceil(size / stride), and the odd pixel of padding goes below and
+        to the right. A number pads this many zeros on each side, as in torch.
     depthwise
-        Convolve each channel with its own kernel.
+        Convolve each channel with a separate kernel.
     epsilon
-        Added to the variance.
+        Constant added to the variance.
     rngs
         Source of the initial kernel (He et al. 2015, fan out).
 
@@ -48,9 +46,9 @@ class ConvNorm(nnx.Module):
     kernel : nnx.Param
         float32 (height, width, in_channels, out_channels), or (height, width, channels) if depthwise.
     scale, bias : nnx.Param
-        float32 (out_channels,), gamma and beta of the normalisation.
+        float32 (out_channels,), gamma and beta of the normalization.
     mean, variance : nnx.BatchStat
-        float32 (out_channels,), the running statistics.
+        float32 (out_channels,), running statistics.
 
     Examples
     --------
@@ -94,13 +92,13 @@ class ConvNorm(nnx.Module):
         self.variance = nnx.BatchStat(jnp.ones(out_channels, jnp.float32))
 
     def folded(self) -> tuple[Any, Any]:
-        """Give the kernel and bias of the one convolution that equals this layer.
+        """Return kernel and bias of the single convolution that equals this layer.
 
         Returns
         -------
         kernel, bias
-            Of the shapes and array type of `self.kernel` and `self.bias`: with g = scale / sqrt(variance +
-            epsilon), kernel · g and bias − mean · g.
+            kernel · g and bias − mean · g with g = scale / sqrt(variance + epsilon), in the shapes and array type of
+            `self.kernel` and `self.bias`.
 
         Examples
         --------
@@ -109,13 +107,13 @@ class ConvNorm(nnx.Module):
         >>> [array.shape for array in layer.folded()]
         [(1, 1, 3, 8), (8,)]
         """
-        # Only operators, so that numpy weights stay numpy (no compilation when recording a graph).
+        # Use only operators, so that numpy weights stay numpy and recording a graph needs no compilation.
         gain = self.scale[...] * (self.variance[...] + np.float32(self.epsilon)) ** np.float32(-0.5)
         return self.kernel[...] * gain, self.bias[...] - self.mean[...] * gain
 
 
 def pad_widths(size: int, *, kernel_size: int, stride: int, padding: Padding) -> tuple[int, int]:
-    """Count the pixels to pad before and after one axis.
+    """Compute the padding before and after one axis.
 
     Parameters
     ----------
@@ -145,19 +143,19 @@ def pad_widths(size: int, *, kernel_size: int, stride: int, padding: Padding) ->
 
 @singledispatch
 def conv_norm(value: Any, layer: ConvNorm) -> Any:
-    """Apply a convolution and its batch normalisation.
+    """Apply a convolution and batch normalization.
 
     Parameters
     ----------
     value
         float32 (batch, height, width, in_channels), or a value of a graph being recorded.
     layer
-        The layer.
+        Convolution layer with normalization.
 
     Returns
     -------
     value
-        float32 (batch, height', width', out_channels), or the graph's value.
+        float32 (batch, height', width', out_channels), or a graph value.
 
     Examples
     --------
@@ -193,10 +191,10 @@ def _convolution(
 def depthwise_convolution(
     value: jax.Array, kernel: jax.Array, *, stride: int, pads: list[tuple[int, int]]
 ) -> jax.Array:
-    """Convolve each channel with its own kernel.
+    """Convolve each channel with a separate kernel.
 
-    On a CPU this is a sum of shifted products, which XLA fuses into one pass; its grouped convolution there
-    is some forty times slower. Elsewhere it is the grouped convolution.
+    On a CPU this is a sum of shifted products, fused into one pass by XLA. The grouped convolution of XLA is about 40
+    times slower there, and is used on all other devices.
 
     Parameters
     ----------
@@ -207,7 +205,7 @@ def depthwise_convolution(
     stride
         Step along both axes.
     pads
-        Zeros before and after the two axes.
+        Numbers of zeros before and after the two axes.
 
     Returns
     -------
@@ -251,7 +249,7 @@ def depthwise_convolution(
 
 @singledispatch
 def relu(value: Any) -> Any:
-    """Clip below at 0.
+    """Apply a ReLU, which clips negative values to 0.
 
     Parameters
     ----------
@@ -274,7 +272,7 @@ def relu(value: Any) -> Any:
 
 @singledispatch
 def relu6(value: Any) -> Any:
-    """Clip to 0 … 6.
+    """Clip values to the range 0 to 6.
 
     Parameters
     ----------
@@ -331,7 +329,7 @@ def max_pool(value: Any, *, window: int, stride: int, padding: int) -> Any:
     stride
         Step along both axes.
     padding
-        Pixels on each side that never win.
+        Pixels of padding on each side, which are never the maximum.
 
     Returns
     -------
@@ -352,7 +350,7 @@ def max_pool(value: Any, *, window: int, stride: int, padding: int) -> Any:
 
 @singledispatch
 def global_mean(value: Any) -> Any:
-    """Average over height and width.
+    """Average a value over height and width.
 
     Parameters
     ----------

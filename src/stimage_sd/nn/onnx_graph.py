@@ -1,8 +1,8 @@
-"""Recording a network as an ONNX graph, by running it on symbolic values.
+"""Recording of a network as an ONNX graph, by running the network on symbolic values.
 
-`record` calls the network with a `Symbol`, and every primitive of `stimage_sd.nn.layers` that the network
-applies to it adds its nodes to the graph. The graph's values are NCHW, as ONNX's convolutions are; the
-input is uint8 NHWC tiles and the output float32 embeddings.
+`record` calls the network with a `Symbol`. Every primitive of `stimage_sd.nn.layers` that is applied to the symbol adds
+nodes to the graph. Graph values are NCHW, as ONNX convolutions expect. The input is uint8 NHWC tiles, the output
+float32 embeddings.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from stimage_sd.nn.densenet import Convolution, Norm, concatenate, convolution, 
 from stimage_sd.nn.hovernet import Conv, conv, double, trim
 from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, max_pool, relu, relu6
 
-# Old enough for runtimes of several years, new enough for every operator used here.
+# Supported by runtimes of the last several years, and has every operator used here.
 OPSET = 17
 IR_VERSION = 8
 
 
 @dataclass
 class Graph:
-    """Nodes and constants of a graph being recorded.
+    """Nodes and constants of an ONNX graph being recorded.
 
     Examples
     --------
@@ -41,13 +41,13 @@ class Graph:
     constants: list[TensorProto] = field(default_factory=list)
 
     def constant(self, array: NDArray[np.generic]) -> str:
-        """Add a constant array and give its name."""
+        """Add a constant array and return its name."""
         name = f"constant_{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
         return name
 
     def node(self, operator: str, inputs: Sequence[str], **attributes: Any) -> str:
-        """Add a node with one output and give the output's name."""
+        """Add a node with one output and return the name of the output."""
         name = f"{operator.lower()}_{len(self.nodes) + 1}"
         self.nodes.append(helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
@@ -55,10 +55,9 @@ class Graph:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A value of a graph being recorded: float32, NCHW.
+    """Value of a graph being recorded, float32 in NCHW order.
 
-    `scale`, where it is set, is a factor a channel that the value still lacks; the convolution that follows
-    takes it into its kernel.
+    `scale`, if set, is a pending factor per channel. The next convolution multiplies its kernel by this factor.
 
     Examples
     --------
@@ -191,24 +190,24 @@ def record(
 ) -> onnx.ModelProto:
     """Record a network as an ONNX model that takes uint8 tiles.
 
-    The mean is subtracted before the first convolution, and the division goes into its kernel: zeros that
-    the convolution pads with are then the zeros of normalised tiles, so that borders are exact.
+    The mean is subtracted before the first convolution, and the kernel of this convolution includes the division by
+    `std`. Padding with zeros then equals zeros of normalized tiles, so borders are exact.
 
     Parameters
     ----------
     network
-        A module of `stimage_sd.nn`, or any function over the primitives of `stimage_sd.nn.layers`, whose
-        first layer is a convolution.
+        Module of `stimage_sd.nn`, or any function of the primitives of `stimage_sd.nn.layers`. The first layer must be
+        a convolution.
     mean, std
-        Of red, green and blue on the scale 0 … 1: the network sees (tiles / 255 − mean) / std.
+        Mean and deviation of red, green and blue on the scale 0 to 1. The network gets (tiles / 255 − mean) / std.
     embedding_size
-        Length of an embedding; None where the network gives an image, as the first parts of one do.
+        Length of an embedding. None if the network returns an image, such as the first parts of a network.
 
     Returns
     -------
     onnx.ModelProto
-        Input `tiles`, uint8 (batch, height, width, 3), all three sizes free; output `embedding`, float32
-        (batch, embedding_size), or (batch, channels, height, width).
+        Model with input `tiles`, uint8 (batch, height, width, 3) of any batch, height and width, and output
+        `embedding`, float32 (batch, embedding_size) or (batch, channels, height, width).
 
     Examples
     --------
@@ -222,14 +221,14 @@ def record(
     ['tiles', 'embedding']
     """
     graph = Graph()
-    # Transposing bytes moves a quarter of what transposing floats would.
+    # Transposing bytes moves a quarter of the memory of transposing floats.
     channels_first = graph.node("Transpose", ["tiles"], perm=[0, 3, 1, 2])
     pixels = graph.node("Cast", [channels_first], to=TensorProto.FLOAT)
-    # In float64 until here, so that a mean of 127 / 255 becomes exactly 127 levels.
+    # Compute in float64, so that a mean of 127 / 255 becomes exactly 127 levels.
     levels = (255 * np.asarray(mean, np.float64)).astype(np.float32)
     scale = (1 / (255 * np.asarray(std, np.float64))).astype(np.float32)
-    centred = graph.node("Sub", [pixels, graph.constant(levels.reshape(1, 3, 1, 1))])
-    result = network(Symbol(graph, centred, scale))
+    centered = graph.node("Sub", [pixels, graph.constant(levels.reshape(1, 3, 1, 1))])
+    result = network(Symbol(graph, centered, scale))
     graph.nodes.append(helper.make_node("Identity", [result.name], ["embedding"]))
     tiles = helper.make_tensor_value_info("tiles", TensorProto.UINT8, ["batch", "height", "width", 3])
     shape: list[str | int | None] = ["batch", embedding_size]

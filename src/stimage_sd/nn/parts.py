@@ -1,4 +1,4 @@
-"""The parts that a network runs one after another: what fine-tuning freezes, trains and checkpoints by."""
+"""Sequential parts of a network, the units that fine-tuning freezes, trains and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from flax import nnx
 
 
 class Part(NamedTuple):
-    """One part of a network, such as the blocks that work at one resolution.
+    """One part of a network, such as the blocks of one resolution.
 
     Attributes
     ----------
     modules
-        All modules and variables that it uses; no other part uses them.
+        All modules and variables of the part. Parts do not share modules.
     run
-        From the value of the part before to its own.
+        Function from the output of the previous part to the output of this part.
 
     Examples
     --------
@@ -29,16 +29,16 @@ class Part(NamedTuple):
 
 
 def parts_of(network: nnx.Module) -> list[Part]:
-    """Give a network's parts: those of its method `parts`, or the network as a whole.
+    """Return the parts of a network, from its method `parts` or as one whole part.
 
     Parameters
     ----------
     network
-        Any Flax module; ``network.parts()``, where it has that method, gives a list of `Part`.
+        Any Flax module. The optional method ``network.parts()`` returns a list of `Part`.
 
     Returns
     -------
-    The parts, in the order they run in.
+    The parts, in the order of execution.
 
     Examples
     --------
@@ -51,19 +51,18 @@ def parts_of(network: nnx.Module) -> list[Part]:
 
 
 def training_parts_of(network: nnx.Module, key: Any) -> list[Part]:
-    """Give a network's parts as training runs them: with dropout, where it has any.
+    """Return the parts of a network for training, with dropout if the network has any.
 
     Parameters
     ----------
     network
-        Any Flax module; ``network.training_parts(key)``, where it has that method, gives the parts of its `parts` with
-        dropout that the key draws.
+        Any Flax module. The optional method ``network.training_parts(key)`` returns the parts with dropout.
     key
-        JAX's random key.
+        JAX random key of the dropout.
 
     Returns
     -------
-    The parts, in the order they run in.
+    The parts, in the order of execution.
 
     Examples
     --------
@@ -76,18 +75,18 @@ def training_parts_of(network: nnx.Module, key: Any) -> list[Part]:
 
 
 def run_parts(parts: Sequence[Part], value: Any) -> Any:
-    """Run parts one after another.
+    """Run parts in sequence.
 
     Parameters
     ----------
     parts
-        The parts.
+        Parts to run.
     value
-        Input of the first.
+        Input of the first part.
 
     Returns
     -------
-    Output of the last.
+    Output of the last part.
 
     Examples
     --------
@@ -100,16 +99,16 @@ def run_parts(parts: Sequence[Part], value: Any) -> Any:
 
 
 def variables_of(part: Part) -> list[nnx.Variable]:
-    """List the variables that a part uses.
+    """List the variables of a part.
 
     Parameters
     ----------
     part
-        The part.
+        Part of a network.
 
     Returns
     -------
-    Its variables: parameters, statistics and whatever else.
+    All variables of the part, such as parameters and statistics.
 
     Examples
     --------

@@ -1,7 +1,7 @@
-"""ResNet-50 (version 1.5: the stride is in the 3 × 3 convolutions), as the released ImageNet weights expect.
+"""ResNet-50 version 1.5 (stride in the 3 × 3 convolutions), compatible with the released ImageNet weights.
 
-Source: He et al., "Deep residual learning for image recognition", 2016; torchvision's and timm's models
-place the stride where this one does.
+Source: He et al., "Deep residual learning for image recognition", 2016. The models of torchvision and timm have the
+stride in the same place.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ EMBEDDING_SIZE = 2048
 
 
 class Bottleneck(nnx.Module):
-    """Reduce the channels, filter, expand them fourfold, and add the input.
+    """Bottleneck block: reduction, 3 × 3 convolution, fourfold expansion, shortcut.
 
     Parameters
     ----------
     in_channels
-        Channels before.
+        Number of input channels.
     width
-        Channels inside; four times as many come out.
+        Number of inner channels. The output has four times as many.
     stride
-        Of the 3 × 3 convolution.
+        Stride of the 3 × 3 convolution.
     rngs
         Source of the initial weights.
 
@@ -56,7 +56,7 @@ class Bottleneck(nnx.Module):
         self.shortcut = ConvNorm(in_channels, out_channels, 1, stride=stride, padding=0, **common) if reshapes else None
 
     def __call__(self, value: Value) -> Value:
-        """Run the block on float32 (batch, height, width, in_channels) or on a graph's value."""
+        """Run the block on float32 (batch, height, width, in_channels) or on a graph value."""
         inner = relu(conv_norm(value, self.reduce))
         inner = relu(conv_norm(inner, self.filter))
         shortcut = value if self.shortcut is None else conv_norm(value, self.shortcut)
@@ -64,7 +64,7 @@ class Bottleneck(nnx.Module):
 
 
 class ResNet50(nnx.Module):
-    """ResNet-50 up to its pooled features.
+    """ResNet-50 up to the pooled features.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ class ResNet50(nnx.Module):
         self.stages = nnx.List(stages)
 
     def parts(self) -> list[Part]:
-        """Give the four stages; the first with the stem, the last with pooling."""
+        """Return the four stages, the first with the stem, the last with pooling."""
         middle = [Part((stage,), partial(_through, stage)) for stage in self.stages[1:-1]]
         first = Part((self.stem, self.stages[0]), lambda tiles: _through(self.stages[0], self._stem(tiles)))
         last = Part((self.stages[-1],), lambda value: global_mean(_through(self.stages[-1], value)))
@@ -109,12 +109,12 @@ class ResNet50(nnx.Module):
         Parameters
         ----------
         tiles
-            float32 (batch, height, width, 3), RGB, normalised; or the input of a graph being recorded.
+            Normalized RGB tiles, float32 (batch, height, width, 3), or the input of a graph being recorded.
 
         Returns
         -------
         embeddings
-            float32 (batch, 2048), or the graph's value.
+            float32 (batch, 2048), or a graph value.
         """
         return run_parts(self.parts(), tiles)
 

@@ -1,6 +1,6 @@
-"""Saliency of pixels by gradients: integrated gradients and Grad-CAM, for Flax networks, in JAX.
+"""Pixel saliency of Flax networks by integrated gradients and Grad-CAM.
 
-Sundararajan et al. 2017, "Axiomatic attribution for deep networks", and Selvaraju et al. 2017, "Grad-CAM".
+Sources: Sundararajan et al. 2017, "Axiomatic attribution for deep networks", and Selvaraju et al. 2017, "Grad-CAM".
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ from flax import nnx
 
 from stimage_sd.nn.parts import parts_of, run_parts
 
-#: from the networks' embeddings, each ``(n_tiles, n_fields * n_features)``, to ``(n_tiles, n_outputs)``, in JAX
+#: JAX function from embeddings per network, ``(n_tiles, n_fields * n_features)``, to ``(n_tiles, n_outputs)``
 Predict = Callable[[Sequence[Any]], Any]
 
 
 @dataclass(frozen=True, eq=False)
 class Differentiable:
-    """A network that gradients are taken of.
+    """Flax network that can be differentiated with respect to pixels.
 
     Attributes
     ----------
     module
-        The network.
-    normalise
-        From pixels, 0 … 255, to what the network sees.
+        Flax network.
+    normalize
+        Function from pixels, 0 to 255, to the input of the network.
     """
 
     module: nnx.Module
-    normalise: Callable[[Any], Any]
+    normalize: Callable[[Any], Any]
 
     def embed(self, tiles: Any) -> Any:
-        """Embed tiles, ``float32 (n_tiles, y, x, 3)`` on the scale of bytes."""
+        """Embed tiles, ``float32 (n_tiles, y, x, 3)``, 0 to 255."""
         return self._embed(self._state, jnp.asarray(tiles, jnp.float32))
 
     def pull(self, tiles: Any, cotangents: Any) -> Any:
-        """Gradients of products with `cotangents`, ``(n_outputs, n_tiles, n_features)``, by the pixels."""
+        """Return pixel gradients for `cotangents` of the embeddings, ``(n_outputs, n_tiles, n_features)``."""
         return self._pull(self._state, jnp.asarray(tiles, jnp.float32), cotangents)
 
     def activations(self, tiles: Any, cotangents: Any) -> tuple[Any, Any]:
-        """What the last part gets, ``(n_tiles, y, x, n_channels)``, and gradients by it, ``(n_outputs, ...)``."""
+        """Return the input of the last part, ``(n_tiles, y, x, n_channels)``, and gradients, ``(n_outputs, ...)``."""
         return self._activations(self._state, jnp.asarray(tiles, jnp.float32), cotangents)
 
     @cached_property
@@ -59,12 +59,12 @@ class Differentiable:
 
     @cached_property
     def _embed(self) -> Any:
-        return jax.jit(lambda state, tiles: nnx.merge(self._split[0], state)(self.normalise(tiles)))
+        return jax.jit(lambda state, tiles: nnx.merge(self._split[0], state)(self.normalize(tiles)))
 
     @cached_property
     def _pull(self) -> Any:
         def pull(state: Any, tiles: Any, cotangents: Any) -> Any:
-            _, back = jax.vjp(lambda values: nnx.merge(self._split[0], state)(self.normalise(values)), tiles)
+            _, back = jax.vjp(lambda values: nnx.merge(self._split[0], state)(self.normalize(values)), tiles)
             return jax.lax.map(lambda one: back(one)[0], cotangents)
 
         return jax.jit(pull)
@@ -73,7 +73,7 @@ class Differentiable:
     def _activations(self) -> Any:
         def activations(state: Any, tiles: Any, cotangents: Any) -> tuple[Any, Any]:
             parts = parts_of(nnx.merge(self._split[0], state))
-            value = run_parts(parts[:-1], self.normalise(tiles))
+            value = run_parts(parts[:-1], self.normalize(tiles))
             _, back = jax.vjp(parts[-1].run, value)
             return value, jax.lax.map(lambda one: back(one)[0], cotangents)
 
@@ -89,35 +89,37 @@ def integrated_gradients(
     n_steps: int = 16,
     batch_size: int = 4,
 ) -> list[np.ndarray]:
-    """Attribute outputs to pixels along the straight way from a baseline to a tile.
+    """Compute integrated gradients along the straight line from a baseline to a tile.
 
     Parameters
     ----------
     networks
         Networks that embed a tile.
     tiles
-        For each of them the tile's fields of view, ``uint8 (n_fields, y, x, 3)``.
+        Fields of view of the tile per network, ``uint8 (n_fields, y, x, 3)``.
     predict
-        From the networks' embeddings to the outputs.
+        Function from the embeddings to the outputs.
     baseline
-        For each of them what a tile without content looks like; of a shape that can be broadcast.
+        Empty tile per network, in a shape that can be broadcast.
     n_steps
-        Gradients along the way, at the middles of as many steps of one length.
+        Number of gradients along the line, at the middles of equal steps.
     batch_size
-        Steps that are computed at a time.
+        Number of steps computed at a time.
 
     Returns
     -------
-    For each network, ``float32 (n_outputs, n_fields, y, x)``, summed over colours. All together they add up to the
-    difference between the outputs of tile and baseline, the better the more steps.
+    Attributions per network, ``float32 (n_outputs, n_fields, y, x)``, summed over colors. Their sum over all networks
+    approximates the difference between the outputs of tile and baseline, better with more steps.
 
     Raises
     ------
     ValueError
-        If there are no steps.
+        If `n_steps` or `batch_size` is below 1.
     """
     if n_steps < 1 or batch_size < 1:
-        raise ValueError(f"Expected at least one step, and one at a time, found {n_steps} and {batch_size}.")
+        raise ValueError(
+            f"Expected at least one step and a batch size of at least 1, found {n_steps} and {batch_size}."
+        )
     ends = [np.asarray(one, np.float32) for one in tiles]
     starts = [np.broadcast_to(np.asarray(one, np.float32), end.shape) for one, end in zip(baseline, ends, strict=True)]
     totals: list[Any] = [0.0 for _ in ends]
@@ -134,7 +136,7 @@ def integrated_gradients(
 
 
 def _gradients(networks: Sequence[Differentiable], images: Sequence[Any], predict: Predict) -> list[Any]:
-    """Gradients of all outputs by the pixels of images, ``(n_outputs, n_images, n_fields, y, x, 3)`` a network."""
+    """Return pixel gradients of all outputs, ``(n_outputs, n_images, n_fields, y, x, 3)`` per network."""
     flat = [one.reshape(-1, *one.shape[2:]) for one in images]
     cotangents = _cotangents(networks, flat, [one.shape[1] for one in images], predict)
     pulled = [network.pull(*pair) for network, *pair in zip(networks, flat, cotangents, strict=True)]
@@ -144,11 +146,11 @@ def _gradients(networks: Sequence[Differentiable], images: Sequence[Any], predic
 def _cotangents(
     networks: Sequence[Differentiable], flat: Sequence[Any], n_fields: Sequence[int], predict: Predict
 ) -> list[Any]:
-    """Gradients of all outputs by the embeddings, ``(n_outputs, n_images * n_fields, n_features)`` a network."""
+    """Return embedding gradients of all outputs, ``(n_outputs, n_images * n_fields, n_features)`` per network."""
     embedded = [network.embed(one) for network, one in zip(networks, flat, strict=True)]
     together = [values.reshape(len(values) // n, -1) for values, n in zip(embedded, n_fields, strict=True)]
     outputs, back = jax.vjp(lambda values: predict(values), together)
-    # an output of one image depends on that image alone
+    # each output of an image depends on that image alone
     each = [back(jnp.zeros_like(outputs).at[:, number].set(1.0))[0] for number in range(outputs.shape[1])]
     return [
         jnp.stack([one[number] for one in each]).reshape(-1, *values.shape) for number, values in enumerate(embedded)
@@ -156,7 +158,7 @@ def _cotangents(
 
 
 def grad_cam(networks: Sequence[Differentiable], tiles: Sequence[np.ndarray], predict: Predict) -> list[np.ndarray]:
-    """Weigh the channels that the last part of a network gets by their gradients (Grad-CAM).
+    """Compute Grad-CAM maps from the input of the last part of each network.
 
     Parameters
     ----------
@@ -165,12 +167,12 @@ def grad_cam(networks: Sequence[Differentiable], tiles: Sequence[np.ndarray], pr
 
     Returns
     -------
-    For each network, ``float32 (n_outputs, n_fields, y, x)``, not negative, bilinearly brought to the tile's pixels.
+    Maps per network, ``float32 (n_outputs, n_fields, y, x)``, not negative, bilinearly resized to the tile.
 
     Raises
     ------
     ValueError
-        If a network does not say what its parts are, or its last part gets no map.
+        If a network has a single part, or the input of its last part is not a map.
     """
     for network in networks:
         if len(parts_of(network.module)) < 2:

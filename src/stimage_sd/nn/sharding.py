@@ -1,4 +1,4 @@
-"""Members of an ensemble spread over the devices of a machine."""
+"""Distribution of ensemble members over the devices of a machine."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def member_devices(n_members: int) -> list[Any]:
-    """Return the devices of this process that members are spread over: as many as share them out evenly.
+    """Return the local devices over which the members can be distributed evenly.
 
     Parameters
     ----------
     n_members
-        Members of the ensemble.
+        Number of ensemble members.
 
     Returns
     -------
-    So many of `jax.local_devices` as the largest divisor of `n_members` that there are: 10 members take 5 of 8
-    devices, two each. An ensemble of a multiple of the devices keeps all of them busy.
+    Devices from `jax.local_devices`. Their number is the largest possible divisor of `n_members`: 10 members use 5 of 8
+    devices, with two members per device.
 
     Examples
     --------
@@ -33,19 +33,19 @@ def member_devices(n_members: int) -> list[Any]:
 
 
 def shard_members(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Place each member's share of some arrays on the device of that member.
+    """Place the arrays of each member on the device of that member.
 
-    What is computed of them by compiled functions stays there; other arguments of those functions are copied to all
-    devices. Members share no parameter, so nothing passes between devices but what is summed over members.
+    Compiled functions keep their results on the same devices and copy other arguments to all devices. Members share no
+    parameters, so devices exchange only sums over members.
 
     Parameters
     ----------
     arrays
-        Arrays whose leading axis is the member.
+        Arrays with the member as leading axis.
 
     Returns
     -------
-    The same arrays; on one device, untouched.
+    The sharded arrays. With one device the arrays are unchanged.
 
     Examples
     --------

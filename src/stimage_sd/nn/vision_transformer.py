@@ -1,4 +1,4 @@
-"""Vision transformers: tiles cut into patches, a class token, blocks of attention; tiny, small and base.
+"""Vision transformers in sizes tiny, small and base, with patches, a class token and attention blocks.
 
 Source: Dosovitskiy et al., "An image is worth 16x16 words", 2021. torchvision's `vit_b_16` and timm's
 `vit_base_patch16_224` are the same network.
@@ -17,9 +17,9 @@ from flax import nnx
 from stimage_sd.nn.parts import Part, run_parts
 
 LAYER_NORM_EPSILON = 1e-6
-#: width of one head of attention
+#: width of one attention head
 HEAD_WIDTH = 64
-#: parts that the blocks are divided into; the last is what fine-tuning's "last_stage" means
+#: number of parts of the blocks; the last part is "last_stage" in fine-tuning
 N_PARTS = 4
 
 
@@ -40,7 +40,7 @@ SIZES = {"tiny": Size(192, 12), "small": Size(384, 12), "base": Size(768, 12)}
 
 
 class Block(nnx.Module):
-    """Attention between the tokens, then a network of two layers on each; both add to their input.
+    """Transformer block: attention between tokens, then a two-layer network per token, both residual.
 
     Parameters
     ----------
@@ -77,17 +77,17 @@ class Block(nnx.Module):
 
 
 def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    # the fast variance, of squares less the squared mean, loses the digits that parity with torch needs
+    # the fast variance (mean of squares minus squared mean) loses digits needed for parity with torch
     return nnx.LayerNorm(width, epsilon=LAYER_NORM_EPSILON, use_fast_variance=False, rngs=rngs)
 
 
 class VisionTransformer(nnx.Module):
-    """A vision transformer up to its class token's features.
+    """Vision transformer up to the features of the class token.
 
     Parameters
     ----------
     size
-        Width and depth; `SIZES` names three.
+        Width and depth. `SIZES` lists three sizes.
     patch_px, image_px
         Sides of a patch and of a tile, px.
     rngs
@@ -118,7 +118,7 @@ class VisionTransformer(nnx.Module):
         self.after = _layer_norm(size.width, rngs)
 
     def parts(self) -> list[Part]:
-        """Give four parts of as many blocks; the first with the patches, the last with the class token's features."""
+        """Return four parts of equal depth, the first with the patches, the last with the class token features."""
         cuts = [len(self.blocks) * number // N_PARTS for number in range(N_PARTS + 1)]
         groups = [list(self.blocks[start:stop]) for start, stop in pairwise(cuts)]
         middle = [Part(tuple(group), partial(_through, group)) for group in groups[1:-1]]
@@ -141,7 +141,7 @@ class VisionTransformer(nnx.Module):
         Parameters
         ----------
         tiles
-            float32 (batch, image_px, image_px, 3), RGB, normalised.
+            Normalized RGB tiles, float32 (batch, image_px, image_px, 3).
 
         Returns
         -------

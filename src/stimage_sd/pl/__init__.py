@@ -1,4 +1,4 @@
-"""Pictures: each function draws one kind and returns its matplotlib axes; none calls `show`."""
+"""Figures. Each function draws one kind and returns matplotlib axes. No function calls `show`."""
 
 from __future__ import annotations
 

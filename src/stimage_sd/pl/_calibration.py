@@ -1,30 +1,34 @@
-"""Whether the predicted uncertainty is the one that counts show."""
+"""Compare predicted uncertainty with measured counts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.nn import negative_binomial, selective
-from stimage_sd.pl._canvas import MEASURED, PREDICTED, WARNING, check_gene, finish, panels
+from stimage_sd.likelihood import negative_binomial
+from stimage_sd.pl._canvas import MEASURED, PREDICTED, WARNING, check_gene, finish
+from stimage_sd.pl._figure import AxesLike, Sheet, Title
+from stimage_sd.stats import selective
 
-#: nominal coverage of the intervals that are measured
+#: nominal coverage of the tested intervals
 LEVELS = np.round(np.arange(0.1, 1.0, 0.1), 2)
-#: shares of the tiles that are kept in selective prediction
+#: fractions of tiles kept in selective prediction
 KEPT = np.round(np.arange(0.05, 1.001, 0.05), 2)
-#: counts that are compared; of a larger section, as many tiles as have so many, drawn at random
+#: largest number of compared counts, beyond which tiles are drawn at random
 _MOST = 2_000_000
 
 
 class _Measured(NamedTuple):
-    """What was predicted and measured, each ``float64 (n_tiles, n_genes)``."""
+    """Predictions and counts, ``float64 (n_tiles, n_genes)``, and coverage of the stored interval."""
 
     counts: np.ndarray
     mean: np.ndarray
@@ -34,46 +38,63 @@ class _Measured(NamedTuple):
 
 
 def calibration(
-    sdata: SpatialData,
+    data: SpatialData,
     *,
     genes: Sequence[str] | None = None,
+    key: str = contract.PREDICTIONS,
     table_key: str | None = None,
-    ax: Sequence[Axes] | np.ndarray | None = None,
-) -> np.ndarray:
-    """Draw whether counts fall inside the predicted intervals, and whether errors are where they are predicted.
+    layer: str | None = None,
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> np.ndarray | Figure:
+    """Draw the coverage of predicted intervals, and the error by predicted uncertainty.
 
-    The first panel has, for central intervals of 10 % to 90 % of the negative binomials of the predicted mean and
-    total variance, the share of counts inside. Intervals of whole counts cover more than their nominal share, the
-    more so the lower the counts; the second line takes that out, a count that lies on an interval's end being
-    counted for the part of its probability that lies inside (the probability integral transform). A star marks
-    the stored interval. The second panel has ten equal groups of predictions, by predicted standard deviation,
-    and the root mean square of their errors. The third panel leaves out each gene's most uncertain tiles: the error
-    of those kept, as a share of the error of all, mean over genes; error and uncertainty are of log(1 + count), where
-    a high count is not uncertain for that alone. With no use in the uncertainty the line stays at 1; no uncertainty
-    gets below the last one (`stimage_sd.tl.risk_coverage`).
+    The first panel shows the fraction of counts inside central intervals of 10 % to 90 %. The intervals are those of
+    negative binomials with the predicted mean and total variance. Intervals of whole counts cover more than their
+    nominal fraction, mostly at low counts. The second line corrects for this: a count at an end of the interval counts
+    by the part of its probability inside (probability integral transform). A star marks the stored interval.
+
+    The second panel shows the root mean square error in ten equal groups of predictions, by predicted standard
+    deviation.
+
+    The third panel removes the most uncertain tiles of each gene. It shows the error of the kept tiles divided by the
+    error of all tiles, as a mean over genes. Error and uncertainty are of log(1 + count), so high counts are not
+    uncertain by themselves. A useless uncertainty stays at 1. The line of the least error is the lower limit
+    (`stimage_sd.tl.risk_coverage`).
 
     Parameters
     ----------
-    sdata
+    data
         A section with predictions and counts.
     genes
-        Which of the predicted genes; those that were measured by default.
+        Predicted genes to compare. Default: all predicted genes that were measured.
+    key
+        Name of the table of predictions.
     table_key
         Name of the table of counts.
+    layer
+        Layer of that table with the raw counts. Default: ``X``, or the layer given to `io.from_spatialdata`.
     ax
-        Three axes to draw on; a new figure by default.
+        Three axes to draw on. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The three axes. Of sections with more than two million counts, tiles are drawn at random, always the same.
+    The three axes. Sections with more than two million counts are sampled by tile with a fixed seed.
 
     Raises
     ------
     KeyError
-        If the section has no predictions or no counts, its tiles do not sit on spots, or a gene was not predicted
-        or not measured.
+        If the section has no predictions or no counts, its tiles are not on spots, or a gene was not predicted or not
+        measured.
     ValueError
-        If `ax` is not three axes, or no predicted gene was measured.
+        If `ax` is not three axes, no predicted gene was measured, or a model with size factors did not predict at the
+        spots' measured depth.
 
     Notes
     -----
@@ -91,18 +112,22 @@ def calibration(
     >>> len(sti.pl.calibration(section))
     3
     """
-    table = contract.predictions(sdata)
-    measured = _measured(sdata, table, genes, table_key)
-    axes = panels(ax, 3, size=(4.6, 4.4))
+    sdata = contract.section(data)
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    table = contract.predictions(sdata, key)
+    measured = _measured(sdata, table, genes, contract.Source(table_key, layer))
+    axes = sheet.panels(3, size=(4.6, 4.4))
     nominal = float(table.uns["prediction"]["coverage"])
     _draw_coverage(axes[0], measured, nominal)
     _draw_errors(axes[1], measured)
     _draw_selective(axes[2], measured)
-    return axes
+    return sheet.done(axes)
 
 
-def _measured(sdata: SpatialData, table: AnnData, genes: Sequence[str] | None, table_key: str | None) -> _Measured:
-    rows, counts = contract.align_to_spots(sdata, table, table_key)
+def _measured(sdata: SpatialData, table: AnnData, genes: Sequence[str] | None, source: contract.Source) -> _Measured:
+    if problem := contract.depth_problem(sdata, table):
+        raise ValueError(problem)
+    rows, counts = contract.align_to_spots(sdata, table, source)
     chosen = list(genes) if genes is not None else [gene for gene in table.var_names if gene in counts.var_names]
     for gene in chosen:
         check_gene(table, gene)
@@ -131,20 +156,20 @@ def _measured(sdata: SpatialData, table: AnnData, genes: Sequence[str] | None, t
 def coverage(
     counts: np.ndarray, mean: np.ndarray, variance: np.ndarray, levels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Share of counts inside central intervals of the negative binomials of given means and variances.
+    """Compute the fraction of counts inside central intervals of negative binomials.
 
     Parameters
     ----------
     counts, mean, variance
-        Arrays of one shape; where the variance is no larger than the mean, the Poisson's is taken.
+        Arrays of one shape. If the variance is not above the mean, the Poisson distribution is used.
     levels
-        ``(n_levels,)`` nominal coverage, between 0 and 1.
+        Nominal coverage between 0 and 1, ``(n_levels,)``.
 
     Returns
     -------
-    For each level, the share of counts from the lower to the upper quantile, both included; and the same with
-    counts on either end counted for the part of their probability that lies between the quantiles' probabilities,
-    which is the level itself where the distributions are right.
+    Two fractions per level. The first is the fraction of counts from the lower to the upper quantile, both included. In
+    the second, a count at either end counts by the part of its probability inside the interval. The second fraction
+    equals the level if the distributions are correct.
 
     Examples
     --------
@@ -161,8 +186,8 @@ def coverage(
     whole, part = [], []
     for level in levels:
         low, high = (1 - level) / 2, (1 + level) / 2
-        # a count is at least the lower quantile where its own probability reaches it, and at most the upper one
-        # where the counts below it do not
+        # a count is at or above the lower quantile if its cumulative probability reaches `low`, and at or below the
+        # upper quantile if the cumulative probability of the next lower count is below `high`
         whole.append(((upto >= low) & (below < high)).mean())
         part.append((np.clip(np.minimum(upto, high) - np.maximum(below, low), 0, None) / width).mean())
     return np.array(whole), np.array(part)
@@ -170,7 +195,7 @@ def coverage(
 
 def _draw_coverage(ax: Axes, measured: _Measured, nominal: float) -> None:
     whole, part = coverage(measured.counts, measured.mean, measured.variance, LEVELS)
-    ax.plot([0, 1], [0, 1], color="grey", linestyle="--", linewidth=1.0, label="nominal")
+    ax.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1.0, label="nominal")
     ax.plot(LEVELS, whole, "o-", color=MEASURED, markersize=4, label="intervals of whole counts")
     ax.plot(LEVELS, part, "s-", color=PREDICTED, markersize=4, label="counts' steps taken out")
     ax.plot(
@@ -195,7 +220,7 @@ def _draw_errors(ax: Axes, measured: _Measured) -> None:
     predicted = np.array([np.sqrt((deviation[group] ** 2).mean()) for group in groups])
     error = np.array([np.sqrt(squared[group].mean()) for group in groups])
     ends = [min(predicted.min(), error[error > 0].min(initial=np.inf)), max(predicted.max(), error.max())]
-    ax.plot(ends, ends, color="grey", linestyle="--", linewidth=1.0, label="equal")
+    ax.plot(ends, ends, color="gray", linestyle="--", linewidth=1.0, label="equal")
     ax.plot(predicted, error, "o-", color=MEASURED, markersize=5, label="a tenth of the predictions")
     ax.set(xscale="log", yscale="log", aspect="equal", adjustable="datalim")
     for axis in (ax.xaxis, ax.yaxis):
@@ -212,17 +237,17 @@ def _draw_errors(ax: Axes, measured: _Measured) -> None:
 def _draw_selective(ax: Axes, measured: _Measured) -> None:
     error, total = selective.log_scale(measured.counts, measured.mean, measured.variance)
     _, epistemic = selective.log_scale(measured.counts, measured.mean, measured.epistemic)
-    # a gene without any error has no share of it
+    # genes without error cannot be normalized
     genes = [gene for gene in range(error.shape[1]) if error[:, gene].mean() > 0]
-    ax.axhline(1.0, color="grey", linestyle="--", linewidth=1.0, label="random tiles kept")
-    for label, uncertainty, colour in (
+    ax.axhline(1.0, color="gray", linestyle="--", linewidth=1.0, label="random tiles kept")
+    for label, uncertainty, color in (
         ("least total uncertainty", total, MEASURED),
         ("least epistemic uncertainty", epistemic, PREDICTED),
-        ("least error", error, "grey"),
+        ("least error", error, "gray"),
     ):
         curves = [selective.risk_coverage(error[:, gene], uncertainty[:, gene]) for gene in genes]
         relative = np.mean([selective.kept(curve.risk, KEPT) / curve.random for curve in curves], axis=0)
-        ax.plot(KEPT, relative, color=colour, linewidth=1.8 if colour != "grey" else 1.0, label=label)
+        ax.plot(KEPT, relative, color=color, linewidth=1.8 if color != "gray" else 1.0, label=label)
     ax.set(xlim=(0, 1), xlabel="share of tiles kept", ylabel="error of those, over that of all")
     ax.set_ylim(bottom=0)
     ax.set_title(f"selective prediction, {len(genes):,} genes", fontsize=11)

@@ -1,8 +1,9 @@
-"""Explained nuclei: on their tiles, and by their area and class."""
+"""Explained nuclei on their tiles, and scores by area and class."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,111 +11,142 @@ import pandas as pd
 import shapely
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import Normalize
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.pl._canvas import PREDICTED, add_colour_bar, cut_tiles, finish, panels
+from stimage_sd.pl._canvas import PREDICTED, Colors, add_color_bar, cut_tiles, finish
+from stimage_sd.pl._figure import AxesLike, Sheet, Title
+from stimage_sd.pl._maps import names_of
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
 
-#: side of a tile as it is drawn, px
+#: side of a drawn tile, px
 _PIXELS = 320
-#: bins of the nuclei's area that a median is drawn of
+#: bins of nucleus area for the median line
 _BINS = 8
 
 
 def explanation(
-    sdata: SpatialData,
+    data: SpatialData,
     gene: str | Sequence[str],
     *,
     tiles: Sequence[int] | None = None,
     method: str = "lime",
-    cmap: str = "RdBu_r",
+    cmap: str | Colormap = "RdBu_r",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    alpha: float | None = None,
     image_key: str | None = None,
-    ax: Axes | Sequence[Axes] | None = None,
-) -> np.ndarray:
-    """Draw explained nuclei on their tiles: red speaks for the gene, blue against it.
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> np.ndarray | Figure:
+    """Draw explained nuclei on their tiles, red for positive and blue for negative scores.
 
     Parameters
     ----------
-    sdata
+    data
         A section with explanations.
     gene
-        One gene, or several: a row each.
+        One or several genes. Each gene gets a row of tiles.
     tiles
-        ``obs["instance_id"]`` of explained tiles; all by default.
+        ``obs["instance_id"]`` of explained tiles. Default: all explained tiles.
     method
-        ``"lime"`` or ``"saliency"``: whose scores.
-    cmap
-        Name of a matplotlib colour map, whose middle is at 0. All tiles of a gene share its range.
+        Method of the scores, ``"lime"`` or ``"saliency"``.
+    cmap, vmin, vmax, alpha
+        Colormap. Ends of the color range, shared by all tiles of a gene and symmetric around 0 unless both are given.
+        Opacity of the nuclei.
     image_key
-        The image to draw on; by default the stain-normalised H&E, where there is one.
+        Name of the image to draw on. Default: the stain-normalized H&E, or the H&E without one.
     ax
-        One axes a gene and tile, gene by gene; a new figure by default.
+        One axes per gene and tile, ordered by gene. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The axes, gene by gene.
+    One axes per tile, or an array with one row per gene if `gene` is a list.
 
     Raises
     ------
     KeyError
-        If nothing was explained, or not this gene or tile.
+        If the section has no explanations, or none of this gene or tile.
     ValueError
-        If `ax` is not as many axes as there are genes and tiles.
+        If the number of axes in `ax` differs from genes times tiles.
 
     Examples
     --------
     >>> import stimage_sd as sti
     >>> sti.pl.explanation(section, ["VEGFA", "CD52"])  # doctest: +SKIP
     """
+    sdata = contract.section(data)
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    colors = Colors(cmap, vmin, vmax, 0.6 if alpha is None else alpha)
     frame = contract.explained(sdata)
-    genes = [gene] if isinstance(gene, str) else list(gene)
+    genes = names_of(gene)
     scores = {name: _scores(frame, f"{method}_{name}") for name in genes}
-    explained = list(dict.fromkeys(frame["tile"]))
+    table = contract.tiles(sdata)
+    # after cropping, nuclei of a removed tile may remain
+    there = set(table.obs[contract.INSTANCE_KEY])
+    explained = [tile for tile in dict.fromkeys(frame["tile"]) if tile in there]
     chosen = explained if tiles is None else list(tiles)
     unknown = [tile for tile in chosen if tile not in explained]
     if unknown or not chosen:
         raise KeyError(f"Expected `tiles` among the explained ones, {explained[:10]}, found {unknown[:5] or 'none'}.")
-    side = float(contract.tiling(sdata)["side_px"])
-    table = contract.tiles(sdata)
     rows = pd.Index(table.obs[contract.INSTANCE_KEY]).get_indexer(chosen)
-    centers = np.asarray(table.obsm["spatial"], dtype=np.float64)[rows]
-    pictures = cut_tiles(sdata, centers, side=side, target=_PIXELS, image_key=image_key)
-    axes = panels(ax, len(genes) * len(chosen), size=(3.0, 3.3), columns=len(chosen))
-    for number, name in enumerate(genes):
-        row = axes[number * len(chosen) : (number + 1) * len(chosen)]
+    centers, side = contract.tile_geometry(sdata, table[rows])
+    image = contract.working_image_name(sdata, image_key)
+    cut = contract.tile_geometry(sdata, table[rows], image)
+    pictures = cut_tiles(sdata, cut.centers, side=cut.side, target=_PIXELS, image_key=image)
+    axes = sheet.panels(len(genes) * len(chosen), size=(3.0, 3.15), columns=len(chosen))
+    grid = axes.reshape(len(genes), len(chosen))
+    for row, name in zip(grid, genes, strict=True):
         largest = float(np.nanpercentile(np.abs(scores[name]), 99)) or 1.0
-        norm = Normalize(-largest, largest)
+        norm = colors.around_zero(largest)
         for panel, tile, picture, center in zip(row, chosen, pictures, centers, strict=True):
             _draw_tile(panel, picture, center, side)
-            _draw_nuclei(panel, frame, scores[name], tile, cmap, norm)
+            _draw_nuclei(panel, frame, scores[name], tile, colors, norm)
             panel.set_title(f"{name}, tile {tile}{_quality(sdata, name, tile, method)}", fontsize=9)
-        add_colour_bar(row[-1], row[-1].collections[0], f"{method.replace('lime', 'LIME')} score", location="right")
-    return axes
+        add_color_bar(row[-1], row[-1].collections[0], f"{method.replace('lime', 'LIME')} score", location="right")
+    return sheet.done(axes if isinstance(gene, str) else grid)
 
 
-def explanation_scores(nuclei: pd.DataFrame, *, ax: Axes | Sequence[Axes] | None = None) -> np.ndarray:
+def explanation_scores(
+    data: pd.DataFrame,
+    *,
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> np.ndarray | Figure:
     """Draw the scores of explained nuclei against their area, and by class.
 
     Parameters
     ----------
-    nuclei
-        What `stimage_sd.tl.explained_nuclei` returns, of one gene or several: a row of panels each. With its
-        column ``class`` there is a second panel a gene.
+    data
+        Table from `stimage_sd.tl.explained_nuclei` for one or several genes. Each gene gets a row of panels. With
+        column ``class`` each gene gets a second panel.
     ax
-        One axes a gene, or two with classes; a new figure by default.
+        One axes per gene, or two with classes. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The axes, gene by gene.
+    The axes, ordered by gene.
 
     Raises
     ------
     ValueError
-        If the table is another, or empty, or `ax` is not as many axes as there are panels.
+        If a column is missing, the table is empty, or the number of axes in `ax` differs from the number of panels.
 
     Examples
     --------
@@ -122,21 +154,22 @@ def explanation_scores(nuclei: pd.DataFrame, *, ax: Axes | Sequence[Axes] | None
     >>> nuclei = sti.tl.explained_nuclei(section, ["VEGFA", "CD52"], by="annotation")  # doctest: +SKIP
     >>> sti.pl.explanation_scores(nuclei)  # doctest: +SKIP
     """
-    area = "area_um2" if "area_um2" in nuclei else "area_px"
-    missing = [name for name in ("gene", "score", area) if name not in nuclei]
-    if missing or nuclei.empty:
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    area = "area_um2" if "area_um2" in data else "area_px"
+    missing = [name for name in ("gene", "score", area) if name not in data]
+    if missing or data.empty:
         what = f"lacking {missing}" if missing else "without a row"
         raise ValueError(f"Expected what `stimage_sd.tl.explained_nuclei` returns, found a table {what}.")
-    genes, columns = list(dict.fromkeys(nuclei["gene"])), 2 if "class" in nuclei else 1
-    axes = panels(ax, len(genes) * columns, size=(4.0, 3.2), columns=columns)
+    genes, columns = list(dict.fromkeys(data["gene"])), 2 if "class" in data else 1
+    axes = sheet.panels(len(genes) * columns, size=(4.0, 3.2), columns=columns)
     for number, name in enumerate(genes):
-        own = nuclei[nuclei["gene"] == name]
+        own = data[data["gene"] == name]
         _draw_by_area(axes[number * columns], own, area)
         axes[number * columns].set(title=name, ylabel="score")
         if columns == 2:
             _draw_by_class(axes[number * columns + 1], own)
             axes[number * columns + 1].set(title=f"{name}, by class", ylabel="score")
-    return axes
+    return sheet.done(axes)
 
 
 def _scores(frame: GeoDataFrame, column: str) -> np.ndarray:
@@ -147,7 +180,7 @@ def _scores(frame: GeoDataFrame, column: str) -> np.ndarray:
 
 
 def _quality(sdata: SpatialData, gene: str, tile: int, method: str) -> str:
-    """R² of the linear model, where it is LIME's."""
+    """Return R² of LIME's linear model as text, or an empty string without one."""
     if method != "lime" or contract.EXPLANATIONS not in sdata.tables:
         return ""
     table = contract.explanations(sdata)
@@ -168,15 +201,15 @@ def _draw_tile(ax: Axes, picture: np.ndarray, center: np.ndarray, side: float) -
     ax.spines[:].set_visible(False)
 
 
-def _draw_nuclei(ax: Axes, frame: GeoDataFrame, scores: np.ndarray, tile: int, cmap: str, norm: Normalize) -> None:
+def _draw_nuclei(ax: Axes, frame: GeoDataFrame, scores: np.ndarray, tile: int, colors: Colors, norm: Normalize) -> None:
     rows = np.flatnonzero((frame["tile"].to_numpy() == tile) & np.isfinite(scores))
     parts = [(part, scores[row]) for row in rows for part in shapely.get_parts(frame.geometry.iloc[row])]
     drawn = PolyCollection(
         [np.asarray(part.exterior.coords)[:, :2] for part, _ in parts],
         array=np.array([score for _, score in parts]),
-        cmap=cmap,
+        cmap=colors.cmap,
         norm=norm,
-        alpha=0.6,
+        alpha=colors.alpha,
         edgecolor="black",
         linewidth=0.5,
     )
@@ -184,7 +217,7 @@ def _draw_nuclei(ax: Axes, frame: GeoDataFrame, scores: np.ndarray, tile: int, c
 
 
 def _draw_by_area(ax: Axes, own: pd.DataFrame, area: str) -> None:
-    """Scores against area, and their median in bins of as many nuclei each."""
+    """Draw scores against area, and medians in bins of equal numbers of nuclei."""
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.scatter(own[area], own["score"], s=8, alpha=0.4, linewidth=0, color=PREDICTED)
     if len(own) >= 3 * _BINS:

@@ -1,8 +1,9 @@
-"""Tiles in the space of their predictions or embeddings, in two dimensions."""
+"""Two-dimensional plots of tiles in the space of their predictions or embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import anndata as ad
@@ -11,6 +12,8 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 from spatialdata import SpatialData
@@ -18,12 +21,14 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.models._features import Standardize
 from stimage_sd.models._latent_space import Use, components, kept_table
-from stimage_sd.pl._canvas import add_colour_bar, check_gene, column, finish, panels, robust_norm
+from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, column, finish
+from stimage_sd.pl._figure import AxesLike, Sheet, Title
+from stimage_sd.pl._maps import names_of
 
 Basis = Literal["pca", "umap", "tsne"]
 _AXES = {"pca": "component", "umap": "UMAP", "tsne": "t-SNE"}
-_GREY = "#c8c8c8"
-#: entries of a legend in one column
+_GRAY = "#c8c8c8"
+#: entries per column of a legend
 _TALLEST = 14
 
 
@@ -38,55 +43,71 @@ def latent(
     standardize: Standardize = "section",
     n_components: int = 50,
     n_neighbors: int = 15,
-    cmap: str = "viridis",
+    cmap: str | Colormap = "viridis",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    alpha: float | None = None,
+    key: str = contract.PREDICTIONS,
     table_key: str | None = None,
+    layer: str | None = None,
     seed: int = 0,
-    ax: Axes | Sequence[Axes] | None = None,
-) -> Axes | np.ndarray:
-    """Draw tiles as points, near each other where they are alike.
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> Axes | np.ndarray | Figure:
+    """Draw tiles as points in two dimensions, similar tiles close together.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them, in one space.
+        A section or a cohort. All sections share one space.
     color
-        What points are coloured by: a gene, a column of the tiles or predictions such as ``"leiden"`` or
-        ``"ood_score"``, or ``"section"``; or several, a panel each.
+        One or several colorings: a gene, a column of the tiles or predictions such as ``"leiden"`` or ``"ood_score"``,
+        or ``"section"``. Each coloring gets a panel.
     basis
-        ``"pca"``: the first two principal components. ``"umap"``, ``"tsne"``: a layout of all of them, in which
-        only nearness means something.
+        ``"pca"`` draws the first two principal components. ``"umap"`` and ``"tsne"`` lay out all components. In these
+        layouts only short distances have a meaning.
     use
-        Which space: ``"predictions"`` (log1p of the predicted means) or ``"embeddings"``, as in
-        `stimage_sd.tl.cluster`; or ``"cells"``: predicted cells, and places without any, in the features that their
-        types are told by (5,000 a section at most), to be coloured by ``"cell_type"`` or ``"entropy"``.
+        ``"predictions"`` (log1p of the predicted means) or ``"embeddings"``, as in `stimage_sd.tl.cluster`, or
+        ``"cells"``. ``"cells"`` draws predicted cells, and places without cells, by the features that predict their
+        types (at most 5,000 per section). Color cells by ``"cell_type"`` or ``"entropy"``.
     observed
-        Colour genes by their counts rather than by their predicted mean; tiles without are grey.
+        Color genes by counts instead of the predicted mean. Tiles without counts are gray.
     extractor
-        Whose embeddings.
+        Extractor of the embeddings.
     standardize
-        ``"section"``: genes, or embeddings, by each section's own mean and deviation, which takes out what stain,
-        scanner, or the model of a fold add to all its tiles alike. ``"cohort"``: by those of all tiles.
+        ``"section"`` standardizes genes or embeddings within each section. This removes shifts from stain, scanner or
+        the model of a fold. ``"cohort"`` standardizes over all tiles.
     n_components, n_neighbors
-        Principal components, and neighbours of UMAP; t-SNE takes the latter as its perplexity.
-    cmap
-        Name of a matplotlib colour map, for numbers.
+        Number of principal components, and number of neighbors for UMAP. For t-SNE `n_neighbors` is the perplexity.
+    cmap, vmin, vmax, alpha
+        Colormap of numbers. Ends of the color range, by default the 1st and 99th percentile. Opacity of the points.
+    key
+        Name of the table of predictions.
     table_key
         Name of the table of counts, for `observed`.
+    layer
+        Layer of that table with the raw counts. Default: ``X``, or the layer given to `io.from_spatialdata`.
     seed
         Seed of components and layout.
     ax
-        Axes to draw on, one a colour; a new figure by default.
+        Axes to draw on, one per panel. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The axes, an array of them where `color` is a list.
+    The axes, or an array of axes if `color` is a list.
 
     Raises
     ------
     KeyError
-        If a section has no predictions or embeddings, or there is nothing of the name `color`.
+        If a section has no predictions or embeddings, or `color` is unknown.
     ValueError
-        If there are no more tiles than neighbours, or an option is out of range.
+        If there are not more tiles than neighbors, or an option is out of range.
 
     Examples
     --------
@@ -100,30 +121,34 @@ def latent(
     >>> sti.pl.latent(section, genes[0], basis="pca").get_xlabel()
     'component 1'
     """
+    source = contract.Source(table_key, layer)
     cohort = contract.sections(data)
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    colors = Colors(cmap, vmin, vmax, alpha)
     if basis not in _AXES:
         raise ValueError(f"Expected `basis` to be one of {list(_AXES)}, found {basis!r}.")
-    colours = [color] if isinstance(color, str) else list(color)
+    names = names_of(color)
     placed = components(
-        cohort, use=use, extractor=extractor, n_components=max(n_components, 2), standardize=standardize, seed=seed
-    )
+        cohort, use=use, extractor=extractor, n_components=max(n_components, 2), standardize=standardize, seed=seed,
+        key=key,
+    )  # fmt: skip
     values = {
         name: pd.concat(
-            [_values(sdata, section, name, use, observed, table_key) for section, sdata in cohort.items()],
+            [_values(sdata, section, name, use, observed, source, key) for section, sdata in cohort.items()],
             ignore_index=True,
         )
-        for name in colours
+        for name in names
     }
     points = _layout(np.concatenate(list(placed.values())), basis, n_neighbors, seed)
-    axes = panels(ax, len(colours), size=(4.6, 4.0), columns=3)
-    for panel, name in zip(axes, colours, strict=True):
-        _draw(panel, points, values[name], name, cmap=cmap)
+    axes = sheet.panels(len(names), size=(4.6, 4.0), columns=3)
+    for panel, name in zip(axes, names, strict=True):
+        _draw(panel, points, values[name], name, colors)
         panel.set_xlabel(f"{_AXES[basis]} 1", fontsize=9)
         panel.set_ylabel(f"{_AXES[basis]} 2", fontsize=9)
         panel.set_xticks([])
         panel.set_yticks([])
         finish(panel)
-    return axes[0] if isinstance(color, str) else axes
+    return sheet.done(axes[0] if isinstance(color, str) else axes)
 
 
 def _layout(values: np.ndarray, basis: Basis, n_neighbors: int, seed: int) -> np.ndarray:
@@ -141,12 +166,14 @@ def _layout(values: np.ndarray, basis: Basis, n_neighbors: int, seed: int) -> np
     return np.asarray(table.obsm["X_umap"])
 
 
-def _values(sdata: SpatialData, section: str, name: str, use: Use, observed: bool, table_key: str | None) -> pd.Series:
-    """What a section's points are coloured by: numbers, or a category each."""
-    table = kept_table(sdata, use)
+def _values(
+    sdata: SpatialData, section: str, name: str, use: Use, observed: bool, source: contract.Source, key: str
+) -> pd.Series:
+    """Return the color values of a section's points, numbers or categories."""
+    table = kept_table(sdata, use, key)
     if name == "section":
         return pd.Series([section] * table.n_obs, dtype=object)
-    tables = [table, *([contract.predictions(sdata)] if use == "embeddings" and _is_predicted(sdata) else [])]
+    tables = [table, *([sdata.tables[key]] if use == "embeddings" and key in sdata.tables else [])]
     for annotated in tables:
         if name in annotated.obs:
             own = annotated.obs[name]
@@ -154,47 +181,45 @@ def _values(sdata: SpatialData, section: str, name: str, use: Use, observed: boo
                 drop=True
             )
     if observed:
-        rows, counts = contract.align_to_spots(sdata, table, table_key)
+        rows, counts = contract.align_to_spots(sdata, table, source)
         check_gene(counts, name, what="measured")
         values = np.full(table.n_obs, np.nan)
         values[rows] = column(counts, name)
         return pd.Series(values, name="counts")
-    predictions = contract.predictions(sdata)
+    predictions = contract.predictions(sdata, key)
     check_gene(predictions, name)
     return pd.Series(column(predictions, name), name="predicted mean")
 
 
-def _is_predicted(sdata: SpatialData) -> bool:
-    return contract.PREDICTIONS in sdata.tables
-
-
-def _draw(ax: Axes, points: np.ndarray, values: pd.Series, name: str, *, cmap: str) -> None:
-    """Points in a random order, so that none of the sections lies on top."""
+def _draw(ax: Axes, points: np.ndarray, values: pd.Series, name: str, colors: Colors) -> None:
+    """Draw points in random order, so that no section covers another."""
     order = np.random.default_rng(0).permutation(len(points))
     size = float(np.clip(6000 / len(points), 2, 22))
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         numbers = values.to_numpy(dtype=float)
         known = np.isfinite(numbers)
-        ax.scatter(points[~known, 0], points[~known, 1], s=size, color=_GREY, linewidth=0, rasterized=True)
+        ax.scatter(points[~known, 0], points[~known, 1], s=size, color=_GRAY, linewidth=0, alpha=colors.alpha,
+                   rasterized=True)  # fmt: skip
         order = order[known[order]]
         drawn = ax.scatter(
             points[order, 0], points[order, 1], s=size, c=numbers[order],
-            cmap=cmap, norm=robust_norm(numbers), linewidth=0,
+            cmap=colors.cmap, norm=colors.norm(numbers), alpha=colors.alpha, linewidth=0,
             rasterized=True,
         )  # fmt: skip
-        add_colour_bar(ax, drawn, str(values.name), location="right")
+        add_color_bar(ax, drawn, str(values.name), location="right")
         ax.set_title(name, fontsize=11)
         return
     names = sorted(values.dropna().astype(str).unique(), key=lambda entry: (len(entry), entry))
     palette = {entry: mpl.colormaps["tab20" if len(names) > 10 else "tab10"](n % 20) for n, entry in enumerate(names)}
     shown = values.astype(str).where(values.notna())
-    colours = [palette.get(entry, _GREY) for entry in shown]
+    drawn_in = [palette.get(entry, _GRAY) for entry in shown]
     ax.scatter(
-        points[order, 0], points[order, 1], s=size, color=[colours[n] for n in order], linewidth=0, rasterized=True
-    )
+        points[order, 0], points[order, 1], s=size, color=[drawn_in[n] for n in order], alpha=colors.alpha, linewidth=0,
+        rasterized=True,
+    )  # fmt: skip
     handles = [
-        Line2D([], [], marker="o", linestyle="", markersize=5, color=colour, label=entry)
-        for entry, colour in palette.items()
+        Line2D([], [], marker="o", linestyle="", markersize=5, color=color, label=entry)
+        for entry, color in palette.items()
     ]
     ax.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, title_fontsize=8,

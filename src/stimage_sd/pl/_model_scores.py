@@ -1,9 +1,9 @@
-"""Scores of several models side by side, and whether they differ."""
+"""Plots of scores of several models, with paired tests."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import matplotlib as mpl
@@ -14,13 +14,14 @@ from matplotlib.colors import to_hex
 from matplotlib.patches import Patch
 from scipy.stats import wilcoxon
 
-from stimage_sd.pl._canvas import MEASURED, WARNING, finish, panels
+from stimage_sd.pl._canvas import MEASURED, WARNING, finish
+from stimage_sd.pl._figure import Sheet
 
 By = Literal["model", "section"]
 
 
 class Panel(NamedTuple):
-    """A score: its title, what its axis says, a line to compare with, whether its best genes are named."""
+    """Settings of a score's panel: title, axis label, reference line, and whether to name the best genes."""
 
     title: str
     label: str
@@ -29,17 +30,17 @@ class Panel(NamedTuple):
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """A row a section, model and gene, a column a metric, of the table of `stimage_sd.tl.cross_validate`."""
+    """Pivot the table of `stimage_sd.tl.cross_validate` to one column per metric."""
     keys = ["section", "model", "gene"]
     repeated = table.duplicated([*keys, "metric"])
     if repeated.any():
         first = table.loc[repeated, [*keys, "metric"]].iloc[0].to_dict()
-        raise ValueError(f"Expected one row a section, model, gene and metric, found several of {first}.")
+        raise ValueError(f"Expected one row per section, model, gene and metric, found several of {first}.")
     return table.pivot(index=keys, columns="metric", values="value").rename_axis(columns=None).reset_index()
 
 
 def with_gain(table: pd.DataFrame) -> pd.DataFrame:
-    """The same with the gain in log-likelihood, where the table has what it is made of."""
+    """Add the gain in log-likelihood over the mean-only model, if the table has its columns."""
     if not {"nll", "nll_floor"} <= set(table.columns):
         return table
     return table.assign(nll_gain=table["nll_floor"] - table["nll"])
@@ -51,9 +52,9 @@ def draw_models(
     *,
     by: By,
     reference: str | None,
-    ax: Axes | Sequence[Axes] | np.ndarray | None,
+    sheet: Sheet,
 ) -> np.ndarray:
-    """Draw a panel a metric, the best model first."""
+    """Draw one panel per metric, best model first."""
     models = list(dict.fromkeys(table["model"]))
     if reference is not None and reference not in models:
         raise ValueError(f"Expected `reference` to be one of the models {models}, found {reference!r}.")
@@ -61,24 +62,24 @@ def draw_models(
         name: _quality(name, table[name]).groupby(table["model"]).mean().sort_values(ascending=False, kind="stable")
         for name in looks
     }
-    # one order and one colour a model in all panels, by the first metric
+    # all panels share the order (by the first metric) and color of models
     models = [str(model) for model in by_quality[next(iter(looks))].index]
-    colours = {model: to_hex(mpl.colormaps["tab10"](number % 10)) for number, model in enumerate(models)}
+    colors = {model: to_hex(mpl.colormaps["tab10"](number % 10)) for number, model in enumerate(models)}
     n_sections = table["section"].nunique()
     width = 1.2 + 1.15 * len(models) if by == "model" else 2.2 + n_sections * (0.3 + 0.22 * len(models))
     columns = max(1, min(len(looks), int(18 // width)))
-    axes = panels(ax, len(looks), size=(width, 4.4), columns=columns)
+    axes = sheet.panels(len(looks), size=(width, 4.4), columns=columns)
     for number, (panel, (name, look)) in enumerate(zip(axes, looks.items(), strict=True)):
         if look.line is not None:
             panel.axhline(look.line, color=WARNING, linestyle="--", linewidth=1.0, zorder=0)
         if by == "section":
-            _draw_boxes(panel, table, name, models, colours)
+            _draw_boxes(panel, table, name, models, colors)
             if number == 0:
-                handles = [Patch(facecolor=colour, alpha=0.6, label=model) for model, colour in colours.items()]
+                handles = [Patch(facecolor=color, alpha=0.6, label=model) for model, color in colors.items()]
                 panel.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="best")
         else:
             best = str(by_quality[name].index[0]) if reference is None else reference
-            _draw_violins(panel, table, name, models, colours, best, chosen=reference is None)
+            _draw_violins(panel, table, name, models, colors, best, chosen=reference is None)
         panel.set_title(look.title, fontsize=11)
         panel.set_ylabel(look.label, fontsize=9)
         finish(panel)
@@ -86,18 +87,18 @@ def draw_models(
 
 
 def _quality(metric: str, values: pd.Series) -> pd.Series:
-    """The larger the better."""
+    """Return values where larger is better."""
     return -(values - 0.9).abs() if metric == "coverage" else values
 
 
 def _draw_violins(
-    ax: Axes, table: pd.DataFrame, metric: str, models: list[str], colours: dict[str, str], best: str, *, chosen: bool
+    ax: Axes, table: pd.DataFrame, metric: str, models: list[str], colors: dict[str, str], best: str, *, chosen: bool
 ) -> None:
     p_values = paired_tests(table, metric, reference=None if chosen else best)
     labels = []
     for position, model in enumerate(models):
         values = table[table["model"] == model].groupby("gene")[metric].mean()
-        draw_group(ax, position, values, colour=colours[model])
+        draw_group(ax, position, values, color=colors[model])
         pair = frozenset((model, best))
         test = "reference" if model == best else _p_label(p_values.get(pair, np.nan))
         labels.append(f"{group_label(model, values)}\n{test}")
@@ -113,8 +114,8 @@ def _p_label(p_value: float) -> str:
     return f"p = {p_value:.2g}" if p_value >= 1e-3 else f"p = {p_value:.0e}"
 
 
-def _draw_boxes(ax: Axes, table: pd.DataFrame, metric: str, models: list[str], colours: dict[str, str]) -> None:
-    """For each section a box a model, over genes."""
+def _draw_boxes(ax: Axes, table: pd.DataFrame, metric: str, models: list[str], colors: dict[str, str]) -> None:
+    """Draw one box per section and model, over genes."""
     sections = list(dict.fromkeys(table["section"]))
     step = 0.8 / len(models)
     for number, model in enumerate(models):
@@ -123,13 +124,13 @@ def _draw_boxes(ax: Axes, table: pd.DataFrame, metric: str, models: list[str], c
         parts = ax.boxplot(
             groups, positions=[place - 0.4 + step * (number + 0.5) for place in range(len(sections))],
             widths=0.85 * step, patch_artist=True, manage_ticks=False,
-            flierprops={"marker": ".", "markersize": 2, "markeredgecolor": "none", "markerfacecolor": colours[model]},
+            flierprops={"marker": ".", "markersize": 2, "markeredgecolor": "none", "markerfacecolor": colors[model]},
             medianprops={"color": "black", "linewidth": 1.2},
         )  # fmt: skip
         for box in parts["boxes"]:
-            box.set(facecolor=colours[model], alpha=0.6, linewidth=0.6)
+            box.set(facecolor=colors[model], alpha=0.6, linewidth=0.6)
         for line in (*parts["whiskers"], *parts["caps"]):
-            line.set(color="grey", linewidth=0.8)
+            line.set(color="gray", linewidth=0.8)
     ax.set_xticks(range(len(sections)), sections)
     ax.set_xlim(-0.6, len(sections) - 0.4)
 
@@ -139,20 +140,20 @@ def _draw_boxes(ax: Axes, table: pd.DataFrame, metric: str, models: list[str], c
 
 
 def paired_tests(table: pd.DataFrame, metric: str, *, reference: str | None = None) -> dict[frozenset[str], float]:
-    """Wilcoxon's signed-rank test of pairs of models on genes, corrected by Holm.
+    """Test pairs of models with Wilcoxon's signed-rank test over genes, with Holm's correction.
 
     Parameters
     ----------
     table
-        As `wide` returns it.
+        Table from `wide`.
     metric
-        One of its columns.
+        Column of the table.
     reference
-        Test the others against this model alone; by default all pairs.
+        Model to test all others against. Default: test all pairs.
 
     Returns
     -------
-    Corrected p-values by pair; NaN where two models share no gene. Models that agree in every gene have 1.
+    Corrected p-values, keyed by pair. NaN if two models share no gene, and 1 if two models agree in every gene.
     """
     scored = _quality(metric, table.set_index(["section", "gene", "model"])[metric]).unstack("model")
     pairs = [
@@ -169,7 +170,7 @@ def _signed_rank(one: pd.Series, other: pd.Series) -> float:
 
 
 def _holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down correction; NaN is no test."""
+    """Correct p-values by Holm's step-down method, ignoring NaN."""
     values = np.array(p_values, dtype=float)
     order = [number for number in np.argsort(values, kind="stable") if not np.isnan(values[number])]
     least = 0.0
@@ -180,18 +181,18 @@ def _holm(p_values: list[float]) -> list[float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# what a group of genes looks like
+# groups of genes
 
 
-def draw_group(ax: Axes, position: int, values: pd.Series, *, colour: str = MEASURED) -> np.ndarray:
-    """Draw a violin, its points, its quartiles; return where across each value was drawn."""
+def draw_group(ax: Axes, position: int, values: pd.Series, *, color: str = MEASURED) -> np.ndarray:
+    """Draw a violin with points and quartiles, and return the horizontal position of each point."""
     across = position + np.random.default_rng(0).uniform(-0.14, 0.14, len(values))
     defined = values.notna().to_numpy()
     numbers = values.to_numpy(dtype=float)[defined]
     if len(numbers) > 1 and np.ptp(numbers) > 0:
         parts: dict[str, Any] = ax.violinplot(numbers, positions=[position], widths=0.7, showextrema=False)
-        parts["bodies"][0].set(facecolor=colour, alpha=0.25, edgecolor="none")
-    ax.scatter(across[defined], numbers, s=5, color=colour, alpha=0.5, linewidth=0, rasterized=True)
+        parts["bodies"][0].set(facecolor=color, alpha=0.25, edgecolor="none")
+    ax.scatter(across[defined], numbers, s=5, color=color, alpha=0.5, linewidth=0, rasterized=True)
     if len(numbers):
         low, middle, high = np.percentile(numbers, [25, 50, 75])
         ax.vlines(position, low, high, color="black", linewidth=3.5, zorder=3)
@@ -200,7 +201,7 @@ def draw_group(ax: Axes, position: int, values: pd.Series, *, colour: str = MEAS
 
 
 def group_label(name: str, values: pd.Series) -> str:
-    """What stands under a group: its name, its median, how many of it have no score."""
+    """Return the label of a group: name, median, and number of genes without a score."""
     undefined = int(values.isna().sum())
     if undefined == len(values):
         return f"{name}\nno scores"

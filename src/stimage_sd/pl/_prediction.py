@@ -1,64 +1,96 @@
-"""A gene as it was measured and as it is predicted, side by side on the H&E."""
+"""Maps of measured and predicted genes, side by side on the H&E."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import numpy as np
+from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.nn.spatial import pearson
-from stimage_sd.pl._canvas import add_colour_bar, check_gene, column, draw_section, draw_tiles, map_size, panels
+from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, column, draw_tiles
+from stimage_sd.pl._cells import Zoom
+from stimage_sd.pl._figure import AxesLike, Sheet, Title
+from stimage_sd.pl._maps import draw_background, draw_nothing, map_size, names_of
+from stimage_sd.stats.spatial import pearson
+
+#: maps per row without measured values
+_IN_A_ROW = 4
 
 
 def prediction(
-    sdata: SpatialData,
-    gene: str,
+    data: SpatialData,
+    gene: str | Sequence[str],
     *,
-    cmap: str = "magma",
-    fade: float = 0.35,
+    zoom: Zoom | None = None,
+    img_alpha: float = 0.65,
+    cmap: str | Colormap = "magma",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    alpha: float | None = None,
+    key: str = contract.PREDICTIONS,
     image_key: str | None = None,
     table_key: str | None = None,
-    ax: Axes | Sequence[Axes] | None = None,
-) -> np.ndarray:
-    """Draw a gene over the H&E: log1p of what was measured, and of its predicted mean.
+    layer: str | None = None,
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> np.ndarray | Figure:
+    """Draw measured values and predicted means of genes over the H&E, as log1p.
 
-    What was measured are the section's counts, or what `stimage_sd.tl.evaluate` compared with last: the gene's
-    protein, where it was ``against="proteins"``.
+    The measured values are the section's counts, or the gene's protein after
+    ``stimage_sd.tl.evaluate(..., against="proteins")``.
 
-    Each map has its own range of colours, the 1st to the 99th percentile, named by its colour bar: a predicted
-    mean varies less than counts do. The title of the prediction has their correlation.
+    Each map has its own color range, because predicted means vary less than counts. The title of the prediction gives
+    the correlation of both maps.
 
     Parameters
     ----------
-    sdata
+    data
         A section with predictions.
     gene
-        One of the predicted genes.
-    cmap
-        Name of a matplotlib colour map.
-    fade
-        How far towards white the H&E is faded, 0 to 1.
+        One or several predicted genes. Each gene gets a row of maps.
+    zoom
+        Left, top, right and bottom of the region to draw, H&E px. Default: all tiles.
+    img_alpha
+        Opacity of the H&E, 0 to 1. Smaller values make the tiles' colors stand out.
+    cmap, vmin, vmax, alpha
+        Colormap. Ends of the color range as log(1 + count), by default the 1st and 99th percentile of each map. Opacity
+        of the tiles.
+    key
+        Name of the table of predictions.
     image_key
-        The image to draw on; by default the section's H&E.
+        Name of the image to draw on. Default: the section's H&E.
     table_key
-        Name of the table of counts, or proteins.
+        Name of the table of counts or proteins.
+    layer
+        Layer of that table with the raw counts. Default: ``X``, or the layer given to `io.from_spatialdata`.
     ax
-        Two axes to draw on (one, where there is nothing measured); a new figure by default.
+        Two axes per gene to draw on, or one axes per gene without measured values. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The axes: observed and predicted; the prediction alone where nothing was measured on the section, its tiles
-    do not sit on spots, or the gene was not measured.
+    The axes of the observed and predicted map, or an array with one row per gene if `gene` is a list. There are no
+    observed maps if no gene was measured or the tiles are not on spots. If only some genes were measured, the observed
+    panels of the other genes are empty.
 
     Raises
     ------
     KeyError
-        If the section has no predictions, or the gene is none of them; the closest names are given.
+        If the section has no predictions, or none of a gene. The message lists the closest names.
     ValueError
-        If `ax` is not as many axes as there are maps.
+        If the number of axes in `ax` differs from the number of maps, or `zoom` lies outside the image.
 
     Examples
     --------
@@ -73,53 +105,71 @@ def prediction(
     >>> observed.get_title() == f"{model.genes[0]}, observed"
     True
     """
-    table = contract.predictions(sdata)
-    check_gene(table, gene)
-    measured = _measured(sdata, gene, table_key)
-    positions = np.asarray(table.obsm["spatial"])
-    axes = panels(ax, 1 if measured is None else 2, size=map_size(sdata, positions, width=5.2, below=1.1))
-    predicted = np.log1p(column(table, gene))
-    title = f"{gene}, predicted"
-    if measured is not None:
-        rows, observed, unit = measured
-        correlation = float(pearson(predicted[rows, None], observed[:, None])[0])
-        title += f" (Pearson r = {correlation:.2f})" if np.isfinite(correlation) else " (r undefined: constant)"
-        _map(axes[0], sdata, positions[rows], observed, positions, cmap=cmap, fade=fade, image_key=image_key)
-        add_colour_bar(axes[0], axes[0].collections[0], f"log(1 + {unit})")
-        axes[0].set_title(f"{gene}, observed", fontsize=11)
-    _map(axes[-1], sdata, positions, predicted, positions, cmap=cmap, fade=fade, image_key=image_key)
-    add_colour_bar(axes[-1], axes[-1].collections[0], "log(1 + predicted mean count)")
-    axes[-1].set_title(title, fontsize=11)
-    return axes
+    sdata = contract.section(data)
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    colors = Colors(cmap, vmin, vmax, alpha)
+    table = contract.predictions(sdata, key)
+    genes = names_of(gene)
+    for name in genes:
+        check_gene(table, name)
+    measured = _measured(sdata, table, genes, contract.Source(table_key, layer))
+    positions = contract.tile_geometry(sdata, table).centers
+    size = map_size(sdata, positions, width=5.2 if len(genes) == 1 else 4.4, below=0.95, zoom=zoom)
+    columns = 2 if measured else 1
+    axes = sheet.panels(len(genes) * columns, size=size, columns=columns if measured else _IN_A_ROW)
+    draw = partial(
+        _map, sdata=sdata, shown=positions, colors=colors, zoom=zoom, img_alpha=img_alpha, image_key=image_key
+    )
+    grid = axes.reshape(len(genes), columns)
+    for panels, name in zip(grid, genes, strict=True):
+        predicted = np.log1p(column(table, name))
+        heading = f"{name}, predicted"
+        if name in measured:
+            rows, observed, unit = measured[name]
+            correlation = float(pearson(predicted[rows, None], observed[:, None])[0])
+            heading += f" (Pearson r = {correlation:.2f})" if np.isfinite(correlation) else " (r undefined: constant)"
+            draw(panels[0], positions[rows], observed, label=f"log(1 + {unit})", title=f"{name}, observed")
+        elif measured:
+            draw_nothing(panels[0], f"{name} was not measured")
+        draw(panels[-1], positions, predicted, label="log(1 + predicted mean count)", title=heading)
+    return sheet.done(axes if isinstance(gene, str) else grid)
 
 
-def _measured(sdata: SpatialData, gene: str, table_key: str | None) -> tuple[np.ndarray, np.ndarray, str] | None:
-    """Rows of the predictions that sit on a unit, log1p of what was measured there, and what that is."""
-    table = contract.predictions(sdata)
-    if "spot_id" not in table.obs or not (contract.has_units(sdata) or table_key is not None):
-        return None
+def _measured(
+    sdata: SpatialData, table: AnnData, genes: Sequence[str], source: contract.Source
+) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
+    """Return for each gene the rows of tiles on spots, log1p of the measured values, and their unit."""
+    if "spot_id" not in table.obs or not (contract.has_units(sdata) or source.table is not None):
+        return {}
     against = table.uns.get("evaluation", {}).get("against")
     if against is None:
         against = "counts" if contract.has_counts(sdata) else "proteins"
-    rows, units = contract.align_to_spots(sdata, table, table_key, against=against)
-    name = str(table.var["measured"][gene]) if against == "proteins" and "measured" in table.var else gene
-    if name not in units.var_names:
-        return None
-    values = column(units, name)
-    signed = np.sign(values) * np.log1p(np.abs(values))
-    return rows, signed, "count" if against == "counts" else f"intensity of {name}"
+    rows, units = contract.align_to_spots(sdata, table, source, against=against)
+    found = {}
+    for gene in genes:
+        name = str(table.var["measured"][gene]) if against == "proteins" and "measured" in table.var else gene
+        if name in units.var_names:
+            values = column(units, name)
+            signed = np.sign(values) * np.log1p(np.abs(values))
+            found[gene] = rows, signed, "count" if against == "counts" else f"intensity of {name}"
+    return found
 
 
 def _map(
     ax: Axes,
-    sdata: SpatialData,
     positions: np.ndarray,
     values: np.ndarray,
-    shown: np.ndarray,
     *,
-    cmap: str,
-    fade: float,
+    sdata: SpatialData,
+    shown: np.ndarray,
+    colors: Colors,
+    zoom: Zoom | None,
+    img_alpha: float,
     image_key: str | None,
+    label: str,
+    title: str,
 ) -> None:
-    draw_section(ax, sdata, shown, image_key=image_key, fade=fade)
-    draw_tiles(ax, sdata, positions, values, cmap=cmap)
+    draw_background(ax, sdata, shown, image_key=image_key, img_alpha=img_alpha, zoom=zoom)
+    drawn = draw_tiles(ax, sdata, positions, values, colors=colors)
+    add_color_bar(ax, drawn, label)
+    ax.set_title(title, fontsize=11)

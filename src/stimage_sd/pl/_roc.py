@@ -1,58 +1,72 @@
-"""Receiver operating characteristic of a response, fold by fold."""
+"""ROC curves of a predicted response, per fold."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
-from stimage_sd.pl._canvas import PREDICTED, finish, panels
+from stimage_sd.pl._canvas import PREDICTED, finish
+from stimage_sd.pl._figure import Sheet, Title
 
-#: false positive rates that folds are averaged at
+#: false positive rates for the mean over folds
 _RATES = np.linspace(0, 1, 201)
 
 
 class Told(Protocol):
-    """What is drawn of `stimage_sd.tl.DrugResponse`."""
+    """Attributes of `stimage_sd.tl.DrugResponse` that are drawn."""
 
     @property
     def patients(self) -> pd.DataFrame:
-        """``response``, ``score`` and ``fold`` of each patient."""
+        """Return ``response``, ``score`` and ``fold`` of each patient."""
         ...
 
     @property
     def auc(self) -> float:
-        """Mean over folds."""
+        """Return the mean area under the curve over folds."""
         ...
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Its 95 % interval."""
+        """Return the 95 % interval of `auc`."""
         ...
 
     @property
     def p_value(self) -> float | None:
-        """By permutations."""
+        """Return the p-value from permutations."""
         ...
 
     @property
     def positive(self) -> str:
-        """The response that is told."""
+        """Return the response that counts as 1."""
         ...
 
 
-def roc(found: Told, *, ax: Axes | None = None) -> Axes:
-    """Draw how well responders are told: a thin curve a fold, a thick one their mean.
+def roc(
+    data: Told,
+    *,
+    ax: Axes | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> Axes | Figure:
+    """Draw ROC curves of a predicted response, one thin curve per fold and the mean.
 
     Parameters
     ----------
-    found
-        What `stimage_sd.tl.drug_response` returned.
+    data
+        Result of `stimage_sd.tl.drug_response`.
     ax
-        Axes to draw on; a new figure by default.
+        Axes to draw on. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: title of the panel. `figsize`: size of a new figure, inches. `save`: output file. `return_fig`: return
+        the figure instead of the axes.
 
     Returns
     -------
@@ -61,23 +75,24 @@ def roc(found: Told, *, ax: Axes | None = None) -> Axes:
     Examples
     --------
     >>> import stimage_sd as sti
-    >>> sti.pl.roc(sti.tl.drug_response(cohort, response="pcr"))  # doctest: +SKIP
+    >>> sti.pl.roc(sti.tl.drug_response(cohort, response_key="pcr"))  # doctest: +SKIP
     """
-    panel: Axes = panels(ax, 1, size=(4.4, 4.4))[0]
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    panel = sheet.panel(size=(4.4, 4.4))
     curves = []
-    for _, part in found.patients.groupby("fold"):
+    for _, part in data.patients.groupby("fold"):
         false, true, _ = roc_curve(part["response"], part["score"])
         panel.plot(false, true, color=PREDICTED, linewidth=0.8, alpha=0.5)
-        # the upper end of each vertical step
+        # use the upper end of each vertical step
         curves.append(true[np.searchsorted(false, _RATES, side="right") - 1])
     mean = np.mean(curves, axis=0)
     panel.plot([0, *_RATES], [0, *mean], color=PREDICTED, linewidth=2.2, label=f"mean of {len(curves)} folds")
     panel.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="chance")
-    low, high = found.interval
-    by_chance = "" if found.p_value is None else f", p = {found.p_value:.2g}"
-    panel.set_title(f"AUC {found.auc:.2f} ({low:.2f} to {high:.2f}){by_chance}", fontsize=10)
-    panel.set(xlabel="false positive rate", ylabel=f"true positive rate ({found.positive})", xlim=(-0.01, 1),
+    low, high = data.interval
+    by_chance = "" if data.p_value is None else f", p = {data.p_value:.2g}"
+    panel.set_title(f"AUC {data.auc:.2f} ({low:.2f} to {high:.2f}){by_chance}", fontsize=10)
+    panel.set(xlabel="false positive rate", ylabel=f"true positive rate ({data.positive})", xlim=(-0.01, 1),
               ylim=(0, 1.01), aspect="equal")  # fmt: skip
     panel.legend(frameon=False, fontsize=8, loc="lower right")
     finish(panel)
-    return panel
+    return sheet.done(panel)

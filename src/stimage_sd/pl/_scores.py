@@ -1,81 +1,91 @@
-"""How well each gene is predicted, section by section, or model by model."""
+"""Distributions of gene scores, per section or per model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from stimage_sd.pl._canvas import WARNING, finish, panels, require_columns
+from stimage_sd.pl._canvas import WARNING, finish, require_columns
+from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.pl._model_scores import By, Panel, draw_group, draw_models, group_label, wide, with_gain
 
 PANELS = {
     "pearson": Panel("Pearson correlation", "r, predicted and observed", 0.0, named=True),
     "spearman": Panel("Spearman correlation", "rank correlation, predicted and observed", 0.0, named=True),
-    "bivariate_morans_i": Panel("bivariate Moran's I", "I, predicted and neighbours", 0.0, named=True),
+    "bivariate_morans_i": Panel("bivariate Moran's I", "I, predicted and neighbors", 0.0, named=True),
     "c_index": Panel("concordance", "c-index", 0.5, named=True),
     "iou": Panel("pattern overlap", "IoU of the smoothed patterns", None, named=True),
     "coverage": Panel("interval coverage", "share of counts in the 90% interval", 0.9, named=False),
-    "nll_gain": Panel("gain over the floor", "log-likelihood a count over mean-only", 0.0, named=True),
+    "nll_gain": Panel("gain over the floor", "log-likelihood per count over mean-only", 0.0, named=True),
 }
 DEFAULT = ("pearson", "bivariate_morans_i", "iou", "coverage", "nll_gain")
-#: columns that a metric is made of, where it is not one itself
+#: source columns of derived metrics
 SOURCES = {"nll_gain": ("nll", "nll_floor")}
-#: size of a gene's name, points
+#: font size of gene names, points
 NAME_SIZE = 7.0
 
 
 def scores(
-    frame: pd.DataFrame,
+    data: pd.DataFrame,
     *,
     metrics: Sequence[str] | None = None,
     by: By = "model",
     reference: str | None = None,
     n_named: int = 5,
-    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
-) -> np.ndarray:
-    """Draw how scores are distributed over genes: a violin a section, or the models of a cross-validation.
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> np.ndarray | Figure:
+    """Draw distributions of scores over genes, per section or per model.
 
     Parameters
     ----------
-    frame
-        What `stimage_sd.tl.evaluate` returned, a row a section and gene; `stimage_sd.tl.cross_validate`, a row a
-        section, model, gene and metric; or, of a cohort, `stimage_sd.tl.cox_screen` and the genes or samples of
-        `stimage_sd.tl.bulk_correlation`, a violin a group.
+    data
+        Table from `stimage_sd.tl.evaluate` (one row per section and gene) or `stimage_sd.tl.cross_validate` (one row
+        per section, model, gene and metric). For a cohort, the table from `stimage_sd.tl.cox_screen`, or ``genes`` or
+        ``samples`` from `stimage_sd.tl.bulk_correlation`, with one violin per group.
     metrics
-        Which panels: ``"pearson"``, ``"spearman"``, ``"bivariate_morans_i"``, ``"iou"``, ``"coverage"`` of the 90 %
-        interval, ``"nll_gain"``, the gain in log-likelihood a count over the mean-only model, and ``"c_index"``. All
-        but Spearman and the last by default; of a cohort, those that the table has.
+        Panels to draw: ``"pearson"``, ``"spearman"``, ``"bivariate_morans_i"``, ``"iou"``, ``"coverage"`` (of the 90 %
+        interval), ``"nll_gain"`` (gain in log-likelihood per count over the mean-only model), ``"c_index"``. Default:
+        all but ``"spearman"`` and ``"c_index"``. For a cohort, all metrics in the table.
     by
-        Of a cross-validation. ``"model"``: a violin a model, of each gene's mean over sections, with paired tests.
-        ``"section"``: for each section a box a model, as in the paper's figure.
+        Grouping for cross-validation. ``"model"`` draws one violin per model over each gene's mean over sections, with
+        paired tests. ``"section"`` draws one box per section and model, as in the paper.
     reference
-        The model that others are tested against; the one with the best mean by default.
+        Model to test all others against. Default: the model with the best mean.
     n_named
-        How many of a section's best genes to name in each panel, for the scores of `evaluate`.
+        Number of best genes per section to name in each panel, for tables from `evaluate`.
     ax
-        Axes to draw on, one a metric; a new figure by default.
+        Axes to draw on, one per metric. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The axes, one a metric. Under each section or model stands its median, and how many genes have no score,
-    where there are any; under a model also the p-value against the reference.
+    One axes per metric. The label of a section or model gives the median and the number of genes without a score. The
+    label of a model also gives the p-value against the reference.
 
     Raises
     ------
     ValueError
-        If the table is not one of scores, `ax` are fewer or more axes than metrics, or an option is out of range.
+        If the table is not a table of scores, the number of axes in `ax` differs from the number of metrics, or an
+        option is out of range.
 
     Notes
     -----
-    Tests are Wilcoxon's signed-rank, two-sided, on genes: a gene's mean over those sections where both models have
-    a score; of coverage, its distance from 90 %. Holm's correction is over the tests of a panel: all pairs of
-    models where the reference is chosen by the scores, those with it where the user names it. Genes of the same
-    sections are not independent, so that a small p-value is about these sections, not about the next patient.
-    Paper, Figure 2e.
+    The test is Wilcoxon's two-sided signed-rank test over genes. It compares a gene's mean over the sections with a
+    score of both models. For coverage it compares the distance from 90 %. Holm's correction covers the tests of a
+    panel, which are all pairs of models, or the pairs with `reference` if given. Genes of the same sections are not
+    independent, so a small p-value holds for these sections and not for new patients. Paper, Figure 2e.
 
     Examples
     --------
@@ -86,6 +96,8 @@ def scores(
     >>> len(sti.pl.scores(table))
     5
     """
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    frame = data
     if "group" in frame.columns:
         frame = frame.rename(columns={"group": "section", "sample": "gene"})
         metrics = [name for name in PANELS if name in frame.columns] if metrics is None else metrics
@@ -99,23 +111,21 @@ def scores(
         table = wide(frame)
         _require(table, chosen)
         looks = {name: PANELS[name] for name in chosen}
-        return draw_models(with_gain(table), looks, by=by, reference=reference, ax=ax)
+        return sheet.done(draw_models(with_gain(table), looks, by=by, reference=reference, sheet=sheet))
     _require(frame, chosen)
-    return _draw_sections(with_gain(frame), chosen, n_named=n_named, ax=ax)
+    return sheet.done(_draw_sections(with_gain(frame), chosen, n_named=n_named, sheet=sheet))
 
 
 def _require(frame: pd.DataFrame, metrics: Sequence[str]) -> None:
     require_columns(frame, ["section", "gene", *(column for name in metrics for column in SOURCES.get(name, (name,)))])
 
 
-def _draw_sections(
-    table: pd.DataFrame, metrics: list[str], *, n_named: int, ax: Axes | Sequence[Axes] | np.ndarray | None
-) -> np.ndarray:
-    """A violin a section, its best genes named."""
+def _draw_sections(table: pd.DataFrame, metrics: list[str], *, n_named: int, sheet: Sheet) -> np.ndarray:
+    """Draw one violin per section and name the best genes."""
     sections = list(dict.fromkeys(table["section"]))
-    # in one row while a row is no wider than a page
+    # use one row if the row fits on a page
     columns = len(metrics) if len(sections) <= 2 else 3 if len(sections) <= 6 else 1
-    axes = panels(ax, len(metrics), size=(1.7 + 1.1 * len(sections), 4.2), columns=columns)
+    axes = sheet.panels(len(metrics), size=(1.7 + 1.1 * len(sections), 4.2), columns=columns)
     for panel, name in zip(axes, metrics, strict=True):
         look = PANELS[name]
         groups = [table.loc[table["section"] == section].set_index("gene")[name] for section in sections]
@@ -135,7 +145,7 @@ def _draw_sections(
 
 
 def _name_best(ax: Axes, position: int, best: pd.Series, across: np.ndarray) -> None:
-    """Name genes right of their points, pushed apart where they would overlap."""
+    """Write gene names right of their points without overlap."""
     low, high = ax.get_ylim()
     points = ax.get_window_extent().height * 72.0 / ax.figure.dpi
     step = 1.25 * NAME_SIZE * (high - low) / max(points, 1.0)
@@ -148,5 +158,5 @@ def _name_best(ax: Axes, position: int, best: pd.Series, across: np.ndarray) -> 
             xytext=(position + 0.32, place),
             fontsize=NAME_SIZE,
             va="center",
-            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "grey", "shrinkA": 0, "shrinkB": 0},
+            arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "gray", "shrinkA": 0, "shrinkB": 0},
         )

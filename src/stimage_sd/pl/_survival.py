@@ -1,40 +1,49 @@
-"""Survival of patients of high and low risk."""
+"""Kaplan-Meier curves of patient groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.transforms import blended_transform_factory
 
-from stimage_sd.pl._canvas import MEASURED, WARNING, finish, panels, require_columns
+from stimage_sd.pl._canvas import MEASURED, WARNING, finish, require_columns
+from stimage_sd.pl._figure import AxesLike, Sheet, Title
 
-#: colours of groups, in order; the first two are those of low and high risk
-_COLOURS = (MEASURED, WARNING, "#55a868", "#8172b3", "#937860", "#64b5cd")
+#: colors of groups in order, starting with low and high risk
+_COLORS = (MEASURED, WARNING, "#55a868", "#8172b3", "#937860", "#64b5cd")
 
 
 def survival(
-    patients: pd.DataFrame,
+    data: pd.DataFrame,
     *,
     by: str = "risk_group",
     unit: str = "months",
-    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
-) -> np.ndarray:
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> np.ndarray | Figure:
     """Draw Kaplan-Meier curves with the numbers at risk under them.
 
     Parameters
     ----------
-    patients
-        A row a patient with ``time``, ``event`` and `by`: ``stimage_sd.tl.risk_groups(...).patients``, or your own
-        table. With a column ``group``, a panel a group.
+    data
+        One row per patient with ``time``, ``event`` and `by`, such as ``stimage_sd.tl.risk_groups(...).patients``.
+        With a column ``group``, each group gets a panel.
     by
-        Column with the groups that are compared.
+        Column with the groups to compare.
     unit
         Unit of the times, for the label.
     ax
-        Axes to draw on, one a panel; a new figure by default.
+        Axes to draw on, one per panel. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
@@ -43,7 +52,8 @@ def survival(
     Raises
     ------
     ValueError
-        If a column is missing, a panel has one group alone, or `ax` are fewer or more than panels.
+        If a column is missing, a panel has only one group to compare, or the number of axes in `ax` differs from the
+        number of panels.
 
     Notes
     -----
@@ -56,16 +66,17 @@ def survival(
     >>> sti.pl.survival(table)[0].get_xlabel()
     'months'
     """
-    require_columns(patients, ["time", "event", by], source="`stimage_sd.tl.risk_groups(...).patients`")
-    names = patients["group"].astype(str).to_numpy() if "group" in patients else np.full(len(patients), "all")
-    parts = {str(name): patients[names == name] for name in dict.fromkeys(names)}
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    require_columns(data, ["time", "event", by], source="`stimage_sd.tl.risk_groups(...).patients`")
+    names = data["group"].astype(str).to_numpy() if "group" in data else np.full(len(data), "all")
+    parts = {str(name): data[names == name] for name in dict.fromkeys(names)}
     for name, part in parts.items():
         if part[by].nunique() < 2:
             raise ValueError(f"Expected two or more of {by!r} to compare, found one in {name!r}: {part[by].iloc[0]!r}.")
-    axes = panels(ax, len(parts), size=(5.2, 4.6), columns=3)
+    axes = sheet.panels(len(parts), size=(5.2, 4.6), columns=3)
     for panel, (name, part) in zip(axes, parts.items(), strict=True):
         _draw(panel, part, by, unit, "" if name == "all" else name)
-    return axes
+    return sheet.done(axes)
 
 
 def _draw(ax: Axes, patients: pd.DataFrame, by: str, unit: str, title: str) -> None:
@@ -74,28 +85,30 @@ def _draw(ax: Axes, patients: pd.DataFrame, by: str, unit: str, title: str) -> N
 
     names = [name for name in ("low", "high") if name in set(patients[by])]
     names += sorted(set(patients[by]) - set(names), key=str)
-    colours = dict(zip(names, _COLOURS * (1 + len(names) // len(_COLOURS)), strict=False))
+    colors = dict(zip(names, _COLORS * (1 + len(names) // len(_COLORS)), strict=False))
+    curves = []
     for name in names:
         part = patients[patients[by] == name]
         fitted = KaplanMeierFitter().fit(part["time"], part["event"])
         curve, interval = fitted.survival_function_.iloc[:, 0], fitted.confidence_interval_
-        ax.step(curve.index, curve, where="post", color=colours[name], linewidth=1.8,
-                label=f"{name} ({len(part)}, {int(part['event'].sum())} events)")  # fmt: skip
-        ax.fill_between(interval.index, interval.iloc[:, 0], interval.iloc[:, 1], step="post", color=colours[name],
+        curves += ax.step(curve.index, curve, where="post", color=colors[name], linewidth=1.8,
+                          label=f"{name} ({len(part)}, {int(part['event'].sum())} events)")  # fmt: skip
+        ax.fill_between(interval.index, interval.iloc[:, 0], interval.iloc[:, 1], step="post", color=colors[name],
                         alpha=0.15, linewidth=0)  # fmt: skip
         censored = part.loc[~part["event"].astype(bool), "time"]
-        ax.plot(censored, fitted.predict(censored), "|", color=colours[name], markersize=5, markeredgewidth=0.8)
+        ax.plot(censored, fitted.predict(censored), "|", color=colors[name], markersize=5, markeredgewidth=0.8)
     p = multivariate_logrank_test(patients["time"], patients[by], patients["event"]).p_value
     shown = f"log-rank p = {p:.2g}" if p >= 1e-4 else f"log-rank p = {p:.0e}"
     ax.set_title(f"{title}: {shown}" if title else shown, fontsize=10)
     ax.set(xlim=(0, None), ylim=(0, 1.02), xlabel=unit, ylabel="share alive")
-    ax.legend(frameon=False, fontsize=8, loc="lower left")
+    # pass handles, because matplotlib otherwise drops labels that begin with an underscore
+    ax.legend(handles=curves, frameon=False, fontsize=8, loc="lower left")
     finish(ax)
-    _numbers_at_risk(ax, patients, by, names, colours)
+    _numbers_at_risk(ax, patients, by, names, colors)
 
 
-def _numbers_at_risk(ax: Axes, patients: pd.DataFrame, by: str, names: list[str], colours: dict[str, str]) -> None:
-    """Write how many are still watched under the ticks of the time axis."""
+def _numbers_at_risk(ax: Axes, patients: pd.DataFrame, by: str, names: list[str], colors: dict[str, str]) -> None:
+    """Write the numbers at risk under the ticks of the time axis."""
     ticks = [tick for tick in ax.get_xticks() if 0 <= tick <= ax.get_xlim()[1]]
     under = blended_transform_factory(ax.transData, ax.transAxes)
     ax.text(0, -0.2, "at risk", transform=under, fontsize=8, ha="left", va="center")
@@ -103,4 +116,4 @@ def _numbers_at_risk(ax: Axes, patients: pd.DataFrame, by: str, names: list[str]
         times = patients.loc[patients[by] == name, "time"].to_numpy()
         for tick in ticks:
             ax.text(tick, -0.26 - 0.06 * line, f"{int((times >= tick).sum())}", transform=under, fontsize=8,
-                    ha="center", va="center", color=colours[name])  # fmt: skip
+                    ha="center", va="center", color=colors[name])  # fmt: skip

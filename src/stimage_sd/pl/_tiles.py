@@ -1,76 +1,91 @@
-"""Where the tiles lie, and what is on them."""
+"""Maps of tiles on the H&E, with enlarged examples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import Normalize, to_rgba
+from matplotlib.colors import Colormap, to_rgba
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.pl._canvas import (
-    PREDICTED,
-    WARNING,
-    add_colour_bar,
-    cut_tiles,
-    draw_section,
-    map_size,
-    panels,
-    robust_norm,
-)
+from stimage_sd.pl._canvas import PREDICTED, WARNING, Colors, add_color_bar, cut_tiles
+from stimage_sd.pl._cells import Zoom
+from stimage_sd.pl._figure import AxesLike, Sheet, Title
+from stimage_sd.pl._maps import draw_background, map_size, names_of
 
 #: side of an example tile, px
 EXAMPLE = 160
 KEPT = "#2a9d8f"
-#: examples side by side
+#: examples per row
 IN_A_ROW = 8
 #: width of a map, inches
 WIDTH = 6.0
 
 
 def tiles(
-    sdata: SpatialData,
-    color: str = "tissue_fraction",
+    data: SpatialData,
+    color: str | Sequence[str] = "tissue_fraction",
     *,
     n_examples: int = 0,
-    cmap: str = "viridis",
+    zoom: Zoom | None = None,
+    img_alpha: float = 0.8,
+    cmap: str | Colormap = "viridis",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    alpha: float | None = None,
     image_key: str | None = None,
-    ax: Axes | None = None,
-) -> Axes:
-    """Draw the tiles over the H&E, and, where asked for, some of them enlarged in a strip below.
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> Axes | np.ndarray | Figure:
+    """Draw the tiles over the H&E, with optional enlarged examples below.
 
     Parameters
     ----------
-    sdata
+    data
         A tiled section.
     color
-        Column of the tiles' ``obs``: ``"tissue_fraction"``, ``"keep"``, or another that holds numbers or truth
-        values.
+        One or several columns of the tiles' ``obs`` with numbers or booleans, such as ``"tissue_fraction"`` or
+        ``"keep"``. Each column gets a map.
     n_examples
-        How many kept tiles to show enlarged, spread evenly over them; cut from the stain-normalised H&E where
-        there is one, read at the coarsest level that shows them sharply. Their numbers are on the map.
-    cmap
-        Name of a matplotlib colour map.
+        Number of kept tiles to show enlarged, spread evenly over the kept tiles. They are cut from the stain-normalized
+        H&E if there is one, at the coarsest sufficient pyramid level. The map shows their numbers.
+    zoom
+        Left, top, right and bottom of the region to draw, H&E px. Default: all tiles.
+    img_alpha
+        Opacity of the H&E, 0 to 1.
+    cmap, vmin, vmax, alpha
+        Colormap of numbers. Ends of the color range, by default the 1st and 99th percentile, or 0 and 1 for the tissue
+        fraction. Opacity of the tiles.
     image_key
-        The image to draw on and to cut from, where it is not the section's own.
+        Name of the image to draw on and to cut from. Default: the section's image.
     ax
-        Axes to draw on; a new figure by default. The strip is inset below them.
+        Axes to draw on, one per column. Default: a new figure. Examples are inset below the axes.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The axes of the map; the strip's are its ``child_axes``.
+    The axes of the map, or an array of axes if `color` is a list. The examples are its ``child_axes``.
 
     Raises
     ------
     KeyError
-        If the section was not tiled, or its tiles have no such column.
+        If the section has no tiles, or the tiles have no such column.
     ValueError
-        If the column holds no numbers, or `n_examples` is negative.
+        If the column holds neither numbers nor booleans, `n_examples` is negative, or `zoom` lies outside the image.
 
     Examples
     --------
@@ -82,56 +97,76 @@ def tiles(
     >>> len(panel.child_axes)
     4
     """
+    sdata = contract.section(data)
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    colors = Colors(cmap, vmin, vmax, alpha)
     table = contract.tiles(sdata)
-    if color not in table.obs:
-        raise KeyError(f"No column {color!r} among the tiles' {sorted(table.obs.columns)}.")
-    values = table.obs[color]
-    if not (pd.api.types.is_bool_dtype(values) or pd.api.types.is_numeric_dtype(values)):
-        raise ValueError(
-            f"Expected `color` to be a column of numbers or truth values, found {color!r} of {values.dtype}."
-        )
+    names = names_of(color)
+    columns = {name: _column(table, name) for name in names}
     if n_examples < 0:
         raise ValueError(f"Expected `n_examples` of at least 0, found {n_examples}.")
-    positions = np.asarray(table.obsm["spatial"], dtype=np.float64)
-    strip = -(-n_examples // IN_A_ROW) * WIDTH / min(max(n_examples, 1), IN_A_ROW)
-    panel: Axes = panels(ax, 1, size=map_size(sdata, positions, width=WIDTH, below=0.4 + strip))[0]
-    side = float(contract.tiling(sdata)["side_px"])
-    draw_section(panel, sdata, positions, image_key=image_key, fade=0.2)
+    positions, side = contract.tile_geometry(sdata)
+    chosen = _examples(table.obs["keep"].to_numpy(), positions, n_examples, zoom)
+    strip = -(-len(chosen) // IN_A_ROW) * WIDTH / min(max(len(chosen), 1), IN_A_ROW)
+    size = map_size(sdata, positions, width=WIDTH, below=0.4 + strip, zoom=zoom)
+    axes = sheet.panels(len(names), size=size, columns=3)
+    image = contract.working_image_name(sdata, image_key)
+    cut = contract.tile_geometry(sdata, table[chosen], image)
+    pictures = cut_tiles(sdata, cut.centers, side=cut.side, target=EXAMPLE, image_key=image) if len(chosen) else []
     squares = positions[:, None] + np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * side / 2
-    if pd.api.types.is_bool_dtype(values):
-        _draw_truth(panel, squares, values.to_numpy(dtype=bool), color)
-    else:
-        _draw_numbers(panel, squares, values.to_numpy(dtype=np.float64), color, cmap)
     kept = int(table.obs["keep"].sum())
-    panel.set_title(f"{contract.sample(sdata)}: {table.n_obs} tiles, {kept} kept", fontsize=11)
-    rows = np.flatnonzero(table.obs["keep"].to_numpy())
-    if n_examples:
-        chosen = rows[np.unique(np.linspace(0, len(rows) - 1, min(n_examples, len(rows))).round().astype(int))]
-        _draw_examples(
-            panel,
-            cut_tiles(sdata, positions[chosen], side=side, target=EXAMPLE, image_key=image_key),
-            positions[chosen],
+    for panel, (name, values) in zip(axes, columns.items(), strict=True):
+        draw_background(panel, sdata, positions, image_key=image_key, img_alpha=img_alpha, zoom=zoom)
+        if pd.api.types.is_bool_dtype(values):
+            _draw_truth(panel, squares, values.to_numpy(dtype=bool), name, alpha)
+        else:
+            _draw_numbers(panel, squares, values.to_numpy(dtype=np.float64), name, colors)
+        panel.set_title(f"{contract.sample(sdata)}: {table.n_obs} tiles, {kept} kept", fontsize=11)
+        if pictures:
+            _draw_examples(panel, pictures, positions[chosen])
+    return sheet.done(axes[0] if isinstance(color, str) else axes)
+
+
+def _column(table: AnnData, name: str) -> pd.Series:
+    if name not in table.obs:
+        raise KeyError(f"No column {name!r} among the tiles' {sorted(table.obs.columns)}.")
+    values = table.obs[name]
+    if not (pd.api.types.is_bool_dtype(values) or pd.api.types.is_numeric_dtype(values)):
+        raise ValueError(
+            f"Expected `color` to be a column of numbers or truth values, found {name!r} of {values.dtype}."
         )
-    return panel
+    return values
 
 
-def _draw_truth(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str) -> None:
-    colours = np.where(values[:, None], to_rgba(KEPT), to_rgba(WARNING))
-    faces = colours * [1, 1, 1, 0.35]
-    drawn = PolyCollection(list(squares), facecolors=faces, edgecolors=colours, linewidth=0.8)
+def _examples(keep: np.ndarray, positions: np.ndarray, n_examples: int, zoom: Zoom | None) -> np.ndarray:
+    """Return rows of the kept tiles to enlarge, spread evenly over the drawn tiles."""
+    shown = keep.astype(bool)
+    if zoom is not None:
+        shown &= ((positions >= zoom[:2]) & (positions <= zoom[2:])).all(axis=1)
+    rows = np.flatnonzero(shown)
+    if not (n_examples and len(rows)):
+        return rows[:0]
+    return rows[np.unique(np.linspace(0, len(rows) - 1, min(n_examples, len(rows))).round().astype(int))]
+
+
+def _draw_truth(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str, alpha: float | None) -> None:
+    colors = np.where(values[:, None], to_rgba(KEPT), to_rgba(WARNING))
+    faces = colors * [1, 1, 1, 0.35 if alpha is None else alpha]
+    drawn = PolyCollection(list(squares), facecolors=faces, edgecolors=colors, linewidth=0.8)
     ax.add_collection(drawn, autolim=False)
     handles = [
-        Patch(facecolor=colour, alpha=0.6, label=f"{name}: {text} ({count})")
-        for colour, text, count in ((KEPT, "yes", int(values.sum())), (WARNING, "no", int((~values).sum())))
+        Patch(facecolor=color, alpha=0.6, label=f"{name}: {text} ({count})")
+        for color, text, count in ((KEPT, "yes", int(values.sum())), (WARNING, "no", int((~values).sum())))
     ]
     ax.legend(handles=handles, loc="upper left", framealpha=0.85, edgecolor="none", fontsize=9)
 
 
-def _draw_numbers(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str, cmap: str) -> None:
-    norm = Normalize(0.0, 1.0) if name == "tissue_fraction" else robust_norm(values)
-    drawn = PolyCollection(list(squares), array=values, cmap=cmap, norm=norm, alpha=0.65, linewidth=0)
+def _draw_numbers(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str, colors: Colors) -> None:
+    norm = colors.between(0.0, 1.0) if name == "tissue_fraction" else colors.norm(values)
+    alpha = 0.65 if colors.alpha is None else colors.alpha
+    drawn = PolyCollection(list(squares), array=values, cmap=colors.cmap, norm=norm, alpha=alpha, linewidth=0)
     ax.add_collection(drawn, autolim=False)
-    add_colour_bar(ax, drawn, name.replace("_", " "), location="right")
+    add_color_bar(ax, drawn, name.replace("_", " "), location="right")
 
 
 def _draw_examples(ax: Axes, examples: list[np.ndarray], positions: np.ndarray) -> None:

@@ -1,31 +1,47 @@
-"""How the ensemble's loss fell."""
+"""Loss curves of an ensemble."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from stimage_sd.models._nb import NBModel
-from stimage_sd.pl._canvas import MEASURED, PREDICTED, finish, panels
+from stimage_sd.models._resolve import as_model
+from stimage_sd.pl._canvas import MEASURED, PREDICTED, finish
+from stimage_sd.pl._figure import Sheet, Title
 
 CURVES = {"training_nll": ("training", MEASURED), "validation_nll": ("validation", PREDICTED)}
 
 
-def training(model: NBModel, *, ax: Axes | None = None) -> Axes:
-    """Draw an ensemble's training and validation loss an epoch: a thin line a member, a thick one their mean.
+def training(
+    model: NBModel | str | Path,
+    *,
+    ax: Axes | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> Axes | Figure:
+    """Draw training and validation loss by epoch, one thin line per member and the mean.
 
     Parameters
     ----------
     model
-        A fitted model, in memory or loaded.
+        A fitted model, or the path of one.
     ax
-        Axes to draw on; a new figure by default.
+        Axes to draw on. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: title of the panel. `figsize`: size of a new figure, inches. `save`: output file. `return_fig`: return
+        the figure instead of the axes.
 
     Returns
     -------
-    The axes. A dot marks each member's best epoch, whose weights the model holds; the axis is cut above the
-    losses of the first epochs where those would flatten the rest.
+    The axes. A dot marks each member's best epoch. The model holds the weights of this epoch. The loss axis is cut
+    where high losses of the first epochs would flatten the other epochs.
 
     Raises
     ------
@@ -43,14 +59,16 @@ def training(model: NBModel, *, ax: Axes | None = None) -> Axes:
     >>> sti.pl.training(model).get_xlabel()
     'epoch'
     """
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    model = as_model(model)
     if "history" not in model.training:
         raise ValueError("Expected a model with a training history, found none in `model.training`. Fit it again.")
     history = model.history
-    panel: Axes = panels(ax, 1, size=(6.0, 4.0))[0]
-    for name, (label, colour) in CURVES.items():
+    panel = sheet.panel(size=(6.0, 4.0))
+    for name, (label, color) in CURVES.items():
         losses = history.pivot(index="epoch", columns="member", values=name)
-        panel.plot(losses.index, losses.to_numpy(), color=colour, linewidth=0.8, alpha=0.35)
-        panel.plot(losses.index, losses.mean(axis=1), color=colour, linewidth=2.2, label=f"{label}, mean")
+        panel.plot(losses.index, losses.to_numpy(), color=color, linewidth=0.8, alpha=0.35)
+        panel.plot(losses.index, losses.mean(axis=1), color=color, linewidth=2.2, label=f"{label}, mean")
     best = history.loc[history.groupby("member")["validation_nll"].idxmin()]
     panel.plot(
         best["epoch"],
@@ -65,15 +83,15 @@ def training(model: NBModel, *, ax: Axes | None = None) -> Axes:
     _cut(panel, history[list(CURVES)].to_numpy())
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("epoch")
-    panel.set_ylabel("negative log-likelihood a count")
+    panel.set_ylabel("negative log-likelihood per count")
     panel.set_title(f"{model.n_members} members, {len(model.genes)} genes, head {model.head!r}", fontsize=11)
     panel.legend(frameon=False, fontsize=9)
     finish(panel)
-    return panel
+    return sheet.done(panel)
 
 
 def _cut(ax: Axes, losses: np.ndarray) -> None:
-    """Leave out the spike of the first epochs, and nothing else."""
+    """Limit the loss axis, cutting only a spike of the first epochs."""
     low, high = losses.min(), losses.max()
     bulk = np.percentile(losses, 97)
     top = high if high - low < 2.5 * (bulk - low) else bulk + 0.25 * (bulk - low)

@@ -1,58 +1,85 @@
-"""How sure a prediction is, and of which kind its doubt is."""
+"""Maps of predicted means and their uncertainty."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
+from anndata import AnnData
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.pl._canvas import add_colour_bar, check_gene, column, draw_section, draw_tiles, map_size, panels
+from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, column, draw_tiles
+from stimage_sd.pl._cells import Zoom
+from stimage_sd.pl._figure import AxesLike, Sheet, Title
+from stimage_sd.pl._maps import draw_background, map_size, names_of
+
+#: maps per gene
+_MAPS = 4
 
 
 def uncertainty(
-    sdata: SpatialData,
-    gene: str,
+    data: SpatialData,
+    gene: str | Sequence[str],
     *,
-    cmap: str = "viridis",
-    fade: float = 0.35,
+    zoom: Zoom | None = None,
+    img_alpha: float = 0.65,
+    cmap: str | Colormap = "viridis",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    alpha: float | None = None,
+    key: str = contract.PREDICTIONS,
     image_key: str | None = None,
-    ax: Sequence[Axes] | None = None,
-) -> np.ndarray:
-    """Draw a gene's predicted mean over the H&E, and beside it how sure it is, all in counts.
+    ax: AxesLike | None = None,
+    title: Title | None = None,
+    figsize: tuple[float, float] | None = None,
+    save: str | Path | None = None,
+    return_fig: bool = False,
+) -> np.ndarray | Figure:
+    """Draw maps of the predicted mean and its uncertainty over the H&E, in counts.
 
     Parameters
     ----------
-    sdata
+    data
         A section with predictions.
     gene
-        One of the predicted genes.
-    cmap
-        Name of a matplotlib colour map, for the three maps of uncertainty.
-    fade
-        How far towards white the H&E is faded, 0 to 1.
+        One or several predicted genes. Each gene gets a row of maps.
+    zoom
+        Left, top, right and bottom of the region to draw, H&E px. Default: all tiles.
+    img_alpha
+        Opacity of the H&E, 0 to 1.
+    cmap, vmin, vmax, alpha
+        Colormap of the three maps of uncertainty. Ends of the color range of all maps in counts, by default the 1st and
+        99th percentile of each map. Opacity of the tiles.
+    key
+        Name of the table of predictions.
     image_key
-        The image to draw on; by default the section's H&E.
+        Name of the image to draw on. Default: the section's H&E.
     ax
-        Four axes to draw on; a new figure by default.
+        Four axes per gene to draw on. Default: a new figure.
+    title, figsize, save, return_fig
+        `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
+        file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The four axes: mean; aleatoric standard deviation (the counts' own scatter); epistemic standard deviation
-    (how far the members of the ensemble disagree); width of the central interval.
+    The four axes: mean, aleatoric standard deviation (scatter of the counts), epistemic standard deviation
+    (disagreement of the members), and width of the central interval. An array with one row per gene if `gene` is a
+    list.
 
     Raises
     ------
     KeyError
-        If the section has no predictions, or the gene is none of them; the closest names are given.
+        If the section has no predictions, or none of a gene. The message lists the closest names.
     ValueError
-        If `ax` is not four axes.
+        If `ax` is not four axes per gene, or `zoom` lies outside the image.
 
     Notes
     -----
-    Paper, section 2.4; the layers ``aleatoric`` and ``epistemic`` are variances, drawn as their square roots.
+    Paper, section 2.4. The layers ``aleatoric`` and ``epistemic`` are variances. The maps show their square roots.
 
     Examples
     --------
@@ -66,10 +93,32 @@ def uncertainty(
     >>> len(sti.pl.uncertainty(section, model.genes[0]))
     4
     """
-    table = contract.predictions(sdata)
-    check_gene(table, gene)
+    sdata = contract.section(data)
+    sheet = Sheet(ax, title, figsize, save, return_fig)
+    mean_colors, colors = Colors("magma", vmin, vmax, alpha), Colors(cmap, vmin, vmax, alpha)
+    table = contract.predictions(sdata, key)
+    genes = names_of(gene)
+    for name in genes:
+        check_gene(table, name)
+    positions = contract.tile_geometry(sdata, table).centers
+    size = map_size(sdata, positions, width=4.0, below=0.95, zoom=zoom)
+    axes = sheet.panels(_MAPS * len(genes), size=size, columns=_MAPS)
+    grid = axes.reshape(len(genes), _MAPS)
+    for panels, name in zip(grid, genes, strict=True):
+        for number, (panel, (heading, (values, label))) in enumerate(
+            zip(panels, _maps(table, name).items(), strict=True)
+        ):
+            draw_background(panel, sdata, positions, image_key=image_key, img_alpha=img_alpha, zoom=zoom)
+            drawn = draw_tiles(panel, sdata, positions, values, colors=colors if number else mean_colors)
+            add_color_bar(panel, drawn, label)
+            panel.set_title(heading, fontsize=11)
+    return sheet.done(axes if isinstance(gene, str) else grid)
+
+
+def _maps(table: AnnData, gene: str) -> dict[str, tuple[np.ndarray, str]]:
+    """Return values and color bar label, keyed by map title."""
     nominal = float(table.uns["prediction"]["coverage"])
-    maps = {
+    return {
         f"{gene}, predicted mean": (column(table, gene), "counts"),
         "aleatoric (the counts' scatter)": (np.sqrt(column(table, gene, "aleatoric")), "standard deviation, counts"),
         "epistemic (members disagree)": (np.sqrt(column(table, gene, "epistemic")), "standard deviation, counts"),
@@ -78,11 +127,3 @@ def uncertainty(
             "counts",
         ),
     }
-    positions = np.asarray(table.obsm["spatial"])
-    axes = panels(ax, len(maps), size=map_size(sdata, positions, width=4.0, below=1.1))
-    for number, (panel, (title, (values, label))) in enumerate(zip(axes, maps.items(), strict=True)):
-        draw_section(panel, sdata, positions, image_key=image_key, fade=fade)
-        drawn = draw_tiles(panel, sdata, positions, values, cmap="magma" if number == 0 else cmap)
-        add_colour_bar(panel, drawn, label)
-        panel.set_title(title, fontsize=11)
-    return axes

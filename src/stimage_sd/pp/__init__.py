@@ -1,4 +1,4 @@
-"""Preprocessing: tissue, stain, tiles, embeddings, genes; one file a step."""
+"""Preprocessing: tissue, stain, tiles, embeddings and genes. Each step has its own file."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_context": ["spatial_context"],
         "_embed": ["embed"],
         "_genes": ["select_genes"],
+        "_label_by_annotations": ["label_by_annotations"],
         "_register": ["Registration", "register"],
         "_segment_nuclei": ["segment_nuclei"],
         "_slide_qc": ["slide_qc"],

@@ -1,4 +1,4 @@
-"""Visium-sized pseudo-spots from what was measured more finely: transcripts, cells, bins, a multiplex image."""
+"""Aggregate transcripts, cells, bins or a multiplex image into pseudo-spots of Visium size."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stimage_sd import contract
 from stimage_sd._squidpy import spatial_uns
 from stimage_sd.pp._aggregate_common import Measured
 from stimage_sd.pp._aggregate_transcripts import CONTROLS, Transcripts, find_transcripts
-from stimage_sd.pp._aggregate_units import Image, Units, find_image, find_units, unit_tables
+from stimage_sd.pp._aggregate_units import Image, Units, find_image, find_units
 from stimage_sd.pp._spot_layout import Onto, Spots, annotating, existing_spots, lay_lattice
 
 Source = Literal["transcripts", "cells", "image"]
-#: column of ``obs`` with how many of them a spot holds
+#: column of ``obs`` with the number of transcripts, cells or pixels per spot
 _HELD = {"transcripts": "n_transcripts", "cells": "n_cells", "image": "n_pixels"}
 
 
@@ -37,68 +37,70 @@ def aggregate(
     min_units: int = 1,
     points_key: str | None = None,
     table_key: str | None = None,
+    layer: str | None = None,
     image_key: str | None = None,
     shapes_key: str | None = None,
-    n_workers: int | None = None,
+    n_jobs: int | None = None,
 ) -> None:
-    """Make Visium-sized pseudo-spots of transcripts, cells, bins or a protein image.
+    """Aggregate transcripts, cells, bins or a protein image into pseudo-spots of Visium size.
 
-    Neither the transcripts nor the image are ever in memory as a whole: partitions and chunks are read, counted and
-    dropped. The result does not depend on how they are cut, nor on the number of workers.
+    Transcripts are read by partition and images by chunk, so neither is held in memory as a whole. The result does not
+    depend on the partitions, the chunks or the number of workers.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them. What was measured lies on the H&E: by the reader or by `register`.
+        A section, or a cohort of sections. The reader or `register` must have placed the source on the H&E.
     source
-        ``"transcripts"``: counts of transcripts. ``"cells"``: sums of the counts, or means of the proteins, of the
-        cells (or bins) whose centroids lie in a spot, each of the same weight. ``"image"``: mean intensity of each
-        channel over the pixels whose centres lie in a spot, at the coarsest level of the pyramid with at least 20
-        pixels across a spot.
+        ``"transcripts"`` counts transcripts. ``"cells"`` sums the counts, or averages the proteins, of the cells (or
+        bins) whose centroids lie in a spot. All cells have the same weight. ``"image"`` averages each channel over the
+        pixels whose centers lie in a spot. It reads the coarsest pyramid level with at least 20 pixels across a spot.
     onto
-        ``"hex"``: circles on a hexagonal lattice as Visium's. ``"grid"``: on a square one. ``"spots"``: shapes that
-        are there, circles or polygons, as they are.
+        ``"hex"`` lays circles on a hexagonal lattice like that of Visium. ``"grid"`` lays circles on a square lattice.
+        ``"spots"`` uses existing shapes, circles or polygons.
     spot_um, pitch_um
-        Diameter of a circle, and distance of neighbouring centres, micrometres. Not used with ``onto="spots"``.
+        Diameter of a circle and distance between neighboring centers, in micrometers. Not used with ``onto="spots"``.
     min_quality
-        Transcripts of a lower Phred-scaled quality (column ``qv``) are left out; `None`, or points without that
-        column: none are.
+        Lowest Phred-scaled quality (column ``qv``) of a transcript that is counted. `None` counts all transcripts, and
+        so do points without that column.
     controls
-        What the names of features that are no genes begin with; they are left out.
+        Prefixes of feature names that are not genes. These features are left out.
     min_units
-        Spots with fewer transcripts, cells or pixels are left out. A lattice's circles are left out also where they
-        do not lie wholly within what was measured (the box around all transcripts or centroids in the instrument's
-        coordinates, the outline of the image) and within the H&E.
+        Least number of transcripts, cells or pixels per spot. Spots with fewer are left out. A lattice also leaves out
+        circles that reach outside the H&E or outside the measured area. The measured area is the box around all
+        transcripts or centroids in the instrument's coordinates, or the outline of the image.
     points_key, image_key
-        Names of the transcripts and of the protein image, where they are not the section's own.
+        Names of the transcripts and of the protein image, if not the section's default.
     table_key
-        The table of cells, where it is not the section's own. Of transcripts, those of its genes are counted;
-        without any table all features that are found but controls.
+        The table of cells, if not the section's default. With transcripts, only the genes of this table are counted.
+        Without a table, all features except controls are counted.
+    layer
+        Layer of that table with the counts, if not the section's default.
     shapes_key
-        With ``onto="spots"`` the shapes to aggregate onto; else the name to write the new ones under. ``"spots"`` by
+        With ``onto="spots"``, the shapes to aggregate onto. Otherwise the name of the new shapes. ``"spots"`` by
         default.
-    n_workers
-        Threads; all cores by default. An active `dask.distributed` client is used instead.
+    n_jobs
+        Number of threads; all cores by default. An active `dask.distributed` client is used instead.
 
     Returns
     -------
-    Nothing; written are, replacing what an earlier call wrote, ``shapes["spots"]`` (circles, H&E px; not with
-    ``onto="spots"``) and ``tables["spot_counts"]`` (X: CSR of int32) or ``tables["spot_proteins"]`` (X: float32),
-    which later steps then take for the section's counts or proteins. ``obs`` has ``n_transcripts``, ``n_cells`` or
-    ``n_pixels``, and ``array_row`` and ``array_col`` on a lattice. The table of cells stays.
+    Nothing. Writes ``shapes["spots"]`` (circles, H&E px; not with ``onto="spots"``) and ``tables["spot_counts"]``
+    (X: CSR of int32) or ``tables["spot_proteins"]`` (X: float32), and replaces the results of an earlier call. Later
+    steps use this table as the section's counts or proteins. ``obs`` has ``n_transcripts``, ``n_cells`` or
+    ``n_pixels``. On a lattice it also has ``array_row`` and ``array_col``. The table of cells stays.
 
     Raises
     ------
     KeyError
-        If the section has no such source; the error says which it has.
+        If the section has no such source. The error lists the sources of the section.
     ValueError
-        If the source is not placed on the H&E, the resolution is unknown, spots of another origin would be
-        replaced, or no spot is left.
+        If the source is not placed on the H&E, the resolution is unknown, no spot is left, or the call would replace
+        spots that `aggregate` did not make.
 
     Notes
     -----
-    Paper, section 2.1: spots of 55 µm. On a circle's rim a point is inside; of polygons that share an edge, a point on
-    it is in one.
+    Paper, section 2.1: spots of 55 µm. A point on the rim of a circle is inside. A point on an edge that two polygons
+    share is in one of them.
 
     Examples
     --------
@@ -134,16 +136,16 @@ def aggregate(
             )
             options |= {"min_quality": min_quality if found.rule.quality else None, "controls": list(controls)}
         elif source == "cells":
-            found = find_units(sdata, table_key=table_key)
+            found = find_units(sdata, table_key=table_key, layer=layer)
         else:
             found = find_image(sdata, image_key=image_key)
-        spots = _spots(sdata, found, name, onto=onto, sizes_um=(spot_um, pitch_um), n_workers=n_workers)
-        measured = found.measure(spots.regions, n_workers)
+        spots = _spots(sdata, found, name, onto=onto, sizes_um=(spot_um, pitch_um), n_jobs=n_jobs)
+        measured = found.measure(spots.regions, n_jobs)
         kept = measured.n_units >= min_units
         if not kept.any():
             raise ValueError(
                 f"None of {len(kept)} spots of section {contract.sample(sdata)!r} holds {min_units} of its {source} "
-                f"(most: {measured.n_units.max()}). Lower `min_units=`, or look at where they lie on the H&E."
+                f"(most: {measured.n_units.max()}). Lower `min_units=`, or check their positions on the H&E."
             )
         table = _table(sdata, spots, measured, kept, source=source, options=options)
         _write(sdata, spots.shapes[kept], table, name=name, onto=onto)
@@ -151,10 +153,10 @@ def aggregate(
 
 
 def _check_source(sdata: SpatialData, source: Source, key: str | None) -> None:
-    """Raise `KeyError`, saying what there is, where a section lacks what is to be aggregated."""
+    """Raise `KeyError` with the available sources if the section lacks `source`."""
     there = {
         "transcripts": len(sdata.points) > 0,
-        "cells": len(unit_tables(sdata)) > 0,
+        "cells": len(contract.cell_table_names(sdata)) > 0,
         "image": contract.MULTIPLEX in sdata.images,
     }
     if key is None and not there[source]:
@@ -172,9 +174,9 @@ def _spots(
     *,
     onto: Onto,
     sizes_um: tuple[float, float],
-    n_workers: int | None,
+    n_jobs: int | None,
 ) -> Spots:
-    """The spots to aggregate onto, checked before anything is counted."""
+    """Return the spots to aggregate onto, checked before anything is counted."""
     if onto == "spots":
         if name not in sdata.shapes:
             raise KeyError(
@@ -184,27 +186,27 @@ def _spots(
         return existing_spots(sdata, name)
     mpp = contract.require_mpp(sdata, purpose="`spot_um=`")
     _check_replaceable(sdata, name)
-    field = found.field(n_workers)
+    field = found.field(n_jobs)
     image = _he(sdata)
     if image is not None:
         height, width = contract.levels(sdata, image)[0].shape[1:]
         on_image = field.intersection(shapely.box(0, 0, width, height))
         if not isinstance(on_image, shapely.Polygon) or on_image.is_empty:
             raise ValueError(
-                f"What was measured in section {contract.sample(sdata)!r} does not lie on its H&E of {width} x "
-                f"{height} px. Is the alignment that of this image?"
+                f"The measurements of section {contract.sample(sdata)!r} do not lie on its H&E of {width} x {height} "
+                "px. Does the alignment belong to this image?"
             )
         field = on_image
     return lay_lattice(field, onto=onto, diameter=sizes_um[0] / mpp, pitch=sizes_um[1] / mpp)
 
 
 def _he(sdata: SpatialData) -> str | None:
-    """Name of the section's H&E; `None` for a section that was read without one."""
-    return None if contract.info(sdata)["image"] is None else contract.image_name(sdata)
+    """Return the name of the section's H&E, or `None` for a section without one."""
+    return None if contract.is_without_image(sdata) else contract.image_name(sdata)
 
 
 def _check_replaceable(sdata: SpatialData, name: str) -> None:
-    """Raise `ValueError` where new spots would replace an element that no call of `aggregate` made."""
+    """Raise `ValueError` if new spots would replace an element that `aggregate` did not make."""
     if name not in sdata.shapes:
         if name in sdata:
             raise ValueError(f"{name!r} is the name of another element. Choose one for the spots with `shapes_key=`.")
@@ -231,8 +233,8 @@ def _table(
     obs.index.name = None
     obs.insert(0, contract.INSTANCE_KEY, spots.shapes.index[kept])
     obs[_HELD[source]] = measured.n_units[kept]
-    centres = shapely.get_coordinates(shapely.centroid(spots.shapes.geometry.to_numpy()[kept]))
-    table = AnnData(X=measured.values[kept], obs=obs, var=measured.var, obsm={"spatial": centres})
+    centers = shapely.get_coordinates(shapely.centroid(spots.shapes.geometry.to_numpy()[kept]))
+    table = AnnData(X=measured.values[kept], obs=obs, var=measured.var, obsm={"spatial": centers})
     notes = contract.plain(options | measured.notes)
     table.uns["aggregation"] = {key: value for key, value in notes.items() if value is not None}
     if _he(sdata) is not None:
@@ -253,8 +255,7 @@ def _write(sdata: SpatialData, shapes: GeoDataFrame, table: AnnData, *, name: st
                 stacklevel=3,
             )
             del sdata.tables[other]
-            contract.info(sdata).pop("counts" if other == contract.SPOT_COUNTS else "proteins", None)
-        sdata.shapes.pop(name, None)
-        sdata.shapes[name] = contract.build_shapes(shapes, mpp=contract.info(sdata)["mpp"])
+            contract.activate(sdata, "counts" if other == contract.SPOT_COUNTS else "proteins", None)
+        contract.write_shapes(sdata, shapes, name=name)
     sdata.tables[written] = contract.annotate(table, region=name)
     contract.activate(sdata, against, written)

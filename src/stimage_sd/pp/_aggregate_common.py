@@ -1,4 +1,4 @@
-"""What the sources of aggregation share: their result, and tasks that run a few at a time."""
+"""Result type and batched task runner that all aggregation sources share."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ import scipy.sparse as sp
 from dask.delayed import Delayed
 from tqdm.auto import tqdm
 
-from stimage_sd.stream import active_client
+from stimage_sd.stream.driver import active_client
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured in each spot.
+    """Measurements per spot.
 
     Attributes
     ----------
     values
-        Counts, ``int32 (n_spots, n_genes)``, sparse; or mean intensities, ``float32 (n_spots, n_channels)``.
+        Counts, sparse ``int32 (n_spots, n_genes)``, or mean intensities, ``float32 (n_spots, n_channels)``.
     var
-        A row a gene or channel.
+        One row per gene or channel.
     n_units
-        ``int64 (n_spots,)``: how many transcripts, cells or pixels a spot holds.
+        Number of transcripts, cells or pixels per spot, ``int64 (n_spots,)``.
     notes
-        What else is to be remembered.
+        Further values to record in the section's history.
     """
 
     values: sp.csr_matrix | np.ndarray
@@ -39,13 +39,13 @@ class Measured:
     notes: dict[str, Any] = field(default_factory=dict)
 
 
-def in_batches(tasks: list[Delayed], *, description: str, n_workers: int | None) -> Iterator[Any]:
-    """Compute tasks and yield their results in order, so that few stand in memory at a time.
+def in_batches(tasks: list[Delayed], *, description: str, n_jobs: int | None) -> Iterator[Any]:
+    """Compute tasks in batches and yield their results in order, to limit memory.
 
-    They run on threads, or on the active `dask.distributed` client.
+    Tasks run on threads, or on the active `dask.distributed` client.
     """
-    size = max(16, 4 * (n_workers or os.cpu_count() or 1))
-    how = {} if active_client() is not None else {"scheduler": "threads", "num_workers": n_workers}
+    size = max(16, 4 * (n_jobs or os.cpu_count() or 1))
+    how = {} if active_client() is not None else {"scheduler": "threads", "num_workers": n_jobs}
     with tqdm(total=len(tasks), desc=description) as bar:
         for start in range(0, len(tasks), size):
             results = dask.compute(*tasks[start : start + size], **how)

@@ -1,4 +1,4 @@
-"""Counts of transcripts in spots, a partition of the points at a time."""
+"""Count transcripts per spot, one partition of the points at a time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from spatialdata import SpatialData
 from spatialdata.models import PointsModel
 
 from stimage_sd import contract
-from stimage_sd.nn import aggregation
+from stimage_sd.image import aggregation
 from stimage_sd.pp._aggregate_common import Measured, in_batches
-from stimage_sd.pp._spot_layout import global_matrix, placed_box
+from stimage_sd.pp._spot_layout import placed_box
 
-#: what features begin with that are no genes: controls, codewords without a gene, regions between genes (10x Xenium),
+#: prefixes of features that are not genes: controls, codewords without a gene and intergenic regions (10x Xenium),
 #: blanks (MERSCOPE), negative probes and system controls (CosMx)
 CONTROLS = (
     "NegControlProbe_",
@@ -35,26 +35,26 @@ CONTROLS = (
 )
 #: column of a transcript's Phred-scaled quality
 QUALITY = "qv"
-#: what is noted about transcripts: all of them, and those that are not counted, the first reason that holds
+#: recorded tallies: all transcripts, then uncounted transcripts by the first reason that holds
 _TALLIES = ("transcripts_read", "of_low_quality", "of_controls", "of_other_features")
-#: counts of partitions are added up when they hold so many entries
+#: number of waiting entries above which the counts of partitions are added up
 _ENTRIES = 2_000_000
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which transcripts of a partition count, and where they lie.
+    """Rule that selects the transcripts to count and places them on the H&E.
 
     Attributes
     ----------
     feature, quality
-        Columns of the feature's name and of its quality; `None`: no threshold.
+        Columns with the feature name and the quality. Without a quality column there is no threshold.
     min_quality, controls
-        As `stimage_sd.pp.aggregate` takes them.
+        As in `stimage_sd.pp.aggregate`.
     genes
-        Names of the genes that are counted; `None`: all features but controls.
+        Names of the genes to count. `None` counts all features except controls.
     matrix
-        ``(2, 3)``, from the points' own coordinates to pixels of the H&E.
+        ``(2, 3)`` matrix from the coordinates of the points to H&E pixels.
     """
 
     feature: str
@@ -67,40 +67,40 @@ class Rule:
 
 @dataclass(frozen=True)
 class Transcripts:
-    """Transcripts of a section, to be counted.
+    """Transcripts of a section.
 
     Attributes
     ----------
     points
-        The points; dask-backed.
+        The dask-backed points.
     rule
-        Which of them count.
+        Rule that selects the transcripts to count.
     genes
-        A row a gene; `None`: all features that are found.
+        One row per gene. `None` counts all features.
     """
 
     points: Any
     rule: Rule
     genes: pd.DataFrame | None
 
-    def field(self, n_workers: int | None) -> shapely.Polygon:
-        """The smallest box around all transcripts in their own coordinates, placed on the H&E."""
+    def field(self, n_jobs: int | None) -> shapely.Polygon:
+        """Return the bounding box of all transcripts in their own coordinates, placed on the H&E."""
         tasks = [delayed(_extent, pure=False)(part) for part in self.points[["x", "y"]].to_delayed()]
         low, high = np.full(2, np.inf), np.full(2, -np.inf)
-        for lowest, highest in in_batches(tasks, description="extent", n_workers=n_workers):
+        for lowest, highest in in_batches(tasks, description="extent", n_jobs=n_jobs):
             low, high = np.minimum(low, lowest), np.maximum(high, highest)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ValueError("Expected transcripts at finite positions, found none, or one at infinity.")
         return placed_box(low, high, self.rule.matrix)
 
-    def measure(self, regions: aggregation.Regions, n_workers: int | None) -> Measured:
+    def measure(self, regions: aggregation.Regions, n_jobs: int | None) -> Measured:
         """Count the transcripts in each region."""
         columns = ["x", "y", self.rule.feature, *([self.rule.quality] if self.rule.quality else [])]
         rule, where = delayed(self.rule, traverse=False), delayed(regions, traverse=False)
         tasks = [delayed(_count, pure=False)(part, rule, where) for part in self.points[columns].to_delayed()]
         names = {} if self.genes is None else {name: number for number, name in enumerate(self.genes.index)}
         total, tallies = _Total(len(regions.bounds)), np.zeros(len(_TALLIES), dtype=np.int64)
-        for found, counts, tally in in_batches(tasks, description="transcripts", n_workers=n_workers):
+        for found, counts, tally in in_batches(tasks, description="transcripts", n_jobs=n_jobs):
             total.add(counts, columns=[names.setdefault(name, len(names)) for name in found])
             tallies += tally
         notes = dict(zip(_TALLIES, tallies.tolist(), strict=True))
@@ -110,7 +110,7 @@ class Transcripts:
                 f"are named as the column {self.rule.feature!r} names them."
             )
         counts, genes = total.counts(len(names)), self.genes
-        if genes is None:  # in an order that does not depend on which partition was first
+        if genes is None:  # sorted, because the order of discovery depends on the partitions
             genes = pd.DataFrame(index=sorted(names))
             counts = counts[:, [names[name] for name in genes.index]]
         counts.sort_indices()
@@ -126,14 +126,14 @@ def find_transcripts(
     min_quality: float | None,
     controls: Sequence[str],
 ) -> Transcripts:
-    """Look up a section's transcripts and genes.
+    """Return a section's transcripts and genes.
 
     Raises
     ------
     KeyError
-        If there are no such points, or no such table.
+        If the points or the table do not exist.
     ValueError
-        If the points are not placed on the H&E, or have no names of features.
+        If the points are not placed on the H&E, or have no feature names.
     """
     name = contract.TRANSCRIPTS if points_key is None else points_key
     if points_key is None and name not in sdata.points and len(sdata.points) == 1:
@@ -149,8 +149,11 @@ def find_transcripts(
         )
     if table_key is not None and table_key not in sdata.tables:
         raise KeyError(f"No table {table_key!r}; this section's tables: {sorted(sdata.tables)}.")
-    panel = contract.COUNTS if table_key is None else table_key
-    genes = sdata.tables[panel].var if panel in sdata.tables else None
+    panel = table_key
+    if panel is None:
+        panels = [name for name in contract.cell_table_names(sdata) if contract.holds_counts(sdata, name)]
+        panel = contract.COUNTS if contract.COUNTS in panels else panels[0] if len(panels) == 1 else None
+    genes = None if panel is None else sdata.tables[panel].var
     if genes is not None:
         genes = genes[[not name.startswith(tuple(controls)) for name in genes.index]].copy()
     rule = Rule(
@@ -159,7 +162,7 @@ def find_transcripts(
         min_quality=min_quality,
         controls=tuple(controls),
         genes=None if genes is None else frozenset(genes.index),
-        matrix=global_matrix(sdata, name, points),
+        matrix=contract.pixel_frame(sdata).matrix(points, name)[:2],
     )
     return Transcripts(points=points, rule=rule, genes=genes)
 
@@ -169,19 +172,19 @@ def _extent(frame: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         return np.full(2, np.inf), np.full(2, -np.inf)
     values = [frame[axis].to_numpy() for axis in ("x", "y")]
     low, high = (np.array([reduce(column) for column in values]) for reduce in (np.fmin.reduce, np.fmax.reduce))
-    # a partition of NaN alone has no extent
+    # a partition with only NaN positions has no extent
     return np.where(np.isnan(low), np.inf, low), np.where(np.isnan(high), -np.inf, high)
 
 
 def _count(
     frame: pd.DataFrame, rule: Rule, regions: aggregation.Regions
 ) -> tuple[list[str], sp.csr_matrix, np.ndarray]:
-    """Genes of a partition, their counts in each region, and how many transcripts do not count for what reason."""
+    """Return the genes of a partition, their counts per region, and tallies of uncounted transcripts by reason."""
     names, codes = _features(frame[rule.feature])
     control = np.array([name.startswith(rule.controls) for name in names], dtype=bool)
     other = np.array([rule.genes is not None and name not in rule.genes for name in names], dtype=bool) & ~control
     wanted = ~control & ~other & (np.bincount(codes[codes >= 0], minlength=len(names)) > 0)
-    # one more for the code -1, a transcript without a name
+    # the extra last entry serves code -1, a transcript without a name
     label = np.append(np.where(wanted, np.cumsum(wanted) - 1, -1), -1).astype(np.int32)
     reason = np.append(np.where(control, 1, np.where(other, 2, 3)), 2).astype(np.int8)[codes]
     labels = label[codes]
@@ -195,7 +198,7 @@ def _count(
 
 
 def _features(column: pd.Series) -> tuple[list[str], np.ndarray]:
-    """Names of features, and the number of each transcript's; -1 without one."""
+    """Return the feature names and the feature number of each transcript, -1 without a feature."""
     if isinstance(column.dtype, pd.CategoricalDtype):
         codes, names = column.cat.codes.to_numpy(), column.cat.categories
     else:
@@ -204,20 +207,20 @@ def _features(column: pd.Series) -> tuple[list[str], np.ndarray]:
 
 
 def _numbers(column: pd.Series) -> np.ndarray:
-    """A column as it is where it holds floating-point numbers, in one piece, so that few kernels are compiled."""
+    """Return a column as contiguous float32 or float64, so that few kernels are compiled."""
     values = np.ascontiguousarray(column.to_numpy())
     return values if values.dtype in (np.float32, np.float64) else values.astype(np.float64)
 
 
 class _Total:
-    """Counts of partitions added up, a few at a time, so that neither they nor the additions are many."""
+    """Running sum of counts. Waiting partitions are added in groups, to limit memory and the number of additions."""
 
     def __init__(self, n_regions: int) -> None:
         self._sum = sp.csr_matrix((n_regions, 0), dtype=np.int32)
         self._waiting: list[sp.csr_matrix] = []
 
     def add(self, counts: sp.csr_matrix, *, columns: list[int]) -> None:
-        """Add counts whose columns are these of the sum."""
+        """Add the counts of a partition to the given columns of the sum."""
         to = np.array(columns, dtype=np.int32)
         width = max(columns, default=-1) + 1
         shape = (counts.shape[0], width)
@@ -226,7 +229,7 @@ class _Total:
             self._add_up()
 
     def counts(self, width: int) -> sp.csr_matrix:
-        """Return the sum, as wide as asked for."""
+        """Return the sum with `width` columns."""
         self._add_up()
         self._sum.resize(self._sum.shape[0], width)
         return self._sum

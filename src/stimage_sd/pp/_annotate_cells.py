@@ -1,4 +1,4 @@
-"""Types of measured cells, from a reference or from labels, on the table and on the outlines of cells and nuclei."""
+"""Annotate measured cells with types, from a single-cell reference or from given labels."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
-import scanpy as sc
 from anndata import AnnData
 from numpy.typing import NDArray
+from scipy.sparse import csr_matrix, diags
 from sklearn.decomposition import PCA
 from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler, normalize
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.stats.platform_effects import gene_efficiencies
 
 Labels = str | Mapping[str, str] | pd.Series
-#: columns that are written
+#: names of the written columns
 _TYPE, _CONFIDENCE = "cell_type", "cell_type_confidence"
-#: genes that a reference shares with a section, at least
+#: least number of genes that a reference and a section share
 _LEAST_GENES = 5
+#: largest number of cells of a section for the estimate of gene efficiencies
+_MOST_CELLS = 20_000
 
 
 def annotate_cells(
-    sdata: SpatialData,
+    data: SpatialData,
     reference: AnnData | None = None,
     *,
     labels: Labels = "cell_type",
@@ -31,49 +35,58 @@ def annotate_cells(
     n_components: int = 30,
     n_neighbors: int = 15,
     table_key: str | None = None,
+    layer: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Give measured cells a type each, and carry it onto the outlines of cells and nuclei.
+    """Assign a type to each measured cell, and to the outlines of cells and nuclei.
 
     Parameters
     ----------
-    sdata
-        A section with cells: a table of counts over the shapes ``cells`` (Xenium, CODEX).
+    data
+        A section with a table of counts over the shapes ``cells`` (Xenium, CODEX).
     reference
-        A single-cell reference with raw counts in ``X``, of which the section's cells take the types. Without one the
-        types are `labels`.
+        Single-cell reference with raw counts in ``X``. The types are transferred from its cells. Without a reference,
+        `labels` are the types.
     labels
-        With a reference, the column of its ``obs`` with the types. Without, the types themselves: a mapping or a series
-        from names of cells (``obs_names``) to types, or the name of a column of the section's own table. Cells that it
-        does not name have no type.
+        With a reference, the column of its ``obs`` with the types. Without a reference, a mapping or a series from cell
+        names (``obs_names``) to types, or a column of the section's table. Cells that `labels` does not name get no
+        type.
     merge
-        From types to the coarser ones that are wanted, such as ``{"T cell": "immune", "B cell": "immune"}``; `None` for
-        a type that is to be left out. All types that occur must be named.
+        Mapping from types to coarser types, such as ``{"T cell": "immune", "B cell": "immune"}``. `None` as the coarser
+        type leaves a type out. The mapping must name all types that occur.
     n_components, n_neighbors
-        Principal components of the reference, and its nearest cells whose vote is taken, weighted by nearness. Genes
-        are standardised in each of the two by itself: what a platform adds to all its cells is taken out.
+        Number of principal components of the reference, and number of nearest reference cells that vote. Votes are
+        weighted by nearness.
     table_key
-        Name of the table of counts.
+        Name of the table of counts. By default the table of the cells, also after `stimage_sd.pp.aggregate`.
+    layer
+        Layer of that table with the raw counts. By default ``X``, or the layer given to `io.from_spatialdata`.
     seed
-        Of the principal components.
+        Seed of the principal component analysis.
 
     Returns
     -------
-    Nothing; ``obs["cell_type"]`` (categorical) and ``obs["cell_type_confidence"]`` (share of the neighbours' vote, of
-    merged types; 1 for given labels) are written to the table of counts, and the same columns to the shapes ``cells``
-    and ``nuclei``, where they are.
+    Nothing. Writes ``obs["cell_type"]`` (categorical) and ``obs["cell_type_confidence"]`` to the table of counts, and
+    the same columns to the shapes ``cells`` and ``nuclei`` if they exist. The confidence is the share of the neighbors'
+    vote for the merged type. It is 1 for given labels and 0 without a type. Cells without a count of the shared genes
+    get no type.
 
     Raises
     ------
     KeyError
-        If there is no such column, labels name cells that are not there, or `merge` does not name a type.
+        If the column does not exist, `labels` name unknown cells, or `merge` lacks a type.
     ValueError
-        If the reference shares too few genes, has counts that are none, or no cell gets a type.
+        If the reference shares too few genes, has duplicate gene names or holds no counts in ``X``, or if no cell gets
+        a type.
 
     Notes
     -----
     Paper, section 2.7: Seurat's reference-based integration, and four merged classes: immune, stromal, cancer
     epithelial and endothelial.
+
+    Types do not depend on the proportions of the types in the section. Counts are divided by the cell's total, and by
+    the efficiency of each gene on the section's platform. This efficiency is estimated within types, as in RCTD
+    (Cable et al. 2022). The reference and the section are then scaled by the reference's means and deviations.
 
     Examples
     --------
@@ -85,7 +98,12 @@ def annotate_cells(
     >>> sorted(section.shapes["nuclei"]["cell_type"].unique())
     ['cancer epithelial', 'endothelial', 'immune', 'stromal']
     """
-    table = contract.counts(sdata, table_key)
+    sdata = contract.section(data)
+    name = contract.cell_table_name(sdata, table_key)
+    units = contract.units_of(sdata, name)
+    # given labels need no counts
+    source = contract.Source(name, layer)
+    table = sdata.tables[name][units.rows] if reference is None else contract.counts(sdata, source)
     if reference is None:
         types, confidence = _given(table, labels), None
         types = _merged(types, merge)
@@ -97,12 +115,13 @@ def annotate_cells(
         raise ValueError(f"Expected a type for some cell of section {contract.sample(sdata)!r}, found none.")
     sure = types.notna().astype(float) if confidence is None else pd.Series(confidence, index=types.index)
     columns = {_TYPE: pd.Categorical(types), _CONFIDENCE: sure.to_numpy(dtype=np.float32)}
-    for name, values in columns.items():
-        table.obs[name] = values
-    by_cell = pd.DataFrame(columns, index=table.obs[contract.INSTANCE_KEY].astype(str).to_numpy())
-    for name in (contract.CELLS, contract.NUCLEI):
-        if name in sdata.shapes:
-            _carry(sdata, name, by_cell)
+    by_name = pd.DataFrame(columns, index=units.names)
+    for column, values in by_name.reindex(sdata.tables[name].obs_names).items():
+        sdata.tables[name].obs[column] = values.to_numpy() if column == _CONFIDENCE else pd.Categorical(values)
+    by_cell = by_name.set_axis(units.ids.astype(str), axis=0)
+    for shapes in dict.fromkeys((units.shapes, contract.CELLS, contract.NUCLEI)):
+        if shapes in sdata.shapes and (shapes == units.shapes or _names_cells(sdata.shapes[shapes])):
+            _carry(sdata, shapes, by_cell)
     contract.record(
         sdata, "pp.annotate_cells", source="labels" if reference is None else "reference", n_cells=table.n_obs,
         cells=dict(types.value_counts()), merge=merge,
@@ -110,7 +129,7 @@ def annotate_cells(
 
 
 def _given(table: AnnData, labels: Labels) -> pd.Series:
-    """Types as they were given, a row a cell."""
+    """Return the given types, one row per cell."""
     if isinstance(labels, str):
         if labels not in table.obs.columns:
             raise KeyError(
@@ -127,12 +146,12 @@ def _given(table: AnnData, labels: Labels) -> pd.Series:
             f"{len(unknown)} of {len(given)} that are not there, such as {unknown[0]!r}."
         )
     if given.index.has_duplicates:
-        raise ValueError(f"Expected one label a cell, found several of {given.index[given.index.duplicated()][0]!r}.")
+        raise ValueError(f"Expected one label per cell, found several of {given.index[given.index.duplicated()][0]!r}.")
     return given.reindex(table.obs_names)
 
 
 def _merged(types: pd.Series, merge: Mapping[str, str | None] | None) -> pd.Series:
-    """Types by their coarser names."""
+    """Return the types under their coarser names."""
     if merge is None:
         return types
     missing = sorted(set(types.dropna().unique()) - set(merge))
@@ -147,63 +166,92 @@ def _transferred(
     table: AnnData, reference: AnnData, labels: Labels, merge: Mapping[str, str | None] | None, *, n_components: int,
     n_neighbors: int, seed: int,
 ) -> tuple[pd.Series, NDArray[np.float64]]:  # fmt: skip
-    """Types of the most similar cells of a reference, and the share of the vote."""
+    """Return the types of the most similar reference cells, and their share of the vote."""
     if not isinstance(labels, str) or labels not in reference.obs.columns:
         raise KeyError(
             f"Expected `labels` as a column of the reference's obs, {sorted(map(str, reference.obs.columns))}, found "
             f"{labels if isinstance(labels, str) else type(labels).__name__!r}."
         )
-    genes = [gene for gene in table.var_names if gene in set(reference.var_names)]
+    theirs = contract.without_versions(reference.var_names)
+    if not theirs.is_unique:
+        twice = theirs[theirs.duplicated()][:3].tolist()
+        raise ValueError(
+            f"Expected unique gene names in the reference, found {twice} twice. Add up the columns of a name, or call "
+            "`reference.var_names_make_unique()`."
+        )
+    genes = table.var_names[table.var_names.isin(theirs)]
     if len(genes) < _LEAST_GENES:
         raise ValueError(
             f"Expected the reference to share at least {_LEAST_GENES} genes with the section, found {len(genes)} of "
             f"{table.n_vars} (section: {list(table.var_names[:3])}, reference: {list(reference.var_names[:3])})."
         )
     contract.check_counts(reference.X, where="the reference's X")
-    types = _merged(reference.obs[labels].astype("string").astype(object), merge)
-    known = reference[types.notna().to_numpy(), genes].copy()
-    known_types = types.dropna().to_numpy(dtype=str)
-    n_neighbors = min(n_neighbors, known.n_obs)
-    n_components = min(n_components, len(genes) - 1, known.n_obs - 1)
-    near, far = _standard_components(table[:, genes].copy(), known, n_components, seed)
-    votes, classes = _votes(near, far, known_types, n_neighbors)
-    return pd.Series(classes[votes.argmax(axis=1)], index=table.obs_names, dtype=object), votes.max(axis=1)
+    finer = reference.obs[labels].astype("string").astype(object)
+    types = _merged(finer, merge)
+    own, known = (csr_matrix(part.X, dtype=np.float64) for part in (
+        table[:, genes], reference[:, theirs.get_indexer(genes)]
+    ))  # fmt: skip
+    used, seen = types.notna().to_numpy() & _nonzero(known), _nonzero(own)
+    if not used.any() or not seen.any():
+        raise ValueError(
+            f"Expected counts of the {len(genes)} shared genes, found none in "
+            f"{'the cells of the section' if used.any() else 'the typed cells of the reference'}."
+        )
+    near, far = _components(own[seen], known[used], finer[used].to_numpy(dtype=str), n_components, seed)
+    votes, classes = _votes(near, far, types[used].to_numpy(dtype=str), min(n_neighbors, int(used.sum())))
+    found, confidence = np.full(len(seen), None, dtype=object), np.zeros(len(seen))
+    found[seen], confidence[seen] = classes[votes.argmax(axis=1)], votes.max(axis=1)
+    return pd.Series(found, index=table.obs_names, dtype=object), confidence
 
 
-def _log_normalised(table: AnnData) -> AnnData:
-    sc.pp.normalize_total(table, target_sum=1e4)
-    sc.pp.log1p(table)
-    return table
+def _nonzero(counts: csr_matrix) -> NDArray[np.bool_]:
+    """Return whether each cell has any count."""
+    return np.asarray(counts.sum(axis=1)).ravel() > 0
 
 
-def _standard_components(
-    own: AnnData, known: AnnData, n_components: int, seed: int
+def _components(
+    own: csr_matrix, known: csr_matrix, types: NDArray[np.str_], n_components: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Principal components of the reference, and the section's cells in them."""
-    values = []
-    for table in (known, own):
-        dense = np.asarray(_log_normalised(table).to_df(), dtype=np.float32)
-        deviation = dense.std(axis=0)
-        values.append((dense - dense.mean(axis=0)) / np.where(deviation > 0, deviation, 1.0))
-    pca = PCA(n_components, random_state=seed).fit(values[0])
-    return pca.transform(values[1]), pca.transform(values[0])
+    """Return the section and the reference in the reference's principal components, scaled by the reference alone.
+
+    Means and deviations of the section would depend on the cell types in the section.
+    """
+    depth = min(float(np.median(np.asarray(counts.sum(axis=1)))) for counts in (own, known))
+    sample = np.random.default_rng(seed).permutation(own.shape[0])[:_MOST_CELLS]
+    shares = csr_matrix(normalize(known, norm="l1"))
+    profiles = np.stack([np.asarray(shares[types == name].mean(axis=0)).ravel() for name in np.unique(types)])
+    own = own @ diags(1 / gene_efficiencies(own[sample], profiles))
+    # scale both sides to the shallower depth, so that a single count weighs the same on both sides
+    near, far = (csr_matrix(depth * normalize(counts, norm="l1"), dtype=np.float32).log1p() for counts in (own, known))
+    scaler = StandardScaler().fit(far.toarray())
+    known_values = scaler.transform(far.toarray())
+    pca = PCA(min(n_components, *(size - 1 for size in known_values.shape)), random_state=seed).fit(known_values)
+    # the section may have a million cells, so only its components are made dense
+    weights = pca.components_.T / scaler.scale_[:, None]
+    projected = near @ weights - (scaler.mean_ @ weights + pca.mean_ @ pca.components_.T)
+    return np.asarray(projected, dtype=np.float32), pca.transform(known_values)
 
 
 def _votes(
     near: NDArray[np.float32], far: NDArray[np.float32], types: NDArray[np.str_], n_neighbors: int
 ) -> tuple[NDArray[np.float64], NDArray[np.str_]]:
-    """Share of the vote of every type, ``(n_cells, n_types)``, and the types."""
+    """Return the share of the vote per type, ``(n_cells, n_types)``, and the types."""
     classes, codes = np.unique(types, return_inverse=True)
     distance, index = NearestNeighbors(n_neighbors=n_neighbors).fit(far).kneighbors(near)
-    # the nearest counts as much as the farthest counts little, whatever the unit
+    # dividing by the mean distance makes the weights independent of the unit of distance
     weight = np.exp(-((distance / np.maximum(distance.mean(axis=1, keepdims=True), 1e-9)) ** 2))
     votes = np.zeros((len(near), len(classes)))
     np.add.at(votes, (np.arange(len(near))[:, None], codes[index]), weight)
     return votes / votes.sum(axis=1, keepdims=True), classes
 
 
+def _names_cells(frame: pd.DataFrame) -> bool:
+    """Return whether outlines name their cells. An unnamed index of integers does not."""
+    return "cell_id" in frame.columns or frame.index.name == "cell_id" or frame.index.dtype.kind not in "iu"
+
+
 def _carry(sdata: SpatialData, name: str, by_cell: pd.DataFrame) -> None:
-    """Write the columns to shapes whose index, or column ``cell_id``, says which cell an outline is of."""
+    """Write the columns to shapes whose index or column ``cell_id`` holds the cell names."""
     frame = sdata.shapes[name]
     owners = (frame["cell_id"] if "cell_id" in frame.columns else frame.index.to_series()).astype(str)
     rows = by_cell.index.get_indexer(owners.to_numpy())

@@ -1,7 +1,7 @@
-"""Augmentation of tiles, as `stimage_sd.pp.augment`; what it does is numerics alone, which training shares."""
+"""Expose tile augmentation as `stimage_sd.pp.augment`. Training shares the numerical code."""
 
 from __future__ import annotations
 
-from stimage_sd.nn.augmentation import augment
+from stimage_sd.image.augmentation import augment
 
 __all__ = ["augment"]

@@ -1,4 +1,4 @@
-"""What surrounds a tile: its neighbours' embeddings, aggregated ring by ring."""
+"""Spatial context of tiles: embeddings of neighboring tiles, aggregated per ring."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.nn.lattice import neighbour_graph
+from stimage_sd.stats.lattice import neighbor_graph
 
 
 def spatial_context(
@@ -20,35 +20,35 @@ def spatial_context(
     aggregate: Literal["mean", "max"] = "mean",
     graph: sp.spmatrix | str | None = None,
 ) -> None:
-    """Aggregate the embeddings of each tile's neighbours.
+    """Aggregate the embeddings of each tile's neighbors.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them; embedded.
+        An embedded section, or a cohort of embedded sections.
     extractor
-        Whose embeddings.
+        Name of the extractor that made the embeddings.
     n_rings
-        Neighbours at 1, 2, ... `n_rings` steps; each ring is aggregated by itself and they are concatenated.
+        Number of rings: neighbors at 1, 2, ... `n_rings` steps. Rings are aggregated separately and concatenated.
     aggregate
         ``"mean"`` or ``"max"`` over a ring.
     graph
-        Which tiles are neighbours: a sparse ``(n_tiles, n_tiles)`` matrix, or the name of one in the tiles'
-        ``obsp`` (such as squidpy's ``"spatial_connectivities"``). By default the eight neighbours of a
-        square lattice or the six of a hexagonal one.
+        Neighbor graph of the tiles: a sparse ``(n_tiles, n_tiles)`` matrix, or its name in the tiles' ``obsp`` (such as
+        squidpy's ``"spatial_connectivities"``). By default the eight neighbors of a square lattice or the six of a
+        hexagonal lattice.
 
     Returns
     -------
-    Nothing; ``tables["tiles"].obsm["X_<extractor>_context"]`` is written, ``float32``, `n_rings` times as
-    wide as the embeddings. Only tiles with ``keep`` count as neighbours; a ring without any repeats the ring
-    inside it, the tile's own embedding at last.
+    Nothing. Writes ``tables["tiles"].obsm["X_<extractor>_context"]``, ``float32``, `n_rings` times as wide as the
+    embeddings. Only tiles with ``keep`` count as neighbors. An empty ring repeats the next ring inside. An empty first
+    ring repeats the tile's own embedding.
 
     Raises
     ------
     KeyError
-        If the section was not embedded, or has no such graph.
+        If the section was not embedded, or the graph does not exist.
     ValueError
-        If the graph's shape is not that of the tiles, or `n_rings` is not positive.
+        If the graph's shape does not match the tiles, or `n_rings` is not positive.
 
     Examples
     --------
@@ -67,11 +67,12 @@ def spatial_context(
         raise ValueError(f'Expected `aggregate` to be "mean" or "max", found {aggregate!r}.')
     for sdata in contract.sections(data).values():
         own = contract.embeddings(sdata, extractor)
+        contract.check_finite(sdata, own, extractor)
         table = contract.tiles(sdata)
-        neighbours = _graph(sdata, graph)
+        neighbors = _graph(sdata, graph)
         kept = sp.diags(table.obs["keep"].to_numpy().astype(np.float32))
         blocks, inner = [], own
-        for ring in _rings(neighbours, n_rings):
+        for ring in _rings(neighbors, n_rings):
             inner = _aggregate(sp.csr_matrix(ring @ kept), own, inner, aggregate)
             blocks.append(inner)
         table.obsm[contract.context_key(extractor)] = np.concatenate(blocks, axis=1)
@@ -82,7 +83,7 @@ def spatial_context(
 def _graph(sdata: SpatialData, graph: sp.spmatrix | str | None) -> sp.csr_matrix:
     table = contract.tiles(sdata)
     if graph is None:
-        return neighbour_graph(np.asarray(table.obsm["spatial"]))
+        return neighbor_graph(contract.tile_geometry(sdata).centers)
     if isinstance(graph, str):
         if graph not in table.obsp:
             raise KeyError(f"No graph {graph!r} among the tiles' `obsp`: {sorted(table.obsp)}.")
@@ -93,9 +94,9 @@ def _graph(sdata: SpatialData, graph: sp.spmatrix | str | None) -> sp.csr_matrix
     return matrix
 
 
-def _rings(neighbours: sp.csr_matrix, n_rings: int) -> list[sp.csr_matrix]:
-    """Binary adjacency at exactly 1, 2, ... steps."""
-    step = (neighbours != 0).astype(np.float32)
+def _rings(neighbors: sp.csr_matrix, n_rings: int) -> list[sp.csr_matrix]:
+    """Return the binary adjacency at exactly 1, 2, ... steps."""
+    step = (neighbors != 0).astype(np.float32)
     step.setdiag(0)
     step.eliminate_zeros()
     reached = (step + sp.identity(step.shape[0], dtype=np.float32, format="csr")) != 0

@@ -1,10 +1,11 @@
-"""Which genes to learn: highly variable over a cohort, or a list of the user's."""
+"""Select the genes to learn: highly variable genes of a cohort, or a given list."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
 
+import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd import contract
@@ -19,38 +20,40 @@ def select_genes(
     min_spots: float = 0.1,
     include: Sequence[str] = (),
     table_key: str | None = None,
+    layer: str | None = None,
 ) -> list[str]:
-    """Choose the genes to learn.
+    """Select the genes to learn.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them, with raw counts.
+        A section, or a cohort of sections, with raw counts.
     genes
-        A list to take instead of highly variable genes; those that a section lacks are named in a warning
-        and left out.
+        Genes to take instead of highly variable genes. Genes that a section lacks are left out with a warning.
     n_top
-        Highly variable genes to take, by the variance of their Pearson residuals under a negative-binomial null
-        (Lause et al. 2021, scanpy's ``flavor="pearson_residuals"``), sections as batches.
+        Number of highly variable genes, by the variance of their Pearson residuals under a negative-binomial null
+        (Lause et al. 2021, scanpy's ``flavor="pearson_residuals"``). Sections are the batches.
     min_spots
         Least share of the cohort's spots that express a highly variable gene.
     include
-        Genes to take besides, such as markers, whatever their variability.
+        Further genes to take, such as markers, whatever their variability.
     table_key
         Name of the table of counts.
+    layer
+        Layer of that table with the raw counts. By default ``X``, or the layer given to `io.from_spatialdata`.
 
     Returns
     -------
-    Gene names: the most variable first, then `include`; or `genes` in their own order.
+    Gene names. The most variable genes come first, then `include`. Given `genes` keep their order.
 
     Raises
     ------
     ValueError
-        If the sections share no gene, or none of the list, or `n_top` is not positive.
+        If the sections share no gene, if they share none of `genes`, or if `n_top` is not positive.
 
     Notes
     -----
-    Paper, section 2.7: the top 1,000 highly variable genes, those in fewer than 10 % of spots removed.
+    Paper, section 2.7: the top 1,000 highly variable genes, without genes in fewer than 10 % of spots.
 
     Examples
     --------
@@ -60,11 +63,12 @@ def select_genes(
     >>> len(sti.pp.select_genes(section, n_top=10))  # doctest: +SKIP
     10
     """
+    source = contract.Source(table_key, layer)
     if n_top < 1:
         raise ValueError(f"Expected `n_top` of at least 1, found {n_top}.")
     if genes is not None and not len(genes):
         raise ValueError("Expected `genes` as a list of names, found none. Leave it out for highly variable genes.")
-    tables = {name: contract.counts(sdata, table_key) for name, sdata in contract.sections(data).items()}
+    tables = {name: contract.counts(sdata, source) for name, sdata in contract.sections(data).items()}
     shared = shared_genes(tables)
     if genes is not None:
         return _present(genes, shared)
@@ -74,7 +78,7 @@ def select_genes(
 
 
 def _present(genes: Sequence[str], shared: list[str]) -> list[str]:
-    known = set(shared)
+    known, genes = set(shared), contract.without_versions(pd.Index([str(gene) for gene in genes])).tolist()
     missing = [gene for gene in genes if gene not in known]
     if len(missing) == len(genes):
         raise ValueError(f"None of the {len(genes)} genes is measured in every section, such as {missing[:5]}.")

@@ -1,4 +1,4 @@
-"""The nuclei of an image of any kind, at a resolution to register at: never the full one, never whole channels."""
+"""Read the nuclei of H&E or fluorescence images at the working resolution of registration, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract
-from stimage_sd.nn.keypoints import Picture
-from stimage_sd.nn.nuclear_contrast import find_padding, haematoxylin, nuclear_contrast
+from stimage_sd.image.keypoints import Picture
+from stimage_sd.image.nuclear_contrast import find_padding, hematoxylin, nuclear_contrast
 
 #: names of channels that show nuclei
 NUCLEAR = re.compile(r"dapi|hoechst|draq5|syto|histone|\bh3\b|\bdna", re.IGNORECASE)
-#: diameter of a nucleus, about, µm
+#: approximate diameter of a nucleus, µm
 _NUCLEUS_UM = 8.0
-#: a working image is not smaller than this along its longer side, nor has more pixels than this
+#: least length of the longer side of a working image, px, and its largest number of pixels
 _LEAST_SIDE, _MOST_PIXELS = 1024, 64_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class WorkingImage:
-    """An image at the resolution worked at.
+    """Image at the working resolution.
 
     Attributes
     ----------
     picture
-        The contrast of its nuclei.
+        Contrast of the nuclei.
     to_full
-        ``(3, 3)``, from its pixels to those of the full resolution.
+        ``(3, 3)`` matrix from working pixels to full-resolution pixels.
     um
-        Micrometres a pixel, if those of the full resolution are as stated.
+        Micrometers per working pixel, computed from the stated full resolution.
     """
 
     picture: Picture
@@ -45,7 +45,7 @@ class WorkingImage:
 def read_nuclei(
     sdata: SpatialData, name: str, channel: str | None, *, pixel_um: float, working_um: float
 ) -> WorkingImage:
-    """Read the nuclei of an image at about a working resolution, a chunk at a time.
+    """Read the nuclei of an image at about the working resolution, one chunk at a time.
 
     Parameters
     ----------
@@ -54,23 +54,23 @@ def read_nuclei(
     name
         Name of the image.
     channel
-        Name of the channel that shows nuclei; `None` finds it, or takes the haematoxylin of an H&E.
+        Name of the channel that shows nuclei. `None` finds the channel, or takes the hematoxylin of an H&E.
     pixel_um
-        Micrometres a pixel of the image at full resolution.
+        Micrometers per pixel at full resolution.
     working_um
-        Micrometres a pixel wanted. The coarsest level that is no coarser is read, and averaged over blocks. Less
-        is taken where the image would be small, more where it would be large.
+        Micrometers per pixel of the working image. The coarsest level that is not coarser is read and averaged over
+        blocks. Small images are read at a finer resolution, large images at a coarser one.
 
     Returns
     -------
-    The image at that resolution.
+    The image at the working resolution.
 
     Raises
     ------
     KeyError
-        If the channel is not there, or cannot be told.
+        If the channel does not exist, or no nuclear channel is found.
     ValueError
-        If the image shows nothing.
+        If the image shows no contrast.
     """
     levels = contract.levels(sdata, name)
     height, width = levels[0].shape[1:]
@@ -81,11 +81,11 @@ def read_nuclei(
     block = max(1, int(factor / max(steps[number]) + 1e-3))
     if height * width / (max(steps[number]) * block) ** 2 > _MOST_PIXELS * 1.001:
         block += 1
-    # three channels of fluorescence are no colours
-    coloured = contract.INSTRUMENT not in get_transformation(sdata.images[name], get_all=True)
-    nuclei = _nuclei(levels[number], channel, name, coloured=coloured)
+    # an instrument's image of three channels is fluorescence, not RGB
+    colored = contract.INSTRUMENT not in get_transformation(sdata.images[name], get_all=True)
+    nuclei = _nuclei(levels[number], channel, name, colored=colored)
     values = np.empty(tuple(side // block for side in nuclei.shape), np.float16)
-    # into an array of this process, by its own threads: another process would write to a copy
+    # threads, because another process would write to a copy of the array
     da.store(_block_means(nuclei, block).astype(np.float16), values, lock=False, scheduler="threads")
     low, high = np.percentile(values[::4, ::4].astype(np.float32), [0.1, 99.8])
     if high <= low:
@@ -100,7 +100,7 @@ def read_nuclei(
 
 
 def _downsampling(full: tuple[int, ...], level: tuple[int, ...]) -> tuple[float, ...]:
-    """Pixels of the full resolution to one of a level, along y and x; whole where a level is a rounded half."""
+    """Return full-resolution pixels per level pixel, along y and x, whole where the level's size was rounded."""
     steps = []
     for long, short in zip(full, level, strict=True):
         whole = max(1, round(long / short))
@@ -108,15 +108,15 @@ def _downsampling(full: tuple[int, ...], level: tuple[int, ...]) -> tuple[float,
     return tuple(steps)
 
 
-def _nuclei(level: xr.DataArray, channel: str | None, name: str, *, coloured: bool) -> da.Array:
-    """Return the stain of nuclei, lazy ``float (y, x)``: haematoxylin, or the square root of a fluorescence channel."""
+def _nuclei(level: xr.DataArray, channel: str | None, name: str, *, colored: bool) -> da.Array:
+    """Return hematoxylin, or the square root of a nuclear fluorescence channel, as lazy ``float (y, x)``."""
     channels = [str(value) for value in level.coords["c"].values] if "c" in level.coords else []
     named = [index for index, value in enumerate(channels) if NUCLEAR.search(value)]
     if channel is not None and channel in channels:
         named = [channels.index(channel)]
-    elif coloured and level.shape[0] == 3 and level.dtype == np.uint8 and not named:
+    elif colored and level.shape[0] == 3 and level.dtype == np.uint8 and not named:
         whole = level.data.rechunk({0: -1})
-        return whole.map_blocks(haematoxylin, drop_axis=0, dtype=np.float32, meta=np.empty((0, 0), np.float32))
+        return whole.map_blocks(hematoxylin, drop_axis=0, dtype=np.float32, meta=np.empty((0, 0), np.float32))
     elif channel is not None or (not named and level.shape[0] > 1):
         raise KeyError(
             f"Found no channel {channel or 'of nuclei, such as DAPI or Hoechst,'} in image {name!r}; its channels: "

@@ -1,8 +1,8 @@
-"""Light and stain of a slide by squidpy: the one file that knows squidpy's `experimental.im.qc_image`.
+"""Measure light and stain of a slide with squidpy's `experimental.im.qc_image`.
 
-It computes one figure a tile, which serves for light and stain. What HistoQC measures it does not have: its
-outliers are the worst tenth of every slide's tiles, however sharp, its tissue mask is as large as the slide,
-and nothing looks for pen marks, bubbles or specks.
+Only this file calls that function. It computes one value per tile and metric, which suits light and stain. It does not
+replace HistoQC. Its outliers are the worst tenth of every slide's tiles, however sharp. Its tissue mask is as large as
+the slide. It does not find pen marks, bubbles or specks.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel
 from squidpy.experimental.im import QCMetric
 
-#: the logger that squidpy speaks through
+#: name of the logger that squidpy uses
 LOGGER = "spatialdata._logging"
 #: side of squidpy's tiles, map px
 TILE = 32
-#: squidpy's figures and what they are called here
+#: squidpy's metrics and their names in the result
 FIGURES = {
     QCMetric.BRIGHTNESS_MEAN: "brightness",
     QCMetric.BRIGHTNESS_STD: "contrast",
-    QCMetric.HEMATOXYLIN_MEAN: "haematoxylin",
+    QCMetric.HEMATOXYLIN_MEAN: "hematoxylin",
     QCMetric.EOSIN_MEAN: "eosin",
     QCMetric.FOLD_FRACTION: "dark_fraction",
 }
 
 
 def light_and_stain(rgb: np.ndarray, usable: np.ndarray) -> dict[str, float]:
-    """Summarise squidpy's figures over the tiles that lie wholly on usable tissue.
+    """Summarize squidpy's metrics over the tiles that lie wholly on usable tissue.
 
     Parameters
     ----------
     rgb
-        ``uint8 (y, x, 3)``, the map picture.
+        ``uint8 (y, x, 3)``, the slide at the resolution of the quality map.
     usable
         ``bool (y, x)``, `True` on usable tissue.
 
     Returns
     -------
-    ``brightness`` and ``contrast`` (mean and standard deviation of grey values, 0 to 255), ``haematoxylin`` and
-    ``eosin`` (concentrations after Ruifrok and Johnston), medians over tiles; ``dark_fraction``, the mean share of dark
-    and saturated pixels, as folds are. NaN where no tile lies wholly on usable tissue.
+    Medians over tiles of ``brightness`` and ``contrast`` (mean and standard deviation of gray values, 0 to 255) and of
+    ``hematoxylin`` and ``eosin`` (concentrations, Ruifrok and Johnston). ``dark_fraction`` is the mean share of dark
+    and saturated pixels, which folds show. All are NaN if no tile lies wholly on usable tissue.
     """
     height, width = (side // TILE for side in usable.shape)
     names = list(FIGURES.values())
     inside = _tiles(usable, height, width).all(axis=(1, 2))
     if not inside.any():
         return dict.fromkeys(names, float("nan"))
-    # squidpy computes every tile of an image: it is given one of the tiles that count, below one another
+    # squidpy computes every tile of an image, so it gets an image of the usable tiles only, stacked along y
     column = _tiles(rgb, height, width)[inside].reshape(-1, TILE, 3)
     small = SpatialData(images={"tiles": Image2DModel.parse(np.moveaxis(column, -1, 0), dims=("c", "y", "x"))})
     with _quiet():
@@ -74,14 +74,14 @@ def light_and_stain(rgb: np.ndarray, usable: np.ndarray) -> dict[str, float]:
 
 
 def _tiles(array: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Cut an array ``(y, x, ...)`` into ``(rows * columns, TILE, TILE, ...)``, row by row; a remainder is left out."""
+    """Cut an array ``(y, x, ...)`` into ``(rows * columns, TILE, TILE, ...)``, row by row, without the remainder."""
     cut = array[: rows * TILE, : columns * TILE].reshape(rows, TILE, columns, TILE, *array.shape[2:])
     return cut.swapaxes(1, 2).reshape(-1, TILE, TILE, *array.shape[2:])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Leave out what squidpy says of each slide's size and figures; its warnings stay."""
+    """Silence squidpy's info messages about each slide. Its warnings stay."""
     logger = logging.getLogger(LOGGER)
     before = logger.level
     logger.setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""Laying an instrument's image on the H&E: the one step that finds where measured things are."""
+"""Register an instrument's image with the H&E, to place the instrument's measurements on it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from typing import Any, Literal
 
 import numpy as np
 from spatialdata import SpatialData
-from spatialdata.transformations import Affine, get_transformation, set_transformation
+from spatialdata.transformations import Affine, Sequence, get_transformation, set_transformation
 
 from stimage_sd import contract
 from stimage_sd._squidpy import attach_spatial
-from stimage_sd.contract._elements import add_microns
-from stimage_sd.nn.registration import Alignment, TransformKind, align
+from stimage_sd.image.registration import Alignment, TransformKind, align
 from stimage_sd.pp._nuclear_image import read_nuclei
 
-#: what an H&E of unknown resolution is taken for until it is aligned, µm a pixel; the usual 20×
+#: assumed resolution of an H&E of unknown resolution until it is aligned, µm per pixel (the usual 20×)
 _USUAL_MPP = 0.5
-#: of the patches found clearly, so many must be where the transformation puts them
+#: least share of the clearly found patches that must agree with the transformation
 _LEAST_SHARE = 0.3
-#: an affine transformation may stretch one direction so much more than another
+#: largest ratio of the stretches of an affine transformation along two directions
 _MOST_STRETCH = 1.25
-#: a patch is where it should be within so many pixels at most; more would be found there by chance
+#: largest tolerance for an inlier patch, working px; a larger one would accept patches by chance
 _MOST_TOLERANCE = 4.0
-#: a stated resolution that differs more than this from the one found is told to the user
+#: relative difference between the stated and the found resolution above which a warning is raised
 _SAME_SCALE = 0.05
 
 
 @dataclass(frozen=True)
 class Registration:
-    """How a section's images were laid on each other, and how well.
+    """Result and quality of a registration of two images of a section.
 
     Attributes
     ----------
@@ -39,23 +38,24 @@ class Registration:
     transform
         ``"similarity"`` or ``"affine"``.
     matrix
-        ``(3, 3)``, as nested tuples, from ``(x, y, 1)`` of `source` to ``"global"``.
+        ``(3, 3)`` matrix as nested tuples, from ``(x, y, 1)`` of `source` to H&E pixels. For two images without an
+        instrument's coordinates, to pixels of `fixed`.
     source
-        ``"instrument"``: micrometres of the instrument, as `stimage_sd.contract.place_instrument` takes them; else
-        the name of the moving image, and the matrix is from its full-resolution pixels.
+        ``"instrument"`` for micrometers of the instrument, as `stimage_sd.contract.place_instrument` takes them.
+        Otherwise the name of the moving image, and the matrix starts from its full-resolution pixels.
     residual_um
-        Median distance between where a patch of one image was found in the other and where a transformation
-        fitted without it puts it, over all patches found clearly, µm.
+        Median residual over all clearly found patches, µm. The residual of a patch is the distance between its found
+        position and its position under a transformation fitted without this patch.
     n_inliers, n_patches
-        Patches that agree with the transformation, of those found clearly.
+        Number of patches that agree with the transformation, and number of clearly found patches.
     n_matches
-        SIFT matches that the first, coarse transformation rests on.
+        Number of SIFT matches behind the first, coarse transformation.
     working_um
-        Micrometres a pixel of the resolution worked at.
+        Micrometers per pixel of the working resolution.
     mirrored
         Whether one image shows the tissue from behind.
     inverted
-        Whether nuclei are bright in one image and dark in the other, after the channels were chosen.
+        Whether nuclei are bright in one image and dark in the other, in the selected channels.
     """
 
     moving: str
@@ -73,7 +73,7 @@ class Registration:
 
 
 def register(
-    sdata: SpatialData,
+    data: SpatialData,
     moving: str | None = None,
     fixed: str | None = None,
     *,
@@ -85,61 +85,60 @@ def register(
     min_inliers: int = 20,
     seed: int = 0,
 ) -> Registration:
-    """Lay an instrument's image on the H&E by their nuclei, and all that the instrument measured with it.
+    """Register an instrument's image with the H&E by their nuclei, and place its measurements on the H&E.
 
     Parameters
     ----------
-    sdata
+    data
         The section.
     moving
-        The image that is laid on `fixed`: by default the instrument's, DAPI or multiplex.
+        The image to move. By default the instrument's image, DAPI or multiplex.
     fixed
-        The image that stays: by default the H&E.
+        The image that stays. By default the H&E.
     method
-        ``"sift"``: SIFT features of the DAPI and the haematoxylin channel, matched and refined by patches.
+        ``"sift"`` matches SIFT features of the DAPI and the hematoxylin channel and refines the result with patches.
     transform
-        ``"similarity"`` (rotation, scale, shift) or ``"affine"``. Either may mirror, which is tried after all
-        else, for a slide scanned from behind.
+        ``"similarity"`` (rotation, scale, shift) or ``"affine"``. Both may mirror, for a slide scanned from behind.
+        Mirroring is tried last.
     working_um
-        Micrometres a pixel worked at. Less is read where the images are small, more where they are large (more
-        than 64 million pixels). Neighbouring sections of one block share tissue but no nuclei: they are refused
-        at 2 µm and may be laid on each other at 10, with a `max_residual_um` to match.
+        Micrometers per pixel of the working resolution. Small images are read at a finer resolution. Images of more
+        than 64 million pixels are read at a coarser one. Neighboring sections of one block share tissue but no nuclei.
+        They are refused at 2 µm per pixel and may register at 10, with a larger `max_residual_um`.
     channel
-        Name of the channel that shows nuclei, in an image that is no H&E; by default DAPI, Hoechst or another
-        stain of DNA.
+        Name of the nuclear channel in the image that is not H&E. By default DAPI, Hoechst or another DNA stain.
     max_residual_um
-        An alignment with a greater residual is refused. Patches within it (or within four pixels of the working
-        resolution, where that is less) count as inliers.
+        Largest residual of an accepted alignment. Patches within this distance, or within four working pixels if that
+        is less, count as inliers.
     min_inliers
-        An alignment with fewer is refused, and so is one that less than 30 % of the patches agree with.
+        Least number of inliers of an accepted alignment. At least 30 % of the patches must be inliers as well.
     seed
-        Of the random sampling; the same seed gives the same result.
+        Seed of the random sampling. The same seed gives the same result.
 
     Returns
     -------
-    What was found. Written are: where either image is the instrument's and the other the H&E, the place of
-    everything the instrument measured, by `stimage_sd.contract.place_instrument`, whichever of the two was named
-    as moving, since H&E pixels are the section's coordinates; for other images the transformation of `moving`
-    to the coordinate systems of `fixed`. ``attrs["stimage_sd"]["registration"]`` has the returned values.
+    The registration. If one image is the instrument's and the other the H&E, the call places all measurements of the
+    instrument on the H&E with `stimage_sd.contract.place_instrument`. This holds for either order of the two images,
+    because H&E pixels are the section's coordinates. For other images the call writes the transformation of `moving`
+    to the coordinate systems of `fixed`. The returned values are also written to
+    ``attrs["stimage_sd"]["registration"]``.
 
     Raises
     ------
     KeyError
-        If an image or channel is not there, or cannot be told.
+        If an image or channel does not exist, or cannot be determined.
     ValueError
-        If no alignment is good enough, if the fixed image has no place itself, or an option is none. Nothing is
-        written then.
+        If no alignment is good enough, the fixed image is not placed, or an option is invalid. Nothing is written then.
 
     Warns
     -----
     UserWarning
-        If the H&E's stated resolution is not the one that the alignment implies.
+        If the H&E's stated resolution differs from the one that the alignment implies.
 
     Notes
     -----
-    The published code lays DAPI on H&E by an affine matrix found with SIFT. The micrometres here are those of the
-    instrument's image, or of `fixed` where there is none: an H&E's stated resolution may be wrong or missing, and
-    only says where to begin.
+    The published code places DAPI on H&E by an affine matrix found with SIFT. Micrometers are those of the
+    instrument's image, or of `fixed` without an instrument's image. An H&E's stated resolution may be wrong or
+    missing, so it serves only as the starting point.
 
     Examples
     --------
@@ -151,12 +150,13 @@ def register(
     >>> sti.pp.register(sdata).residual_um < 1.0
     True
     """
+    sdata = contract.section(data)
     _check_options(method, transform, working_um, max_residual_um, min_inliers)
     moving, fixed = _names(sdata, moving, fixed)
     frame, other = _frame(sdata, moving, fixed)
     frame_um, other_um = _pixel_um(sdata, frame), _pixel_um(sdata, other)
     if frame_um is None:
-        frame_um = contract.require_mpp(sdata, purpose="registration, whose residual is in micrometres,")
+        frame_um = contract.require_mpp(sdata, purpose="registration, whose residual is in micrometers,")
     before = _matrix_of_fixed(sdata, moving, fixed)
 
     on_frame = read_nuclei(sdata, frame, channel, pixel_um=frame_um, working_um=working_um)
@@ -176,7 +176,7 @@ def register(
     moving_to_fixed = other_to_frame if frame == fixed else np.linalg.inv(other_to_frame)
 
     source, matrix = _write(sdata, moving, fixed, moving_to_fixed, before)
-    _warn_of_scale(sdata, other, other_um, frame_um * _scale(other_to_frame))
+    _warn_of_scale(sdata, other, other_um, frame_um * contract.scale_of(other_to_frame))
     found = Registration(
         moving=moving,
         fixed=fixed,
@@ -191,14 +191,14 @@ def register(
         mirrored=alignment.mirrored,
         inverted=alignment.inverted,
     )
-    contract.info(sdata)["registration"] = contract.plain(asdict(found))
+    contract.remember(sdata, registration=contract.plain(asdict(found)))
     asked = {"method": method, "channel": channel, "max_residual_um": max_residual_um, "min_inliers": min_inliers}
     contract.record(sdata, "pp.register", seed=seed, **asked, **asdict(found))
     return found
 
 
 # --------------------------------------------------------------------------------------------------
-# which images, and what is known of them
+# images and their coordinates
 
 
 def _check_options(method: str, transform: str, working_um: float, max_residual_um: float, min_inliers: int) -> None:
@@ -244,47 +244,42 @@ def _systems(sdata: SpatialData, name: str) -> dict[str, Any]:
     return dict(get_transformation(sdata.images[name], get_all=True))
 
 
-def _affine(transformation: Any) -> np.ndarray:
-    return np.asarray(transformation.to_affine_matrix(("x", "y"), ("x", "y")), dtype=np.float64)
-
-
-def _scale(matrix: np.ndarray) -> float:
-    return float(np.sqrt(abs(np.linalg.det(matrix[:2, :2]))))
-
-
 def _frame(sdata: SpatialData, moving: str, fixed: str) -> tuple[str, str]:
-    """Return the image whose micrometres are used, and the other: the instrument's, else the fixed one."""
+    """Return the image whose micrometers are used (the instrument's, else the fixed one), and the other image."""
     measured = [contract.INSTRUMENT in _systems(sdata, name) for name in (moving, fixed)]
     return (moving, fixed) if measured == [True, False] else (fixed, moving)
 
 
 def _pixel_um(sdata: SpatialData, name: str) -> float | None:
-    """Micrometres a pixel at full resolution; `None` where unknown."""
+    """Return micrometers per pixel at full resolution, or `None` if unknown."""
     systems = _systems(sdata, name)
-    for system in (contract.INSTRUMENT, "microns"):
-        if system in systems:
-            return _scale(_affine(systems[system]))
-    return None
+    if contract.INSTRUMENT in systems:
+        return contract.scale_of(contract.affine(systems[contract.INSTRUMENT], name))
+    if _is_he(sdata, name):
+        return contract.mpp(sdata, name)
+    return contract.scale_of(contract.affine(systems["microns"], name)) if "microns" in systems else None
 
 
 def _matrix_of_fixed(sdata: SpatialData, moving: str, fixed: str) -> np.ndarray:
-    """Matrix from the pixels of the image that stays to ``"global"``; that is the H&E, even where it is `moving`."""
+    """Return the matrix from the image that stays to H&E pixels. An H&E stays even if it is `moving`."""
     stays = moving if _is_he(sdata, moving) and contract.INSTRUMENT in _systems(sdata, fixed) else fixed
     systems = _systems(sdata, stays)
-    if "global" not in systems:
+    if set(systems) == {contract.INSTRUMENT}:
         raise ValueError(
             f"Expected {stays!r} to have a place in the section's coordinates, found only {sorted(systems)}. "
             f"Run `stimage_sd.pp.register(sdata)` to lay it on the H&E first."
         )
-    return _affine(systems["global"])
+    if not any(contract.INSTRUMENT in _systems(sdata, name) for name in (moving, fixed)):
+        return np.eye(3)
+    return contract.pixel_frame(sdata).matrix(sdata.images[stays], stays)
 
 
 # --------------------------------------------------------------------------------------------------
-# judging and writing
+# acceptance and writing
 
 
 def _shortcomings(found: Alignment, um: float, max_residual_um: float, min_inliers: int) -> list[str]:
-    """Say why an alignment is not good enough; nothing where it is."""
+    """Return the reasons to refuse an alignment, an empty list for an accepted one."""
     wrong = []
     if found.n_inliers < min_inliers:
         wrong.append(f"{min_inliers} inliers are needed")
@@ -303,29 +298,29 @@ def _refusal(sdata: SpatialData, moving: str, fixed: str, found: Alignment, wron
     return (
         f"Found no good alignment of {moving!r} with {fixed!r} in section {contract.sample(sdata)!r}: at best "
         f"{found.n_matches} SIFT matches agree, then {found.n_inliers} of {found.n_patches} patches (inliers), with a "
-        f"residual of {residual} and a scale of {_scale(found.matrix):.3f}; {'; '.join(wrong)}. Nothing was written. "
-        "Do both show the same section? If they do, name the channel of nuclei with `channel=`, or try another "
-        "`working_um=`."
+        f"residual of {residual} and a scale of {contract.scale_of(found.matrix):.3f}; {'; '.join(wrong)}. "
+        "Nothing was written. Do both show the same section? If they do, name the channel of nuclei with `channel=`, "
+        "or try another `working_um=`."
     )
 
 
 def _write(
-    sdata: SpatialData, moving: str, fixed: str, moving_to_fixed: np.ndarray, to_global: np.ndarray
+    sdata: SpatialData, moving: str, fixed: str, moving_to_fixed: np.ndarray, to_pixels: np.ndarray
 ) -> tuple[str, np.ndarray]:
-    """Write the transformation; return what it is from, and its matrix to ``"global"``."""
+    """Write the transformation and return its source and its matrix to pixels of the H&E or of `fixed`."""
     instrument = contract.INSTRUMENT
     own = {name: _systems(sdata, name) for name in (moving, fixed)}
     if instrument in own[fixed] and _is_he(sdata, moving):
-        matrix = to_global @ np.linalg.inv(moving_to_fixed) @ np.linalg.inv(_affine(own[fixed][instrument]))
+        matrix = (
+            to_pixels @ np.linalg.inv(moving_to_fixed) @ np.linalg.inv(contract.affine(own[fixed][instrument], fixed))
+        )
     elif instrument in own[moving] and instrument not in own[fixed]:
-        matrix = to_global @ moving_to_fixed @ np.linalg.inv(_affine(own[moving][instrument]))
+        matrix = to_pixels @ moving_to_fixed @ np.linalg.inv(contract.affine(own[moving][instrument], moving))
     else:
-        matrix = to_global @ moving_to_fixed
-        element = sdata.images[moving]
-        set_transformation(element, Affine(matrix, ("x", "y"), ("x", "y")), to_coordinate_system="global")
-        if contract.info(sdata)["mpp"] is not None:
-            add_microns(element, float(contract.info(sdata)["mpp"]))
-        return moving, matrix
+        to_fixed = Affine(moving_to_fixed, ("x", "y"), ("x", "y"))
+        for system, after in own[fixed].items():
+            set_transformation(sdata.images[moving], Sequence([to_fixed, after]), to_coordinate_system=system)
+        return moving, to_pixels @ moving_to_fixed
     contract.place_instrument(sdata, matrix)
     attach_spatial(sdata)
     return instrument, matrix
@@ -334,9 +329,9 @@ def _write(
 def _warn_of_scale(sdata: SpatialData, name: str, stated: float | None, found: float) -> None:
     if stated is not None and abs(found / stated - 1) > _SAME_SCALE:
         warnings.warn(
-            f"Image {name!r} of section {contract.sample(sdata)!r} is stated to have {stated:.4g} µm a pixel; laid on "
-            f"the other image it has {found:.4g}. Pass `mpp={found:.4g}` to its reader if that is right: the sizes of "
-            "tiles and spots follow from it.",
+            f"Image {name!r} of section {contract.sample(sdata)!r} is stated to have {stated:.4g} µm per pixel. "
+            f"Registration found {found:.4g}. If that is right, pass `mpp={found:.4g}` to its reader, because the "
+            "sizes of tiles and spots depend on it.",
             UserWarning,
             stacklevel=3,
         )

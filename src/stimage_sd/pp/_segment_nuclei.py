@@ -1,4 +1,4 @@
-"""Nuclei of the H&E as polygons: by a watershed, by Cellpose, or by a function of yours."""
+"""Segment the nuclei of the H&E into polygons by a watershed, by Cellpose or by a user's function."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd._nuclei_blocks import LabelFunction, Nuclei, find_in_blocks, lay_blocks, stitch
-from stimage_sd._slide_region import Region
-from stimage_sd.models._cellpose import CellposeNuclei, cellpose_version
-from stimage_sd.nn.nuclei_watershed import (
-    haematoxylin_histogram,
+from stimage_sd.image.nuclei_watershed import (
+    hematoxylin_histogram,
     nuclei_watershed,
     otsu_of_histogram,
     percentiles_of_histogram,
 )
+from stimage_sd.models._cellpose import CellposeNuclei, check_cellpose
 from stimage_sd.pp._tissue import tissue_mask
-from stimage_sd.stream import run_over_tiles
+from stimage_sd.stream.driver import run_over_tiles
+from stimage_sd.stream.nuclei_blocks import LabelFunction, Nuclei, find_in_blocks, lay_blocks, stitch
+from stimage_sd.stream.region import Region
 
 Method = Literal["watershed", "cellpose"]
 
-#: diameter of a nucleus: µm, and px of an image of unknown resolution (16 on 0.5 µm/px, 32 on 0.25)
+#: default diameter of a nucleus, µm, and in an image of unknown resolution, px (16 px at 0.5 µm/px, 32 px at 0.25)
 _NUCLEUS_UM, _NUCLEUS_PX = 8.0, 24.0
-#: diameter of a nucleus on the working resolution by default, px, and the least one
+#: default and least diameter of a nucleus at the working resolution, px
 _WORKING_PX, _LEAST_PX = 16.0, 4.0
-#: what is seen around a block's core, diameters of a nucleus
+#: margin around a block's core, diameters of a nucleus
 _MARGIN = 4.0
-#: squares that a section's threshold is found on: how many at most, and their side, px of the working resolution
+#: largest number of sample squares for a section's threshold, and their side, px of the working resolution
 _N_SAMPLES, _SAMPLE_PX = 32, 512
 
 
 def segment_nuclei(
-    sdata: SpatialData,
+    data: SpatialData,
     tiles: Sequence[str | int] | None = None,
     method: Method | LabelFunction = "watershed",
     *,
@@ -52,66 +52,66 @@ def segment_nuclei(
     downsample: int | None = None,
     block_size: int = 1024,
     image_key: str | None = None,
-    shapes_key: str = contract.NUCLEI,
-    n_workers: int | None = None,
+    key_added: str = contract.NUCLEI,
+    n_jobs: int | None = None,
 ) -> None:
     """Find the nuclei of the H&E and write their outlines as shapes.
 
-    The slide is worked through block by block, on tissue only. Each nucleus belongs to the block whose core holds its
-    centre, so that one on a border is counted once, and what is found does not depend on the blocks. A run that was
-    interrupted goes on where it stopped.
+    The slide is processed in blocks, on tissue only. A nucleus belongs to the block whose core holds its center. So a
+    nucleus on a border is counted once, and the result does not depend on the blocks. An interrupted run resumes where
+    it stopped.
 
     Parameters
     ----------
-    sdata
-        A section. Nuclei are looked for where its tissue is; where no one has found that, on its tiles, and without
-        tiles the tissue is found first.
+    data
+        A section. Nuclei are sought on its tissue mask, or on its tiles without a mask. Without a mask or tiles, the
+        tissue is found first.
     tiles
-        Names (``obs_names``) or numbers (``instance_id``) of tiles: only nuclei with their centre in one of them, the
-        same ones that are found there without `tiles`.
+        Names (``obs_names``) or numbers (``instance_id``) of tiles. Only nuclei with their center in one of these tiles
+        are written. They are the same nuclei as without `tiles`.
     method
-        ``"watershed"``: colour deconvolution, Otsu's threshold, distance transform, watershed; needs nothing.
-        ``"cellpose"``: Cellpose 3 or 4 on the haematoxylin channel (extra ``nuclei``). Or a function of
-        ``uint8 (batch, y, x, 3)`` to integer labels ``(batch, y, x)``, 0 where there is no nucleus; it must give a
-        picture the same labels whatever else is in the batch. Only one with an attribute ``key``, a string that tells
-        it from others, such as a hash of its weights, can be resumed.
+        ``"watershed"`` uses color deconvolution, Otsu's threshold, a distance transform and a watershed. It needs no
+        extra. ``"cellpose"`` runs Cellpose 4 on the hematoxylin channel (extra ``nuclei``). A function maps
+        ``uint8 (batch, y, x, 3)`` to integer labels ``(batch, y, x)``, with 0 where there is no nucleus. The labels of
+        an image must not depend on the rest of the batch. A run can be resumed only if the function has an attribute
+        ``key``, a string that identifies the function, such as a hash of its weights.
     model
-        For Cellpose, the name of one of its models or the path of a file of weights; by default ``"nuclei"`` of
-        version 3, and version 4's own default.
+        For Cellpose, the name of a model or the path of a weights file. By default Cellpose's own default
+        model.
     threshold
-        For the watershed, Otsu's threshold of haematoxylin (natural-log optical density); by default found once a
-        section, on a sample of its tissue.
+        For the watershed, the threshold of hematoxylin (natural-log optical density). By default Otsu's threshold,
+        found once per section on a sample of its tissue.
     nucleus_px
-        Diameter of a nucleus, about, px of the full resolution; all lengths follow from it. By default 8 µm, and
-        24 px where the section's resolution is unknown.
+        Approximate diameter of a nucleus in full-resolution pixels. All lengths follow from it. By default 8 µm, or
+        24 px if the section's resolution is unknown.
     downsample
-        Nuclei are looked for on an image so many times smaller than the full resolution; by default the whole number
-        that leaves a nucleus of 16 px at least (about 0.5 µm/px). A network wants what it was trained on.
+        Factor between the full resolution and the resolution of the segmentation. By default the whole number that
+        leaves a nucleus at least 16 px wide (about 0.5 µm/px). For a network, match its training resolution.
     block_size
-        Side of a block's core, px of that smaller image.
+        Side of a block's core in downsampled pixels.
     image_key
-        The H&E image, where it is not the section's own.
-    shapes_key
+        The H&E image, if not the section's default.
+    key_added
         Name of the shapes to write.
-    n_workers
-        Threads; all cores by default. An active `dask.distributed` client is used instead.
+    n_jobs
+        Number of threads; all cores by default. An active `dask.distributed` client is used instead.
 
     Returns
     -------
-    Nothing; ``shapes["nuclei"]`` is written: polygons in ``"global"`` (H&E px at full resolution), numbered from 0 from
-    top to bottom, with ``area`` (µm² where the section's resolution is known, else px² of the full resolution),
-    ``eccentricity`` (of the ellipse with the same second moments) and ``haematoxylin`` (mean natural-log optical
+    Nothing. Writes ``shapes["nuclei"]``: polygons in ``"global"`` (H&E px at full resolution), numbered from 0 from top
+    to bottom. Columns are ``area`` (µm², or full-resolution px² if the section's resolution is unknown),
+    ``eccentricity`` (of the ellipse with the same second moments) and ``hematoxylin`` (mean natural-log optical
     density, Ruifrok and Johnston 2001).
 
     Raises
     ------
     ValueError
-        If there are shapes of that name already, no nucleus is found, the image is not 8-bit RGB, an argument is out of
-        its range or belongs to another method, or a function gives no label maps.
+        If shapes of that name exist, no nucleus is found, the image is not 8-bit RGB, an argument is out of range or
+        belongs to another method, or a function returns no label maps.
     KeyError
-        If a tile is none of the section's.
+        If the section has no such tile.
     ModuleNotFoundError
-        If Cellpose is asked for and not installed.
+        If Cellpose is requested and not installed.
 
     Notes
     -----
@@ -129,19 +129,20 @@ def segment_nuclei(
     >>> section.shapes["nuclei"]["area"].round(-1).tolist()
     [50.0, 50.0, 50.0]
     """
-    contract.check_no_shapes(sdata, shapes_key, call="stimage_sd.pp.segment_nuclei")
+    sdata = contract.section(data)
+    contract.check_no_shapes(sdata, key_added, call="stimage_sd.pp.segment_nuclei")
     name = contract.image_name(sdata, image_key)
     contract.check_rgb(sdata, name)
     _check(method, model=model, threshold=threshold)
-    mpp = contract.info(sdata)["mpp"]
+    mpp = contract.mpp(sdata, name)
     diameter = (_NUCLEUS_PX if mpp is None else _NUCLEUS_UM / mpp) if nucleus_px is None else float(nucleus_px)
     step = max(1, int(diameter / _WORKING_PX + 0.1)) if downsample is None else int(downsample)
     _check_sizes(diameter, step, block_size)
-    if contract.TISSUE not in sdata.labels and contract.TILES not in sdata.tables:
+    if not contract.has_tissue(sdata) and contract.TILES not in sdata.tables:
         tissue_mask(sdata, image_key=name)
     where = Region.of(sdata, name, tiles)
     pyramid = contract.levels(sdata, name)
-    run = partial(_sampled_histogram, pyramid, where, nucleus_px=diameter / step, downsample=step, n_workers=n_workers)
+    run = partial(_sampled_histogram, pyramid, where, nucleus_px=diameter / step, downsample=step, n_jobs=n_jobs)
     find, key, found = _method(method, run, model=model, threshold=threshold, nucleus_px=diameter / step)
     height, width = pyramid[0].shape[1:]
     blocks = lay_blocks(width, height, downsample=step, core=block_size, margin=int(np.ceil(_MARGIN * diameter / step)))
@@ -150,16 +151,16 @@ def segment_nuclei(
         blocks.chosen(where.meets(blocks.cores)),
         find,
         key=f"nuclei-{key}",
-        n_workers=n_workers,
+        n_jobs=n_jobs,
         description=f"{contract.sample(sdata)}: nuclei",
     )
-    nuclei = stitch([part.chosen(where.holds(part.centres)) for part in parts])
-    if len(nuclei.centres) == 0:
+    nuclei = stitch([part.chosen(where.holds(part.centers)) for part in parts])
+    if len(nuclei.centers) == 0:
         raise ValueError(
             f"Found no nuclei on {name!r} of section {contract.sample(sdata)!r} ({found or 'by the given method'}; "
             f"nuclei of about {diameter:.0f} px). Is it H&E, and is `nucleus_px=` their diameter?"
         )
-    contract.write_nuclei(sdata, _frame(nuclei, mpp), name=shapes_key)
+    contract.write_shapes(sdata, _frame(nuclei, mpp), name=key_added, image_key=name)
     contract.record(
         sdata,
         "pp.segment_nuclei",
@@ -168,8 +169,8 @@ def segment_nuclei(
         image=name,
         nucleus_px=diameter,
         downsample=step,
-        shapes_key=shapes_key,
-        n_nuclei=len(nuclei.centres),
+        key_added=key_added,
+        n_nuclei=len(nuclei.centers),
         **found,
     )
 
@@ -178,13 +179,13 @@ def _check(method: Method | LabelFunction, *, model: str | Path | None, threshol
     if not (callable(method) or method in ("watershed", "cellpose")):
         raise ValueError(f'Expected `method` to be "watershed", "cellpose" or a function, found {method!r}.')
     if model is not None and method != "cellpose":
-        raise ValueError('`model=` is one of Cellpose\'s: pass it with `method="cellpose"`.')
+        raise ValueError('`model=` belongs to Cellpose. Pass it with `method="cellpose"`.')
     if threshold is not None and method != "watershed":
-        raise ValueError('`threshold=` is the watershed\'s: pass it with `method="watershed"`.')
+        raise ValueError('`threshold=` belongs to the watershed. Pass it with `method="watershed"`.')
     if threshold is not None and not (np.isfinite(threshold) and threshold > 0):
         raise ValueError(f"Expected `threshold` as a positive optical density, found {threshold!r}.")
     if method == "cellpose":
-        cellpose_version()  # before anything is read
+        check_cellpose()  # raise for a missing package before anything is read
 
 
 def _check_sizes(diameter: float, downsample: int, block_size: int) -> None:
@@ -212,9 +213,9 @@ def _method(
     threshold: float | None,
     nucleus_px: float,
 ) -> tuple[LabelFunction, str, dict[str, float]]:
-    """Return the function that gives label maps, what tells it from others, and what was found for it."""
+    """Return the label function, its key, and the values that were fitted for it."""
     if callable(method):
-        # nobody can tell whether a function without a key is the one of the run that was interrupted
+        # a function without a key gets a random one, because it cannot be matched to an interrupted run
         return method, str(getattr(method, "key", uuid.uuid4().hex)), {}
     if method == "cellpose":
         low, high = percentiles_of_histogram(histogram(), (1.0, 99.0))
@@ -227,7 +228,7 @@ def _method(
 
 @dataclass(frozen=True)
 class _Watershed:
-    """`nuclei_watershed` of a batch."""
+    """`nuclei_watershed` on a batch of images."""
 
     threshold: float
     nucleus_px: float
@@ -239,9 +240,9 @@ class _Watershed:
 
 
 def _sampled_histogram(
-    pyramid: list[xr.DataArray], where: Region, *, nucleus_px: float, downsample: int, n_workers: int | None
+    pyramid: list[xr.DataArray], where: Region, *, nucleus_px: float, downsample: int, n_jobs: int | None
 ) -> NDArray[np.float32]:
-    """Haematoxylin on a sample of a section's tissue, whatever blocks and tiles are worked on."""
+    """Return the histogram of hematoxylin on a sample of the tissue, independent of blocks and tiles."""
     height, width = pyramid[0].shape[1:]
     side = max(1, min(_SAMPLE_PX, width // downsample, height // downsample))
     half = side * downsample / 2
@@ -253,21 +254,21 @@ def _sampled_histogram(
         partial(_histograms, nucleus_px=nucleus_px),
         sides=[side * downsample],
         target=side,
-        key=f"haematoxylin-histogram-{nucleus_px:g}",
+        key=f"hematoxylin-histogram-{nucleus_px:g}",
         batch_size=1,
-        n_workers=n_workers,
-        description="haematoxylin",
+        n_jobs=n_jobs,
+        description="hematoxylin",
     )
     return counts.sum(axis=(0, 1))
 
 
 def _histograms(images: NDArray[np.uint8], *, nucleus_px: float) -> NDArray[np.float32]:
-    return np.stack([haematoxylin_histogram(image, nucleus_px=nucleus_px) for image in images])
+    return np.stack([hematoxylin_histogram(image, nucleus_px=nucleus_px) for image in images])
 
 
 def _frame(nuclei: Nuclei, mpp: float | None) -> gpd.GeoDataFrame:
     area = shapely.area(nuclei.outlines) * (1.0 if mpp is None else mpp**2)
     return gpd.GeoDataFrame(
-        {"area": area, "eccentricity": nuclei.eccentricity, "haematoxylin": nuclei.haematoxylin},
+        {"area": area, "eccentricity": nuclei.eccentricity, "hematoxylin": nuclei.hematoxylin},
         geometry=nuclei.outlines,
     )

@@ -1,4 +1,4 @@
-"""Which slides of a cohort are good enough: blur, specks, pen, bubbles, and the tissue that is left."""
+"""Check the quality of a cohort's slides: blur, specks, pen, bubbles and the usable tissue."""
 
 from __future__ import annotations
 
@@ -13,30 +13,28 @@ import dask
 import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
-from spatialdata.models import Labels2DModel
-from spatialdata.transformations import Scale
 from tqdm.auto import tqdm
 
 from stimage_sd import contract
-from stimage_sd.contract._elements import add_microns
-from stimage_sd.nn import quality
+from stimage_sd.image import quality
 from stimage_sd.pp._qc_image import light_and_stain
 from stimage_sd.pp._tissue import grabcut_mask
 
-#: name of the labels, and what their values mean
+#: name of the labels, and the classes of their values
 QUALITY = "quality"
 CLASSES = {"background": 0, "usable": 1, "blurry": 2, "pen": 3, "bubble": 4}
 #: longer side of the working picture of a slide whose resolution is unknown, px
 UNSCALED = 1500
-#: longer side of the picture that the tissue is looked for on, px
+#: longer side of the thumbnail for tissue detection, px
 THUMBNAIL = 1500
-#: less than this share of a slide is no tissue but dust, as in `stimage_sd.pp.tissue_mask`
+#: share of a slide below which tissue counts as dust, as in `stimage_sd.pp.tissue_mask`
 LEAST_TISSUE = 1e-3
-#: rows of the working picture whose sharpness is computed at a time, and as many more on each side as it takes, px
+#: rows of the working picture per sharpness computation, and extra rows on each side, px
 STRIP, HALO = 1024, 32
 
-#: sizes, micrometres: thinnest and smallest pen stroke, shortest rim, largest bubble, smallest and largest speck
-#: (HistoQC's ``removeSmallObjects``: under 64 px at 1.25 x, 8 µm each; a quarter of a nucleus' clump is dirt)
+#: sizes in µm and µm²: width and area of the smallest pen stroke, length of the shortest rim, area of the largest
+#: bubble, areas of the smallest and the largest speck (HistoQC's ``removeSmallObjects``: under 64 px of 8 µm at 1.25 x;
+#: smaller objects than the smallest speck are dirt)
 STROKE_WIDTH, STROKE_AREA = 90.0, 50_000.0
 RIM_LENGTH, BUBBLE_AREA = 400.0, 2.5e7
 SPECK_AREAS = (256.0, 4096.0)
@@ -44,7 +42,7 @@ SPECK_AREAS = (256.0, 4096.0)
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a slide is looked at: which level is read, and how many of its pixels a working pixel spans."""
+    """Plan for reading a slide: level, full-resolution pixels per working pixel, working shape and scale."""
 
     name: str
     level: int
@@ -56,7 +54,7 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Limits:
-    """What a slide must not pass; `None` where a cohort is too small for its percentiles."""
+    """Limits for slides, `None` where a cohort is too small for its percentiles."""
 
     max_blurry: float
     max_regions: float | None = None
@@ -66,84 +64,83 @@ class _Limits:
 def slide_qc(
     data: SpatialData | contract.Cohort,
     *,
-    image_key: str | None = None,
     working_um: float = 2.0,
     max_blurry: float = 0.9,
     max_regions_percentile: float = 97.5,
     min_pixels_percentile: float = 5.0,
     min_cohort: int = 20,
+    image_key: str | None = None,
 ) -> pd.DataFrame:
-    """Measure the quality of slides as HistoQC does, and say which to keep.
+    """Measure the quality of slides as HistoQC does, and decide which slides to keep.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them.
-    image_key
-        The H&E image, where it is not the section's own.
+        A section, or a cohort of sections.
     working_um
-        Micrometres a pixel of the working picture, on which blur is seen: tissue is blurry that is as smooth as if
-        blurred by a Gaussian whose deviation is one working pixel. Pen, bubbles and specks are looked for on a map
-        four times coarser.
+        Micrometers per pixel of the working picture. Tissue is blurry if it is as smooth as after a Gaussian blur with
+        a deviation of one working pixel. Pen, bubbles and specks are detected on a map four times coarser.
     max_blurry
-        A slide is dropped from this ``blurry_fraction`` on.
+        A slide is dropped if its ``blurry_fraction`` reaches this value.
     max_regions_percentile
-        A slide is dropped that has more ``small_regions`` than this percentile of the cohort.
+        A slide is dropped if it has more ``small_regions`` than this percentile of the cohort.
     min_pixels_percentile
-        A slide is dropped that has fewer ``pixels_to_use`` than this percentile of the cohort.
+        A slide is dropped if it has fewer ``pixels_to_use`` than this percentile of the cohort.
     min_cohort
-        Slides a cohort must have for the two percentiles to apply. In a few slides one is always the worst:
-        20 is the least number of which five percent are a slide.
+        Least number of slides for which the two percentiles apply. In a small cohort one slide is always the worst. Of
+        20 slides, five percent are one slide.
+    image_key
+        The H&E image, if not the section's default.
 
     Returns
     -------
-    One row a slide, its index the sample ids:
+    A table with one row per slide, indexed by sample id:
 
     ``blurry_fraction``
-        share of the tissue, pen and bubbles apart, that is blurry (HistoQC ``blurry_removed_percent``);
-        NaN without tissue. See `stimage_sd.nn.quality.blurry` for the rule.
+        share of the tissue outside pen and bubbles that is blurry (HistoQC ``blurry_removed_percent``). NaN without
+        tissue. See `stimage_sd.image.quality.blurry` for the rule.
     ``small_regions``
-        number of specks of tissue of 256 to 4,096 µm² (HistoQC ``small_tissue_removed_num_regions``);
+        number of tissue specks of 256 to 4,096 µm² (HistoQC ``small_tissue_removed_num_regions``)
     ``pixels_to_use``
-        map pixels of tissue that are neither blurry, pen nor bubble (HistoQC ``pixels_to_use``);
+        number of map pixels of tissue that are not blurry, pen or bubble (HistoQC ``pixels_to_use``)
     ``tissue_pixels``, ``pen_pixels``, ``bubble_pixels``
-        map pixels of tissue, and of artefacts on the whole slide. ``bubble`` means thin dark grey lines of
-        at least 400 µm (rims of bubbles, edges of cover slips, hairs) with what they enclose;
+        number of map pixels of tissue, and of artifacts on the whole slide. ``bubble`` covers thin dark gray lines of
+        at least 400 µm (rims of bubbles, edges of cover slips, hairs) and the area that they enclose.
     ``sharpness``
-        median over the tissue of the ratio of edges to detail; about 1.3 to 2.4 in focus, under 0.7 blurry;
-    ``brightness``, ``contrast``, ``haematoxylin``, ``eosin``, ``dark_fraction``
-        light and stain of usable tissue, by squidpy (`squidpy.experimental.im.qc_image`);
+        median ratio of edges to detail over the tissue, about 1.3 to 2.4 in focus and under 0.7 if blurry
+    ``brightness``, ``contrast``, ``hematoxylin``, ``eosin``, ``dark_fraction``
+        light and stain of usable tissue, by squidpy (`squidpy.experimental.im.qc_image`)
     ``pixel_um``
-        micrometres a side of a map pixel; NaN where the resolution is unknown;
+        side of a map pixel in micrometers, NaN if the resolution is unknown
     ``keep``, ``reason``
-        whether to keep the slide, and why not.
+        whether to keep the slide, and the reason if not
 
-    Each section gets its row as ``sdata.attrs["stimage_sd"]["quality"]``, and labels ``quality``, ``uint8 (y, x)``:
-    0 background, 1 usable tissue, 2 blurry, 3 pen, 4 bubble.
+    Writes the row of each section to ``sdata.attrs["stimage_sd"]["quality"]``, and labels ``quality``,
+    ``uint8 (y, x)``: 0 background, 1 usable tissue, 2 blurry, 3 pen, 4 bubble.
 
     Raises
     ------
     KeyError
         If a section has no H&E.
     ValueError
-        If an image is not 8-bit RGB, is coarser than `working_um`, or a threshold is out of range.
+        If an image is not 8-bit RGB or is coarser than `working_um`, or a threshold is out of range.
 
     Warns
     -----
     UserWarning
-        If the percentiles of a cohort mix slides of known and unknown resolution, whose pixels are not alike.
+        If the percentiles of a cohort mix slides of known and unknown resolution, whose pixels are not comparable.
 
     Notes
     -----
     Paper, section 2.10: slides with ``blurry_removed_percent`` >= 0.9, ``small_tissue_removed_num_regions`` over
     the 97.5th or ``pixels_to_use`` under the 5th percentile were left out.
 
-    The tissue is ``labels["tissue"]`` where there is one. A slide whose resolution is unknown is looked at on a
-    picture of 1,500 px; sizes then count a pixel as `working_um`, and only gross blur is seen.
+    The tissue is ``labels["tissue"]`` if these labels exist. A slide of unknown resolution is measured on a picture of
+    1,500 px. Its sizes assume `working_um` per pixel, and only gross blur is detected.
 
-    The coarsest sufficient level of the image is read, a chunk at a time; a working picture takes 0.75 MB a mm².
+    The coarsest sufficient level of the image is read, one chunk at a time. A working picture takes 0.75 MB per mm².
 
-    The labels are drawn by spatialdata-plot:
+    spatialdata-plot draws the labels:
     ``sdata.pl.render_images("he").pl.render_labels("quality", fill_alpha=0.5).pl.show("global")``.
 
     Examples
@@ -175,7 +172,7 @@ def slide_qc(
 
 def _check_thresholds(working_um: float, max_blurry: float, *percentiles: float) -> None:
     if not (np.isfinite(working_um) and working_um > 0):
-        raise ValueError(f"Expected `working_um` to be a positive number of micrometres, found {working_um!r}.")
+        raise ValueError(f"Expected `working_um` to be a positive number of micrometers, found {working_um!r}.")
     if not 0 < max_blurry <= 1:
         raise ValueError(f"Expected `max_blurry` to be over 0 and at most 1, found {max_blurry!r}.")
     for name, value in zip(("max_regions_percentile", "min_pixels_percentile"), percentiles, strict=True):
@@ -184,19 +181,19 @@ def _check_thresholds(working_um: float, max_blurry: float, *percentiles: float)
 
 
 def _plan(sdata: SpatialData, image_key: str | None, working_um: float) -> _Plan:
-    """Check a section and choose what is read of it."""
+    """Check a section and plan which level to read."""
     name = contract.image_name(sdata, image_key)
     contract.check_rgb(sdata, name)
     pyramid = contract.levels(sdata, name)
     height, width = pyramid[0].shape[1:]
-    mpp = contract.info(sdata)["mpp"]
+    mpp = contract.mpp(sdata, name)
     if mpp is not None and mpp > 1.5 * working_um:
         raise ValueError(
-            f"Section {contract.sample(sdata)!r} has {mpp:g} µm a pixel, too coarse to see blur at {working_um:g} µm. "
-            f"Pass `working_um={mpp:g}`, or a finer image."
+            f"Section {contract.sample(sdata)!r} has {mpp:g} µm per pixel, too coarse to see blur at {working_um:g} "
+            f"µm. Pass `working_um={mpp:g}`, or a finer image."
         )
     factor = max(1.0, max(height, width) / UNSCALED if mpp is None else working_um / float(mpp))
-    # whole map pixels, which the working picture is stretched to by less than one of them
+    # round to whole map pixels, so the working picture is stretched by less than one map pixel
     shape = tuple(max(1, round(side / factor / quality.REDUCTION)) * quality.REDUCTION for side in (height, width))
     sufficient = [number for number, level in enumerate(pyramid) if height / level.shape[1] <= 1.01 * factor]
     um = working_um if mpp is None else factor * float(mpp)
@@ -208,14 +205,14 @@ def _n_chunks(sdata: SpatialData, plan: _Plan) -> int:
 
 
 def _measure(sdata: SpatialData, plan: _Plan, bar: tqdm[Any]) -> tuple[dict[str, Any], np.ndarray]:
-    """Return a slide's figures, and the class of each map pixel."""
+    """Return a slide's measurements, and the class of each map pixel."""
     working = _read(sdata, plan, bar)
     edges, detail = _edges(working)
     size = (working.shape[1] // quality.REDUCTION, working.shape[0] // quality.REDUCTION)
     rgb = cv2.resize(working, size, interpolation=cv2.INTER_AREA)
     del working
-    glass, area = quality.glass_colour(rgb), plan.um**2
-    tissue = _tissue(sdata, rgb)
+    glass, area = quality.glass_color(rgb), plan.um**2
+    tissue = _tissue(sdata, plan.name, rgb)
     pen = quality.ink(rgb, glass, thickness=STROKE_WIDTH / plan.um, least_area=STROKE_AREA / area)
     bubble = ~pen & quality.dark_lines(
         rgb,
@@ -248,7 +245,7 @@ def _measure(sdata: SpatialData, plan: _Plan, bar: tqdm[Any]) -> tuple[dict[str,
 
 
 def _read(sdata: SpatialData, plan: _Plan, bar: tqdm[Any]) -> np.ndarray:
-    """Read a level, a row of chunks at a time, into the working picture, ``uint8 (y, x, 3)``."""
+    """Read a level into the working picture, ``uint8 (y, x, 3)``, one row of chunks at a time."""
     level = contract.levels(sdata, plan.name)[plan.level].data
     working = np.empty((*plan.shape, 3), np.uint8)
     rows, columns = (np.concatenate([[0], np.cumsum(chunks)]) for chunks in level.chunks[1:])
@@ -271,31 +268,31 @@ def _read(sdata: SpatialData, plan: _Plan, bar: tqdm[Any]) -> np.ndarray:
 
 
 def _shrink(block: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Average a chunk ``(3, y, x)`` to ``(y, x, 3)`` of `size` (x, y), which may be empty."""
+    """Average a chunk ``(3, y, x)`` down to ``(y, x, 3)`` of `size` (x, y), which may be empty."""
     if 0 in size:
         return np.empty((size[1], size[0], 3), np.uint8)
     return cv2.resize(np.ascontiguousarray(np.moveaxis(block, 0, -1)), size, interpolation=cv2.INTER_AREA)
 
 
 def _edges(working: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute `quality.edge_energy` strip by strip, so that one strip stands in memory as floating numbers."""
+    """Compute `quality.edge_energy` in strips, so that only one strip is in memory as floats."""
     height, width = (side // quality.REDUCTION for side in working.shape[:2])
     edges, detail = np.empty((height, width), np.float32), np.empty((height, width), np.float32)
     for start in range(0, working.shape[0], STRIP):
         stop = min(start + STRIP, working.shape[0])
         top, bottom = max(0, start - HALO), min(stop + HALO, working.shape[0])
-        grey = cv2.cvtColor(working[top:bottom], cv2.COLOR_RGB2GRAY).astype(np.float32) / 255.0
+        gray = cv2.cvtColor(working[top:bottom], cv2.COLOR_RGB2GRAY).astype(np.float32) / 255.0
         kept = slice((start - top) // quality.REDUCTION, (stop - top) // quality.REDUCTION)
         into = slice(start // quality.REDUCTION, stop // quality.REDUCTION)
-        for whole, part in zip((edges, detail), quality.edge_energy(grey), strict=True):
+        for whole, part in zip((edges, detail), quality.edge_energy(gray), strict=True):
             whole[into] = part[kept]
     return edges, detail
 
 
-def _tissue(sdata: SpatialData, rgb: np.ndarray) -> np.ndarray:
-    """Return the section's tissue on the map, found here where `tissue_mask` was not run."""
-    if contract.TISSUE in sdata.labels:
-        mask = contract.tissue(sdata)[0]
+def _tissue(sdata: SpatialData, name: str, rgb: np.ndarray) -> np.ndarray:
+    """Return the section's tissue on the map, detected here if `tissue_mask` was not run."""
+    if contract.has_tissue(sdata):
+        mask = contract.tissue(sdata, name)[0]
     else:
         scale = min(1.0, THUMBNAIL / max(rgb.shape[:2]))
         size = tuple(max(1, round(side * scale)) for side in rgb.shape[1::-1])
@@ -308,7 +305,7 @@ def _tissue(sdata: SpatialData, rgb: np.ndarray) -> np.ndarray:
 def judged(
     table: pd.DataFrame, max_blurry: float, regions_percentile: float, pixels_percentile: float, min_cohort: int
 ) -> pd.DataFrame:
-    """Say which slides to keep, and why not, of a table of what was measured of each before."""
+    """Return a table of measured slides with new ``keep`` and ``reason`` columns."""
     return _with_reasons(table, _limits(table, max_blurry, regions_percentile, pixels_percentile, min_cohort))
 
 
@@ -320,7 +317,7 @@ def _with_reasons(table: pd.DataFrame, limits: _Limits) -> pd.DataFrame:
 def _limits(
     table: pd.DataFrame, max_blurry: float, regions_percentile: float, pixels_percentile: float, min_cohort: int
 ) -> _Limits:
-    """Turn percentiles of a cohort into numbers; `None` where it is too small for them."""
+    """Convert percentiles of a cohort to limits, `None` where the cohort is too small."""
     if len(table) < max(min_cohort, 2):
         return _Limits(max_blurry)
     unscaled = table["pixel_um"].isna()
@@ -340,7 +337,7 @@ def _limits(
 
 
 def _reasons(rows: Iterable[dict[str, Any]], limits: _Limits) -> list[str]:
-    """Say of each slide why it is not kept; nothing where it is."""
+    """Return why each slide is dropped, an empty string for a kept slide."""
     found = []
     for row in rows:
         blurry, regions, pixels = row["blurry_fraction"], row["small_regions"], row["pixels_to_use"]
@@ -360,16 +357,11 @@ def _reasons(rows: Iterable[dict[str, Any]], limits: _Limits) -> list[str]:
 
 
 def _write(sdata: SpatialData, classes: np.ndarray, row: dict[str, Any], limits: _Limits, plan: _Plan) -> None:
-    """Write the labels, the figures and the step into a section."""
+    """Write the labels, the measurements and the step to a section."""
     height, width = contract.levels(sdata, plan.name)[0].shape[1:]
-    downsample = [height / classes.shape[0], width / classes.shape[1]]
-    labels = Labels2DModel.parse(
-        classes, dims=("y", "x"), transformations={"global": Scale(downsample, axes=("y", "x"))}
-    )
-    section = contract.info(sdata)
-    if section["mpp"] is not None:
-        add_microns(labels, float(section["mpp"]))
-    sdata.labels[QUALITY] = labels
+    downsample = (height / classes.shape[0], width / classes.shape[1])
+    contract.check_free(sdata, QUALITY, of="labels")
+    sdata.labels[QUALITY] = contract.pixel_frame(sdata, plan.name).labels(classes, downsample=downsample)
     figures = {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}
-    section["quality"] = contract.plain({**figures, "limits": asdict(limits), "classes": CLASSES})
+    contract.remember(sdata, quality=contract.plain({**figures, "limits": asdict(limits), "classes": CLASSES}))
     contract.record(sdata, "pp.slide_qc", image=plan.name, working_um=plan.um / quality.REDUCTION, **asdict(limits))

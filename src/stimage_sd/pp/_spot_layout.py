@@ -1,9 +1,9 @@
-"""Where pseudo-spots lie: on a lattice within what was measured, or on shapes that are there."""
+"""Lay out pseudo-spots on a lattice within the measured area, or on existing shapes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import geopandas as gpd
 import numpy as np
@@ -11,13 +11,12 @@ import pandas as pd
 import shapely
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
-from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract
-from stimage_sd.nn import aggregation
+from stimage_sd.image import aggregation
 
 Onto = Literal["hex", "grid", "spots"]
-#: a disc that reaches over a border by so much of its diameter touches it from inside: rounding
+#: rounding tolerance for circles that touch the border from inside, share of the diameter
 _ROUNDING = 1e-6
 
 
@@ -28,13 +27,13 @@ class Spots:
     Attributes
     ----------
     shapes
-        Circles or polygons in pixels of the H&E, a row a spot; its index holds the instance ids.
+        Circles or polygons in H&E pixels, one row per spot, indexed by instance id.
     obs
-        A row a spot under its id, with ``array_row`` and ``array_col`` where spots stand in an array.
+        One row per spot, indexed by spot id, with ``array_row`` and ``array_col`` for spots of an array.
     regions
-        The same shapes, to be searched.
+        The same shapes as search regions.
     diameter
-        Diameter of a spot, px; of polygons that of a circle of their median area.
+        Diameter of a spot, px. For polygons, the diameter of a circle of their median area.
     """
 
     shapes: gpd.GeoDataFrame
@@ -44,21 +43,21 @@ class Spots:
 
 
 def lay_lattice(field: shapely.Polygon, *, onto: Literal["hex", "grid"], pitch: float, diameter: float) -> Spots:
-    """Lay circles over a field: a lattice along x and y, its remainder shared by both borders.
+    """Lay a lattice of circles over a field, centered along x and y.
 
     Parameters
     ----------
     field
-        What was measured; circles that do not lie wholly within are left out.
+        The measured area. Circles that do not lie wholly within it are left out.
     onto
-        ``"hex"``: six neighbours at one pitch, rows along x, numbered as Visium's: neighbours in a row are two columns
-        apart, odd rows hold odd columns. ``"grid"``: four neighbours.
+        ``"hex"``: six neighbors at one pitch, with rows along x. Rows and columns are numbered like those of Visium:
+        neighbors in a row are two columns apart, and odd rows hold odd columns. ``"grid"``: four neighbors.
     pitch, diameter
-        Distance of neighbours and size of a circle, in the field's unit, px.
+        Distance between neighbors and diameter of a circle, H&E px.
 
     Returns
     -------
-    The spots. Their ids are made of their centres, so that spots of one id lie at one place.
+    The spots. Ids are built from the centers, so that spots with the same id lie at the same place.
 
     Raises
     ------
@@ -83,44 +82,44 @@ def lay_lattice(field: shapely.Polygon, *, onto: Literal["hex", "grid"], pitch: 
     if onto == "hex":
         in_array = row % 2 == column % 2
         row, column = row[in_array], column[in_array]
-    centres = np.column_stack([axes[0][column], axes[1][row]])
-    inside = shapely.contains_xy(field, centres)
-    inside &= shapely.distance(field.exterior, shapely.points(centres)) >= diameter * (0.5 - _ROUNDING)
+    centers = np.column_stack([axes[0][column], axes[1][row]])
+    inside = shapely.contains_xy(field, centers)
+    inside &= shapely.distance(field.exterior, shapely.points(centers)) >= diameter * (0.5 - _ROUNDING)
     if not inside.any():
         raise ValueError(
-            f"No spot of {diameter:.1f} px fits into what was measured, {highest_x - lowest_x:.1f} x "
+            f"No spot of {diameter:.1f} px fits into the measured area, {highest_x - lowest_x:.1f} x "
             f"{highest_y - lowest_y:.1f} px of the H&E. Is the section's resolution right?"
         )
-    centres, row, column = centres[inside], row[inside], column[inside]
-    names = [f"x{x:.0f}y{y:.0f}" for x, y in centres]
+    centers, row, column = centers[inside], row[inside], column[inside]
+    names = [f"x{x:.0f}y{y:.0f}" for x, y in centers]
     return Spots(
-        shapes=gpd.GeoDataFrame({"radius": np.full(len(centres), diameter / 2)}, geometry=shapely.points(centres)),
+        shapes=gpd.GeoDataFrame({"radius": np.full(len(centers), diameter / 2)}, geometry=shapely.points(centers)),
         obs=pd.DataFrame({"array_row": row, "array_col": column}, index=names),
-        regions=aggregation.circles(centres, diameter / 2),
+        regions=aggregation.circles(centers, diameter / 2),
         diameter=diameter,
     )
 
 
 def existing_spots(sdata: SpatialData, name: str) -> Spots:
-    """Take the shapes of a section, circles or polygons, as they are.
+    """Return existing circles or polygons of a section as spots.
 
-    Spots have the ids of the table that annotates them, so that what is aggregated matches tiles that were laid
-    on them; shapes without a table have their index.
+    Spots have the ids of the table that annotates the shapes, so that the result matches tiles laid on them. Without a
+    table the ids are the index of the shapes.
 
     Raises
     ------
     ValueError
-        If they are neither circles nor polygons, or circles that their transformation makes ellipses.
+        If the shapes are neither circles nor polygons, or their transformation turns circles into ellipses.
     """
     element = sdata.shapes[name]
     if len(element) == 0:
         raise ValueError(f"Expected shapes to aggregate onto, found none in {name!r}.")
-    matrix = global_matrix(sdata, name, element)
+    matrix = contract.pixel_frame(sdata).matrix(element, name)
     kinds = set(element.geom_type)
-    geometry = shapely.transform(element.geometry.to_numpy(), lambda xy: xy @ matrix[:, :2].T + matrix[:, 2])
+    geometry = shapely.transform(element.geometry.to_numpy(), lambda points: contract.apply(matrix, points))
     shapes = gpd.GeoDataFrame(geometry=geometry, index=element.index)
     if kinds == {"Point"} and "radius" in element:
-        scales = np.linalg.svd(matrix[:, :2], compute_uv=False)
+        scales = np.linalg.svd(matrix[:2, :2], compute_uv=False)
         if scales[0] - scales[1] > 1e-3 * scales[0]:
             raise ValueError(f"The transformation of {name!r} makes its circles ellipses. Pass polygons instead.")
         shapes["radius"] = element["radius"].to_numpy(dtype=np.float64) * np.sqrt(scales.prod())
@@ -138,31 +137,13 @@ def annotating(sdata: SpatialData, name: str) -> list[str]:
     """Return the names of the tables that annotate an element."""
     found = []
     for table_name, table in sdata.tables.items():
-        region = table.uns.get(TableModel.ATTRS_KEY, {}).get(TableModel.REGION_KEY)
-        if name == region or (isinstance(region, list) and name in region):
+        if name in contract.regions_of(table):
             found.append(table_name)
     return found
 
 
-def global_matrix(sdata: SpatialData, name: str, element: Any) -> np.ndarray:
-    """Return the ``(2, 3)`` matrix from an element's own ``(x, y, 1)`` to pixels of the H&E.
-
-    Raises
-    ------
-    ValueError
-        If the element is not placed on the H&E.
-    """
-    if "global" not in get_transformation(element, get_all=True):
-        raise ValueError(
-            f"{name!r} of section {contract.sample(sdata)!r} is not placed on its H&E yet. Run "
-            "`stimage_sd.pp.register(sdata)`, or pass the reader the alignment."
-        )
-    matrix = get_transformation(element, to_coordinate_system="global").to_affine_matrix(("x", "y"), ("x", "y"))
-    return np.ascontiguousarray(matrix[:2], dtype=np.float64)
-
-
 def placed_box(low: np.ndarray, high: np.ndarray, matrix: np.ndarray) -> shapely.Polygon:
-    """Return a box, from its lowest to its highest x and y, where a ``(2, 3)`` matrix puts it."""
+    """Return the box from `low` to `high` (x, y), transformed by a ``(2, 3)`` matrix."""
     corners = shapely.get_coordinates(shapely.box(*low, *high))
     return shapely.Polygon(corners @ matrix[:, :2].T + matrix[:, 2])
 
@@ -173,11 +154,11 @@ def _rings(shape: shapely.Polygon | shapely.MultiPolygon) -> list[np.ndarray]:
 
 
 def _annotated(sdata: SpatialData, name: str) -> pd.DataFrame:
-    """A row for each of some shapes: what the first table that annotates all of them knows of the array."""
+    """Return one row per shape, with the array positions of the first table that annotates all shapes."""
     index = sdata.shapes[name].index
     for table_name in annotating(sdata, name):
         obs = sdata.tables[table_name].obs
-        keys = sdata.tables[table_name].uns[TableModel.ATTRS_KEY]
+        keys = contract.keys_of(sdata.tables[table_name])
         own = obs[obs[keys[TableModel.REGION_KEY_KEY]] == name]
         where = pd.Index(own[keys[TableModel.INSTANCE_KEY]]).get_indexer(index)
         if (where >= 0).all():

@@ -1,4 +1,4 @@
-"""Stain normalisation: fitted once a section on a thumbnail, applied a chunk at a time when asked."""
+"""Normalize stains: fit once per section on a thumbnail, then apply lazily to each chunk."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._files import replacing
+from stimage_sd.image import stain
 from stimage_sd.io._raster import open_raster, raster_from_array
-from stimage_sd.nn import stain
 from stimage_sd.pp._stain_fit import fit_stain_matrix
 from stimage_sd.pp._tissue import otsu_mask, tissue_mask
 
 StainMethod = Literal["vahadane", "macenko", "reinhard"]
 METHODS = ("vahadane", "macenko", "reinhard")
-#: longest side of the thumbnail that stains are fitted on, px
+#: longest side of the thumbnail for the stain fit, px
 _FIT_SIDE = 1024
 
 
 @dataclass(frozen=True)
 class StainReference:
-    """How a section is stained: what another section can be normalised to.
+    """Fitted staining of a section, to which other sections can be normalized.
 
     Attributes
     ----------
@@ -35,11 +36,11 @@ class StainReference:
     white_point
         ``(3,)`` intensity of unstained glass.
     stain_matrix
-        ``(3, 3)`` optical densities of haematoxylin, eosin and the residual, as columns (not Reinhard).
+        ``(3, 3)`` optical densities of hematoxylin, eosin and the residual, as columns (not for Reinhard).
     concentrations
-        ``(2,)`` 99th percentiles of haematoxylin and eosin over tissue (not Reinhard).
+        ``(2,)`` 99th percentiles of hematoxylin and eosin over tissue (not for Reinhard).
     mean, deviation
-        ``(3,)`` statistics of l, alpha, beta over tissue (Reinhard alone).
+        ``(3,)`` statistics of l, alpha, beta over tissue (only for Reinhard).
     """
 
     method: StainMethod
@@ -49,18 +50,24 @@ class StainReference:
     mean: tuple[float, ...] | None = None
     deviation: tuple[float, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError` if the two stains cannot be told apart."""
+        if self.stain_matrix is not None and self.concentrations is not None:
+            _refuse_one_stain(np.array(self.stain_matrix, float), np.array(self.concentrations, float))
+
     def save(self, path: str | Path) -> None:
         """Write the reference as JSON."""
-        Path(path).write_text(json.dumps(asdict(self), indent=1))
+        with replacing(Path(path)) as complete:
+            complete.write_text(json.dumps(asdict(self), indent=1))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> StainReference:
-        """Make a reference from what `save` wrote.
+        """Return a reference from the content that `save` wrote.
 
         Raises
         ------
         ValueError
-            If something that the method needs is missing, or of another shape.
+            If a field of the method is missing or has another shape, or the two stains cannot be told apart.
         """
         shapes = _SHAPES.get(content.get("method"), {})
         unknown = set(content) - set(cls.__dataclass_fields__)
@@ -70,7 +77,7 @@ class StainReference:
         return cls(**{key: _tuples(value) for key, value in content.items()})
 
 
-#: what a reference of each method has, and of which shape
+#: fields of a reference and their shapes, by method
 _SHAPES: dict[Any, dict[str, tuple[int, ...]]] = {
     "vahadane": {"white_point": (3,), "stain_matrix": (3, 3), "concentrations": (2,)},
     "macenko": {"white_point": (3,), "stain_matrix": (3, 3), "concentrations": (2,)},
@@ -85,45 +92,46 @@ def stain_normalize(
     method: StainMethod = "vahadane",
     concentrations: Literal["match", "keep"] = "match",
     image_key: str | None = None,
-    image_key_added: str = contract.NORMALIZED,
+    key_added: str = contract.NORMALIZED,
 ) -> StainReference:
-    """Give a section the staining of a reference; adds a lazy image element, computes nothing in full.
+    """Normalize the stains of a section to a reference, and add the result as a lazy image.
 
-    The section's stains are fitted on tissue pixels of a thumbnail (by squidpy's `fit_stain_reference`
-    for Vahadane and Macenko), against the section's own white point, so that a bright and a dim scan of
-    one slide agree. The transfer is then a closed form of each pixel, applied to a chunk when it is read.
+    Stains are fitted on tissue pixels of a thumbnail (with squidpy's `fit_stain_reference` for Vahadane and Macenko).
+    They are fitted against the section's own white point, so that a bright and a dim scan of one slide agree. The
+    transfer is a closed form per pixel. A chunk is transformed when it is read.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them.
+        A section, or a cohort of sections.
     reference
-        What to normalise to: a section, an image (array or file), a `StainReference`, or the path of a
-        saved one. `None`: the first section of `data` itself.
+        The target: a section, an image (array or file), a `StainReference`, or the path of a saved reference. `None`
+        uses the first section of `data`.
     method
-        ``"vahadane"`` (sparse non-negative factorisation, the paper's), ``"macenko"`` (angles in the plane
-        of the two largest singular vectors) or ``"reinhard"`` (mean and deviation in l, alpha, beta).
+        ``"vahadane"`` (sparse non-negative factorization, as in the paper), ``"macenko"`` (angles in the plane of the
+        two largest singular vectors) or ``"reinhard"`` (mean and deviation in l, alpha, beta).
     concentrations
-        ``"match"``: scale haematoxylin and eosin by the ratio of the 99th percentiles, as StainTools does;
-        ``"keep"``: change the stains' colours alone, as squidpy does.
+        ``"match"`` scales hematoxylin and eosin by the ratio of the 99th percentiles, as StainTools does. ``"keep"``
+        changes only the colors of the stains, as squidpy does.
     image_key
-        The H&E image, where it is not the section's own.
-    image_key_added
-        Name of the image element that is added (or replaced).
+        The H&E image, if not the section's default.
+    key_added
+        Name of the image element to add or replace.
 
     Returns
     -------
-    The reference, to be saved or passed on. ``images[image_key_added]`` is written, ``uint8 (3, y, x)`` at
-    every level of the source, and is what `tile`'s tiles are read from.
+    The reference, to save or to pass on. Writes ``images[key_added]``, ``uint8 (3, y, x)`` at every level of the
+    source. The tiles of `tile` are read from this image.
 
     Raises
     ------
     ValueError
-        If a section has no tissue, its stains cannot be told apart, or the reference is of another method.
+        If a section or the reference has no tissue or only one stain (for any method), or if the reference was fitted
+        by another method.
 
     Notes
     -----
-    Paper, section 2.2, "Vahadane normalisation as the default option".
+    Paper, section 2.2, "Vahadane normalization as the default option".
 
     Examples
     --------
@@ -140,43 +148,36 @@ def stain_normalize(
         raise ValueError(f"Expected `method` to be one of {list(METHODS)}, found {method!r}.")
     if concentrations not in ("match", "keep"):
         raise ValueError(f'Expected `concentrations` to be "match" or "keep", found {concentrations!r}.')
-    if image_key_added in {contract.image_name(sdata, image_key) for sdata in cohort.values()}:
-        raise ValueError(
-            f"Expected `image_key_added` to be another name than that of the H&E itself, found {image_key_added!r}."
-        )
+    if key_added in {contract.image_name(sdata, image_key) for sdata in cohort.values()}:
+        raise ValueError(f"Expected `key_added` to be another name than that of the H&E itself, found {key_added!r}.")
     target = _resolve(reference if reference is not None else next(iter(cohort.values())), method, image_key)
     for sdata in cohort.values():
         name = contract.image_name(sdata, image_key)
         own = fit_section(sdata, method=method, image_key=image_key)
         convert = _transfer(own, target, concentrations)
         pyramid = [convert(level.data) for level in contract.levels(sdata, name)]
-        if image_key_added in sdata.images:
-            del sdata.images[image_key_added]
-        sdata.images[image_key_added] = contract.derive_image(sdata, name, pyramid)
-        section = contract.info(sdata)
-        section["normalized_image"] = image_key_added
-        section["stain"] = {
-            "method": method,
-            "concentrations": concentrations,
-            "reference": contract.plain(asdict(target)),
-        }
+        if key_added in sdata.images:
+            del sdata.images[key_added]
+        sdata.images[key_added] = contract.derive_image(sdata, name, pyramid)
+        how = {"method": method, "concentrations": concentrations, "reference": contract.plain(asdict(target))}
+        contract.remember(sdata, normalized_image=key_added, stain=how)
         contract.record(sdata, "pp.stain_normalize", image=name, method=method, concentrations=concentrations)
     return target
 
 
 def fit_section(sdata: SpatialData, *, method: StainMethod, image_key: str | None = None) -> StainReference:
-    """Fit how a section is stained, on the tissue pixels of a thumbnail; finds the tissue where no one has."""
+    """Fit a section's staining on the tissue pixels of a thumbnail, after finding the tissue if needed."""
     name = contract.image_name(sdata, image_key)
     contract.check_rgb(sdata, name)
-    if contract.TISSUE not in sdata.labels:
+    if not contract.has_tissue(sdata):
         tissue_mask(sdata, image_key=image_key)
     thumbnail, _ = contract.thumbnail(sdata, name, max_side=_FIT_SIDE)
-    mask, _ = contract.tissue(sdata)
+    mask, _ = contract.tissue(sdata, name)
     return fit_thumbnail(thumbnail, _nearest(mask, thumbnail.shape[:2]), method=method)
 
 
 def fit_thumbnail(thumbnail: np.ndarray, mask: np.ndarray, *, method: StainMethod) -> StainReference:
-    """Fit how an image is stained.
+    """Fit the staining of an image.
 
     Parameters
     ----------
@@ -189,7 +190,7 @@ def fit_thumbnail(thumbnail: np.ndarray, mask: np.ndarray, *, method: StainMetho
 
     Returns
     -------
-    The image's own reference.
+    The fitted reference.
 
     Raises
     ------
@@ -201,18 +202,44 @@ def fit_thumbnail(thumbnail: np.ndarray, mask: np.ndarray, *, method: StainMetho
     white = white_point(thumbnail, mask)
     pixels = thumbnail[mask]
     if method == "reinhard":
+        _check_two_stains(thumbnail, mask, pixels, white)
         lab = stain.tissue_lab(pixels)
         return StainReference(
             method, _tuples(white), mean=_tuples(lab.mean(axis=0)), deviation=_tuples(lab.std(axis=0))
         )
     matrix = fit_stain_matrix(thumbnail, mask, method=method, white_point=white)
-    amounts = stain.optical_density(pixels, white) @ np.linalg.inv(matrix).T
-    strength = np.maximum(np.percentile(amounts[:, :2], 99, axis=0), 1e-6)
+    strength = _amounts(pixels, matrix, white)
     return StainReference(method, _tuples(white), stain_matrix=_tuples(matrix), concentrations=_tuples(strength))
 
 
+def _amounts(pixels: np.ndarray, matrix: np.ndarray, white: np.ndarray) -> np.ndarray:
+    """Return the 99th percentiles of hematoxylin and eosin over tissue."""
+    amounts = stain.optical_density(pixels, white) @ np.linalg.inv(matrix).T
+    return np.maximum(np.percentile(amounts[:, :2], 99, axis=0), 1e-6)
+
+
+def _check_two_stains(thumbnail: np.ndarray, mask: np.ndarray, pixels: np.ndarray, white: np.ndarray) -> None:
+    """Raise if the tissue has only one stain. Other failures of the fit do not matter for Reinhard's method."""
+    try:
+        matrix = fit_stain_matrix(thumbnail, mask, method="macenko", white_point=white)
+    except ValueError:
+        if (pixels.std(axis=0) < 1).all():
+            raise ValueError("Expected tissue in two stains, found one color alone. Is it an H&E image?") from None
+        return
+    _refuse_one_stain(matrix, _amounts(pixels, matrix, white))
+
+
+def _refuse_one_stain(matrix: np.ndarray, amounts: np.ndarray) -> None:
+    why = stain.why_inseparable(matrix, amounts)
+    if why is not None:
+        raise ValueError(
+            f"Expected tissue in two stains, found that hematoxylin and eosin cannot be told apart: {why}. No method "
+            "can normalize such a section. Use it unnormalized, or crop it to an area with both stains."
+        )
+
+
 def white_point(thumbnail: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Intensity of unstained glass: the median off tissue, or the brightest pixels where all is tissue.
+    """Return the intensity of glass: the median off tissue, or the brightest pixels if there is no glass.
 
     Parameters
     ----------
@@ -226,7 +253,7 @@ def white_point(thumbnail: np.ndarray, mask: np.ndarray) -> np.ndarray:
     ``float64 (3,)``.
     """
     glass = thumbnail[~mask]
-    # pen, dust and shadows are off tissue too: what is darker than the tissue's bright end is no glass
+    # pen, dust and shadows are off tissue too, so pixels darker than the brightest tissue are not glass
     bright = glass[glass.mean(axis=1) >= np.percentile(thumbnail[mask].mean(axis=1), 90)] if mask.any() else glass
     if len(bright) >= 0.005 * mask.size:
         return np.median(bright, axis=0).astype(np.float64)
@@ -234,7 +261,7 @@ def white_point(thumbnail: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _resolve(reference: Any, method: StainMethod, image_key: str | None) -> StainReference:
-    """Turn whatever the user gave into a fitted reference of the method asked for."""
+    """Convert the user's reference to a fitted reference of the requested method."""
     if isinstance(reference, SpatialData):
         return fit_section(reference, method=method, image_key=image_key)
     if isinstance(reference, Mapping):
@@ -263,7 +290,7 @@ def _read_reference(path: Path) -> StainReference:
 
 
 class _Convert:
-    """A lazy map over an image level; a class, so that dask names equal transfers alike."""
+    """Lazy map over an image level. As a class, equal transfers get equal dask names."""
 
     def __init__(self, function: Any, **parameters: Any) -> None:
         self.function = function
@@ -298,7 +325,7 @@ def _nearest(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _tuples(value: Any) -> Any:
-    """Nested tuples of plain floats, so that references compare equal and serialise as they are."""
+    """Return nested tuples of plain floats, so that references compare equal and serialize."""
     if isinstance(value, str) or value is None:
         return value
     return tuple(float(item) if np.ndim(item) == 0 else _tuples(item) for item in value)

@@ -1,4 +1,4 @@
-"""Stain matrices by squidpy: the one file that knows squidpy's experimental stain functions."""
+"""Fit stain matrices with squidpy. Only this file calls squidpy's experimental stain functions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import squidpy as sq
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel
 
-#: tissue pixels a fit looks at; more change the stain vectors by less than half a degree
+#: largest number of tissue pixels for a fit; more pixels change the stain vectors by less than half a degree
 _MOST_PIXELS = 60_000
 
 
 def fit_stain_matrix(thumbnail: np.ndarray, mask: np.ndarray, *, method: str, white_point: np.ndarray) -> np.ndarray:
-    """Fit haematoxylin and eosin on tissue pixels by squidpy's `experimental.im.fit_stain_reference`.
+    """Fit hematoxylin and eosin on tissue pixels with squidpy's `experimental.im.fit_stain_reference`.
 
     Parameters
     ----------
@@ -27,12 +27,12 @@ def fit_stain_matrix(thumbnail: np.ndarray, mask: np.ndarray, *, method: str, wh
 
     Returns
     -------
-    ``float64 (3, 3)``: unit optical densities of haematoxylin, eosin and the residual, as columns.
+    Unit optical densities of hematoxylin, eosin and the residual as columns, ``float64 (3, 3)``.
 
     Raises
     ------
     ValueError
-        If the two stains cannot be told apart or are far from haematoxylin and eosin.
+        If the two stains cannot be told apart or are far from hematoxylin and eosin.
     """
     pixels = thumbnail[mask]
     if len(pixels) > _MOST_PIXELS:

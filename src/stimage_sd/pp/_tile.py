@@ -1,14 +1,12 @@
-"""Where the tiles lie: one a spot, or a grid over the tissue."""
+"""Lay out tiles: one per spot, or a grid over the tissue."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import warnings
+from typing import Literal
 
-import anndata as ad
-import geopandas as gpd
 import numpy as np
 import pandas as pd
-import shapely
 from scipy.ndimage import map_coordinates
 from spatialdata import SpatialData
 
@@ -16,8 +14,10 @@ from stimage_sd import contract
 from stimage_sd.pp._tissue import tissue_mask
 
 Layout = Literal["spots", "grid"]
-#: a smaller share of tissue is rounding, not tissue
+#: share of tissue up to which a tile counts as empty, because of rounding
 _TOUCHES = 1e-6
+#: share of spots off the image above which their coordinates must belong to another image or scale
+_MOST_OUTSIDE = 0.2
 
 
 def tile(
@@ -32,42 +32,42 @@ def tile(
     shapes_key: str | None = None,
     table_key: str | None = None,
 ) -> None:
-    """Lay square tiles over a section: around its spots, or as a grid over its tissue.
+    """Lay square tiles over a section, around its spots or as a grid over its tissue.
 
-    No pixel is read: tiles are cut when they are needed, borders reflected.
+    No pixels are read here. Tiles are cut when they are needed, with reflected borders.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them. The tissue is found first where no one has.
+        A section, or a cohort of sections. The tissue is found first if needed.
     layout
-        ``"spots"``: a tile centred on each spot. ``"grid"``: side by side over the tissue; those that touch
-        none are left out. By default spots where the section has any, measured or made by
-        `stimage_sd.pp.aggregate`; a grid where it has none, or cells or bins only.
+        ``"spots"`` centers a tile on each spot. ``"grid"`` lays tiles side by side over the tissue and leaves out tiles
+        without tissue. The default is ``"spots"`` if the section has spots, measured or made by
+        `stimage_sd.pp.aggregate`. Without spots, or with only cells or bins, it is ``"grid"``.
     size_um
-        Side of a tile in micrometres. By default the spot's own diameter, as in the paper. A model of another
-        platform's tiles wants theirs here: 55 for one trained on Visium, 100 for one trained on legacy ST.
+        Side of a tile in micrometers. By default the diameter of the spots, as in the paper. To use a model of another
+        platform, pass the tile size of that platform: 55 for Visium, 100 for legacy ST.
     stride_um
-        Distance of neighbouring tiles of a grid in micrometres; by default their side.
+        Distance between neighboring tiles of a grid in micrometers. By default the side of a tile.
     target_px
         Side in pixels to which tiles are resampled for an extractor that takes any size.
     min_tissue
-        Tiles with a smaller share of tissue are kept but marked ``keep=False``.
+        Least share of tissue. Tiles with less stay in the table with ``keep=False``.
     image_key, shapes_key, table_key
-        Names of the H&E, the spots and the counts, where they are not the section's own.
+        Names of the H&E, the spots and the counts, if not the section's defaults.
 
     Returns
     -------
-    Nothing; ``shapes["tile_squares"]`` and ``tables["tiles"]`` are written (replacing earlier ones): ``obs`` has
-    ``x``, ``y`` (centre, H&E px), ``tissue_fraction``, ``keep`` and, on spots, ``spot_id``.
+    Nothing. Writes ``shapes["tile_squares"]`` and ``tables["tiles"]`` and replaces earlier ones. ``obs`` has ``x``,
+    ``y`` (center, H&E px), ``tissue_fraction``, ``keep`` and, on spots, ``spot_id``.
 
     Raises
     ------
     ValueError
-        If micrometres are asked for and the resolution is unknown, spots lie outside the image, or no
-        tile has enough tissue.
+        If a size in micrometers is requested and the resolution is unknown, more than 20 % of the spots lie outside an
+        image that was not cropped, or no tile has enough tissue.
     KeyError
-        If the layout is ``"spots"`` and nothing was measured on the section.
+        If the layout is ``"spots"`` and the section has no measurements.
 
     Notes
     -----
@@ -88,26 +88,22 @@ def tile(
         raise ValueError(f"Expected `target_px` of at least 1, found {target_px}.")
     if stride_um is not None and not stride_um > 0:
         raise ValueError(f"Expected `stride_um` to be positive, found {stride_um}.")
+    if layout not in (None, "spots", "grid"):
+        raise ValueError(f'Expected `layout` to be "spots" or "grid", found {layout!r}.')
     for sdata in contract.sections(data).values():
         name = contract.image_name(sdata, image_key)
         chosen = layout or ("spots" if contract.stands_on_spots(sdata, shapes_key, table_key) else "grid")
-        if chosen not in ("spots", "grid"):
-            raise ValueError(f'Expected `layout` to be "spots" or "grid", found {layout!r}.')
-        mpp = contract.require_mpp(sdata, purpose="`size_um=`") if size_um is not None else None
-        side = (
-            size_um / mpp if size_um is not None and mpp is not None else _spot_diameter(sdata, shapes_key, table_key)
-        )
-        if not side > 0:
-            raise ValueError(f"Expected tiles of a positive size, found {side} px.")
+        side = _side(sdata, name, size_um, shapes_key, table_key)
         height, width = contract.levels(sdata, name)[0].shape[1:]
         if chosen == "spots":
-            obs = _on_spots(sdata, table_key, width=width, height=height)
+            obs = _on_spots(sdata, name, shapes_key, table_key, width=width, height=height)
         else:
-            stride = side if stride_um is None else stride_um / contract.require_mpp(sdata, purpose="`stride_um=`")
-            obs = _grid(width, height, side=side, stride=stride)
-        if contract.TISSUE not in sdata.labels:
+            mpp = None if stride_um is None else contract.require_mpp(sdata, purpose="`stride_um=`", image_key=name)
+            obs = _grid(width, height, side=side, stride=side if stride_um is None or mpp is None else stride_um / mpp)
+        if not contract.has_tissue(sdata):
             tissue_mask(sdata, image_key=image_key)
-        obs["tissue_fraction"] = tissue_fraction(*contract.tissue(sdata), obs[["x", "y"]].to_numpy(), side=side)
+        mask, downsample = contract.tissue(sdata, name)
+        obs["tissue_fraction"] = tissue_fraction(mask, downsample, obs[["x", "y"]].to_numpy(), side=side)
         if chosen == "grid":
             obs = obs[obs["tissue_fraction"] > _TOUCHES].reset_index(drop=True)
         obs["keep"] = obs["tissue_fraction"] >= min_tissue
@@ -117,23 +113,45 @@ def tile(
                 f"{obs['tissue_fraction'].max():.0%}). Lower `min_tissue=` or look at `labels['tissue']`."
             )
         tiling = {"layout": chosen, "side_px": float(side), "target_px": int(target_px)}
-        if contract.info(sdata)["mpp"] is not None:
-            tiling["size_um"] = float(side * contract.info(sdata)["mpp"])
-        _write(sdata, obs, tiling)
+        mpp = contract.mpp(sdata, name)
+        if mpp is not None:
+            tiling["size_um"] = float(side * mpp)
+        contract.write_tiles(sdata, obs, tiling, image_key=name)
         contract.record(sdata, "pp.tile", min_tissue=min_tissue, **tiling)
+
+
+def _side(
+    sdata: SpatialData, image: str, size_um: float | None, shapes_key: str | None, table_key: str | None
+) -> float:
+    """Return the side of the tiles, px: the requested size, else the spots' diameter."""
+    if size_um is not None:
+        side = size_um / contract.require_mpp(sdata, purpose="`size_um=`", image_key=image)
+    elif shapes_key is None and not contract.has_places(sdata):
+        raise ValueError(
+            f"Section {contract.sample(sdata)!r} has no spots to take the tiles' size from. "
+            "Pass `size_um=`, such as 55 for the size of a Visium spot."
+        )
+    else:
+        units = contract.find_units(sdata, shapes_key=shapes_key, table_key=table_key)
+        if units.shapes not in sdata.shapes or "radius" not in sdata.shapes[units.shapes]:
+            raise ValueError("The measured units are no circles, so they have no diameter. Pass `size_um=`.")
+        side = units.diameter(sdata, image)
+    if not side > 0:
+        raise ValueError(f"Expected tiles of a positive size, found {side} px.")
+    return side
 
 
 def tissue_fraction(
     mask: np.ndarray, downsample: tuple[float, float], centers: np.ndarray, *, side: float
 ) -> np.ndarray:
-    """Share of each tile that lies on tissue, exact for boxes that cut mask pixels.
+    """Return the share of tissue per tile, exact for tiles that cut mask pixels.
 
     Parameters
     ----------
     mask
         ``bool (y, x)``.
     downsample
-        Full-resolution pixels a mask pixel spans, along y and x.
+        Full-resolution pixels per mask pixel, along y and x.
     centers
         ``(n_tiles, 2)`` x and y, full-resolution px.
     side
@@ -141,7 +159,7 @@ def tissue_fraction(
 
     Returns
     -------
-    ``float64 (n_tiles,)``, 0 to 1; what lies off the image is no tissue.
+    ``float64 (n_tiles,)``, 0 to 1. Area off the image does not count as tissue.
 
     Examples
     --------
@@ -162,35 +180,34 @@ def tissue_fraction(
     return np.clip(area * downsample[0] * downsample[1] / side**2, 0, 1)
 
 
-def _spot_diameter(sdata: SpatialData, shapes_key: str | None, table_key: str | None) -> float:
-    try:
-        spots = sdata.shapes[contract.units_name(sdata, shapes_key, table_key)]
-    except KeyError as error:
-        raise ValueError(
-            f"Section {contract.sample(sdata)!r} has no spots to take the tiles' size from. "
-            "Pass `size_um=`, such as 55 for the size of a Visium spot."
-        ) from error
-    if "radius" not in spots:
-        raise ValueError("The measured units are no circles, so they have no diameter. Pass `size_um=`.")
-    return 2 * float(np.median(spots["radius"]))
-
-
-def _on_spots(sdata: SpatialData, table_key: str | None, *, width: int, height: int) -> pd.DataFrame:
-    units = contract.measured(sdata, table_key=table_key)
-    centers = np.asarray(units.obsm["spatial"], dtype=np.float64)
+def _on_spots(
+    sdata: SpatialData, image: str, shapes_key: str | None, table_key: str | None, *, width: int, height: int
+) -> pd.DataFrame:
+    units = contract.find_units(sdata, shapes_key=shapes_key, table_key=table_key)
+    centers = units.positions(sdata, image)
     inside = (centers >= 0) & (centers < [width, height])
-    outside = np.logical_not(inside.all(axis=1))  # so that NaN is outside too
-    if outside.any():
+    outside = np.logical_not(inside.all(axis=1))  # negate `inside`, so that NaN counts as outside
+    cropped = contract.was_cropped(sdata, image)
+    if outside.all() or (outside.mean() > _MOST_OUTSIDE and not cropped):
         raise ValueError(
             f"{int(outside.sum())} of {len(outside)} spots lie outside the image of {width} x {height} px, such as "
-            f"{units.obs_names[np.argmax(outside)]!r} at {centers[np.argmax(outside)].round(1).tolist()}. "
+            f"{units.names[int(np.argmax(outside))]!r} at {centers[np.argmax(outside)].round(1).tolist()}. "
             "Do the coordinates belong to another image or resolution?"
         )
-    return pd.DataFrame({"x": centers[:, 0], "y": centers[:, 1], "spot_id": units.obs_names.astype(str)})
+    if outside.any():
+        warnings.warn(
+            f"{int(outside.sum())} of {len(outside)} spots of section {contract.sample(sdata)!r} lie outside its "
+            f"{'cropped ' if cropped else ''}image and get no tile, such as "
+            f"{units.names[int(np.argmax(outside))]!r} at {centers[np.argmax(outside)].round(1).tolist()}.",
+            UserWarning,
+            stacklevel=3,
+        )
+    names = units.names.astype(str)
+    return pd.DataFrame({"x": centers[~outside, 0], "y": centers[~outside, 1], "spot_id": names[~outside]})
 
 
 def _grid(width: int, height: int, *, side: float, stride: float) -> pd.DataFrame:
-    """Tiles that lie wholly on the image, row by row; a remainder is shared by both borders."""
+    """Return centers of tiles that lie wholly on the image, row by row, with equal margins at opposite borders."""
     if side > min(width, height):
         raise ValueError(
             f"Expected tiles smaller than the image of {width} x {height} px, found a side of {side:.0f} px."
@@ -199,19 +216,3 @@ def _grid(width: int, height: int, *, side: float, stride: float) -> pd.DataFram
     x = side / 2 + (width - side - (columns - 1) * stride) / 2 + stride * np.arange(columns)
     y = side / 2 + (height - side - (rows - 1) * stride) / 2 + stride * np.arange(rows)
     return pd.DataFrame({"x": np.tile(x, rows), "y": np.repeat(y, columns)})
-
-
-def _write(sdata: SpatialData, obs: pd.DataFrame, tiling: dict[str, Any]) -> None:
-    centers, half = obs[["x", "y"]].to_numpy(), tiling["side_px"] / 2
-    squares = shapely.box(*(centers - half).T, *(centers + half).T)
-    obs.insert(0, contract.INSTANCE_KEY, np.arange(len(obs)))
-    obs.index = [f"tile_{number}" for number in range(len(obs))]
-    table = ad.AnnData(X=np.zeros((len(obs), 0), dtype=np.float32), obs=obs)
-    table.obsm["spatial"] = centers.copy()
-    table.uns["tiling"] = tiling
-    sdata.tables.pop(contract.TILES, None)
-    sdata.shapes.pop(contract.TILE_SQUARES, None)
-    sdata.shapes[contract.TILE_SQUARES] = contract.build_shapes(
-        gpd.GeoDataFrame(geometry=squares), mpp=contract.info(sdata)["mpp"]
-    )
-    sdata.tables[contract.TILES] = contract.annotate(table, region=contract.TILE_SQUARES)

@@ -1,4 +1,4 @@
-"""Where the tissue is: a mask from a thumbnail."""
+"""Find the tissue of a section as a mask on a thumbnail."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 
 TissueMethod = Literal["grabcut", "otsu"]
-#: less than this share of a slide is no tissue but dust
+#: share of a slide below which tissue counts as dust
 _SMALLEST_FRACTION = 1e-3
-#: a tissue pixel absorbs at least so much more than glass (natural-log optical density, mean of channels)
+#: least optical density of tissue above glass (natural log, mean of channels)
 _LEAST_DENSITY = 0.05
 
 
@@ -21,26 +21,30 @@ def tissue_mask(
     data: SpatialData | contract.Cohort,
     *,
     method: TissueMethod = "grabcut",
-    image_key: str | None = None,
     max_side: int = 1500,
+    image_key: str | None = None,
+    key_added: str | None = None,
 ) -> None:
     """Find the tissue on a thumbnail of the H&E and write it as labels ``tissue``.
 
     Parameters
     ----------
     data
-        A section, or a cohort of them.
+        A section, or a cohort of sections.
     method
-        ``"otsu"``: Otsu's threshold on saturation, near-grey pixels and glass dropped. ``"grabcut"``: the
-        same, its border then drawn by OpenCV's GrabCut, as in the paper's code.
-    image_key
-        The H&E image, where it is not the section's own.
+        ``"otsu"`` uses Otsu's threshold on saturation and drops near-gray pixels and glass. ``"grabcut"`` refines the
+        border of that mask with OpenCV's GrabCut, as in the paper's code.
     max_side
         Longest side of the thumbnail, px.
+    image_key
+        The H&E image, if not the section's default.
+    key_added
+        Name of the labels. By default ``"tissue"``, or ``"tissue_mask"`` if another element has that name.
 
     Returns
     -------
-    Nothing; ``labels["tissue"]`` is written, ``uint8 (y, x)``, 1 on tissue, with its scale to H&E pixels.
+    Nothing. Writes ``labels["tissue"]``, ``uint8 (y, x)``, 1 on tissue, in every coordinate system of the H&E. Later
+    steps use the labels under `key_added`.
 
     Raises
     ------
@@ -76,12 +80,14 @@ def tissue_mask(
                 f"({mask.mean():.2%} of the slide stands out from glass). Is it the H&E image?"
             )
         height, width = contract.levels(sdata, name)[0].shape[1:]
-        contract.write_tissue(sdata, mask, downsample=(height / mask.shape[0], width / mask.shape[1]))
+        contract.write_tissue(
+            sdata, mask, downsample=(height / mask.shape[0], width / mask.shape[1]), image_key=name, key_added=key_added
+        )
         contract.record(sdata, "pp.tissue_mask", method=method, image=name, max_side=max_side)
 
 
 def otsu_mask(thumbnail: np.ndarray) -> np.ndarray:
-    """Tissue by Otsu's threshold on saturation.
+    """Return the tissue mask by Otsu's threshold on saturation.
 
     Parameters
     ----------
@@ -97,15 +103,15 @@ def otsu_mask(thumbnail: np.ndarray) -> np.ndarray:
     threshold, _ = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
     glass = np.percentile(smooth.reshape(-1, 3), 99, axis=0)
     density = -np.log((smooth + 1.0) / (glass + 1.0)).mean(axis=2)
-    grey = np.ptp(smooth.astype(np.int16), axis=2) < 8
-    # a tile wholly on tissue has no glass for Otsu to find: saturated pixels are tissue whatever it says
-    candidate = (saturation > min(threshold, 40)) & ~grey
+    gray = np.ptp(smooth.astype(np.int16), axis=2) < 8
+    # an image without glass has no meaningful Otsu threshold, so saturation above 40 always counts as tissue
+    candidate = (saturation > min(threshold, 40)) & ~gray
     absorbing = (density > _LEAST_DENSITY) | (saturation > 80)
     return _tidy(candidate & absorbing)
 
 
 def grabcut_mask(thumbnail: np.ndarray) -> np.ndarray:
-    """Tissue by Otsu's threshold, its border then settled by GrabCut.
+    """Return the tissue mask by Otsu's threshold, with its border refined by GrabCut.
 
     Parameters
     ----------
@@ -136,7 +142,7 @@ def grabcut_mask(thumbnail: np.ndarray) -> np.ndarray:
 
 
 def _tidy(mask: np.ndarray) -> np.ndarray:
-    """Close gaps between nuclei, drop dust, fill small holes; large ones are lumen or tears and stay."""
+    """Close gaps between nuclei, drop dust and fill small holes. Large holes are lumen or tears and stay."""
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
     closed = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_CLOSE, kernel)
     smallest = max(16, round(2e-4 * closed.size))

@@ -1,0 +1,135 @@
+"""Refuse requests that do not use the app's host name or come from another site's page."""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import urlsplit
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Served = Callable[[Message, Receive, Send], Awaitable[None]]
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+EVERYWHERE = ("", "0.0.0.0", "::")
+#: path of the files of Streamlit's download buttons
+FILES = "/media/"
+
+
+class Guard:
+    """Refuse requests from pages of other sites, and requests for files without the page's cookie.
+
+    A site can point its own name at the app's server (DNS rebinding). Its page can then send requests to the app. The
+    browser still sends the name of the site as ``Host``, so these requests can be recognized.
+
+    Parameters
+    ----------
+    app
+        The app behind the guard (ASGI).
+    address
+        Address where the server listens.
+    port
+        Port of the server. The cookie's name contains the port, because browsers send cookies to all ports of a host.
+    names
+        Further host names of the app, such as that of a proxy.
+    """
+
+    def __init__(self, app: Served, *, address: str, port: int, names: tuple[str, ...] = ()) -> None:
+        self.app = app
+        self.by_any_address = address in EVERYWHERE
+        own = (socket.gethostname(),) if self.by_any_address else (address,)
+        self.hosts = {host.lower().strip("[]") for host in (*LOCAL, *own, *names)}
+        self.cookie, self.token = f"stimage-sd-{port}", secrets.token_urlsafe(32)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve a request, or refuse it with a reason."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        # HTTP headers are latin-1
+        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        refusal = self._refusal(headers, scope["path"])
+        if refusal is not None:
+            await _refuse(scope, send, *refusal)
+        elif scope["type"] == "http":
+            await self.app(scope, receive, self._with_cookie(send))
+        else:
+            await self.app(scope, receive, send)
+
+    def allows_host(self, host: str) -> bool:
+        """Return whether a ``Host`` header names the app."""
+        name = _hostname(host)
+        return name is not None and (name in self.hosts or (self.by_any_address and _is_address(name)))
+
+    def _refusal(self, headers: list[tuple[str, str]], path: str) -> tuple[int, str] | None:
+        """Return status and reason of a refusal, or `None` if the request is allowed."""
+        hosts = [value for name, value in headers if name == "host"]
+        if len(hosts) != 1 or not self.allows_host(hosts[0]):
+            return 400, (
+                f"Expected a request to {' or '.join(sorted(self.hosts))}, found another host. Start the app with "
+                "`--allow-host NAME` to serve it under another name."
+            )
+        origins = [value for name, value in headers if name == "origin"]
+        if any(urlsplit(origin).netloc.lower() != hosts[0].lower() for origin in origins):
+            return 403, "Expected a request from the app's page, found one from another site."
+        if path.startswith(FILES) and not self._knows_token(headers):
+            return 403, "Expected the cookie of the app's page, found none. Open the page first."
+        return None
+
+    def _knows_token(self, headers: list[tuple[str, str]]) -> bool:
+        for value in (value for name, value in headers if name == "cookie"):
+            try:
+                sent = SimpleCookie(value).get(self.cookie)
+            except CookieError:
+                continue
+            if sent is not None and secrets.compare_digest(sent.value.encode(), self.token.encode()):
+                return True
+        return False
+
+    def _with_cookie(self, send: Send) -> Send:
+        """Add the cookie to every HTML response."""
+        value = f"{self.cookie}={self.token}; HttpOnly; Path=/; SameSite=Strict".encode()
+
+        async def sending(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                if any(name.lower() == b"content-type" and kind.startswith(b"text/html") for name, kind in headers):
+                    message = {**message, "headers": [*headers, (b"set-cookie", value)]}
+            await send(message)
+
+        return sending
+
+
+async def _refuse(scope: Message, send: Send, status: int, words: str) -> None:
+    if scope["type"] == "websocket":
+        # closing before the handshake makes the server answer 403
+        await send({"type": "websocket.close", "code": 1008, "reason": words[:120]})
+        return
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": words.encode()})
+
+
+def _hostname(host: str) -> str | None:
+    """Return the name in a ``Host`` header in lower case, or `None` if the header is malformed."""
+    try:
+        parts = urlsplit(f"//{host}")
+        _ = parts.port  # raises `ValueError` if the port is not a number
+    except ValueError:
+        return None
+    if parts.netloc != host or "@" in host or parts.hostname is None:
+        return None
+    return parts.hostname.rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""Published networks that the baseline recipes use."""

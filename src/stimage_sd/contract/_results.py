@@ -1,0 +1,250 @@
+"""Read and write the results of a section: tissue, nuclei, predictions, gene classes, explanations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+from spatialdata import SpatialData
+
+from stimage_sd.contract._elements import annotate, regions_of
+from stimage_sd.contract._frame import pixel_frame, shapes_in_pixels
+from stimage_sd.contract._labels import mask_in_pixels
+from stimage_sd.contract._names import (
+    EXPLANATIONS,
+    GENE_CLASSES,
+    NUCLEI,
+    NUCLEI_EXPLAINED,
+    PREDICTIONS,
+    SEGMENTS_EXPLAINED,
+    TILE_SQUARES,
+    TISSUE,
+)
+from stimage_sd.contract._section import info, remember, sample
+from stimage_sd.contract._tiles import check_free
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+    from numpy.typing import NDArray
+
+
+def write_tissue(
+    sdata: SpatialData,
+    mask: NDArray[np.bool_],
+    *,
+    downsample: tuple[float, float],
+    image_key: str | None = None,
+    key_added: str | None = None,
+) -> None:
+    """Write the tissue labels and store their name in the section.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    mask
+        ``(y, x)`` bool, `True` on tissue, at low resolution.
+    downsample
+        Full-resolution pixels per mask pixel, along y and x.
+    image_key
+        The image that the tissue was found on, if not the section's H&E.
+    key_added
+        Name of the labels. By default ``"tissue"``, or ``"tissue_mask"`` if another element has that name.
+    """
+    name = key_added
+    if name is None:
+        name = TISSUE if TISSUE in sdata.labels or TISSUE not in sdata else f"{TISSUE}_mask"
+    check_free(sdata, name, of="labels")
+    labels = pixel_frame(sdata, image_key).labels(mask.astype(np.uint8), downsample=downsample)
+    sdata.labels[name] = labels
+    remember(sdata, tissue=None if name == TISSUE else name)
+
+
+def tissue_name(sdata: SpatialData) -> str:
+    """Return the name of the section's tissue labels."""
+    return str(info(sdata).get("tissue", TISSUE))
+
+
+def has_tissue(sdata: SpatialData) -> bool:
+    """Return whether the section has tissue labels."""
+    return tissue_name(sdata) in sdata.labels
+
+
+def tissue(sdata: SpatialData, image_key: str | None = None) -> tuple[NDArray[np.bool_], tuple[float, float]]:
+    """Return the tissue mask over the whole H&E, ``(y, x)`` bool, and the H&E pixels per mask pixel (y, x)."""
+    if not has_tissue(sdata):
+        raise KeyError(f"Section {sample(sdata)!r} has no tissue mask. Run `stimage_sd.pp.tissue_mask(sdata)` first.")
+    return mask_in_pixels(sdata, tissue_name(sdata), image_key)
+
+
+def check_no_shapes(sdata: SpatialData, name: str, *, call: str) -> None:
+    """Raise `ValueError` if the section already has shapes of a name that `call` would replace."""
+    if name in sdata.shapes:
+        raise ValueError(
+            f"Section {sample(sdata)!r} has shapes {name!r} already, such as measured ones. Write the new shapes under "
+            f"another name with `{call}(sdata, key_added={name + '_2'!r})`, or first delete the existing ones with "
+            f"`del sdata.shapes[{name!r}]`."
+        )
+
+
+def write_shapes(sdata: SpatialData, frame: GeoDataFrame, *, name: str, image_key: str | None = None) -> None:
+    """Write shapes in pixels of the H&E or another image, with every coordinate system of that image."""
+    check_free(sdata, name, of="shapes")
+    placed = pixel_frame(sdata, image_key).shapes(frame)
+    sdata.shapes.pop(name, None)
+    sdata.shapes[name] = placed
+
+
+def nuclei(sdata: SpatialData, shapes_key: str | None = None, image_key: str | None = None) -> GeoDataFrame:
+    """Return the nuclei as polygons in H&E pixels.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    shapes_key
+        Name of the nuclei's shapes. ``"nuclei"`` by default.
+    image_key
+        The image whose pixels are used, if not the H&E.
+
+    Raises
+    ------
+    KeyError
+        If the section has no such shapes.
+    ValueError
+        If the shapes are not placed on the H&E.
+    """
+    name = NUCLEI if shapes_key is None else shapes_key
+    if name not in sdata.shapes:
+        raise KeyError(
+            f"Section {sample(sdata)!r} has no shapes {name!r} (found {sorted(sdata.shapes)}). Run "
+            "`stimage_sd.pp.segment_nuclei(sdata)` first, or name others with `shapes_key=`."
+        )
+    frame = shapes_in_pixels(sdata, name, image_key=image_key)
+    if "radius" in frame.columns and len(frame) and frame.geometry.iloc[0].geom_type == "Point":
+        frame = frame.assign(geometry=frame.geometry.buffer(frame["radius"])).drop(columns="radius")
+    return frame
+
+
+def predictions(sdata: SpatialData, key: str = PREDICTIONS) -> AnnData:
+    """Return a table of predictions.
+
+    Raises
+    ------
+    KeyError
+        If the section has no such predictions.
+    """
+    if key not in sdata.tables:
+        others = [name for name, table in sdata.tables.items() if "prediction" in table.uns]
+        hint = f" It has {others}: name one with `key=`." if others else ""
+        call = "" if key == PREDICTIONS else f", key_added={key!r}"
+        raise KeyError(
+            f"Section {sample(sdata)!r} has no predictions {'' if key == PREDICTIONS else repr(key)}".rstrip()
+            + f". Run `stimage_sd.tl.predict(sdata, model{call})` first.{hint}"
+        )
+    return sdata.tables[key]
+
+
+def depth_problem(sdata: SpatialData, table: AnnData) -> str | None:
+    """Return why predictions cannot be compared with counts, or `None` if they can.
+
+    Predictions for tiles of median depth cannot be compared with counts.
+    """
+    about = table.uns.get("prediction", {})
+    if "total" not in about or about["at_measured_depth"]:
+        return None
+    return (
+        f"The predictions of section {sample(sdata)!r} are for tiles of the model's median depth, "
+        f"{about['total']:,.0f} counts, while every spot has its own depth. Predict at these depths with "
+        '`stimage_sd.tl.predict(sdata, model, size_factors="total")`.'
+    )
+
+
+def write_predictions(sdata: SpatialData, table: AnnData, *, key: str = PREDICTIONS) -> None:
+    """Write a table of predictions that annotates the tiles, and replace an earlier one of that name."""
+    _write_over_tiles(sdata, key, table)
+
+
+def check_prediction_key(sdata: SpatialData, key: str) -> None:
+    """Raise `ValueError` if predictions cannot be written under a name."""
+    check_free(sdata, key, of="tables")
+    if key in sdata.tables and TILE_SQUARES not in regions_of(sdata.tables[key]):
+        raise ValueError(
+            f"Section {sample(sdata)!r} has a table {key!r} already, and it holds no predictions. Choose another name "
+            "with `key_added=`."
+        )
+
+
+def gene_classes(sdata: SpatialData, key: str = GENE_CLASSES) -> AnnData:
+    """Return the table of predicted gene classes.
+
+    Raises
+    ------
+    KeyError
+        If the section has no predicted gene classes.
+    """
+    if key not in sdata.tables:
+        raise KeyError(
+            f"Section {sample(sdata)!r} has no predicted classes of genes. Run "
+            "`stimage_sd.tl.predict(sdata, classifier)` with a classifier of `stimage_sd.tl.fit_gene_classifier` first."
+        )
+    return sdata.tables[key]
+
+
+def write_gene_classes(sdata: SpatialData, table: AnnData, *, key: str = GENE_CLASSES) -> None:
+    """Write the table of predicted gene classes that annotates the tiles, and replace an earlier one."""
+    _write_over_tiles(sdata, key, table)
+
+
+def _write_over_tiles(sdata: SpatialData, name: str, table: AnnData) -> None:
+    check_prediction_key(sdata, name)
+    parsed = annotate(table, region=TILE_SQUARES)
+    if name in sdata.tables:
+        del sdata.tables[name]
+    sdata.tables[name] = parsed
+
+
+def explained(sdata: SpatialData) -> GeoDataFrame:
+    """Return the explained nuclei, or else the explained segments of another kind, in H&E pixels.
+
+    Raises
+    ------
+    KeyError
+        If the section has no explained nuclei or segments.
+    """
+    for name in (NUCLEI_EXPLAINED, SEGMENTS_EXPLAINED):
+        if name in sdata.shapes:
+            return shapes_in_pixels(sdata, name)
+    raise KeyError(
+        f"Section {sample(sdata)!r} has no explained nuclei. Run `stimage_sd.tl.explain(sdata, model, gene)` first."
+    )
+
+
+def explanations(sdata: SpatialData) -> AnnData:
+    """Return the table of explained tiles: ``obs`` are tiles, ``var`` are genes.
+
+    Raises
+    ------
+    KeyError
+        If the section has no explained tiles.
+    """
+    if EXPLANATIONS not in sdata.tables:
+        raise KeyError(
+            f"Section {sample(sdata)!r} has no explained tiles. Run `stimage_sd.tl.explain(sdata, model, gene)` first."
+        )
+    return sdata.tables[EXPLANATIONS]
+
+
+def write_explained(sdata: SpatialData, frame: GeoDataFrame, *, of_nuclei: bool = True) -> None:
+    """Write explained nuclei or other segments, in H&E pixels, and replace earlier ones of either kind."""
+    shapes = pixel_frame(sdata).shapes(frame)
+    for name in (NUCLEI_EXPLAINED, SEGMENTS_EXPLAINED):
+        if name in sdata.shapes:
+            del sdata.shapes[name]
+    sdata.shapes[NUCLEI_EXPLAINED if of_nuclei else SEGMENTS_EXPLAINED] = shapes
+
+
+def write_explanations(sdata: SpatialData, table: AnnData) -> None:
+    """Write the table of explained tiles, and replace an earlier one."""
+    _write_over_tiles(sdata, EXPLANATIONS, table)

@@ -1,0 +1,1 @@
+"""Stain, quality, registration, nuclei and segmentation scores on plain arrays without SpatialData."""

@@ -1,0 +1,168 @@
+"""Split an object of several samples into one view per sample."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+
+from anndata import AnnData
+from spatialdata import SpatialData
+from spatialdata.models import TableModel
+from spatialdata.transformations import get_transformation
+
+from stimage_sd import contract
+
+#: elements by kind and name
+Elements = dict[str, dict[str, object]]
+_KINDS = ("images", "labels", "points", "shapes")
+
+
+def split_samples(
+    sdata: SpatialData, *, image: str | None = None, shapes: str | None = None
+) -> dict[str, SpatialData] | None:
+    """Split an object of several samples, such as from `spatialdata.concatenate`.
+
+    Each H&E image is one sample. Its elements are found by coordinate system, if no two H&E images share one, or else
+    by name: ``"a"`` and ``"b"`` are the samples of ``"he-a"`` and ``"he-b"``.
+
+    Parameters
+    ----------
+    sdata
+        The object.
+    image, shapes
+        Elements that the caller named. Only the sample with this element is returned.
+
+    Returns
+    -------
+    One object per sample, sharing its elements with `sdata`. Tables hold the rows that annotate elements of the sample.
+    The sample suffix is removed from names. `None` for an object of one sample.
+
+    Raises
+    ------
+    KeyError
+        If neither coordinate systems nor names assign elements to one of several images.
+    """
+    normalized = contract.info(sdata).get("normalized_image")
+    candidates = [
+        name for name in contract.rgb_images(sdata) if not name.startswith(contract.NORMALIZED) and name != normalized
+    ]
+    pictures = contract.pictures(sdata, candidates)
+    if len(pictures) < 2:
+        return None
+    first = [group[0] for group in pictures]
+    keys = _keys(first)
+    owner = _by_coordinate_systems(sdata, dict(zip(keys, pictures, strict=True))) or _by_names(sdata, keys)
+    if owner is None:
+        if image is not None:
+            return None  # the caller names the elements of the section
+        raise KeyError(
+            f"Found more than one RGB image: {sorted(first)}, and neither coordinate systems nor names tell which "
+            "elements belong to which image. Choose the H&E with `image=`, and its units with `shapes=`."
+        )
+    _tell_of_others(sdata, owner)
+    views = {key: _view(sdata, [name for name, of in owner.items() if of == key], key) for key in keys}
+    named = image if image is not None else shapes
+    if named is None:
+        return views
+    if named not in owner:
+        return None
+    return {owner[named]: views[owner[named]]}
+
+
+def _tell_of_others(sdata: SpatialData, owner: Mapping[str, str]) -> None:
+    """Warn of units that belong to no sample with an H&E."""
+    regions = {region for name, table in sdata.tables.items() if not contract.is_result(name, table)
+               for region in contract.regions_of(table)}  # fmt: skip
+    left_out = sorted(region for region in regions if region in sdata and region not in owner)
+    if left_out:
+        warnings.warn(
+            f"{', '.join(left_out)} belong to no sample with an H&E and are left out.", UserWarning, stacklevel=4
+        )
+
+
+def _keys(names: list[str]) -> list[str]:
+    """Return the words of each name that are not in all names, or the names if that is not unique."""
+    words = [_words(name) for name in names]
+    shared = set(words[0]).intersection(*words[1:])
+    keys = ["-".join(word for word in each if word not in shared) for each in words]
+    return keys if all(keys) and len(set(keys)) == len(keys) else names
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[A-Za-z0-9]+", name)
+
+
+def _by_coordinate_systems(sdata: SpatialData, pictures: Mapping[str, list[str]]) -> dict[str, str] | None:
+    """Map elements to samples by coordinate system; `None` if samples share a coordinate system."""
+    systems = {
+        key: set().union(*(get_transformation(sdata.images[name], get_all=True) for name in names))
+        for key, names in pictures.items()
+    }
+    if sum(map(len, systems.values())) > len(set().union(*systems.values())):
+        return None
+    return {
+        name: key
+        for _, name, element in sdata.gen_spatial_elements()
+        for key, own in systems.items()
+        if own & set(get_transformation(element, get_all=True))
+    }
+
+
+def _by_names(sdata: SpatialData, keys: list[str]) -> dict[str, str] | None:
+    """Map elements to samples by the key in their name; `None` if a sample has no shapes."""
+    owner = {}
+    for _, name, _ in sdata.gen_spatial_elements():
+        held = [key for key in keys if set(_words(key)) <= set(_words(name))]
+        if len(held) == 1:
+            owner[name] = held[0]
+    has_units = all(any(of == key and name in sdata.shapes for name, of in owner.items()) for key in keys)
+    return owner if has_units else None
+
+
+def _view(sdata: SpatialData, names: Iterable[str], key: str) -> SpatialData:
+    """Return an object with the named elements and the table rows that annotate them."""
+    names = list(names)
+    new_name = {name: _without(name, key) for name in names}
+    if len(set(new_name.values())) < len(names):
+        new_name = {name: name for name in names}
+    elements: Elements = {
+        kind: {new_name[name]: element for name, element in getattr(sdata, kind).items() if name in new_name}
+        for kind in _KINDS
+    }
+    tables = {}
+    for name, table in sdata.tables.items():
+        part = _rows(table, new_name)
+        if part is None:
+            continue
+        short = _without(name, key)
+        tables[short if short not in elements and short not in tables else name] = part
+    view = SpatialData(**elements, tables=tables)
+    stated = sdata.attrs.get("spatialdata_io_reader")
+    if stated is not None:
+        view.attrs = {"spatialdata_io_reader": stated}
+    return view
+
+
+def _without(name: str, key: str) -> str:
+    """Remove the sample suffix that `spatialdata.concatenate` adds."""
+    return name.removesuffix(f"-{key}") or name
+
+
+def _rows(table: AnnData, new_name: Mapping[str, str]) -> AnnData | None:
+    """Return the table rows that annotate the elements of `new_name`; `None` without rows."""
+    keys = contract.keys_of(table)
+    own = [region for region in contract.regions_of(table) if region in new_name]
+    if not own:
+        return None
+    column = keys[TableModel.REGION_KEY_KEY]
+    part = table[table.obs[column].astype(str).isin(own).to_numpy()].copy()
+    part.obs[column] = part.obs[column].astype(str).map(new_name).astype("category")
+    regions = [new_name[region] for region in own]
+    del part.uns[TableModel.ATTRS_KEY]
+    return TableModel.parse(
+        part,
+        region=regions[0] if len(regions) == 1 else regions,
+        region_key=column,
+        instance_key=keys[TableModel.INSTANCE_KEY],
+    )

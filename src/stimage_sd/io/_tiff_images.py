@@ -1,0 +1,164 @@
+"""Selection of the section image in a TIFF with several images: the largest image, or the requested one.
+
+Scanners and converters put several images in one file: a macro image or a label first, several scenes or fields of
+view, or a thumbnail in page 0.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import tifffile
+
+from stimage_sd.io._tiff_open import DamagedFile, ome_root
+from stimage_sd.io._tiff_pages import page_below
+
+#: names of images that do not show the section
+BESIDE = re.compile(r"(?<![a-z])(thumb(nail)?s?|labels?|macro|overview|preview)(?![a-z])", re.IGNORECASE)
+
+
+class NoSuchImage(ValueError):
+    """Error if a file does not have the requested image."""
+
+
+@dataclass(frozen=True)
+class TiffImage:
+    """One image of a TIFF.
+
+    Parameters
+    ----------
+    series
+        The series of pages that tifffile groups together.
+    frame
+        Number of the page, if the series is several images of one size. `None` if the series is one image.
+    name
+        Name of the image in the file, may be empty.
+    """
+
+    series: tifffile.TiffPageSeries
+    frame: int | None
+    name: str
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width of the finest level, px."""
+        shape = dict(zip(self.series.axes, self.series.shape, strict=True))
+        return shape["Y"], shape["X"]
+
+    def pages(self, level: int) -> list[tifffile.TiffPage]:
+        """Return the pages of a level."""
+        within = level > 0 and bool(self.series.keyframe.subifds)
+        pages = self.series.levels[0 if within else level].pages
+        chosen = [page for page in (pages if self.frame is None else [pages[self.frame]]) if page is not None]
+        if len(chosen) < (len(pages) if self.frame is None else 1):
+            path = Path(self.series.keyframe.parent.filehandle.path)
+            raise DamagedFile(path, f"{len(pages) - len(chosen)} planes are missing that its description speaks of")
+        return [page_below(page.aspage(), level - 1) if within else page.aspage() for page in chosen]
+
+
+def choose_image(path: Path, tiff: tifffile.TiffFile, series: int | str | None, *, in_color: bool) -> TiffImage:
+    """Return the requested image, or the largest one.
+
+    Parameters
+    ----------
+    path
+        The file.
+    tiff
+        The open file.
+    series
+        Number of the image in file order, from 0, or its name.
+    in_color
+        Whether color pages of the same size are separate images. Otherwise they are channels of one image.
+
+    Raises
+    ------
+    NoSuchImage
+        If the file does not have the image.
+
+    Warns
+    -----
+    UserWarning
+        If no image was requested, and the file has other images than a label, macro image or thumbnail.
+    """
+    images = [image for one in tiff.series for image in _images(one, in_color=in_color)]
+    if not images:
+        raise ValueError("it has no image")
+    said = ", ".join(_say(number, image) for number, image in enumerate(images))
+    if series is not None:
+        return images[_find(path, images, series, said)]
+    number = max(range(len(images)), key=lambda number: _rank(images[number], number))
+    beside = [BESIDE.search(image.name) for other, image in enumerate(images) if other != number]
+    if not all(beside) or (beside and BESIDE.search(images[number].name)):
+        warnings.warn(
+            f"{path.name} holds {len(images)} images: {said}. Image {number} was taken. Pass `series=` to the reader "
+            "to choose another.",
+            UserWarning,
+            stacklevel=5,
+        )
+    return images[number]
+
+
+def ome_image(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> ElementTree.Element | None:
+    """Return the OME-XML element of an image, or `None` if there is none or the match is not unique."""
+    root = ome_root(tiff)
+    if root is None:
+        return None
+    said = [element for element in root if element.tag.endswith("Image") and pixels_of(element) is not None]
+    numbers = [number for number, one in enumerate(tiff.series) if one is series]
+    if numbers and len(said) == len(tiff.series):
+        return said[numbers[0]]
+    shape = dict(zip(series.axes, series.shape, strict=True))
+    fitting = [
+        element
+        for element in said
+        if (pixels := pixels_of(element)) is not None
+        and [pixels.attrib.get(f"Size{axis}") for axis in "XY"] == [str(shape.get(axis)) for axis in "XY"]
+    ]
+    return fitting[0] if len(fitting) == 1 else None
+
+
+def pixels_of(image: ElementTree.Element | None) -> ElementTree.Element | None:
+    """Return the ``Pixels`` element of an OME image, with its sizes and channels."""
+    return None if image is None else next((part for part in image if part.tag.endswith("Pixels")), None)
+
+
+def warn_of_orientation(path: Path, orientation: int) -> None:
+    """Warn if an image states an orientation other than the stored one."""
+    if orientation != 1:
+        warnings.warn(
+            f"{path.name} states orientation {orientation}, which is not applied: coordinates count pixels as they are "
+            "stored. Rotate the image and save it again if its spots were placed on the rotated image.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def _images(series: tifffile.TiffPageSeries, *, in_color: bool) -> list[TiffImage]:
+    if not {"Y", "X"} <= set(series.axes):
+        return []
+    n_frames = len(series.pages) if in_color and "S" in series.axes else 1
+    return [TiffImage(series, frame if n_frames > 1 else None, series.name) for frame in range(n_frames)]
+
+
+def _rank(image: TiffImage, number: int) -> tuple[bool, int, int]:
+    """Return the sort key of an image: not a label or macro image, then the largest, then the first."""
+    height, width = image.height_width
+    return not BESIDE.search(image.name), height * width, -number
+
+
+def _say(number: int, image: TiffImage) -> str:
+    height, width = image.height_width
+    return f"{number} ({image.name + ', ' if image.name else ''}{width} x {height} px)"
+
+
+def _find(path: Path, images: list[TiffImage], series: int | str, said: str) -> int:
+    names = [image.name for image in images]
+    if isinstance(series, str) and names.count(series) == 1:
+        return names.index(series)
+    if isinstance(series, int) and not isinstance(series, bool) and 0 <= series < len(images):
+        return series
+    raise NoSuchImage(f"Expected `series` to be one of the images in {path}, {said}, found {series!r}.")

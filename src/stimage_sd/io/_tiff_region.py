@@ -1,0 +1,130 @@
+"""Regions of a TIFF page, read from strips or tiles that are decoded in full and checked.
+
+Decoders do not report damage. They pad short data and cut long data. Here, a missing strip or tile is an error, and so
+is a wrong decoded length. Pixels are returned as stored. The stated orientation is not applied.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+import imagecodecs
+import numpy as np
+import tifffile
+
+from stimage_sd.io._jpeg_check import check_jpeg
+
+#: compression tags of TIFF
+UNCOMPRESSED, JPEG = 1, 7
+#: extra bytes that some writers add to the last row of a strip or tile
+SURPLUS = 4
+#: decoders of LZW and PackBits; these data have no checksum, so only the decoded length shows damage
+WITHOUT_CHECKSUM = {5: imagecodecs.lzw_decode, 32773: imagecodecs.packbits_decode}
+
+
+def block_shape(page: tifffile.TiffPage) -> tuple[int, int]:
+    """Return the size ``(y, x)`` of the tiles or strips of a page, px."""
+    if page.is_tiled:
+        return page.tilelength, page.tilewidth
+    return min(page.rowsperstrip, page.imagelength), page.imagewidth
+
+
+def is_planar(page: tifffile.TiffPage) -> bool:
+    """Return whether a page stores its samples in separate planes."""
+    return page.samplesperpixel > 1 and page.planarconfig == 2
+
+
+def n_blocks(page: tifffile.TiffPage) -> int:
+    """Return the number of tiles or strips of a page."""
+    height, width = block_shape(page)
+    planes = page.samplesperpixel if is_planar(page) else 1
+    return planes * ceil(page.imagelength / height) * ceil(page.imagewidth / width)
+
+
+def kind_of(page: tifffile.TiffPage) -> np.dtype:
+    """Return the dtype of the pixels of a page, in native byte order."""
+    if page.dtype is None:
+        raise ValueError(f"its pixels have {page.bitspersample} bits of an unknown type")
+    return page.dtype.newbyteorder("=")
+
+
+def read_region(page: tifffile.TiffPage, samples: slice, rows: slice, columns: slice) -> np.ndarray:
+    """Return a region of a page as ``(sample, y, x)``.
+
+    Parameters
+    ----------
+    page
+        The page. Its file is open and has a lock.
+    samples, rows, columns
+        The region, as slices with step 1.
+
+    Raises
+    ------
+    ValueError
+        If a strip or tile of the region is missing or damaged.
+    """
+    planes = range(*samples.indices(page.samplesperpixel))
+    top, bottom, _ = rows.indices(page.imagelength)
+    left, right, _ = columns.indices(page.imagewidth)
+    height, width = block_shape(page)
+    across, down = ceil(page.imagewidth / width), ceil(page.imagelength / height)
+    region = np.empty((len(planes), bottom - top, right - left), dtype=kind_of(page))
+    for plane in planes if is_planar(page) else (None,):
+        target = region if plane is None else region[plane - planes.start][None]
+        for row in range(top // height, ceil(bottom / height)):
+            y = slice(max(top, row * height), min(bottom, (row + 1) * height))
+            for column in range(left // width, ceil(right / width)):
+                x = slice(max(left, column * width), min(right, (column + 1) * width))
+                number = ((plane or 0) * down + row) * across + column
+                inside = slice(y.start - row * height, y.stop - row * height)
+                block = _read_rows(page, number, inside)[:, x.start - column * width : x.stop - column * width]
+                colors = block if plane is not None or len(planes) == block.shape[2] else block[..., samples]
+                target[:, y.start - top : y.stop - top, x.start - left : x.stop - left] = np.moveaxis(colors, -1, 0)
+    return region
+
+
+def _read_rows(page: tifffile.TiffPage, number: int, rows: slice) -> np.ndarray:
+    """Return rows of a tile or strip as ``(y, x, sample)``."""
+    if number >= min(len(page.dataoffsets), len(page.databytecounts)):
+        raise ValueError(f"the directory names {len(page.dataoffsets)} of its {n_blocks(page)} strips or tiles")
+    offset, count = page.dataoffsets[number], page.databytecounts[number]
+    if offset == 0 or count == 0:
+        raise ValueError(f"strip or tile {number} is missing")
+    kind = kind_of(page).newbyteorder(page.parent.byteorder)
+    plain = page.compression == UNCOMPRESSED and page.predictor == 1 and page.bitspersample == 8 * kind.itemsize
+    if plain and not page.is_tiled and page.fillorder == 1:
+        # A strip may be the whole image, so only the requested rows are read.
+        samples = 1 if is_planar(page) else page.samplesperpixel
+        row_bytes = page.imagewidth * samples * kind.itemsize
+        data = _read(page, offset + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)
+        return np.frombuffer(data, kind).reshape(rows.stop - rows.start, page.imagewidth, samples)
+    data = _read(page, offset, count)
+    if page.compression == JPEG:
+        check_jpeg(data, page.jpegtables)
+    elif page.compression in WITHOUT_CHECKSUM and page.fillorder == 1:
+        _check_length(page, len(WITHOUT_CHECKSUM[page.compression](data)), number)
+    block = page.decode(data, number, jpegtables=page.jpegtables)[0]
+    if block is None:
+        raise ValueError(f"strip or tile {number} is missing")
+    return np.asarray(block[0, rows])
+
+
+def _check_length(page: tifffile.TiffPage, decoded: int, number: int) -> None:
+    """Raise if a strip or tile decodes to the wrong length. tifffile would pad or cut the data."""
+    height, width = block_shape(page)
+    row = -(-width * (1 if is_planar(page) else page.samplesperpixel) * page.bitspersample // 8)
+    last = page.imagelength - number % ceil(page.imagelength / height) * height
+    allowed = {row * height, row * (height if page.is_tiled else min(height, last))}
+    if not any(0 <= decoded - length <= SURPLUS for length in allowed):
+        raise ValueError(f"strip or tile {number} decodes to {decoded} bytes, not to {row * height}")
+
+
+def _read(page: tifffile.TiffPage, offset: int, count: int) -> bytes:
+    """Read bytes from the file of a page, under the lock that all threads share."""
+    file = page.parent.filehandle
+    with file.lock:
+        file.seek(offset)
+        data: bytes = file.read(count)
+    if len(data) != count:
+        raise ValueError(f"the file ends at byte {offset + len(data)}, {count - len(data)} bytes too early")
+    return data

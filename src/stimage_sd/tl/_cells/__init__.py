@@ -1,0 +1,1 @@
+"""Fit, predict and score cell types."""

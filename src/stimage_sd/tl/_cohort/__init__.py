@@ -1,0 +1,1 @@
+"""Predict cohorts of slides, and compare with bulk RNA, survival and drug response."""

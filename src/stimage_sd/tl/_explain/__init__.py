@@ -1,0 +1,1 @@
+"""Explain predictions by the nuclei and pixels of a tile."""

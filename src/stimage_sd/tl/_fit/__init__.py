@@ -1,0 +1,1 @@
+"""Fit models to sections."""

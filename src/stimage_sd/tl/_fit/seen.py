@@ -1,0 +1,65 @@
+"""Guard against leakage by recognizing the sections a model has seen from their spots and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.models._combined import CombinedModel
+from stimage_sd.models._predictor import Predictor
+
+
+def fingerprints(
+    cohort: Mapping[str, SpatialData], genes: Sequence[str], source: contract.Source
+) -> list[dict[str, Any]]:
+    """Return the fingerprints of sections that a model stores when fitted."""
+    return [contract.fingerprint(sdata, name, genes=genes, source=source) for name, sdata in cohort.items()]
+
+
+def remembered(model: Predictor) -> list[dict[str, Any]]:
+    """Return the sections a model has seen, as ``{"genes": ..., "sections": fingerprints}``.
+
+    The list has one entry per model of a combination. Models of earlier versions store section names only.
+    """
+    inner: Any = model
+    parts = inner.parts if isinstance(inner, CombinedModel) else ()
+    named = [{"section": name} for name in model.training.get("sections", [])]
+    of_parts = [group for part in parts for group in remembered(part)]
+    return [*of_parts, {"genes": list(model.genes), "sections": model.training.get("fingerprints", named)}]
+
+
+def seen_sections(
+    groups: Sequence[Mapping[str, Any]], cohort: Mapping[str, SpatialData], source: contract.Source
+) -> list[str]:
+    """Return the names of the cohort's sections that match a fingerprint."""
+    return [
+        name
+        for name, sdata in cohort.items()
+        if any(
+            contract.is_seen(sdata, name, known=group["sections"], genes=group["genes"], source=source)
+            for group in groups
+        )
+    ]
+
+
+def check_unseen(model: Predictor, cohort: dict[str, SpatialData], source: contract.Source, *, purpose: str) -> None:
+    """Raise `ValueError` if a model was trained or validated on a section under any name."""
+    if seen := seen_sections(remembered(model), cohort, source):
+        raise ValueError(
+            f"The model was trained on {sorted(model.training.get('sections', []))}, so {seen} cannot show how it does "
+            "on new sections. They hold the same spots and counts, or the same names where the model stores names "
+            f"only. Leave a section out of the fit to {purpose}."
+        )
+
+
+def check_different(cohort: Mapping[str, SpatialData], source: contract.Source) -> None:
+    """Raise `ValueError` if a cohort contains the same section twice."""
+    if pairs := contract.repeated_sections(cohort, source):
+        first, second = pairs[0]
+        raise ValueError(
+            f"Sections {first!r} and {second!r} hold the same spots with the same counts. One would be used to "
+            "validate what was learned from the other. Leave one of them out of the cohort."
+        )

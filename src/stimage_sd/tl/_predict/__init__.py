@@ -1,0 +1,1 @@
+"""Predict expression of tiles, and calibrate, combine and cluster predictions."""

@@ -1,0 +1,241 @@
+"""Predict a distribution per gene and tile of a section."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, cast
+from urllib.parse import quote
+
+import anndata as ad
+import dask.array as da
+import numpy as np
+import pandas as pd
+import zarr
+from spatialdata import SpatialData
+from tqdm.auto import tqdm
+
+from stimage_sd import contract
+from stimage_sd._cache import keep_compiled
+from stimage_sd._files import replacing
+from stimage_sd._squidpy import spatial_uns
+from stimage_sd._zarr_chunks import WholeStore
+from stimage_sd.likelihood import depth
+from stimage_sd.likelihood.intervals import mixture_interval
+from stimage_sd.likelihood.mixture_moments import mixture_moments
+from stimage_sd.models._cell_classifier import CellClassifier
+from stimage_sd.models._gene_classifier import GeneClassifier
+from stimage_sd.models._predictor import OpenedSection, Predictor
+from stimage_sd.models._resolve import as_model
+from stimage_sd.tl._cells.predict_cells import predict_cells
+from stimage_sd.tl._fit.fit_nb import COVERAGE
+from stimage_sd.tl._fit.seen import remembered
+from stimage_sd.tl._predict.predict_classes import predict_classes
+
+LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
+#: elements computed at a time (members x tiles x genes), and elements of a chunk on disk (tiles x genes)
+_BLOCK, _CHUNK = 8_000_000, 1_000_000
+
+
+def predict(
+    data: SpatialData | contract.Cohort,
+    model: Predictor | GeneClassifier | CellClassifier | str | Path,
+    *,
+    size_factors: Literal["total"] | None = None,
+    conformal: bool = True,
+    out: str | Path | None = None,
+    key_added: str | None = None,
+    table_key: str | None = None,
+    layer: str | None = None,
+) -> None:
+    """Predict genes on all kept tiles, or nuclei with their cell types, with uncertainty.
+
+    Parameters
+    ----------
+    data
+        A section or a cohort of sections, tiled and embedded as the model expects. Counts are not needed. For a cell
+        classifier, sections need tissue or tiles, but no embeddings.
+    model
+        A fitted model, or the path of a saved model.
+    size_factors
+        For a model fitted with size factors. ``"total"`` predicts for the measured depth of each spot, `None` for a
+        tile of median depth. Depth multiplies the mean and keeps r. Measured counts can be compared only with
+        distributions predicted at measured depth.
+    conformal
+        Whether to use the interval level that covered 90 % of the training cohort's held-out counts. Otherwise
+        intervals are nominal.
+    out
+        Folder for gene predictions larger than memory. ``X`` and the layers are then dask arrays over zarr arrays in
+        this folder, written one block of tiles at a time, with one subfolder per section. The subfolders must not
+        exist before. They appear once all sections are predicted, and must not be moved afterwards.
+    key_added
+        Name of the table to write. Default: ``"predictions"`` or ``"gene_classes"``. For cells, the name of the
+        shapes, by default ``"nuclei"``.
+    table_key
+        Name of the count table, for `size_factors`.
+    layer
+        Layer of that table with the raw counts. Default: ``X``, or the layer given to `io.from_spatialdata`.
+
+    Returns
+    -------
+    Nothing. ``tables["predictions"]`` is written, with ``X`` = mean and these layers: ``aleatoric`` (mean of the
+    members' variances), ``epistemic`` (variance of the members' means), ``total_variance`` (their sum), ``lower`` and
+    ``upper`` (central 90 % interval of the members' mixture). All are ``float32 (n_tiles, n_genes)``.
+    ``obs["ood_score"]`` is above 1 for tiles farther from the training tiles than 95 % of the training tiles.
+
+    A gene classifier writes ``tables["gene_classes"]`` with ``X`` = probability of High, layer ``high`` = above one
+    half, and the same ``obs``. A cell classifier writes ``shapes["nuclei"]`` and ``tables["cell_types"]``, as
+    `stimage_sd.tl.predict_cells` does with more options.
+
+    Raises
+    ------
+    FileExistsError
+        If `out` already has predictions of a section.
+    KeyError
+        If a section was not tiled or embedded.
+    ValueError
+        If tiles, embeddings or staining differ from the training data. The error names the step to run again.
+
+    Notes
+    -----
+    Paper, section 2.4, Eq. 7, read with variances on both sides.
+
+    Examples
+    --------
+    >>> import stimage_sd as sti
+    >>> path = sti.datasets.synthetic_visium("bundle_predict", n_spots=60, n_genes=20)
+    >>> section = sti.io.visium(path, image=path / "image.tif")
+    >>> sti.pp.tile(section)
+    >>> sti.pp.embed(section, fields_of_view=(1.0,))
+    >>> model = sti.tl.fit_nb(section, genes=sti.pp.select_genes(section, n_top=5), n_members=2, max_epochs=2)
+    >>> sti.tl.predict(section, model)
+    >>> section.tables["predictions"].n_vars
+    5
+    """
+    source = contract.Source(table_key, layer)
+    fitted = cast(Predictor | GeneClassifier | CellClassifier, as_model(model))
+    if isinstance(fitted, CellClassifier):
+        if size_factors is not None:
+            raise ValueError("A cell classifier predicts no counts, so `size_factors` has no meaning for it.")
+        if out is not None:
+            raise ValueError("`out` is for gene predictions. Cells are written to the section only.")
+        return predict_cells(data, fitted, key_added=key_added or contract.NUCLEI)
+    if isinstance(fitted, GeneClassifier):
+        if size_factors is not None:
+            raise ValueError("A gene classifier predicts no counts, so `size_factors` has no meaning for it.")
+        if out is not None:
+            raise ValueError("`out` is for predicted distributions. Classes are written to the section only.")
+        return predict_classes(contract.sections(data), fitted, key=key_added or contract.GENE_CLASSES)
+    if size_factors is not None and fitted.total is None:
+        raise ValueError('The model was fitted without size factors, so `size_factors="total"` has no meaning for it.')
+    keep_compiled()
+    cohort = contract.sections(data)
+    # check all sections before writing any
+    key = key_added or contract.PREDICTIONS
+    for sdata in cohort.values():
+        contract.check_prediction_key(sdata, key)
+    opened = {name: fitted.open(sdata, section=name) for name, sdata in cohort.items()}
+    folders = {name: _new_folder(out, name) for name in cohort}
+    level = fitted.interval_level if conformal else COVERAGE
+    kept, factors, found = {}, {}, {}
+    with ExitStack() as unfinished:  # folders appear once all sections are predicted
+        for name, sdata in cohort.items():
+            table = contract.tiles(sdata)
+            kept[name] = table[table.obs["keep"].to_numpy()]
+            factors[name] = size_factors_of(sdata, kept[name], fitted, size_factors, source)
+            folder = folders[name]
+            made = None if folder is None else unfinished.enter_context(replacing(folder))
+            found[name] = _results((kept[name].n_obs, len(fitted.genes)), made)
+            _distribution(found[name], fitted, opened[name], factors[name], level=level, label=contract.sample(sdata))
+    for name, sdata in cohort.items():
+        folder = folders[name]
+        layers = found[name] if folder is None else _lazily(folder)
+        predictions = ad.AnnData(
+            X=layers.pop("mean"),
+            obs=kept[name].obs.drop(columns=contract.REGION_KEY).copy(),
+            var=pd.DataFrame(
+                {"floor_mean": fitted.floor[0], "floor_dispersion": fitted.floor[1]}, index=list(fitted.genes)
+            ),
+            layers=layers,
+            obsm={"spatial": contract.tile_geometry(sdata, kept[name]).centers.copy()},
+        )
+        predictions.obs["ood_score"] = opened[name].strangeness
+        predictions.obs["size_factor"] = factors[name]
+        predictions.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=contract.tiling(sdata)["side_px"])
+        predictions.uns["prediction"] = {
+            **fitted.description,
+            **({} if fitted.total is None else {"total": fitted.total, "at_measured_depth": size_factors == "total"}),
+            "coverage": fitted.training.get("calibration", {}).get("coverage", COVERAGE) if conformal else COVERAGE,
+            "interval_level": level,
+            "trained_on": list(fitted.training.get("sections", [])),
+            # stored as JSON text, since section names may hold characters that store keys may not
+            "trained_on_content": json.dumps(remembered(fitted)),
+        }
+        contract.write_predictions(sdata, predictions, key=key)
+        contract.record(
+            sdata, "tl.predict", n_genes=len(fitted.genes), n_members=len(fitted.member_weights), conformal=conformal
+        )
+
+
+def size_factors_of(
+    sdata: SpatialData, kept: ad.AnnData, model: Predictor, size_factors: str | None, source: contract.Source
+) -> np.ndarray:
+    """Return the size factor per kept tile, one without depth."""
+    factors = np.ones(kept.n_obs, dtype=np.float32)
+    if size_factors == "total" and model.total is not None:
+        rows, counts = contract.align_to_spots(sdata, kept, source)
+        factors[rows] = depth.size_factors(np.asarray(counts.X.sum(axis=1)).ravel(), model.total)
+    return factors
+
+
+def _new_folder(out: str | Path | None, section: str) -> Path | None:
+    """Return the folder for the results of a section, which must not exist yet."""
+    if out is None:
+        return None
+    folder = Path(out).expanduser() / quote(section, safe="")
+    if folder.exists():
+        raise FileExistsError(f"{folder} has predictions already. Choose another `out=`, or delete the folder.")
+    return folder
+
+
+def _results(shape: tuple[int, int], folder: Path | None) -> dict[str, Any]:
+    """Allocate the result arrays, in memory or on disk."""
+    names = ("mean", *LAYERS)
+    if folder is None:
+        return {name: np.empty(shape, dtype=np.float32) for name in names}
+    group = zarr.open_group(folder, mode="w")
+    chunks = (max(1, min(shape[0], _CHUNK // shape[1])), shape[1])
+    return {
+        name: group.create_array(
+            name, shape=shape, chunks=chunks, dtype=np.float32, config={"write_empty_chunks": True}
+        )
+        for name in names
+    }
+
+
+def _lazily(folder: Path) -> dict[str, da.Array]:
+    """Open results on disk as dask arrays. Reading a missing chunk raises an error."""
+    group = zarr.open_group(WholeStore(folder, read_only=True), mode="r")
+    return {name: da.from_zarr(group[name]) for name in ("mean", *LAYERS)}
+
+
+def _distribution(
+    out: dict[str, Any], model: Predictor, section: OpenedSection, factors: np.ndarray, *, level: float, label: str
+) -> None:
+    """Write mean, variances and interval of the mixture to `out`, in blocks of tiles."""
+    weights = np.asarray(model.member_weights)
+    shape = (len(factors), len(model.genes))
+    # round down to a power of two, since blocks of tiles are padded to one
+    step = 1 << max((_BLOCK // (len(weights) * shape[1])).bit_length() - 1, 0)
+    scaled = bool((factors != 1).any())
+    with tqdm(total=shape[0], desc=f"{label}: predicting", unit="tile") as bar:
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            r, p = section.r_and_p(rows)
+            p = depth.at_depth(p, factors[rows]) if scaled else p
+            moments = mixture_moments(r, p, weights=weights)
+            out["mean"][rows], out["aleatoric"][rows], out["epistemic"][rows] = moments
+            out["total_variance"][rows] = moments.aleatoric + moments.epistemic
+            out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level, weights=weights)
+            bar.update(rows.stop - start)
