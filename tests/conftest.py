@@ -15,6 +15,7 @@ import cv2
 import dask.array as da
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import scipy.sparse as sp
 import xarray as xr
@@ -23,6 +24,8 @@ from hypothesis import settings
 from spatialdata import SpatialData
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+#: bytes of memory of one test process
+LARGE_PROCESS = 3 << 30
 
 # A shared machine may stop a test for longer than any deadline; examples are the same in every run.
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=60)
@@ -40,12 +43,12 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _small_heap() -> Iterator[None]:
-    """Drop what JAX compiled for a file of tests, and spare the garbage collector what lives as long as the session.
+    """Drop what JAX compiled in a large process, and spare the garbage collector what lives as long as the session.
 
     Otherwise a process of thousands of tests takes 9 GB, and most of its time goes to looking through them.
     """
     yield
-    if "jax" in sys.modules:
+    if "jax" in sys.modules and psutil.Process().memory_info().rss > LARGE_PROCESS:
         sys.modules["jax"].clear_caches()
     gc.collect()
     gc.freeze()

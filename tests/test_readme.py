@@ -34,7 +34,7 @@ SMALLER: dict[str, dict[str, Any]] = {
         "learning_rate": 3e-3,
     },
 }  # fmt: skip
-N_GENES, N_SPOTS, N_SLIDES = 60, 40, 6
+N_GENES, N_SPOTS, N_SLIDES = 60, 40, 4
 
 
 def blocks() -> list[tuple[int, str]]:

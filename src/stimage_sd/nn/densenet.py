@@ -198,7 +198,7 @@ class DenseLayer(nnx.Module):
 
     Examples
     --------
-    >>> DenseLayer(16, rngs=nnx.Rngs(0))(jnp.ones((1, 6, 6, 16))).shape
+    >>> nnx.eval_shape(lambda: DenseLayer(16, rngs=nnx.Rngs(0))(jnp.ones((1, 6, 6, 16)))).shape
     (1, 6, 6, 32)
     """
 
@@ -224,7 +224,7 @@ class Transition(nnx.Module):
 
     Examples
     --------
-    >>> Transition(16, rngs=nnx.Rngs(0))(jnp.ones((1, 6, 6, 16))).shape
+    >>> nnx.eval_shape(lambda: Transition(16, rngs=nnx.Rngs(0))(jnp.ones((1, 6, 6, 16)))).shape
     (1, 3, 3, 8)
     """
 

@@ -127,8 +127,8 @@ class InvertedResidual(nnx.Module):
     --------
     >>> import jax.numpy as jnp
     >>> from flax import nnx
-    >>> block = InvertedResidual(8, 8, kernel_size=3, stride=1, expansion=6, rngs=nnx.Rngs(0))
-    >>> block(jnp.ones((1, 6, 6, 8))).shape
+    >>> block = lambda: InvertedResidual(8, 8, kernel_size=3, stride=1, expansion=6, rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(lambda: block()(jnp.ones((1, 6, 6, 8)))).shape
     (1, 6, 6, 8)
     """
 

@@ -360,8 +360,8 @@ class HoVerNet(nnx.Module):
 
     Examples
     --------
-    >>> network = HoVerNet(4, size=SIZES["small"], rngs=nnx.Rngs(0))
-    >>> [maps.shape for maps in network(jnp.zeros((1, 64, 64, 3)))]
+    >>> maps = lambda: HoVerNet(4, size=SIZES["small"], rngs=nnx.Rngs(0))(jnp.zeros((1, 64, 64, 3)))
+    >>> [each.shape for each in nnx.eval_shape(maps)]
     [(1, 64, 64, 2), (1, 64, 64, 2), (1, 64, 64, 5), (1, 64, 64, 8)]
     """
 

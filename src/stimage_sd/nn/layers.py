@@ -161,8 +161,8 @@ def conv_norm(value: Any, layer: ConvNorm) -> Any:
     --------
     >>> import jax.numpy as jnp
     >>> from flax import nnx
-    >>> layer = ConvNorm(4, 4, 5, padding="same", depthwise=True, epsilon=1e-3, rngs=nnx.Rngs(0))
-    >>> conv_norm(jnp.ones((2, 7, 7, 4)), layer).shape
+    >>> layer = lambda: ConvNorm(4, 4, 5, padding="same", depthwise=True, epsilon=1e-3, rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(lambda: conv_norm(jnp.ones((2, 7, 7, 4)), layer())).shape
     (2, 7, 7, 4)
     """
     kernel, bias = layer.folded()

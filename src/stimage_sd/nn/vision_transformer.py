@@ -51,7 +51,7 @@ class Block(nnx.Module):
 
     Examples
     --------
-    >>> Block(64, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 64))).shape
+    >>> nnx.eval_shape(lambda: Block(64, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 64)))).shape
     (1, 5, 64)
     """
 

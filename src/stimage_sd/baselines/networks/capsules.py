@@ -57,7 +57,7 @@ class CapsuleRouting(nnx.Module):
 
     Examples
     --------
-    >>> CapsuleRouting(16, 8, 20, 64, rngs=nnx.Rngs(0))(jnp.ones((3, 16, 8))).shape
+    >>> nnx.eval_shape(lambda: CapsuleRouting(16, 8, 20, 64, rngs=nnx.Rngs(0))(jnp.ones((3, 16, 8)))).shape
     (3, 20, 64)
     """
 
@@ -95,7 +95,7 @@ class CapsuleEncoder(nnx.Module):
 
     Examples
     --------
-    >>> CapsuleEncoder(12, 16, 20, 64, rngs=nnx.Rngs(0))(jnp.ones((3, 12, 12, 16))).shape
+    >>> nnx.eval_shape(lambda: CapsuleEncoder(12, 16, 20, 64, rngs=nnx.Rngs(0))(jnp.ones((3, 12, 12, 16)))).shape
     (3, 20, 64)
     """
 

@@ -83,7 +83,7 @@ class ConvolutionMixer(nnx.Module):
 
     Examples
     --------
-    >>> ConvolutionMixer(4, 5, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 4))).shape
+    >>> nnx.eval_shape(lambda: ConvolutionMixer(4, 5, rngs=nnx.Rngs(0))(jnp.ones((2, 8, 8, 4)))).shape
     (2, 8, 8, 4)
     """
 
@@ -148,8 +148,9 @@ class Hist2STNetwork(nnx.Module):
 
     Examples
     --------
-    >>> network = Hist2STNetwork(7, patch_px=14, channels=8, depths=(1, 1, 2), heads=1, rngs=nnx.Rngs(0))
-    >>> network(jnp.zeros((3, 14, 14, 3)), jnp.zeros((3, 2), int), jnp.eye(3)).expression.shape
+    >>> network = lambda: Hist2STNetwork(7, patch_px=14, channels=8, depths=(1, 1, 2), heads=1, rngs=nnx.Rngs(0))
+    >>> given = jnp.zeros((3, 14, 14, 3)), jnp.zeros((3, 2), int), jnp.eye(3)
+    >>> nnx.eval_shape(lambda: network()(*given)).expression.shape
     (3, 7)
     """
 

@@ -31,7 +31,8 @@ class SpotBlock(nnx.Module):
 
     Examples
     --------
-    >>> SpotBlock(16, heads=2, inner=32, dropout=0.0, rngs=nnx.Rngs(0))(jnp.ones((5, 16))).shape
+    >>> block = lambda: SpotBlock(16, heads=2, inner=32, dropout=0.0, rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(lambda: block()(jnp.ones((5, 16)))).shape
     (5, 16)
     """
 
@@ -106,7 +107,7 @@ class HisToGeneNetwork(nnx.Module):
     Examples
     --------
     >>> make = lambda: HisToGeneNetwork(7, patch_px=8, width=16, depth=1, heads=1, rngs=nnx.Rngs(0))
-    >>> make()(jnp.zeros((5, 8, 8, 3)), jnp.zeros((5, 2), int), None).shape
+    >>> nnx.eval_shape(lambda: make()(jnp.zeros((5, 8, 8, 3)), jnp.zeros((5, 2), int), None)).shape
     (5, 7)
     """
 

@@ -45,7 +45,8 @@ class ResidualBlock(nnx.Module):
 
     Examples
     --------
-    >>> ResidualBlock(8, 16, stride=2, rngs=nnx.Rngs(0))(jnp.ones((2, 6, 6, 8))).shape
+    >>> block = lambda: ResidualBlock(8, 16, stride=2, rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(lambda: block()(jnp.ones((2, 6, 6, 8)))).shape
     (2, 3, 3, 16)
     """
 
@@ -77,7 +78,7 @@ class ResNet18(nnx.Module):
 
     Examples
     --------
-    >>> ResNet18((4, 8), rngs=nnx.Rngs(0))(jnp.ones((2, 32, 32, 3))).shape
+    >>> nnx.eval_shape(lambda: ResNet18((4, 8), rngs=nnx.Rngs(0))(jnp.ones((2, 32, 32, 3)))).shape
     (2, 8)
     """
 
@@ -205,8 +206,9 @@ class IGIDLNetwork(nnx.Module):
 
     Examples
     --------
-    >>> network = IGIDLNetwork(7, 4, channels=(4, 8), graph_width=8, fusion=(16,), rngs=nnx.Rngs(0))
-    >>> network(jnp.ones((2, 32, 32, 3)), jnp.ones((2, 5, 4)), jnp.ones((2, 5), bool), jnp.ones((2, 5, 5), bool)).shape
+    >>> network = lambda: IGIDLNetwork(7, 4, channels=(4, 8), graph_width=8, fusion=(16,), rngs=nnx.Rngs(0))
+    >>> graph = jnp.ones((2, 5, 4)), jnp.ones((2, 5), bool), jnp.ones((2, 5, 5), bool)
+    >>> nnx.eval_shape(lambda: network()(jnp.ones((2, 32, 32, 3)), *graph)).shape
     (2, 7)
     """
 

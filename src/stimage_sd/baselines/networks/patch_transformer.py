@@ -78,7 +78,7 @@ class PatchBlock(nnx.Module):
 
     Examples
     --------
-    >>> PatchBlock(8, heads=2, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 8)), keep_all, 0).shape
+    >>> nnx.eval_shape(lambda: PatchBlock(8, heads=2, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 8)), keep_all, 0)).shape
     (1, 5, 8)
     """
 
@@ -123,7 +123,7 @@ class PatchTransformer(nnx.Module):
     Examples
     --------
     >>> make = lambda: PatchTransformer(image_px=26, width=8, depth=2, hidden=(6, 5), rngs=nnx.Rngs(0))
-    >>> make()(jnp.zeros((3, 26, 26, 3))).shape
+    >>> nnx.eval_shape(lambda: make()(jnp.zeros((3, 26, 26, 3)))).shape
     (3, 5)
     """
 

@@ -40,8 +40,8 @@ class DynamicConvolution(nnx.Module):
 
     Examples
     --------
-    >>> layer = DynamicConvolution(3, 16, side=4, n_kernels=4, rngs=nnx.Rngs(0))
-    >>> layer(jnp.ones((2, 12, 12, 3))).shape
+    >>> layer = lambda: DynamicConvolution(3, 16, side=4, n_kernels=4, rngs=nnx.Rngs(0))
+    >>> nnx.eval_shape(lambda: layer()(jnp.ones((2, 12, 12, 3)))).shape
     (2, 3, 3, 16)
     """
 
@@ -109,10 +109,11 @@ class THItoGeneNetwork(nnx.Module):
 
     Examples
     --------
-    >>> network = THItoGeneNetwork(
+    >>> network = lambda: THItoGeneNetwork(
     ...     7, patch_px=44, capsules=2, capsule_width=4, depth=1, heads=(1, 2), hidden=8, rngs=nnx.Rngs(0)
     ... )
-    >>> network(jnp.zeros((3, 44, 44, 3)), jnp.zeros((3, 2), int), 1 - jnp.eye(3)).shape
+    >>> given = jnp.zeros((3, 44, 44, 3)), jnp.zeros((3, 2), int), 1 - jnp.eye(3)
+    >>> nnx.eval_shape(lambda: network()(*given)).shape
     (3, 7)
     """
 

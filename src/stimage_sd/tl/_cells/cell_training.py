@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,17 +66,14 @@ class CellRun:
         split: Any = nnx.split(network, nnx.Param, ...)
         self._graph, parameters, statistics = split
         n_steps = settings.n_epochs * -(-len(self._training) // settings.batch_size)
-        rate = optax.cosine_decay_schedule(settings.learning_rate, n_steps)
-        self._optimizer = optax.chain(
-            optax.clip_by_global_norm(_LONGEST), optax.adamw(rate, weight_decay=settings.weight_decay)
-        )
-        self._state = (parameters, statistics, self._optimizer.init(parameters))
+        rates = Rates(*map(jnp.float32, (settings.learning_rate, n_steps, settings.weight_decay)))
+        self._state = (parameters, statistics, _optimizer(rates).init(parameters))
         self._best = (parameters, statistics)
         self.history: list[dict[str, float]] = []
         self.best_epoch = 0
         weights = jnp.asarray(class_weights)
-        self._step = jax.jit(partial(_stepped, self._graph, self._optimizer, weights))
-        self._losses = jax.jit(partial(_validated, self._graph, weights))
+        self._step = partial(_stepped, self._graph, weights, rates)
+        self._losses = partial(_validated, self._graph, weights)
 
     def start(self, fingerprint: Mapping[str, Any]) -> None:
         """Resume from the checkpoint, if there is one of the same run."""
@@ -142,8 +139,33 @@ def _named(losses: np.ndarray) -> dict[str, float]:
     return {"loss": float(losses.sum()), **parts}
 
 
+class Rates(NamedTuple):
+    """Numbers of the optimizer. They are arguments of the compiled step, so one compilation serves every setting."""
+
+    learning_rate: Array
+    n_steps: Array
+    weight_decay: Array
+
+
+def _optimizer(rates: Rates) -> optax.GradientTransformation:
+    """Return AdamW on clipped gradients, with a learning rate that falls to zero along half a cosine."""
+
+    def rate(step: Array) -> Array:
+        done = jnp.minimum(step / rates.n_steps, 1.0)
+        return rates.learning_rate * (1 + jnp.cos(jnp.pi * done)) / 2
+
+    decay: Any = rates.weight_decay
+    return optax.chain(optax.clip_by_global_norm(_LONGEST), optax.adamw(rate, weight_decay=decay))
+
+
+@partial(jax.jit, static_argnums=0)
 def _stepped(
-    graph: Any, optimizer: Any, weights: Array, state: tuple[Any, Any, Any], pictures: Array, targets: CellTargets
+    graph: Any,
+    weights: Array,
+    rates: Rates,
+    state: tuple[Any, Any, Any],
+    pictures: Array,
+    targets: CellTargets,
 ) -> tuple[tuple[Any, Any, Any], Array]:
     """Run a training step, and return the new state and the loss terms before the step."""
     parameters, statistics, memory = state
@@ -155,10 +177,11 @@ def _stepped(
         return parts.sum(), (nnx.state(network, nnx.Not(nnx.Param)), parts)
 
     (_, (followed, parts)), gradient = jax.value_and_grad(loss, has_aux=True)(parameters)
-    change, memory = optimizer.update(gradient, memory, parameters)
+    change, memory = _optimizer(rates).update(gradient, memory, parameters)
     return (optax.apply_updates(parameters, change), followed, memory), parts
 
 
+@partial(jax.jit, static_argnums=0)
 def _validated(graph: Any, weights: Array, state: tuple[Any, Any], pictures: Array, targets: CellTargets) -> Array:
     nuclear, hv, types, _ = nnx.merge(graph, *state)(pictures)
     return jnp.stack(cell_losses((nuclear, hv, types), targets, weights))
