@@ -12,6 +12,7 @@ from matplotlib.transforms import blended_transform_factory
 
 from stimage_sd.pl._canvas import MEASURED, WARNING, finish, require_columns
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
+from stimage_sd.stats.survival import kaplan_meier, log_rank_p
 
 #: colors of groups in order, starting with low and high risk
 _COLORS = (MEASURED, WARNING, "#55a868", "#8172b3", "#937860", "#64b5cd")
@@ -57,7 +58,7 @@ def survival(
 
     Notes
     -----
-    Paper, Figure 5d. Curves and test are lifelines'.
+    Paper, Figure 5d. Curves and test are statsmodels'; limits are Greenwood's, on the scale of log(-log).
 
     Examples
     --------
@@ -80,24 +81,19 @@ def survival(
 
 
 def _draw(ax: Axes, patients: pd.DataFrame, by: str, unit: str, title: str) -> None:
-    from lifelines import KaplanMeierFitter
-    from lifelines.statistics import multivariate_logrank_test
-
     names = [name for name in ("low", "high") if name in set(patients[by])]
     names += sorted(set(patients[by]) - set(names), key=str)
     colors = dict(zip(names, _COLORS * (1 + len(names) // len(_COLORS)), strict=False))
     curves = []
     for name in names:
         part = patients[patients[by] == name]
-        fitted = KaplanMeierFitter().fit(part["time"], part["event"])
-        curve, interval = fitted.survival_function_.iloc[:, 0], fitted.confidence_interval_
-        curves += ax.step(curve.index, curve, where="post", color=colors[name], linewidth=1.8,
+        curve = kaplan_meier(part["time"], part["event"])
+        curves += ax.step(curve.time, curve.share, where="post", color=colors[name], linewidth=1.8,
                           label=f"{name} ({len(part)}, {int(part['event'].sum())} events)")  # fmt: skip
-        ax.fill_between(interval.index, interval.iloc[:, 0], interval.iloc[:, 1], step="post", color=colors[name],
-                        alpha=0.15, linewidth=0)  # fmt: skip
+        ax.fill_between(curve.time, curve.lower, curve.upper, step="post", color=colors[name], alpha=0.15, linewidth=0)
         censored = part.loc[~part["event"].astype(bool), "time"]
-        ax.plot(censored, fitted.predict(censored), "|", color=colors[name], markersize=5, markeredgewidth=0.8)
-    p = multivariate_logrank_test(patients["time"], patients[by], patients["event"]).p_value
+        ax.plot(censored, curve.at(censored), "|", color=colors[name], markersize=5, markeredgewidth=0.8)
+    p = log_rank_p(patients["time"], patients["event"], patients[by])
     shown = f"log-rank p = {p:.2g}" if p >= 1e-4 else f"log-rank p = {p:.0e}"
     ax.set_title(f"{title}: {shown}" if title else shown, fontsize=10)
     ax.set(xlim=(0, None), ylim=(0, 1.02), xlabel=unit, ylabel="share alive")

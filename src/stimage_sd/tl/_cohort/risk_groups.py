@@ -13,6 +13,7 @@ from sklearn.model_selection import StratifiedKFold
 from tqdm.auto import tqdm
 
 from stimage_sd.stats.cox import concordances, cox_regressions, directions, varying
+from stimage_sd.stats.survival import log_rank_p, ridge_cox
 from stimage_sd.tl._cohort.patients import Patients, groups_of, patients_of, survival_of
 
 
@@ -74,9 +75,8 @@ def risk_groups(
     n_folds, n_repeats
         Number of folds, stratified by event, and number of repeated splits.
     penalizer
-        Strength of the ridge penalty on standardized genes, above 0, as in lifelines'
-        ``CoxPHFitter(penalizer=..., l1_ratio=0)``. Genes that order the patients perfectly have finite weights only
-        with a penalty.
+        Strength of the ridge penalty on standardized genes, above 0 (`penalty` of `stimage_sd.stats.survival`). Genes
+        that order the patients perfectly have finite weights only with a penalty.
     seed
         Seed of the splits.
 
@@ -207,22 +207,8 @@ def _fit_and_score(
     chosen = np.argsort(-rank, kind="stable")[: min(n_genes, int(varies.sum()))]
     if not len(chosen):
         return chosen, np.zeros(len(test))
-    weights = _ridge_cox(seen[:, chosen], times[train], events[train], penalizer)
+    weights = ridge_cox(seen[:, chosen], times[train], events[train], penalty=penalizer)
     return chosen, (values[test][:, chosen] - mean[chosen]) / deviation[chosen] @ weights
-
-
-def _ridge_cox(values: np.ndarray, times: np.ndarray, events: np.ndarray, penalizer: float) -> np.ndarray:
-    from lifelines import CoxPHFitter
-
-    frame = pd.DataFrame(values).assign(time=times, event=events)
-    with warnings.catch_warnings():
-        # lifelines warns of values that separate events, but the penalty keeps weights finite
-        warnings.simplefilter("ignore")
-        fitted = CoxPHFitter(penalizer=penalizer, l1_ratio=0.0).fit(
-            frame, "time", "event", fit_options={"precision": 1e-9}
-        )
-    weights: np.ndarray = fitted.params_.to_numpy()
-    return weights
 
 
 def _patients(found: Patients, times: np.ndarray, events: np.ndarray, risk: np.ndarray, group: str) -> pd.DataFrame:
@@ -233,12 +219,10 @@ def _patients(found: Patients, times: np.ndarray, events: np.ndarray, risk: np.n
 
 
 def _summary(folds: pd.DataFrame, patients: pd.DataFrame, group: str) -> pd.DataFrame:
-    from lifelines.statistics import logrank_test
-
     high = (patients["risk_group"] == "high").to_numpy()
     times, events = patients["time"].to_numpy(), patients["event"].to_numpy()
     # with equal risks, all patients are in the low-risk group
-    p_value = logrank_test(times[high], times[~high], events[high], events[~high]).p_value if high.any() else np.nan
+    p_value = log_rank_p(times, events, high) if high.any() else np.nan
     ratio = cox_regressions(high[:, None].astype(float), times, events)
     repeats = folds.groupby("repeat")["c_index"].mean()
     return pd.DataFrame(

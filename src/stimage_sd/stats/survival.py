@@ -1,0 +1,141 @@
+"""Survival of patients: Kaplan-Meier curves, the log-rank test and a Cox regression with a ridge penalty."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.optimize import minimize
+from scipy.stats import chi2, norm
+
+
+class SurvivalCurve(NamedTuple):
+    """Kaplan-Meier estimate, a step function that starts at time 0 and ends with the last patient.
+
+    Attributes
+    ----------
+    time
+        Times from which the values hold, ``float64 (n_times,)``.
+    share
+        Share of patients without the event.
+    lower, upper
+        Pointwise confidence limits of the share.
+    """
+
+    time: np.ndarray
+    share: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+
+    def at(self, time: ArrayLike) -> np.ndarray:
+        """Return the share at given times, no earlier than 0."""
+        return self.share[np.searchsorted(self.time, np.asarray(time), side="right") - 1]
+
+
+def kaplan_meier(time: ArrayLike, event: ArrayLike, *, confidence: float = 0.95) -> SurvivalCurve:
+    """Estimate the share of patients without the event over time.
+
+    Parameters
+    ----------
+    time
+        Time of the event or of the last contact, ``(n_patients,)``, no less than 0.
+    event
+        Whether the event was observed, ``(n_patients,)``.
+    confidence
+        Level of the pointwise confidence limits.
+
+    Returns
+    -------
+    The curve. Its limits are Greenwood's on the scale of ``log(-log(share))``, which keeps them within 0 and 1.
+
+    Examples
+    --------
+    >>> from stimage_sd.stats.survival import kaplan_meier
+    >>> kaplan_meier([1.0, 2.0, 2.0, 3.0], [True, False, True, False]).share.tolist()
+    [1.0, 0.75, 0.5, 0.5]
+    """
+    from statsmodels.duration.survfunc import SurvfuncRight
+
+    times, events = np.asarray(time, dtype=np.float64), np.asarray(event, dtype=bool)
+    at, share, error = np.zeros(1), np.ones(1), np.zeros(1)
+    if events.any():
+        found = SurvfuncRight(times, events.astype(int))
+        at = np.append(at, found.surv_times)
+        share, error = np.append(share, found.surv_prob), np.append(error, found.surv_prob_se)
+    if times.max() > at[-1]:
+        at, share, error = np.append(at, times.max()), np.append(share, share[-1]), np.append(error, error[-1])
+    inner = (share > 0) & (share < 1)
+    lower, upper = share.copy(), share.copy()
+    known = share[inner]
+    factor = np.exp(norm.ppf((1 + confidence) / 2) * error[inner] / (known * np.log(known)))
+    lower[inner], upper[inner] = known ** (1 / factor), known**factor
+    return SurvivalCurve(at, share, lower, upper)
+
+
+def log_rank_p(time: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
+    """Compute the p-value of the log-rank test that all groups have one survival curve.
+
+    Parameters
+    ----------
+    time, event
+        As in `kaplan_meier`.
+    group
+        Group of each patient, ``(n_patients,)``, two groups or more.
+
+    Returns
+    -------
+    The p-value, accurate for very small values as well.
+
+    Examples
+    --------
+    >>> from stimage_sd.stats.survival import log_rank_p
+    >>> round(log_rank_p([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1], ["a", "a", "a", "b", "b", "b"]), 4)
+    0.0246
+    """
+    from statsmodels.duration.survfunc import survdiff
+
+    names, numbers = np.unique(np.asarray(group), return_inverse=True)
+    statistic, _ = survdiff(np.asarray(time), np.asarray(event, dtype=int), numbers)
+    return float(chi2.sf(statistic, len(names) - 1))
+
+
+def ridge_cox(values: np.ndarray, time: np.ndarray, event: np.ndarray, *, penalty: float) -> np.ndarray:
+    """Fit a Cox regression with a ridge penalty.
+
+    Parameters
+    ----------
+    values
+        Standardized covariates, ``float64 (n_patients, n_covariates)``.
+    time, event
+        As in `kaplan_meier`. Ties are treated as Efron does.
+    penalty
+        Strength of the penalty, above 0: ``penalty / 2`` times the sum of squared weights is subtracted from the mean
+        partial log-likelihood per patient.
+
+    Returns
+    -------
+    Weights, ``float64 (n_covariates,)``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stimage_sd.stats.survival import ridge_cox
+    >>> values = np.array([[-1.0], [-1.0], [1.0], [1.0]])
+    >>> ridge_cox(values, np.array([4.0, 3.0, 2.0, 1.0]), np.ones(4, bool), penalty=0.1).round(2).tolist()
+    [1.02]
+    """
+    from statsmodels.duration.hazard_regression import PHReg
+
+    model = PHReg(time, values, status=np.asarray(event, dtype=int), ties="efron")
+    n_patients, n_covariates = values.shape
+    return np.asarray(
+        minimize(
+            lambda weights: penalty / 2 * weights @ weights - model.loglike(weights) / n_patients,
+            np.zeros(n_covariates),
+            jac=lambda weights: penalty * weights - model.score(weights) / n_patients,
+            hess=lambda weights: penalty * np.eye(n_covariates) - model.hessian(weights) / n_patients,
+            method="trust-exact",
+            options={"gtol": 1e-10},
+        ).x
+    )
