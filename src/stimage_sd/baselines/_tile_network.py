@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 
 from stimage_sd.image.augmentation import augment
 from stimage_sd.likelihood.heads import Parameters
-from stimage_sd.models._extractors import Extractor, blank_module, derived_extractor, get_extractor, settings
+from stimage_sd.models._extractor import Extractor
+from stimage_sd.models._extractors import blank_module, derived_extractor, get_extractor, settings
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._recipe import Arrays, SectionData, TrainingSection
 from stimage_sd.models._split_network import (

@@ -25,7 +25,8 @@ from stimage_sd.baselines.networks.patch_transformer import PatchTransformer
 from stimage_sd.likelihood import negative_binomial
 from stimage_sd.likelihood.depth import size_factors
 from stimage_sd.likelihood.heads import HEADS, Parameters
-from stimage_sd.models._extractors import Extractor, unregistered_extractor
+from stimage_sd.models._extractor import Extractor
+from stimage_sd.models._extractors import unregistered_extractor
 from stimage_sd.models._network_arrays import put_arrays
 from stimage_sd.models._recipe import (
     Arrays,

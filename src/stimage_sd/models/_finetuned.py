@@ -14,7 +14,8 @@ from flax import nnx
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models._extractors import Extractor, blank_module, derived_extractor, settings
+from stimage_sd.models._extractor import Extractor
+from stimage_sd.models._extractors import blank_module, derived_extractor, settings
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import kind, write_model
 from stimage_sd.models._nb import HeadName, NBModel, NBSection

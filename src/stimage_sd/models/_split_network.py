@@ -16,7 +16,8 @@ from jax import Array
 from tqdm.auto import tqdm
 
 from stimage_sd.likelihood.heads import Parameters
-from stimage_sd.models._extractors import Extractor, derived_extractor
+from stimage_sd.models._extractor import Extractor
+from stimage_sd.models._extractors import derived_extractor
 from stimage_sd.nn.parts import Part, parts_of, run_parts, variables_of
 
 Unfreeze = Literal["last_stage", "all"] | None

@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.likelihood import negative_binomial
-from stimage_sd.models._extractors import Extractor
+from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._specification import TileSpecification
 
 #: numpy or JAX arrays; JAX if a gradient is needed

@@ -10,7 +10,8 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models._extractors import ONNX_BATCH, Extractor, get_extractor
+from stimage_sd.models._extractor import ONNX_BATCH, Extractor
+from stimage_sd.models._extractors import get_extractor
 from stimage_sd.pp._context import spatial_context
 from stimage_sd.stream.driver import TileJob, run_over_images
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from stimage_sd import contract
 from stimage_sd.image import lime
-from stimage_sd.models._extractors import Extractor
+from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._resolve import as_model
 from stimage_sd.models._stand_ins import Explainable, StandIns
 from stimage_sd.tl._explain.explained import TileResult, top_tiles, write_results

@@ -12,7 +12,7 @@ from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stimage_sd import contract
-from stimage_sd.models._extractors import Extractor
+from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._resolve import as_model
 from stimage_sd.models._stand_ins import Explainable
 from stimage_sd.nn.saliency import Differentiable, grad_cam, integrated_gradients

@@ -10,7 +10,8 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models._extractors import Extractor, get_extractor
+from stimage_sd.models._extractor import Extractor
+from stimage_sd.models._extractors import get_extractor
 from stimage_sd.models._stand_ins import Embedded, Explainable, StandIns
 from stimage_sd.stream.driver import pixel_positions, run_over_tiles
 from stimage_sd.tl._explain.segments import Area, Positions

@@ -16,7 +16,8 @@ from stimage_sd import contract
 from stimage_sd._cache import cache_dir, keep_compiled
 from stimage_sd._files import scratch
 from stimage_sd.likelihood import depth, mean_only
-from stimage_sd.models._extractors import Extractor, get_extractor
+from stimage_sd.models._extractor import Extractor
+from stimage_sd.models._extractors import get_extractor
 from stimage_sd.models._features import Standardize
 from stimage_sd.models._finetuned import FinetunedModel, tile_specification
 from stimage_sd.models._nb import HeadName, NBModel

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from stimage_sd.likelihood import mean_only
 from stimage_sd.likelihood.heads import HEADS
-from stimage_sd.models._extractors import Extractor
+from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._split_network import Trained, features_by
 from stimage_sd.tl._fit.checkpoint import read_named, read_tree, write_state

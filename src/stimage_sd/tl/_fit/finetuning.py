@@ -17,7 +17,7 @@ from jax import Array
 
 from stimage_sd.image.augmentation import augment
 from stimage_sd.likelihood.heads import HEADS
-from stimage_sd.models._extractors import Extractor
+from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._split_network import (
     SplitNetwork,
