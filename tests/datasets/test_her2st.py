@@ -51,6 +51,7 @@ def test_from_the_data_folder(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     sdata = her2st(SECTION)
     table = contract.counts(sdata)
     assert contract.sample(sdata) == SECTION
+    assert contract.patients({"mine": sdata}) == {"mine": "C"}
     published = pd.read_csv(data_dir / "her2st" / SECTION / "clusters.tsv.gz", sep="\t", index_col=0)
     assert table.obs["cluster"].dtype == "category"
     for row in published.sample(20, random_state=0).itertuples():

@@ -105,6 +105,7 @@ from stimage_sd.contract._results import (
 )
 from stimage_sd.contract._section import (
     info,
+    patients,
     plain,
     record,
     register,
@@ -236,6 +237,7 @@ __all__ = [
     "mpp",
     "nuclei",
     "outlines",
+    "patients",
     "pictures",
     "pixel_frame",
     "place_instrument",

@@ -115,6 +115,21 @@ def sample(sdata: SpatialData) -> str:
     return str(info(sdata)["sample"])
 
 
+def patients(cohort: Cohort, named: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the patient of each section of a cohort, as far as known.
+
+    Parameters
+    ----------
+    cohort
+        Sections by sample id. Those of `stimage_sd.datasets.her2st`, and all whose
+        ``sdata.attrs["stimage_sd"]["patient"]`` was set, know their patient.
+    named
+        Patient by section, instead of what sections know. Sections that are not in the cohort are ignored.
+    """
+    found = {name: (named or {}).get(name, info(sdata).get("patient")) for name, sdata in cohort.items()}
+    return {name: str(patient) for name, patient in found.items() if patient is not None}
+
+
 def record(sdata: SpatialData, step: str, **parameters: Any) -> None:
     """Append a step and its parameters to the section's history."""
     entry = {

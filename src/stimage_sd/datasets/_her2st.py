@@ -102,6 +102,7 @@ def her2st(section: str) -> SpatialData:
     sdata = legacy_st(counts, image, spots, sample=section)
     if clusters.is_file():
         _add_clusters(sdata, clusters)
+    contract.remember(sdata, patient=section[0])
     contract.record(sdata, "datasets.her2st", section=section)
     return sdata
 

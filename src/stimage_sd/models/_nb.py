@@ -240,7 +240,9 @@ class NBModel:
         )
 
     def __repr__(self) -> str:
-        sections = ", ".join(self.training.get("sections", []))
+        names, patients = self.training.get("sections", []), self.training.get("patients", {})
+        alone = len(set(patients.values())) == 1 and set(patients) == set(names)
+        sections = ", ".join(names) + (f" (one patient, {next(iter(patients.values()))})" if alone else "")
         return (
             f"NBModel: {len(self.genes)} genes, {self.n_members} members, head {self.head!r}, "
             f"on {self.description['extractor']} (fields of view {list(self.tiles.fields_of_view)}, "

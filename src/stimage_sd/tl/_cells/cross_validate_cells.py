@@ -95,7 +95,7 @@ def cross_validate_cells(
             raise TypeError(
                 f"Expected model {name!r} to take a cohort, as a recipe does, found {type(recipe).__name__}."
             )
-    folds = leave_out(list(cohort), strategy, patients)
+    folds = leave_out(cohort, strategy, patients)
     fingerprints = {name: _fingerprint(sdata, truth_key, label_key) for name, sdata in cohort.items()}
     _check_different(fingerprints)
     store = FoldStore(None if out is None else Path(out))

@@ -50,6 +50,7 @@ def finetune_nb(
     head: HeadName = "paper",
     size_factors: Literal["total"] | None = None,
     validation: float | Sequence[str] = 0.3,
+    patients: Mapping[str, str] | None = None,
     n_components: int = 128,
     standardize: Standardize = "section",
     input_px: int | None = None,
@@ -88,7 +89,7 @@ def finetune_nb(
     head
         ``"paper"``: r and p per gene and tile, as published. ``"dispersion"``: one mean per gene and tile and one
         dispersion per gene.
-    size_factors, validation, weight_decay, table_key, layer
+    size_factors, validation, patients, weight_decay, table_key, layer
         As in `fit_nb`. All tiles of a held-out section are used for validation. For an ensemble, fit one model per
         seed and combine them (`stimage_sd.tl.combine`).
     n_components
@@ -166,8 +167,9 @@ def finetune_nb(
         head_learning_rate=head_learning_rate, weight_decay=weight_decay, seed=seed,
     )  # fmt: skip
     check_different(cohort, source)
+    known = contract.patients(cohort, patients)
     spots = _Spots.read(cohort, checked_genes(cohort, genes, source), size_factors, source)
-    held_out = held_out_tiles(spots.sections, spots.positions, validation, n_members=1, seed=seed)
+    held_out = held_out_tiles(spots.sections, spots.positions, validation, n_members=1, seed=seed, patients=known)
     with scratch(cache_dir() / "finetune") as folder:
         pixels = PixelData(
             tiles=_cut(cohort, spots, tiles, folder / "tiles"),
@@ -188,6 +190,7 @@ def finetune_nb(
         total=spots.total,
         training={
             "sections": list(spots.rows),
+            "patients": known,
             "fingerprints": fingerprints(cohort, spots.genes, source),
             "n_tiles": len(spots.sections),
             "validation": validation_sections(spots.sections, held_out),

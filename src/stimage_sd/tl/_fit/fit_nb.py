@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ def fit_nb(
     n_members: int = 10,
     size_factors: Literal["total"] | None = None,
     validation: float | Sequence[str] = 0.3,
+    patients: Mapping[str, str] | None = None,
     n_components: int = 256,
     rank: int | None = 16,
     standardize: Standardize = "section",
@@ -88,8 +89,11 @@ def fit_nb(
         its total count divided by the cohort's median. The size factor multiplies the mean and keeps r, which is how
         shallower sequencing changes counts. Predictions are then for a tile of median depth.
     validation
-        Share of the sections to hold out per member (at least one section), or names of the sections to hold out for
-        all members. With a single section, a contiguous part of the section is held out.
+        Share of the patients to hold out per member (at least one), or names of the sections to hold out for all
+        members. With a single section, a contiguous part of the section is held out.
+    patients
+        Patient by section. Default: the patients that sections know (``sdata.attrs["stimage_sd"]["patient"]``). All
+        sections of a patient are held out together. With one patient only, sections are held out.
     n_components
         Number of principal components that embeddings are reduced to.
     rank
@@ -154,6 +158,7 @@ def fit_nb(
     embeddings = [common_specification(cohort, name) for name in extractor_names(extractor)]
     genes = checked_genes(cohort, genes, source)
     check_different(cohort, source)
+    known = contract.patients(cohort, patients)
     blocks = {name: [features(sdata, tiles) for tiles in embeddings] for name, sdata in cohort.items()}
     widths = [block.shape[1] for block in next(iter(blocks.values()))]
     embedded = {name: np.concatenate(each, axis=1) for name, each in blocks.items()}
@@ -170,7 +175,7 @@ def fit_nb(
     floor = mean_only.floor(counts, factors if median is not None else None)
     sections = np.repeat(list(measured), [len(rows) for rows, _, _ in measured.values()])
     positions = np.concatenate([kept_centers(cohort[name])[rows] for name, (rows, _, _) in measured.items()])
-    held_out = held_out_tiles(sections, positions, validation, n_members=n_members, seed=seed)
+    held_out = held_out_tiles(sections, positions, validation, n_members=n_members, seed=seed, patients=known)
     patterns = find_patterns(reduced, counts, factors, held_out, rank=rank) if rank is not None else None
     seen = reduced if patterns is None else patterns.project(reduced)
     training_data = TrainingData(seen, counts, factors.astype(np.float32), _bootstrap(~held_out, seed=seed), held_out)
@@ -192,6 +197,7 @@ def fit_nb(
         patterns=patterns,
         training={
             "sections": list(measured),
+            "patients": known,
             "fingerprints": fingerprints(cohort, genes, source),
             "n_tiles": len(reduced),
             "validation": validation_sections(sections, held_out),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,13 +46,50 @@ def seen_sections(
     ]
 
 
+def trained_patients(model: Predictor) -> set[str] | None:
+    """Return the patients a model was trained on, or `None` if the patient of a training section is unknown."""
+    inner: Any = model
+    parts = inner.parts if isinstance(inner, CombinedModel) else (model,)
+    records = [part.training for part in parts]
+    if any(set(record.get("sections", [])) - set(record.get("patients", {})) for record in records):
+        return None
+    return {patient for record in records for patient in record.get("patients", {}).values()}
+
+
+def warn_of_other_patients(model: Predictor, cohort: Mapping[str, SpatialData]) -> None:
+    """Warn if a model of one patient predicts sections that are known to be of others."""
+    known = trained_patients(model)
+    if known is None or len(known) != 1:
+        return
+    others = {name: patient for name, patient in contract.patients(cohort).items() if patient not in known}
+    if others:
+        warnings.warn(
+            f"The model was trained on one patient, {next(iter(known))!r}, and {list(others)} are of "
+            f"{sorted(set(others.values()))}. Its intervals know how sections of that patient differ, not how patients "
+            "do: expect them to cover less than stated, and means that follow that patient's sequencing depth. Train "
+            "on several patients, or calibrate on a section of the new one (`stimage_sd.tl.calibrate`).",
+            stacklevel=3,
+        )
+
+
 def check_unseen(model: Predictor, cohort: dict[str, SpatialData], source: contract.Source, *, purpose: str) -> None:
-    """Raise `ValueError` if a model was trained or validated on a section under any name."""
+    """Raise `ValueError` if a model was trained or validated on a section under any name.
+
+    Warn if a section is of a patient that the model was trained on, where there are several.
+    """
     if seen := seen_sections(remembered(model), cohort, source):
         raise ValueError(
             f"The model was trained on {sorted(model.training.get('sections', []))}, so {seen} cannot show how it does "
             "on new sections. They hold the same spots and counts, or the same names where the model stores names "
             f"only. Leave a section out of the fit to {purpose}."
+        )
+    known = trained_patients(model) or set()
+    same = [name for name, patient in contract.patients(cohort).items() if patient in known]
+    if same and len(known) > 1:
+        warnings.warn(
+            f"The model was trained on other sections of the patients of {same}. What is found by these sections holds "
+            f"for these patients, not for new ones. Leave a patient out of the fit to {purpose}.",
+            stacklevel=3,
         )
 
 

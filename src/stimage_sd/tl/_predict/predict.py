@@ -30,7 +30,7 @@ from stimage_sd.models._predictor import OpenedSection, Predictor
 from stimage_sd.models._resolve import as_model
 from stimage_sd.tl._cells.predict_cells import predict_cells
 from stimage_sd.tl._fit.fit_nb import COVERAGE
-from stimage_sd.tl._fit.seen import remembered
+from stimage_sd.tl._fit.seen import remembered, warn_of_other_patients
 from stimage_sd.tl._predict.predict_classes import predict_classes
 
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
@@ -97,6 +97,11 @@ def predict(
     ValueError
         If tiles, embeddings or staining differ from the training data. The error names the step to run again.
 
+    Warns
+    -----
+    UserWarning
+        If the model was trained on one patient and a section is known to be of another.
+
     Notes
     -----
     Paper, section 2.4, Eq. 7, read with variances on both sides.
@@ -137,6 +142,7 @@ def predict(
         contract.check_prediction_key(sdata, key)
     opened = {name: fitted.open(sdata, section=name) for name, sdata in cohort.items()}
     folders = {name: _new_folder(out, name) for name in cohort}
+    warn_of_other_patients(fitted, cohort)
     level = fitted.interval_level if conformal else COVERAGE
     kept, factors, found = {}, {}, {}
     with ExitStack() as unfinished:  # folders appear once all sections are predicted

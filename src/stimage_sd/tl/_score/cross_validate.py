@@ -63,14 +63,14 @@ def cross_validate(
         Two or more sections with counts, tiled and embedded.
     models
         A dict of recipes by model name. A recipe is a function that takes a cohort and ``genes=`` and returns a fitted
-        model, such as ``functools.partial(sti.tl.fit_nb, n_members=5)``. If a recipe has arguments `seed`, `table_key`
-        or `layer`, it gets the values of this call. Or a list of names: ``"nb"`` is `stimage_sd.tl.fit_nb` with
-        defaults.
+        model, such as ``functools.partial(sti.tl.fit_nb, n_members=5)``. If a recipe has arguments `seed`, `patients`,
+        `table_key` or `layer`, it gets the values of this call. Or a list of names: ``"nb"`` is
+        `stimage_sd.tl.fit_nb` with defaults.
     strategy
         Unit to hold out: a section, or all sections of a patient. Sections of a patient are similar, so only
         ``"leave-one-patient-out"`` shows how a model does on a new patient.
     patients
-        Patient by section, for ``"leave-one-patient-out"``.
+        Patient by section, for ``"leave-one-patient-out"``. Default: the patients that sections know.
     genes
         A list of names, used in every fold. Or a number of highly variable genes, chosen as in
         `stimage_sd.pp.select_genes`. Or a function that takes a cohort and returns names. With a number or a function,
@@ -134,7 +134,7 @@ def cross_validate(
     cohort = contract.sections(data)
     recipes = _recipes(models)
     kept = _kept_model(keep_predictions, recipes)
-    folds = leave_out(list(cohort), strategy, patients)
+    folds = leave_out(cohort, strategy, patients)
     check_different(cohort, source)
     choose = _gene_choice(cohort, genes, source)
     store = FoldStore(None if out is None else Path(out))
@@ -150,7 +150,7 @@ def cross_validate(
     found = {key: store.load(made, predictions=key[1] == kept) for key, made in settings.items()}
     results = {key: result for key, result in found.items() if result is not None}
     stated = {name: value for name, value in source.as_keys().items() if value is not None}
-    options = {"seed": seed, **stated}
+    options = {"seed": seed, **stated, **({} if patients is None else {"patients": patients})}
     with tqdm(total=len(folds) * len(recipes), initial=len(results), desc="cross-validating", unit="fit") as bar:
         for fold, held_out in folds.items():
             training = {name: shallow_copy(sdata) for name, sdata in cohort.items() if name not in held_out}
@@ -213,21 +213,22 @@ def _kept_model(keep_predictions: bool | str, recipes: Mapping[str, Recipe]) -> 
     return keep_predictions
 
 
-def leave_out(sections: list[str], strategy: str, patients: Mapping[str, str] | None) -> dict[str, list[str]]:
+def leave_out(cohort: contract.Cohort, strategy: str, patients: Mapping[str, str] | None) -> dict[str, list[str]]:
     """Return the held-out sections per fold."""
     if strategy not in get_args(Strategy):
         raise ValueError(f"Expected `strategy` to be one of {list(get_args(Strategy))}, found {strategy!r}.")
     if strategy == "leave-one-section-out":
         if patients is not None:
             raise ValueError('`patients` is for patient folds: pass `strategy="leave-one-patient-out"`.')
-        folds = {section: [section] for section in sections}
+        folds = {section: [section] for section in cohort}
     else:
-        missing = [section for section in sections if section not in (patients or {})]
-        if patients is None or missing:
+        known = contract.patients(cohort, patients)
+        missing = [section for section in cohort if section not in known]
+        if missing:
             raise KeyError(f"Expected `patients` to name each section's patient, found none for {missing}.")
-        folds = {str(patients[section]): [] for section in sections}
-        for section in sections:
-            folds[str(patients[section])].append(section)
+        folds = {known[section]: [] for section in cohort}
+        for section in cohort:
+            folds[known[section]].append(section)
     if len(folds) < 2:
         what = "sections" if strategy == "leave-one-section-out" else "patients"
         raise ValueError(f"Expected two {what} or more, to learn from one and test on another, found {list(folds)}.")
