@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -122,6 +123,14 @@ CELLS = [
 ]
 
 
+def quick(states: list[str]) -> list[Any]:
+    """States as parameters; the newest versions of the tools are tried on objects as they are read, and on the disk."""
+    return [
+        pytest.param(state, marks=[] if state in ("as read", "written and read") else pytest.mark.slow)
+        for state in states
+    ]
+
+
 @pytest.mark.parametrize(("origin", "state"), CELLS)
 def test_tiles_show_what_is_painted_there(origin: str, state: str, bundles: Path, tmp_path: Path) -> None:
     make, options = ORIGINS[origin]
@@ -170,7 +179,7 @@ def predicted(section: SpatialData, model: NBModel) -> AnnData:
     return section.tables["predictions"]
 
 
-@pytest.mark.parametrize("state", [state for state in STATES if "crop" not in state])
+@pytest.mark.parametrize("state", quick([state for state in STATES if "crop" not in state]))
 @pytest.mark.parametrize("origin", ["spatialdata_io.visium", "concatenated"])
 def test_predictions_are_those_of_the_own_reader(
     origin: str, state: str, bundles: Path, model: NBModel, tmp_path: Path
@@ -189,7 +198,7 @@ def test_predictions_are_those_of_the_own_reader(
         assert np.corrcoef(expected[:, gene], found[:, gene])[0, 1] >= 0.99
 
 
-@pytest.mark.parametrize("state", [state for state in STATES if state != "log-normalized"])
+@pytest.mark.parametrize("state", quick([state for state in STATES if state != "log-normalized"]))
 def test_tiles_of_lazyslide_lie_where_they_were_cut(state: str, bundles: Path, tmp_path: Path) -> None:
     """A store states the size of its slide, so that a crop is refused, with the call that mends it."""
     peer = STATES[state](peers.lazyslide_store(bundles, tmp_path), tmp_path)
@@ -212,7 +221,7 @@ def test_tiles_of_lazyslide_lie_where_they_were_cut(state: str, bundles: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("state", ["as read", "cropped by box", "coordinates turned"])
+@pytest.mark.parametrize("state", quick(["as read", "cropped by box", "coordinates turned"]))
 @pytest.mark.parametrize(
     "origin", ["spatialdata_io.visium, hires", "spatialdata_io.visium_hd", "spatialdata_io.xenium", "io.from_anndata"]
 )
