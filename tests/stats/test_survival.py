@@ -78,3 +78,27 @@ def test_perfect_order_has_finite_weights() -> None:
     values = np.linspace(-1, 1, 20)[:, None]
     weights = ridge_cox(values, np.arange(20.0, 0, -1), np.ones(20, bool), penalty=0.1)
     assert 0 < weights[0] < 100
+
+
+@pytest.mark.parametrize(
+    ("time", "event", "match"),
+    [
+        ([1.0, np.nan, 3.0], [1, 0, 1], "finite times of at least 0"),
+        ([1.0, -2.0, 3.0], [1, 0, 1], "finite times of at least 0"),
+        ([1.0, 2.0, 3.0], [1, np.nan, 0], "events of 1 .seen. and 0 .censored., found .*nan"),
+        ([1.0, 2.0, 3.0], [2, 1, 2], r"found \[1, 2\]"),
+        ([1.0, 2.0, 3.0], [1, 0], "one time and one event per patient"),
+        ([], [], "one time and one event per patient"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused(time: list, event: list, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        kaplan_meier(time, event)
+    with pytest.raises(ValueError, match=match):
+        log_rank_p(time, event, ["a", "b", "b"][: len(time)])
+
+
+def test_groups_that_no_event_compares_have_no_p_value() -> None:
+    assert np.isnan(log_rank_p([1, 2, 3, 4], [0, 0, 0, 0], list("aabb")))
+    # the one patient of the second group is gone before the first event
+    assert np.isnan(log_rank_p([1, 2, 3, 4], [0, 1, 1, 1], list("baaa")))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from spatialdata import SpatialData
 
-from stimage_sd import contract, models, tl
+from stimage_sd import baselines, contract, models, tl
 from stimage_sd.models import NBModel
 from stimage_sd.tl._fit.split import held_out_tiles
 
@@ -59,8 +61,16 @@ def test_a_named_section_brings_all_of_its_patient() -> None:
 
 
 @pytest.fixture(scope="module")
-def cohort(planted: Callable) -> dict[str, SpatialData]:
+def sections(planted: Callable) -> dict[str, SpatialData]:
     return planted(tuple("abcde"), n_side=8, n_genes=4).sections
+
+
+@pytest.fixture
+def cohort(sections: dict[str, SpatialData]) -> Iterator[dict[str, SpatialData]]:
+    """Five sections that do not know their patients."""
+    yield sections
+    for sdata in sections.values():
+        contract.remember(sdata, patient=None)
 
 
 def fit(cohort: dict[str, SpatialData], names: str, **options: object) -> NBModel:
@@ -94,10 +104,15 @@ def test_a_model_of_one_patient_says_so_on_another(cohort: dict[str, SpatialData
     contract.remember(section, patient="P9")
     (text,) = predicted(section, model)
     assert "trained on one patient, 'P1', and ['e'] are of ['P9']" in text
+    calibrated = tl.calibrate(section, model)
+    assert calibrated.training["calibration"]["patients"] == ["P9"]
+    assert predicted(section, calibrated) == []
     assert predicted(section, fit(cohort, "abcd", patients=OF)) == []
     assert predicted(section, fit(cohort, "ab")) == []
     (text,) = predicted(section, tl.combine([model, fit(cohort, "ab", patients=OF, seed=1)]))
     assert "'P1'" in text
+    floor = tl.fit_baseline({name: cohort[name] for name in "ab"}, baselines.MeanOnly(), genes=["G0"], extractor="toy")
+    assert floor.training["patients"] == {}
 
 
 def test_levels_of_a_training_patient_are_said_to_be_its_own(cohort: dict[str, SpatialData]) -> None:
@@ -123,3 +138,18 @@ def test_folds_of_patients_are_those_that_sections_know(cohort: dict[str, Spatia
     four = {name: cohort[name] for name in OF}
     tl.cross_validate(four, {"nb": recipe}, strategy="leave-one-patient-out", genes=["G0", "G1"])
     assert seen == [["c", "d"], ["a", "b"]]
+
+
+def test_folds_on_disk_know_the_patients(cohort: dict[str, SpatialData], tmp_path: Path) -> None:
+    """Folds of sections are the same, but what a fit holds out within them is not."""
+    recipe = partial(tl.fit_nb, extractor="toy", n_members=2, max_epochs=3)
+    four = {name: cohort[name] for name in OF}
+
+    def validate(patients: dict[str, str]) -> pd.DataFrame:
+        for name, patient in patients.items():
+            contract.remember(four[name], patient=patient)
+        return tl.cross_validate(four, {"nb": recipe}, genes=["G0", "G1"], out=tmp_path)
+
+    pd.testing.assert_frame_equal(validate(OF), validate(OF))
+    with pytest.raises(ValueError, match=r"other settings: `patients"):
+        validate({**OF, "d": "P3"})

@@ -121,8 +121,7 @@ def patients(cohort: Cohort, named: Mapping[str, str] | None = None) -> dict[str
     Parameters
     ----------
     cohort
-        Sections by sample id. Those of `stimage_sd.datasets.her2st`, and all whose
-        ``sdata.attrs["stimage_sd"]["patient"]`` was set, know their patient.
+        Sections by sample id. The patient of a section is ``sdata.attrs["stimage_sd"]["patient"]``.
     named
         Patient by section, instead of what sections know. Sections that are not in the cohort are ignored.
     """

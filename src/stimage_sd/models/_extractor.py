@@ -54,6 +54,8 @@ class Extractor:
         Normalization of the input, on the scale 0 to 1. `None` if the network takes uint8 tiles.
     weights
         File of weights given to `get_extractor`, or `None` for the default weights.
+    entry
+        Entry of the registry, from which another process builds the extractor.
 
     Examples
     --------

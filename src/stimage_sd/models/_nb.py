@@ -17,6 +17,7 @@ from spatialdata import SpatialData
 from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._predictor import known_patients
 from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.models._stand_ins import Embedded, MixtureStandIns, Values, embedded, in_place
@@ -240,9 +241,8 @@ class NBModel:
         )
 
     def __repr__(self) -> str:
-        names, patients = self.training.get("sections", []), self.training.get("patients", {})
-        alone = len(set(patients.values())) == 1 and set(patients) == set(names)
-        sections = ", ".join(names) + (f" (one patient, {next(iter(patients.values()))})" if alone else "")
+        sections, patients = ", ".join(self.training.get("sections", [])), known_patients(self.training) or ()
+        sections += f" (one patient, {next(iter(patients))})" if len(patients) == 1 else ""
         return (
             f"NBModel: {len(self.genes)} genes, {self.n_members} members, head {self.head!r}, "
             f"on {self.description['extractor']} (fields of view {list(self.tiles.fields_of_view)}, "

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from spatialdata import SpatialData
+
+
+def known_patients(training: Mapping[str, Any]) -> set[str] | None:
+    """Return the patients in the record of a fit, or `None` if the patient of a section is unknown."""
+    patients = training.get("patients", {})
+    return set(patients.values()) if set(patients) == set(training.get("sections", [])) else None
 
 
 class OpenedSection(Protocol):

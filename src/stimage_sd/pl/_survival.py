@@ -94,7 +94,7 @@ def _draw(ax: Axes, patients: pd.DataFrame, by: str, unit: str, title: str) -> N
         censored = part.loc[~part["event"].astype(bool), "time"]
         ax.plot(censored, curve.at(censored), "|", color=colors[name], markersize=5, markeredgewidth=0.8)
     p = log_rank_p(patients["time"], patients["event"], patients[by])
-    shown = f"log-rank p = {p:.2g}" if p >= 1e-4 else f"log-rank p = {p:.0e}"
+    shown = "not comparable" if np.isnan(p) else f"log-rank p = {p:.2g}" if p >= 1e-4 else f"log-rank p = {p:.0e}"
     ax.set_title(f"{title}: {shown}" if title else shown, fontsize=10)
     ax.set(xlim=(0, None), ylim=(0, 1.02), xlabel=unit, ylabel="share alive")
     # pass handles, because matplotlib otherwise drops labels that begin with an underscore

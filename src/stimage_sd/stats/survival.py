@@ -49,6 +49,11 @@ def kaplan_meier(time: ArrayLike, event: ArrayLike, *, confidence: float = 0.95)
     -------
     The curve. Its limits are Greenwood's on the scale of ``log(-log(share))``, which keeps them within 0 and 1.
 
+    Raises
+    ------
+    ValueError
+        If there are no patients, a time is negative or not finite, or an event is neither 0 nor 1.
+
     Examples
     --------
     >>> from stimage_sd.stats.survival import kaplan_meier
@@ -57,7 +62,7 @@ def kaplan_meier(time: ArrayLike, event: ArrayLike, *, confidence: float = 0.95)
     """
     from statsmodels.duration.survfunc import SurvfuncRight
 
-    times, events = np.asarray(time, dtype=np.float64), np.asarray(event, dtype=bool)
+    times, events = _checked(time, event)
     at, share, error = np.zeros(1), np.ones(1), np.zeros(1)
     if events.any():
         found = SurvfuncRight(times, events.astype(int))
@@ -85,7 +90,12 @@ def log_rank_p(time: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
 
     Returns
     -------
-    The p-value, accurate for very small values as well.
+    The p-value, accurate for very small values as well. NaN if the groups cannot be compared, such as without an event.
+
+    Raises
+    ------
+    ValueError
+        As `kaplan_meier`.
 
     Examples
     --------
@@ -95,8 +105,12 @@ def log_rank_p(time: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
     """
     from statsmodels.duration.survfunc import survdiff
 
+    times, events = _checked(time, event)
     names, numbers = np.unique(np.asarray(group), return_inverse=True)
-    statistic, _ = survdiff(np.asarray(time), np.asarray(event, dtype=int), numbers)
+    try:
+        statistic, _ = survdiff(times, events.astype(int), numbers)
+    except np.linalg.LinAlgError:  # at no event were patients of two groups at risk
+        return np.nan
     return float(chi2.sf(statistic, len(names) - 1))
 
 
@@ -139,3 +153,15 @@ def ridge_cox(values: np.ndarray, time: np.ndarray, event: np.ndarray, *, penalt
             options={"gtol": 1e-10},
         ).x
     )
+
+
+def _checked(time: ArrayLike, event: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Return times as ``float64`` and events as ``bool``, or raise `ValueError`."""
+    times, events = np.asarray(time, dtype=np.float64), np.asarray(event)
+    if times.ndim != 1 or not len(times) or events.shape != times.shape:
+        raise ValueError(f"Expected one time and one event per patient, found shapes {times.shape} and {events.shape}.")
+    if not (np.isfinite(times) & (times >= 0)).all():
+        raise ValueError("Expected finite times of at least 0. Leave patients without a time out.")
+    if not np.isin(events, [0, 1]).all():
+        raise ValueError(f"Expected events of 1 (seen) and 0 (censored), found {np.unique(events)[:4].tolist()}.")
+    return times, events.astype(bool)

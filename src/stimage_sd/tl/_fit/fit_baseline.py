@@ -120,6 +120,7 @@ def fit_baseline(
         interval_level=interval_level(counts, means * scale, dispersion, coverage=COVERAGE),
         training={
             "sections": list(cohort),
+            "patients": contract.patients(cohort),
             "fingerprints": fingerprints(cohort, genes, source),
             "n_tiles": int(sum(len(section.rows) for section in sections)),
             "seed": seed,

@@ -10,7 +10,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.models._combined import CombinedModel
-from stimage_sd.models._predictor import Predictor
+from stimage_sd.models._predictor import Predictor, known_patients
 
 
 def fingerprints(
@@ -49,25 +49,30 @@ def seen_sections(
 def trained_patients(model: Predictor) -> set[str] | None:
     """Return the patients a model was trained on, or `None` if the patient of a training section is unknown."""
     inner: Any = model
-    parts = inner.parts if isinstance(inner, CombinedModel) else (model,)
-    records = [part.training for part in parts]
-    if any(set(record.get("sections", [])) - set(record.get("patients", {})) for record in records):
-        return None
-    return {patient for record in records for patient in record.get("patients", {}).values()}
+    if not isinstance(inner, CombinedModel):
+        return known_patients(model.training)
+    found: set[str] = set()
+    for part in inner.parts:
+        known = trained_patients(part)
+        if known is None:
+            return None
+        found |= known
+    return found
 
 
 def warn_of_other_patients(model: Predictor, cohort: Mapping[str, SpatialData]) -> None:
-    """Warn if a model of one patient predicts sections that are known to be of others."""
+    """Warn if a model of one patient predicts sections of others, on which it was not calibrated either."""
     known = trained_patients(model)
     if known is None or len(known) != 1:
         return
-    others = {name: patient for name, patient in contract.patients(cohort).items() if patient not in known}
+    familiar = known | set(model.training.get("calibration", {}).get("patients", []))
+    others = {name: patient for name, patient in contract.patients(cohort).items() if patient not in familiar}
     if others:
         warnings.warn(
             f"The model was trained on one patient, {next(iter(known))!r}, and {list(others)} are of "
-            f"{sorted(set(others.values()))}. Its intervals know how sections of that patient differ, not how patients "
-            "do: expect them to cover less than stated, and means that follow that patient's sequencing depth. Train "
-            "on several patients, or calibrate on a section of the new one (`stimage_sd.tl.calibrate`).",
+            f"{sorted(set(others.values()))}. Its means follow the sequencing depth of that patient, and its intervals "
+            "can cover fewer counts than stated. Train on several patients, or calibrate on a section of the new one "
+            "(`stimage_sd.tl.calibrate`).",
             stacklevel=3,
         )
 
@@ -87,8 +92,8 @@ def check_unseen(model: Predictor, cohort: dict[str, SpatialData], source: contr
     same = [name for name, patient in contract.patients(cohort).items() if patient in known]
     if same and len(known) > 1:
         warnings.warn(
-            f"The model was trained on other sections of the patients of {same}. What is found by these sections holds "
-            f"for these patients, not for new ones. Leave a patient out of the fit to {purpose}.",
+            f"The model was trained on other sections of the patients of {same}, so the result need not hold for new "
+            f"patients. Leave a patient out of the fit to {purpose}.",
             stacklevel=3,
         )
 

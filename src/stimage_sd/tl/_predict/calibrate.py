@@ -51,8 +51,8 @@ def calibrate(
 
     Returns
     -------
-    A copy of the model with a new ``interval_level``. ``training["calibration"]`` records ``sections``, ``coverage``,
-    ``n_counts``, ``level`` and, per section, ``covered``.
+    A copy of the model with a new ``interval_level``. ``training["calibration"]`` records ``sections``, their known
+    ``patients``, ``coverage``, ``n_counts``, ``level`` and, per section, ``covered``.
 
     Raises
     ------
@@ -104,6 +104,7 @@ def calibrate(
     level = conformal_level(list(scores.values()), coverage)
     how = {
         "sections": list(scores),
+        "patients": sorted(set(contract.patients(cohort).values())),
         "coverage": float(coverage),
         "n_counts": int(sum(map(len, scores.values()))),
         "level": level,

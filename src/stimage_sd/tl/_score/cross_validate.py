@@ -139,8 +139,9 @@ def cross_validate(
     choose = _gene_choice(cohort, genes, source)
     store = FoldStore(None if out is None else Path(out))
     settings_of = _settings(
-        cohort, source=source, strategy=strategy, genes=describe(genes), transform=transform, seed=seed
-    )
+        cohort, source=source, strategy=strategy, genes=describe(genes), transform=transform, seed=seed,
+        patients=contract.patients(cohort, patients),
+    )  # fmt: skip
     settings = {
         (fold, name): settings_of(fold, held_out, name, recipe)
         for fold, held_out in folds.items()
