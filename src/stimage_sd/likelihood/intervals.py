@@ -85,8 +85,8 @@ def mixture_interval(
     left_out = np.flatnonzero(np.isnan(bounds[1]))
     if left_out.size:
         members = successes[:, left_out].astype(np.float64), probability[:, left_out].astype(np.float64)
-        bounds[0, left_out] = _mixture_quantile(*members, share, tail)
-        bounds[1, left_out] = _mixture_quantile(*members, share, 1 - tail)
+        bounds[0, left_out] = mixture_quantile(*members, share, tail)
+        bounds[1, left_out] = mixture_quantile(*members, share, 1 - tail)
     return bounds[0].reshape(shape), bounds[1].reshape(shape)
 
 
@@ -168,7 +168,7 @@ def _interval_kernel() -> Callable[..., None]:
     return run
 
 
-def _mixture_quantile(r: np.ndarray, p: np.ndarray, share: np.ndarray, probability: float) -> np.ndarray:
+def mixture_quantile(r: np.ndarray, p: np.ndarray, share: np.ndarray, probability: float) -> np.ndarray:
     """Return the smallest counts at which the mixture's distribution function reaches a probability."""
     means = r * (1 - p) / p
     center = share @ means
