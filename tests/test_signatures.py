@@ -31,6 +31,7 @@ OTHERS = {
     "io.to_anndata": "data",
     "io.from_spatialdata": "data",
     "pp.augment": "tiles",
+    "tl.adapt": "model",
     "tl.combine": "models",
     "tl.enrichment": "genes",
     "tl.predict_cohort": "slides",

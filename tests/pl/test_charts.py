@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from scipy import stats
 
 from stimage_sd import contract, pl, tl
-from stimage_sd.pl._calibration import KEPT, LEVELS, coverage
+from stimage_sd.pl._calibration import KEPT, LEVELS, coverage, cumulative
 
 
 def line(ax: plt.Axes, label: str) -> np.ndarray:
@@ -111,7 +111,7 @@ def test_coverage_equals_scipys_intervals() -> None:
     random = np.random.default_rng(0)
     mean, r = random.uniform(0.1, 30.0, 4000), random.uniform(0.5, 20.0, 4000)
     counts = random.poisson(mean)
-    whole, _ = coverage(counts.astype(float), mean, mean + mean**2 / r, LEVELS)
+    whole, _ = coverage(*cumulative(counts.astype(float), mean, mean + mean**2 / r), LEVELS)
     for level, found in zip(LEVELS, whole, strict=True):
         low, high = stats.nbinom.interval(level, r, r / (r + mean))
         assert found == pytest.approx(((counts >= low) & (counts <= high)).mean(), abs=1e-3)
@@ -121,7 +121,7 @@ def test_coverage_is_nominal_for_true_distributions_whatever_the_counts() -> Non
     random = np.random.default_rng(1)
     mean, r = random.uniform(0.05, 4.0, 60_000), random.uniform(0.5, 20.0, 60_000)
     counts = random.negative_binomial(r, r / (r + mean)).astype(float)
-    whole, part = coverage(counts, mean, mean + mean**2 / r, LEVELS)
+    whole, part = coverage(*cumulative(counts, mean, mean + mean**2 / r), LEVELS)
     np.testing.assert_allclose(part, LEVELS, atol=0.01)
     assert (whole > LEVELS).all()
 
@@ -130,7 +130,7 @@ def test_coverage_without_excess_variance_is_the_poissons() -> None:
     random = np.random.default_rng(2)
     mean = random.uniform(0.5, 20.0, 3000)
     counts = random.poisson(mean).astype(float)
-    whole, _ = coverage(counts, mean, 0.5 * mean, np.array([0.5, 0.9]))
+    whole, _ = coverage(*cumulative(counts, mean, 0.5 * mean), np.array([0.5, 0.9]))
     for level, found in zip((0.5, 0.9), whole, strict=True):
         low, high = stats.poisson.interval(level, mean)
         assert found == pytest.approx(((counts >= low) & (counts <= high)).mean(), abs=3e-3)
@@ -138,7 +138,7 @@ def test_coverage_without_excess_variance_is_the_poissons() -> None:
 
 def test_calibration_marks_the_stored_interval(result) -> None:
     axes = pl.calibration(result.section)
-    assert len(axes) == 3
+    assert len(axes) == 4
     assert axes[0].get_xlabel() == "nominal coverage"
     (star,) = [drawn for drawn in axes[0].lines if drawn.get_marker() == "*"]
     assert star.get_xydata()[0] == pytest.approx([0.9, result.scores["coverage"].mean()])
@@ -150,11 +150,10 @@ def test_calibration_groups_errors_by_predicted_deviation(result) -> None:
     assert len(points) == 10
     assert (np.diff(points[:, 0]) > 0).all()
     rows, counts = contract.align_to_spots(result.section, table)
-    error = counts[:, table.var_names].X.toarray() - table.X[rows]
+    made = contract.at_depth_of(table, rows, table.var_names, contract.measured_exposure(table, rows, counts))
+    error = counts[:, table.var_names].X.toarray() - made.mean
     assert np.sqrt((points[:, 1] ** 2).mean()) == pytest.approx(np.sqrt((error**2).mean()), rel=1e-4)
-    assert np.sqrt((points[:, 0] ** 2).mean()) == pytest.approx(
-        np.sqrt(table.layers["total_variance"][rows].mean()), rel=1e-4
-    )
+    assert np.sqrt((points[:, 0] ** 2).mean()) == pytest.approx(np.sqrt(made.variance.mean()), rel=1e-4)
 
 
 def test_calibration_draws_the_risk_of_the_tiles_that_are_kept(result) -> None:
@@ -184,5 +183,5 @@ def test_calibration_refuses(result, make_spots, make_slide) -> None:
         pl.calibration(result.section, genes=["G99"])
     with pytest.raises(KeyError, match=r"has no predictions\. Run"):
         pl.calibration(make_spots(n_side=4))
-    with pytest.raises(ValueError, match="Expected `ax` to be 3 axes"):
+    with pytest.raises(ValueError, match="Expected `ax` to be 4 axes"):
         pl.calibration(result.section, ax=[plt.subplots()[1]])

@@ -48,7 +48,7 @@ def draw(request: pytest.FixtureRequest, section: SpatialData, result: Any) -> C
         "uncertainty": lambda: pl.uncertainty(section, NAMES, return_fig=True),
         "latent": lambda: pl.latent(section, [NAMES[0], "cluster"], basis="pca", return_fig=True),
         "scores": lambda: pl.scores(scores, return_fig=True),
-        "models": lambda: pl.scores(models, by="model", return_fig=True),
+        "models": lambda: pl.scores(models, by="model", n_named=36, return_fig=True),
         "confusion": lambda: pl.confusion(confusion, return_fig=True),
         "survival": lambda: pl.survival(survival, return_fig=True),
         "explanation_scores": lambda: pl.explanation_scores(nuclei, return_fig=True),

@@ -21,7 +21,7 @@ def fitted(planted: Callable) -> tuple:
     """A cohort whose test sections hold what the model does not, and the model."""
     cohort = planted(("a", "b", "held", "test", "more"), n_side=14, n_features=6, n_genes=12)
     train = {name: cohort.sections[name] for name in "ab"}
-    return cohort, tl.fit_nb(train, genes=cohort.genes, extractor="toy", n_members=3, max_epochs=12)
+    return cohort, tl.fit_nb(train, genes=cohort.genes, extractor="toy", n_members=3, max_epochs=12, exposure=None)
 
 
 def covered(section: object, model: models.NBModel) -> float:

@@ -27,7 +27,7 @@ def fitted(planted: Callable) -> tuple:
         tiles.obsm["X_other"] = np.hstack([tiles.obsm["X_toy"][:, :3], noise]).astype(np.float32)
         tiles.uns["embeddings"]["other"] = {**tiles.uns["embeddings"]["toy"], "weights_hash": "fedc"}
     train = {name: cohort.sections[name] for name in "ab"}
-    options = {"genes": cohort.genes, "max_epochs": 12}
+    options = {"genes": cohort.genes, "max_epochs": 12, "exposure": None}
     good = tl.fit_nb(train, extractor="toy", n_members=3, **options)
     other = tl.fit_nb(train, extractor="other", n_members=2, **options)
     return cohort, good, other
@@ -119,7 +119,7 @@ def test_the_floor_has_the_moments_of_the_mixture(fitted: tuple) -> None:
 def test_fewer_genes_are_said_aloud_and_kept_in_order(fitted: tuple) -> None:
     cohort, good, _ = fitted
     train = {name: cohort.sections[name] for name in "ab"}
-    few = tl.fit_nb(train, extractor="other", genes=["G4", "G1", "G2"], n_members=2, max_epochs=3)
+    few = tl.fit_nb(train, extractor="other", genes=["G4", "G1", "G2"], n_members=2, max_epochs=3, exposure=None)
     with pytest.warns(
         UserWarning, match=r"different genes, \[6, 3\] of them\. The combination predicts the 3 genes in common"
     ):
@@ -212,7 +212,7 @@ def test_what_does_not_go_together_is_refused(fitted: tuple) -> None:
     with pytest.raises(ValueError, match=r"trained on \['a', 'b'\], so \['a'\] cannot show.*to find weights on"):
         tl.combine([good, other], weights="validation", validation={"a": cohort.sections["a"]})
     for total in (None, 120.0):
-        with pytest.raises(ValueError, match=r"size factors relative to different totals"):
+        with pytest.raises(ValueError, match=r"depths relative to different totals"):
             tl.combine([replace(good, total=100.0), replace(other, total=total)])
 
 

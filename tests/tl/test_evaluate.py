@@ -33,7 +33,7 @@ def section(planted: Callable) -> SpatialData:
         contract.counts(sdata).X = counts.tocsr()
     model = tl.fit_nb(
         {name: cohort.sections[name] for name in "ab"},
-        genes=cohort.genes, extractor="toy", n_members=3, max_epochs=30,
+        genes=cohort.genes, extractor="toy", n_members=3, max_epochs=30, exposure=None,
     )  # fmt: skip
     tl.predict(cohort.sections["c"], model)
     return cohort.sections["c"]
@@ -139,7 +139,7 @@ def test_a_constant_gene_is_nan_and_counted(section: SpatialData) -> None:
         assert np.isnan(constant[metric]), metric
     assert constant["coverage"] == 1.0
     assert np.isfinite(constant["nll"])
-    assert np.isfinite(scores.iloc[:5].drop(columns=["section", "gene"]).to_numpy(dtype=float)).all()
+    assert np.isfinite(scores.iloc[:5].drop(columns=["section", "gene", "exposure"]).to_numpy(dtype=float)).all()
 
 
 def test_scores_are_written_and_survive_the_disk(section: SpatialData, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def genes(cohort):
 
 OPTIONS = {
     "extractor": "small", "n_components": 8, "batch_size": 32, "micro_batch_size": 8, "validation": ["c"],
-    "learning_rate": 3e-3, "max_epochs": 3,
+    "learning_rate": 3e-3, "max_epochs": 3, "exposure": None,
 }  # fmt: skip
 
 

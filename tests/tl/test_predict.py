@@ -25,7 +25,7 @@ def fitted(planted: Callable) -> tuple:
     """A cohort and a model for each head."""
     cohort = planted(("a", "b", "c"), n_side=8, n_features=6, n_genes=5)
     train = {name: cohort.sections[name] for name in "ab"}
-    options = {"genes": cohort.genes, "extractor": "toy", "n_members": 3, "max_epochs": 6}
+    options = {"genes": cohort.genes, "extractor": "toy", "n_members": 3, "max_epochs": 6, "exposure": None}
     return cohort, {head: tl.fit_nb(train, head=head, **options) for head in ("paper", "dispersion")}
 
 

@@ -15,7 +15,9 @@ from stimage_sd import contract, tl
 @pytest.fixture(scope="module")
 def cohort(planted: Callable) -> object:
     made = planted(("a", "b", "c"), n_side=14, n_features=6, n_genes=30, strength=1.2)
-    model = tl.fit_nb({name: made.sections[name] for name in "ab"}, genes=made.genes, extractor="toy", n_members=3)
+    model = tl.fit_nb(
+        {name: made.sections[name] for name in "ab"}, genes=made.genes, extractor="toy", n_members=3, exposure=None
+    )
     tl.predict(made.sections["c"], model)
     return made
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from stimage_sd.contract._affine import affine, apply, scale_of
 from stimage_sd.contract._cells import cell_shapes, cell_types, check_cells_can_be_written, outlines, write_cells
 from stimage_sd.contract._counts import Source, align_to_spots, check_counts, count_type, counts, measured, proteins
+from stimage_sd.contract._depth import Compared, at_depth_of, depth_problem, measured_exposure
 from stimage_sd.contract._elements import (
     annotate,
     build_shapes,
@@ -87,7 +88,6 @@ from stimage_sd.contract._names import (
 from stimage_sd.contract._results import (
     check_no_shapes,
     check_prediction_key,
-    depth_problem,
     explained,
     explanations,
     gene_classes,
@@ -176,6 +176,7 @@ __all__ = [
     "TRANSCRIPTS",
     "Against",
     "Cohort",
+    "Compared",
     "Frame",
     "LabelWindow",
     "Source",
@@ -186,6 +187,7 @@ __all__ = [
     "align_to_spots",
     "annotate",
     "apply",
+    "at_depth_of",
     "build_image",
     "build_multichannel",
     "build_shapes",
@@ -234,6 +236,7 @@ __all__ = [
     "label_window",
     "levels",
     "measured",
+    "measured_exposure",
     "mpp",
     "nuclei",
     "outlines",

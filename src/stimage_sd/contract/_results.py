@@ -146,21 +146,6 @@ def predictions(sdata: SpatialData, key: str = PREDICTIONS) -> AnnData:
     return sdata.tables[key]
 
 
-def depth_problem(sdata: SpatialData, table: AnnData) -> str | None:
-    """Return why predictions cannot be compared with counts, or `None` if they can.
-
-    Predictions for tiles of median depth cannot be compared with counts.
-    """
-    about = table.uns.get("prediction", {})
-    if "total" not in about or about["at_measured_depth"]:
-        return None
-    return (
-        f"The predictions of section {sample(sdata)!r} are for tiles of the model's median depth, "
-        f"{about['total']:,.0f} counts, while every spot has its own depth. Predict at these depths with "
-        '`stimage_sd.tl.predict(sdata, model, size_factors="total")`.'
-    )
-
-
 def write_predictions(sdata: SpatialData, table: AnnData, *, key: str = PREDICTIONS) -> None:
     """Write a table of predictions that annotates the tiles, and replace an earlier one of that name."""
     _write_over_tiles(sdata, key, table)

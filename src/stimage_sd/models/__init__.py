@@ -7,6 +7,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "_adapted": ["AdaptedModel"],
         "_baseline_model": ["BaselineModel"],
         "_cell_classifier": ["CellClassifier"],
         "_cellvit": ["CellViT", "load_cellvit"],

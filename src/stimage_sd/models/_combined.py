@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from stimage_sd._files import scratch
 from stimage_sd.models._files import kind, model_from, read_model, write_model
-from stimage_sd.models._predictor import OpenedSection, Predictor
+from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
@@ -39,7 +39,7 @@ class CombinedModel:
         ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit. If the models were trained on different
         counts, it is the weighted mean of their floors.
     total
-        Total count with size factor 1, the same for all models; `None` without size factors.
+        Total count at a depth of 1, the same for all models; `None` if sections and spots have no depth.
     interval_level
         Nominal level of the intervals. It is the mean of the models' levels until `stimage_sd.tl.calibrate` sets it.
     training
@@ -53,6 +53,13 @@ class CombinedModel:
     total: float | None = None
     interval_level: float = 0.9
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def shifts(self) -> np.ndarray | None:
+        """Standard deviations of gene shifts, ``(2, n_genes)``. Their variance is the models' weighted mean."""
+        each = [gene_shifts(part) for part in self.parts]
+        known = [one[:, chosen] for one, chosen in zip(each, self._columns(), strict=True) if one is not None]
+        return np.sqrt(np.tensordot(self.weights, np.square(known), axes=1)) if len(known) == len(each) else None
 
     @property
     def member_weights(self) -> np.ndarray:

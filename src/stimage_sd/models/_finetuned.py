@@ -53,11 +53,13 @@ class FinetunedModel:
     network
         The network with fine-tuned weights.
     total
-        Median total count of the training tiles, which has size factor 1; `None` without size factors.
+        Median total count of the training tiles, which has depth 1; `None` if sections and spots have no depth.
     interval_level
         Nominal level at which the central intervals covered 90 % of held-out counts.
     training
         Record of the fit: sections, validation, seed, options, package versions, history.
+    shifts
+        Standard deviation of each gene's shift, as in `stimage_sd.models.NBModel`.
     """
 
     genes: tuple[str, ...]
@@ -70,6 +72,7 @@ class FinetunedModel:
     total: float | None = None
     interval_level: float = 0.9
     training: dict[str, Any] = field(default_factory=dict)
+    shifts: np.ndarray | None = None
 
     @property
     def embeddings(self) -> tuple[TileSpecification, ...]:
@@ -172,7 +175,9 @@ class FinetunedModel:
         -------
         The path.
         """
-        config, arrays = replace(self._heads(), interval_level=self.interval_level, training=self.training).parts()
+        config, arrays = replace(
+            self._heads(), interval_level=self.interval_level, training=self.training, shifts=self.shifts
+        ).parts()
         config["network"] = {"extractor": self.tiles.extractor, **_plain(settings(self.tiles.extractor))}
         weights = {_PREFIX + name: array for name, array in network_arrays(self.network).items()}
         return write_model(path, kind="finetuned", config=config, arrays={**arrays, **weights})

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any
 
 # imported to register their kinds
-from stimage_sd.models import _baseline_model, _cell_classifier, _combined, _finetuned, _gene_classifier, _nb  # noqa: F401
+from stimage_sd.models import (  # noqa: F401
+    _adapted,
+    _baseline_model,
+    _cell_classifier,
+    _combined,
+    _finetuned,
+    _gene_classifier,
+    _nb,
+)
 from stimage_sd.models._files import model_from, read_model
 
 

@@ -50,7 +50,7 @@ class NBModel:
     floor
         ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
     total
-        Median total count of the training tiles, which has size factor 1; `None` without size factors.
+        Median total count of the training tiles, which has depth 1; `None` if sections and spots have no depth.
     interval_level
         Nominal level at which the mixture's central intervals covered 90 % of held-out counts.
     training
@@ -59,6 +59,9 @@ class NBModel:
         Projection from components to the input of each member's head. `None` if the input is the components.
     beside
         Tiling and embedding for further extractors, whose embeddings are appended to those of the first.
+    shifts
+        ``float32 (2, n_genes)``: standard deviation of the log of each gene's shift in another section of a training
+        patient, and in another patient. `None` if the model was fitted without exposure.
     """
 
     genes: tuple[str, ...]
@@ -72,6 +75,7 @@ class NBModel:
     training: dict[str, Any] = field(default_factory=dict)
     patterns: SharedPatterns | None = None
     beside: tuple[TileSpecification, ...] = ()
+    shifts: np.ndarray | None = None
 
     @property
     def n_members(self) -> int:
@@ -202,6 +206,8 @@ class NBModel:
         arrays = {f"head.{name}": np.asarray(array) for name, array in self.parameters.items()}
         if self.patterns is not None:
             arrays |= {"patterns.basis": self.patterns.basis, "patterns.center": self.patterns.center}
+        if self.shifts is not None:
+            arrays["shifts"] = self.shifts
         return config, {**arrays, **self.features.arrays(), "floor": self.floor}
 
     @classmethod
@@ -211,6 +217,9 @@ class NBModel:
         n_genes = len(config["genes"])
         if config["head"] not in HEADS or arrays["floor"].shape != (2, n_genes):
             raise KeyError(f"head {config['head']!r} with a floor of shape {arrays['floor'].shape} for {n_genes} genes")
+        shifts = arrays.get("shifts")
+        if shifts is not None and shifts.shape != (2, n_genes):
+            raise KeyError(f"shifts of shape {shifts.shape} for {n_genes} genes")
         n_components, n_members = arrays["features.components"].shape[1], len(parameters["bias"])
         if config["total"] is not None and "size_factors" not in config["training"].get("options", {}):
             warnings.warn(
@@ -238,6 +247,7 @@ class NBModel:
             interval_level=config["interval_level"],
             training=dict(config["training"]),
             patterns=patterns,
+            shifts=shifts,
         )
 
     def __repr__(self) -> str:

@@ -16,6 +16,12 @@ def known_patients(training: Mapping[str, Any]) -> set[str] | None:
     return set(patients.values()) if set(patients) == set(training.get("sections", [])) else None
 
 
+def gene_shifts(model: Predictor) -> np.ndarray | None:
+    """Return the standard deviations of a model's gene shifts, ``(2, n_genes)``; `None` for models without exposure."""
+    shifts: np.ndarray | None = getattr(model, "shifts", None)
+    return shifts
+
+
 class OpenedSection(Protocol):
     """A section that a model has checked and read.
 

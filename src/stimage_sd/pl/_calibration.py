@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import matplotlib.pyplot as plt
 import numpy as np
 from anndata import AnnData
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.likelihood import negative_binomial
+from stimage_sd.likelihood import negative_binomial, predictive
 from stimage_sd.pl._canvas import MEASURED, PREDICTED, WARNING, check_gene, finish
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.stats import selective
@@ -25,15 +26,29 @@ LEVELS = np.round(np.arange(0.1, 1.0, 0.1), 2)
 KEPT = np.round(np.arange(0.05, 1.001, 0.05), 2)
 #: largest number of compared counts, beyond which tiles are drawn at random
 _MOST = 2_000_000
+#: counts per block of predictive distributions with shifts
+_BLOCK = 200_000
+#: bins of the histogram, and names of the thirds of genes by mean count
+N_BINS, THIRDS = 10, ("lowest third", "middle third", "highest third")
 
 
 class _Measured(NamedTuple):
-    """Predictions and counts, ``float64 (n_tiles, n_genes)``, and coverage of the stored interval."""
+    """Predictions and counts, ``float64 (n_tiles, n_genes)``.
+
+    Attributes
+    ----------
+    upto, below
+        Predicted probability of at most the count, and of less than the count.
+    stored
+        Coverage of the stored interval.
+    """
 
     counts: np.ndarray
     mean: np.ndarray
     variance: np.ndarray
     epistemic: np.ndarray
+    upto: np.ndarray
+    below: np.ndarray
     stored: float
 
 
@@ -53,9 +68,11 @@ def calibration(
     """Draw the coverage of predicted intervals, and the error by predicted uncertainty.
 
     The first panel shows the fraction of counts inside central intervals of 10 % to 90 %. The intervals are those of
-    negative binomials with the predicted mean and total variance. Intervals of whole counts cover more than their
-    nominal fraction, mostly at low counts. The second line corrects for this: a count at an end of the interval counts
-    by the part of its probability inside (probability integral transform). A star marks the stored interval.
+    the predictive distribution with its shifts, or without shifts those of negative binomials with the predicted mean
+    and total variance. Predictions of models fitted with exposure are at the measured depth of the section. Intervals
+    of whole counts cover more than their nominal fraction, mostly at low counts. The second line corrects for this: a
+    count at an end of the interval counts by the part of its probability inside (probability integral transform). A
+    star marks the stored interval.
 
     The second panel shows the root mean square error in ten equal groups of predictions, by predicted standard
     deviation.
@@ -64,6 +81,9 @@ def calibration(
     error of all tiles, as a mean over genes. Error and uncertainty are of log(1 + count), so high counts are not
     uncertain by themselves. A useless uncertainty stays at 1. The line of the least error is the lower limit
     (`stimage_sd.tl.risk_coverage`).
+
+    The fourth panel shows the histogram of the probability integral transform, for all genes and for thirds of genes by
+    mean count. It is flat if the distributions are correct, and U-shaped if they are too narrow.
 
     Parameters
     ----------
@@ -78,14 +98,14 @@ def calibration(
     layer
         Layer of that table with the raw counts. Default: ``X``, or the layer given to `io.from_spatialdata`.
     ax
-        Three axes to draw on. Default: a new figure.
+        Four axes to draw on. Default: a new figure.
     title, figsize, save, return_fig
         `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
         file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The three axes. Sections with more than two million counts are sampled by tile with a fixed seed.
+    The four axes. Sections with more than two million counts are sampled by tile with a fixed seed.
 
     Raises
     ------
@@ -93,7 +113,7 @@ def calibration(
         If the section has no predictions or no counts, its tiles are not on spots, or a gene was not predicted or not
         measured.
     ValueError
-        If `ax` is not three axes, no predicted gene was measured, or a model with size factors did not predict at the
+        If `ax` is not four axes, no predicted gene was measured, or a model with size factors did not predict at the
         spots' measured depth.
 
     Notes
@@ -110,17 +130,18 @@ def calibration(
     >>> model = sti.tl.fit_nb(section, genes=sti.pp.select_genes(section, n_top=5), n_members=2, max_epochs=2)
     >>> sti.tl.predict(section, model)
     >>> len(sti.pl.calibration(section))
-    3
+    4
     """
     sdata = contract.section(data)
     sheet = Sheet(ax, title, figsize, save, return_fig)
     table = contract.predictions(sdata, key)
     measured = _measured(sdata, table, genes, contract.Source(table_key, layer))
-    axes = sheet.panels(3, size=(4.6, 4.4))
+    axes = sheet.panels(4, size=(4.6, 4.4))
     nominal = float(table.uns["prediction"]["coverage"])
     _draw_coverage(axes[0], measured, nominal)
     _draw_errors(axes[1], measured)
     _draw_selective(axes[2], measured)
+    _draw_pit(axes[3], measured)
     return sheet.done(axes)
 
 
@@ -141,27 +162,60 @@ def _measured(sdata: SpatialData, table: AnnData, genes: Sequence[str] | None, s
     picked = np.arange(len(rows))
     if len(rows) > most:
         picked = np.sort(np.random.default_rng(0).choice(len(rows), most, replace=False))
-    predicted, observed = table[rows[picked], chosen], counts[picked, chosen].X
+    exposure = contract.measured_exposure(table, rows, counts)
+    made = contract.at_depth_of(table, rows[picked], chosen, exposure)
+    observed = counts[picked, chosen].X
     observed = np.asarray(observed.toarray() if hasattr(observed, "toarray") else observed, dtype=np.float64)
-    inside = (observed >= predicted.layers["lower"]) & (observed <= predicted.layers["upper"])
+    mean = np.maximum(made.mean, 1e-8)
+    upto, below = cumulative(observed, mean, made.variance, made.shift_sd)
     return _Measured(
         counts=observed,
-        mean=np.maximum(np.asarray(predicted.X, dtype=np.float64), 1e-8),
-        variance=np.asarray(predicted.layers["total_variance"], dtype=np.float64),
-        epistemic=np.asarray(predicted.layers["epistemic"], dtype=np.float64),
-        stored=float(inside.mean()),
+        mean=mean,
+        variance=made.variance,
+        epistemic=made.epistemic,
+        upto=upto,
+        below=below,
+        stored=float(((observed >= made.lower) & (observed <= made.upper)).mean()),
     )
 
 
-def coverage(
-    counts: np.ndarray, mean: np.ndarray, variance: np.ndarray, levels: np.ndarray
+def cumulative(
+    counts: np.ndarray, mean: np.ndarray, variance: np.ndarray, shift_sd: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Compute the fraction of counts inside central intervals of negative binomials.
+    """Return the predicted probabilities of at most a count, and of less.
 
     Parameters
     ----------
     counts, mean, variance
-        Arrays of one shape. If the variance is not above the mean, the Poisson distribution is used.
+        Arrays of one shape. Without shifts, a variance not above the mean gives the Poisson distribution.
+    shift_sd
+        Standard deviation of the log of each gene's shift, `None` without shifts.
+
+    Examples
+    --------
+    >>> upto, below = cumulative(np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.array([2.0, 2.0]))
+    >>> upto.tolist(), below.tolist()
+    ([0.5, 0.75], [0.0, 0.5])
+    """
+    if shift_sd is not None:
+        # block by block, as a shift takes several negative binomials
+        parts = np.array_split(np.arange(len(counts)), max(1, counts.size // _BLOCK))
+        blocks = [(counts[rows], mean[rows], variance[rows], shift_sd) for rows in parts]
+        upto = np.concatenate([predictive.cdf(*block) for block in blocks])
+        return upto, np.concatenate([predictive.cdf(block[0] - 1, *block[1:]) for block in blocks])
+    excess = np.maximum(variance - mean, 1e-6 * mean)
+    r, p = mean**2 / excess, mean / (mean + excess)
+    upto, below = (np.asarray(negative_binomial.cdf(values, r=r, p=p)) for values in (counts, counts - 1))
+    return upto, below
+
+
+def coverage(upto: np.ndarray, below: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the fraction of counts inside central intervals.
+
+    Parameters
+    ----------
+    upto, below
+        Predicted probability of at most the count, and of less.
     levels
         Nominal coverage between 0 and 1, ``(n_levels,)``.
 
@@ -173,15 +227,10 @@ def coverage(
 
     Examples
     --------
-    >>> import numpy as np
-    >>> whole, part = coverage(np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.array([2.0, 2.0]), np.array([0.5]))
+    >>> whole, part = coverage(np.array([0.5, 0.75]), np.array([0.0, 0.5]), np.array([0.5]))
     >>> whole.tolist(), part.tolist()
     ([1.0], [0.75])
     """
-    excess = np.maximum(variance - mean, 1e-6 * mean)
-    r, p = mean**2 / excess, mean / (mean + excess)
-    upto = np.asarray(negative_binomial.cdf(counts, r=r, p=p))
-    below = np.asarray(negative_binomial.cdf(counts - 1, r=r, p=p))
     width = np.maximum(upto - below, 1e-12)
     whole, part = [], []
     for level in levels:
@@ -194,7 +243,7 @@ def coverage(
 
 
 def _draw_coverage(ax: Axes, measured: _Measured, nominal: float) -> None:
-    whole, part = coverage(measured.counts, measured.mean, measured.variance, LEVELS)
+    whole, part = coverage(measured.upto, measured.below, LEVELS)
     ax.plot([0, 1], [0, 1], color="gray", linestyle="--", linewidth=1.0, label="nominal")
     ax.plot(LEVELS, whole, "o-", color=MEASURED, markersize=4, label="intervals of whole counts")
     ax.plot(LEVELS, part, "s-", color=PREDICTED, markersize=4, label="counts' steps taken out")
@@ -252,4 +301,40 @@ def _draw_selective(ax: Axes, measured: _Measured) -> None:
     ax.set_ylim(bottom=0)
     ax.set_title(f"selective prediction, {len(genes):,} genes", fontsize=11)
     ax.legend(frameon=False, fontsize=8, loc="lower right")
+    finish(ax)
+
+
+def pit_histogram(upto: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return the density of the probability integral transform in ten bins, ``(10,)``, with mean 1.
+
+    A count spreads its weight evenly from the probability of less to the probability of at most the count, which is
+    the expectation over randomized transforms (Czado, Gneiting and Held 2009).
+
+    Examples
+    --------
+    >>> pit_histogram(np.array([0.5, 1.0]), np.array([0.0, 0.5])).round(6).tolist()
+    [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    """
+    edges = np.linspace(0, 1, N_BINS + 1)
+    width = np.maximum(upto - below, 1e-12)
+    reached = np.array([np.clip((edge - below) / width, 0, 1).mean() for edge in edges])
+    return np.asarray(np.diff(reached) * N_BINS)
+
+
+def _draw_pit(ax: Axes, measured: _Measured) -> None:
+    edges, n_genes = np.linspace(0, 1, N_BINS + 1), measured.counts.shape[1]
+    order = np.argsort(measured.counts.mean(axis=0), kind="stable")
+    groups = {"all genes": order}
+    if n_genes >= len(THIRDS):
+        groups |= dict(zip(THIRDS, np.array_split(order, len(THIRDS)), strict=True))
+    ax.axhline(1.0, color="gray", linestyle="--", linewidth=1.0, label="correct")
+    highest = 0.0
+    for (label, genes), color in zip(groups.items(), (MEASURED, *plt.cm.viridis([0.15, 0.5, 0.8])), strict=False):
+        density = pit_histogram(measured.upto[:, genes], measured.below[:, genes])
+        highest = max(highest, float(density.max()))
+        ax.stairs(density, edges, label=label, color=color, linewidth=2.2 if label == "all genes" else 1.1)
+    ax.set(xlim=(0, 1), xlabel="predicted probability of a smaller count", ylabel="density")
+    ax.set_ylim(0, max(2.0, 1.1 * highest))
+    ax.set_title("probability integral transform", fontsize=11)
+    ax.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     finish(ax)

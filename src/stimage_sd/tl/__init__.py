@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_cohort.bulk_correlation": ["BulkCorrelation", "bulk_correlation"],
+        "_predict.adapt": ["adapt"],
         "_predict.cluster": ["cluster"],
         "_predict.combine": ["combine"],
         "_predict.calibrate": ["calibrate"],
@@ -27,6 +28,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_fit.fit_gene_classifier": ["fit_gene_classifier"],
         "_fit.fit_nb": ["fit_nb"],
         "_predict.predict": ["predict"],
+        "_predict.sample": ["sample"],
         "_cells.predict_cells": ["predict_cells"],
         "_cohort.predict_cohort": ["predict_cohort"],
         "_score.predictable_genes": ["predictable_genes"],

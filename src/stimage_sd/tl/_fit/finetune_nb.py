@@ -15,7 +15,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd._cache import cache_dir, keep_compiled
 from stimage_sd._files import scratch
-from stimage_sd.likelihood import depth, mean_only
+from stimage_sd.likelihood import mean_only
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import get_extractor
 from stimage_sd.models._features import Standardize
@@ -25,7 +25,8 @@ from stimage_sd.models._specification import TileSpecification, check_specificat
 from stimage_sd.models._split_network import Unfreeze
 from stimage_sd.tl._fit.finetune_run import Run
 from stimage_sd.tl._fit.finetuning import PixelData, Settings
-from stimage_sd.tl._fit.fit_nb import check_options, with_interval_level
+from stimage_sd.tl._fit.fit_nb import check_options
+from stimage_sd.tl._fit.held_out_level import with_interval_level
 from stimage_sd.tl._fit.seen import check_different, fingerprints
 from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.tile_store import TileStore
@@ -33,8 +34,10 @@ from stimage_sd.tl._fit.training import TrainingData
 from stimage_sd.tl._fit.training_set import (
     check_measured,
     checked_genes,
+    depths,
     kept_centers,
     measured_counts,
+    n_measured,
     validation_sections,
     versions,
 )
@@ -49,6 +52,7 @@ def finetune_nb(
     unfreeze: Unfreeze = "last_stage",
     head: HeadName = "paper",
     size_factors: Literal["total"] | None = None,
+    exposure: Literal["section"] | None = "section",
     validation: float | Sequence[str] = 0.3,
     patients: Mapping[str, str] | None = None,
     n_components: int = 128,
@@ -89,7 +93,7 @@ def finetune_nb(
     head
         ``"paper"``: r and p per gene and tile, as published. ``"dispersion"``: one mean per gene and tile and one
         dispersion per gene.
-    size_factors, validation, patients, weight_decay, table_key, layer
+    size_factors, exposure, validation, patients, weight_decay, table_key, layer
         As in `fit_nb`. All tiles of a held-out section are used for validation. For an ensemble, fit one model per
         seed and combine them (`stimage_sd.tl.combine`).
     n_components
@@ -154,8 +158,9 @@ def finetune_nb(
     keep_compiled()
     cohort = contract.sections(data)
     check_options(
-        head=head, standardize=standardize, size_factors=size_factors, n_components=n_components,
-        max_epochs=max_epochs, batch_size=batch_size, micro_batch_size=micro_batch_size, patience=patience,
+        head=head, standardize=standardize, size_factors=size_factors, exposure=exposure,
+        n_components=n_components, max_epochs=max_epochs, batch_size=batch_size, micro_batch_size=micro_batch_size,
+        patience=patience,
     )  # fmt: skip
     _check_more(unfreeze, learning_rate=learning_rate, head_learning_rate=head_learning_rate, weight_decay=weight_decay)
     network = get_extractor(extractor, weights=weights) if isinstance(extractor, str) else extractor
@@ -168,7 +173,8 @@ def finetune_nb(
     )  # fmt: skip
     check_different(cohort, source)
     known = contract.patients(cohort, patients)
-    spots = _Spots.read(cohort, checked_genes(cohort, genes, source), size_factors, source)
+    exposure = None if size_factors is not None else exposure
+    spots = _Spots.read(cohort, checked_genes(cohort, genes, source), size_factors, exposure, source)
     held_out = held_out_tiles(spots.sections, spots.positions, validation, n_members=1, seed=seed, patients=known)
     with scratch(cache_dir() / "finetune") as folder:
         pixels = PixelData(
@@ -193,10 +199,11 @@ def finetune_nb(
             "patients": known,
             "fingerprints": fingerprints(cohort, spots.genes, source),
             "n_tiles": len(spots.sections),
+            "n_measured": n_measured(cohort, source),
             "validation": validation_sections(spots.sections, held_out),
             "seed": seed,
             "options": {
-                **asdict(settings), "size_factors": size_factors,
+                **asdict(settings), "size_factors": size_factors, "exposure": exposure,
                 "n_components": n_components, "max_epochs": max_epochs, "patience": patience,
             },
             "metrics": {"validation_nll": [run.best_loss], "best_epoch": [run.best_epoch]},
@@ -204,9 +211,8 @@ def finetune_nb(
             "history": {key: [row[key] for row in run.history] for key in run.history[0]},
         },
     )  # fmt: skip
-    heads = with_interval_level(
-        heads, reduced, TrainingData(reduced, spots.counts, spots.factors, np.zeros(0), held_out)
-    )
+    data_again = TrainingData(reduced, spots.counts, spots.factors, np.zeros(0), held_out)
+    heads = with_interval_level(heads, reduced, data_again, spots.sections, known)
     return FinetunedModel.of(heads, run.tuning.module(run.best.network))
 
 
@@ -256,14 +262,13 @@ class _Spots:
 
     @classmethod
     def read(
-        cls, cohort: Mapping[str, SpatialData], genes: list[str], size_factors: str | None, source: contract.Source
-    ) -> _Spots:
+        cls, cohort: Mapping[str, SpatialData], genes: list[str], size_factors: str | None, exposure: str | None,
+        source: contract.Source,
+    ) -> _Spots:  # fmt: skip
         measured = {name: measured_counts(sdata, genes, source) for name, sdata in cohort.items()}
         check_measured({name: block for name, (_, block, _) in measured.items()})
         counts = sp.vstack([block for _, block, _ in measured.values()]).tocsr()
-        totals = np.concatenate([total for _, _, total in measured.values()])
-        median = depth.median_total(totals) if size_factors == "total" else None
-        factors = np.ones_like(totals) if median is None else depth.size_factors(totals, median)
+        median, factors = depths([total for _, _, total in measured.values()], size_factors, exposure)
         return cls(
             genes=tuple(genes),
             rows={name: rows for name, (rows, _, _) in measured.items()},
@@ -271,7 +276,7 @@ class _Spots:
             positions=np.concatenate([kept_centers(cohort[name])[rows] for name, (rows, _, _) in measured.items()]),
             counts=counts,
             factors=factors.astype(np.float32),
-            floor=mean_only.floor(counts, factors if median is not None else None),
+            floor=mean_only.floor(counts, factors),
             total=median,
         )
 

@@ -15,7 +15,7 @@ from stimage_sd.models._dispersion import fit_dispersion, interval_level
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._recipe import Recipe, TrainingSection, floor, folds, median_total
 from stimage_sd.models._specification import common_specification, extractor_names
-from stimage_sd.tl._fit.fit_nb import COVERAGE
+from stimage_sd.tl._fit.held_out_level import COVERAGE
 from stimage_sd.tl._fit.seen import check_different, fingerprints
 from stimage_sd.tl._fit.training_set import check_measured, checked_genes, measured_counts
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import jax
@@ -14,13 +12,13 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd._cache import keep_compiled
-from stimage_sd.likelihood import depth, mean_only
+from stimage_sd.likelihood import mean_only
 from stimage_sd.likelihood.heads import HEADS
-from stimage_sd.likelihood.intervals import mixture_interval
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._nb import HeadName, NBModel
 from stimage_sd.models._specification import common_specification, extractor_names, features
 from stimage_sd.nn.sharding import shard_members
+from stimage_sd.tl._fit.held_out_level import with_interval_level
 from stimage_sd.tl._fit.seen import check_different, fingerprints
 from stimage_sd.tl._fit.shared_patterns import find_patterns
 from stimage_sd.tl._fit.split import held_out_tiles
@@ -28,18 +26,13 @@ from stimage_sd.tl._fit.training import TrainingData, train
 from stimage_sd.tl._fit.training_set import (
     check_measured,
     checked_genes,
+    depths,
     kept_centers,
     measured_counts,
+    n_measured,
     validation_sections,
     versions,
 )
-
-#: share of held-out counts that the intervals should cover
-COVERAGE = 0.9
-#: number of held-out tiles used to find the interval level (more tiles hardly change the level)
-_MOST_TILES = 1_000
-#: number of tiles per block of computed distributions
-_BLOCK = 256
 
 
 def fit_nb(
@@ -50,6 +43,7 @@ def fit_nb(
     head: HeadName = "paper",
     n_members: int = 10,
     size_factors: Literal["total"] | None = None,
+    exposure: Literal["section"] | None = "section",
     validation: float | Sequence[str] = 0.3,
     patients: Mapping[str, str] | None = None,
     n_components: int = 256,
@@ -88,6 +82,12 @@ def fit_nb(
         `None`: fit raw counts, so predictions include the depth of a spot. ``"total"``: the size factor of a tile is
         its total count divided by the cohort's median. The size factor multiplies the mean and keeps r, which is how
         shallower sequencing changes counts. Predictions are then for a tile of median depth.
+    exposure
+        ``"section"``: every section has a depth of its own, the median total count of its spots over the cohort's
+        median. It multiplies the mean and keeps r. How the spots of a section differ is still learned from the image.
+        Predictive distributions then also contain the shift of each gene between sections and between patients.
+        `None`: all sections have the same depth and genes do not shift, as published. With size factors, which contain
+        the depth of the section, the exposure is `None`.
     validation
         Share of the patients to hold out per member (at least one), or names of the sections to hold out for all
         members. With a single section, a contiguous part of the section is held out.
@@ -146,8 +146,8 @@ def fit_nb(
     source = contract.Source(table_key, layer)
     cohort = contract.sections(data)
     check_options(
-        head=head, standardize=standardize, size_factors=size_factors, n_members=n_members, max_epochs=max_epochs,
-        batch_size=batch_size, n_components=n_components, patience=patience,
+        head=head, standardize=standardize, size_factors=size_factors, exposure=exposure, n_members=n_members,
+        max_epochs=max_epochs, batch_size=batch_size, n_components=n_components, patience=patience,
         rank=1 if rank is None else rank,
     )  # fmt: skip
     if not learning_rate > 0 or not weight_decay >= 0:
@@ -169,10 +169,9 @@ def fit_nb(
     reduced = np.concatenate([space.reduce(embedded[name])[rows] for name, (rows, _, _) in measured.items()])
     del embedded
     counts = sp.vstack([block for _, block, _ in measured.values()]).tocsr()
-    totals = np.concatenate([total for _, _, total in measured.values()])
-    median = depth.median_total(totals) if size_factors == "total" else None
-    factors = np.ones_like(totals) if median is None else depth.size_factors(totals, median)
-    floor = mean_only.floor(counts, factors if median is not None else None)
+    exposure = None if size_factors is not None else exposure
+    median, factors = depths([total for _, _, total in measured.values()], size_factors, exposure)
+    floor = mean_only.floor(counts, factors)
     sections = np.repeat(list(measured), [len(rows) for rows, _, _ in measured.values()])
     positions = np.concatenate([kept_centers(cohort[name])[rows] for name, (rows, _, _) in measured.items()])
     held_out = held_out_tiles(sections, positions, validation, n_members=n_members, seed=seed, patients=known)
@@ -200,10 +199,11 @@ def fit_nb(
             "patients": known,
             "fingerprints": fingerprints(cohort, genes, source),
             "n_tiles": len(reduced),
+            "n_measured": n_measured(cohort, source),
             "validation": validation_sections(sections, held_out),
             "seed": seed,
             "options": {
-                "size_factors": size_factors,
+                "size_factors": size_factors, "exposure": exposure,
                 "n_components": n_components, "rank": None if patterns is None else patterns.rank,
                 "max_epochs": max_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
                 "weight_decay": weight_decay, "patience": patience,
@@ -213,10 +213,12 @@ def fit_nb(
             "history": {key: [row[key] for row in history] for key in history[0]},
         },
     )  # fmt: skip
-    return with_interval_level(model, reduced, training_data)
+    return with_interval_level(model, reduced, training_data, sections, known)
 
 
-def check_options(*, head: str, standardize: str, size_factors: str | None, **positive: int) -> None:
+def check_options(
+    *, head: str, standardize: str, size_factors: str | None, exposure: str | None, **positive: int
+) -> None:
     """Raise `ValueError` if an option that all fits of negative binomials share is out of range."""
     if head not in HEADS:
         raise ValueError(f"Expected `head` to be one of {sorted(HEADS)}, found {head!r}.")
@@ -224,6 +226,8 @@ def check_options(*, head: str, standardize: str, size_factors: str | None, **po
         raise ValueError(f'Expected `standardize` to be "section" or "cohort", found {standardize!r}.')
     if size_factors not in (None, "total"):
         raise ValueError(f'Expected `size_factors` to be None or "total", found {size_factors!r}.')
+    if exposure not in (None, "section"):
+        raise ValueError(f'Expected `exposure` to be None or "section", found {exposure!r}.')
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"Expected `{name}` of at least 1, found {value}.")
@@ -243,32 +247,3 @@ def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
         "validation_nll": [row["validation_nll"] for row in best],
         "best_epoch": [row["epoch"] for row in best],
     }
-
-
-def with_interval_level(model: NBModel, reduced: np.ndarray, data: TrainingData) -> NBModel:
-    """Set the nominal level at which intervals cover `COVERAGE` of the held-out counts."""
-    patterns, pattern_of = np.unique(data.held_out.T, axis=0, return_inverse=True)
-    pieces = []
-    share = min(1.0, _MOST_TILES / max(int(data.held_out.any(axis=0).sum()), 1))
-    for number, members in enumerate(patterns):
-        rows = np.flatnonzero(pattern_of.ravel() == number)
-        rows = rows[np.linspace(0, len(rows) - 1, math.ceil(share * len(rows))).astype(int)]
-        chosen = np.flatnonzero(members).tolist()
-        for start in range(0, len(rows) if chosen else 0, _BLOCK):
-            block = rows[start : start + _BLOCK]
-            r, p = model.r_and_p(reduced[block], members=chosen)
-            pieces.append((block, r, p if model.total is None else depth.at_depth(p, data.size_factors[block])))
-
-    def covered(level: float) -> float:
-        inside = 0
-        for rows, r, p in pieces:
-            lower, upper = mixture_interval(r, p, coverage=level)
-            counts = data.counts[rows].toarray()
-            inside += int(((counts >= lower) & (counts <= upper)).sum())
-        return inside / sum(r.shape[1] * r.shape[2] for _, r, _ in pieces)
-
-    low, high = 0.5, 0.995
-    for _ in range(7):
-        middle = (low + high) / 2
-        low, high = (middle, high) if covered(middle) < COVERAGE else (low, middle)
-    return replace(model, interval_level=float(high))

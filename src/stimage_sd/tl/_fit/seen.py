@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.likelihood.shifts import shift_of
 from stimage_sd.models._combined import CombinedModel
-from stimage_sd.models._predictor import Predictor, known_patients
+from stimage_sd.models._predictor import Predictor, gene_shifts, known_patients
 
 
 def fingerprints(
@@ -60,19 +62,34 @@ def trained_patients(model: Predictor) -> set[str] | None:
     return found
 
 
+def shift_sd(model: Predictor, sdata: SpatialData) -> np.ndarray | None:
+    """Return the standard deviation of the log of each gene's shift in a section, `None` for models without shifts.
+
+    It is that of another section of a training patient, or of another patient. Where the patients of the section or of
+    the model are unknown, the variance is the mean of both.
+    """
+    shifts = gene_shifts(model)
+    if shifts is None:
+        return None
+    trained, patients = trained_patients(model), contract.patients({"": sdata})
+    known = None if trained is None or not patients else patients[""] in trained
+    return shift_of(shifts, known)
+
+
 def warn_of_other_patients(model: Predictor, cohort: Mapping[str, SpatialData]) -> None:
     """Warn if a model of one patient predicts sections of others, on which it was not calibrated either."""
     known = trained_patients(model)
     if known is None or len(known) != 1:
         return
-    familiar = known | set(model.training.get("calibration", {}).get("patients", []))
+    learned = (model.training.get(step, {}).get("patients", []) for step in ("calibration", "adaptation"))
+    familiar = known.union(*learned)
     others = {name: patient for name, patient in contract.patients(cohort).items() if patient not in familiar}
     if others:
         warnings.warn(
             f"The model was trained on one patient, {next(iter(known))!r}, and {list(others)} are of "
             f"{sorted(set(others.values()))}. Its means follow the sequencing depth of that patient, and its intervals "
             "can cover fewer counts than stated. Train on several patients, or calibrate on a section of the new one "
-            "(`stimage_sd.tl.calibrate`).",
+            "(`stimage_sd.tl.calibrate`), or adapt to some of its spots (`stimage_sd.tl.adapt`).",
             stacklevel=3,
         )
 

@@ -12,6 +12,7 @@ import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract
+from stimage_sd.likelihood import depth
 
 
 def checked_genes(cohort: Mapping[str, SpatialData], genes: Sequence[str], source: contract.Source) -> list[str]:
@@ -39,6 +40,34 @@ def measured_counts(
     rows, counts = contract.align_to_spots(sdata, table[table.obs["keep"].to_numpy()], source)
     totals = np.asarray(counts.X.sum(axis=1), dtype=np.float64).ravel()
     return rows, sp.csr_matrix(counts[:, genes].X), totals
+
+
+def depths(
+    totals: Sequence[np.ndarray], size_factors: str | None, exposure: str | None
+) -> tuple[float | None, np.ndarray]:
+    """Return the cohort's median total, `None` without depth, and the depth of each spot relative to it.
+
+    Parameters
+    ----------
+    totals
+        Total counts of the spots of each section.
+    size_factors
+        ``"total"``: every spot has its own depth.
+    exposure
+        ``"section"``: all spots of a section have the median depth of the section.
+    """
+    spots = np.concatenate(totals)
+    if size_factors is None and exposure is None:
+        return None, np.ones_like(spots)
+    median = depth.median_total(spots)
+    if size_factors is None:
+        spots = np.concatenate([np.full(len(section), np.median(section)) for section in totals])
+    return median, depth.size_factors(spots, median)
+
+
+def n_measured(cohort: Mapping[str, SpatialData], source: contract.Source) -> int:
+    """Return the number of genes that a typical section measured, predicted or not."""
+    return int(np.median([contract.counts(sdata, source).n_vars for sdata in cohort.values()]))
 
 
 def check_measured(counts: Mapping[str, sp.csr_matrix]) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.likelihood import negative_binomial
-from stimage_sd.models._predictor import Predictor
+from stimage_sd.likelihood.mixture_moments import mixture_moments
+from stimage_sd.likelihood.predictive import nearest_interval, predictive
+from stimage_sd.models._predictor import Predictor, gene_shifts
 from stimage_sd.models._resolve import as_model
 from stimage_sd.tl._fit.seen import check_unseen
 from stimage_sd.tl._predict.held_out import HeldOut, held_out_blocks
@@ -97,18 +100,24 @@ def calibrate(
         )
     cohort = contract.sections(data)
     check_unseen(model, cohort, source, purpose="calibrate on")
-    scores = {
-        name: np.concatenate([level_scores(block) for block in blocks])
-        for name, blocks in held_out_blocks(model, cohort, source)
-    }
-    level = conformal_level(list(scores.values()), coverage)
+    blocks = held_out_blocks(model, cohort, source)
+    if gene_shifts(model) is None:
+        scores = {name: np.concatenate([level_scores(block) for block in section]) for name, section in blocks}
+        level = conformal_level(list(scores.values()), coverage)
+        covered = {name: float((each <= level).mean()) for name, each in scores.items()}
+        n_counts = sum(map(len, scores.values()))
+    else:
+        sections = {name: _Shifted.of(section) for name, section in blocks}
+        level = nearest_level(list(sections.values()), coverage)
+        covered = {name: section.covered(level) for name, section in sections.items()}
+        n_counts = sum(section.counts.size for section in sections.values())
     how = {
-        "sections": list(scores),
+        "sections": list(covered),
         "patients": sorted(set(contract.patients(cohort).values())),
         "coverage": float(coverage),
-        "n_counts": int(sum(map(len, scores.values()))),
+        "n_counts": int(n_counts),
         "level": level,
-        "covered": {name: float((each <= level).mean()) for name, each in scores.items()},
+        "covered": covered,
     }
     changes = {"interval_level": level, "training": {**model.training, "calibration": how}}
     calibrated: Model = replace(cast(Any, model), **changes)
@@ -132,6 +141,55 @@ def level_scores(block: HeldOut) -> np.ndarray:
         for counts in (block.counts, block.counts - 1)
     )
     return np.maximum(1 - 2 * upto, 2 * below - 1).ravel()
+
+
+class _Shifted(NamedTuple):
+    """Counts of a section, and their predictive distributions with a shift per gene."""
+
+    counts: np.ndarray
+    mean: np.ndarray
+    variance: np.ndarray
+    sd: np.ndarray
+
+    @classmethod
+    def of(cls, blocks: Iterable[HeldOut]) -> _Shifted:
+        parts = []
+        for block in blocks:
+            assert block.shift_sd is not None
+            sd = block.shift_sd
+            made = predictive(mixture_moments(block.r, block.p, weights=block.weights), sd)
+            parts.append((block.counts, made.mean, made.variance))
+        counts, mean, variance = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return cls(counts, mean, variance, sd)
+
+    def covered(self, level: float) -> float:
+        lower, upper = nearest_interval(self.mean, self.variance, self.sd, coverage=level)
+        return float(((self.counts >= lower) & (self.counts <= upper)).mean())
+
+
+def nearest_level(sections: Sequence[_Shifted], coverage: float) -> float:
+    """Return the lowest level, to 0.0001, at which nearest intervals contain a share of the counts of sections.
+
+    Sections have equal weight. The share is ⌈(n+1)·coverage⌉ / n, as in `conformal_level`.
+    """
+    n = sum(section.counts.size for section in sections)
+    _check_number(n, coverage)
+    wanted = np.ceil((n + 1) * coverage) / n
+    low, high = _LEAST, 1 - _LEAST
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        enough = np.mean([section.covered(middle) for section in sections]) >= wanted
+        low, high = (low, middle) if enough else (middle, high)
+    return float(high)
+
+
+def _check_number(n: int, coverage: float) -> None:
+    """Raise `ValueError` if there are too few counts for a coverage."""
+    if np.ceil((n + 1) * coverage) > n:
+        raise ValueError(
+            f"{n} held-out counts are too few for intervals that hold {coverage:.0%}. At least "
+            f"{int(np.ceil(coverage / (1 - coverage)))} counts are needed. Calibrate on more tiles or genes."
+        )
 
 
 def conformal_level(scores: list[np.ndarray], coverage: float) -> float:
@@ -160,11 +218,7 @@ def conformal_level(scores: list[np.ndarray], coverage: float) -> float:
             f"The model's distributions are not finite for {int((~np.isfinite(values)).sum())} of {n} held-out counts, "
             "so the level cannot be computed. Fit the model again."
         )
-    if np.ceil((n + 1) * coverage) > n:
-        raise ValueError(
-            f"{n} held-out counts are too few for intervals that hold {coverage:.0%}. At least "
-            f"{int(np.ceil(coverage / (1 - coverage)))} counts are needed. Calibrate on more tiles or genes."
-        )
+    _check_number(n, coverage)
     share = np.concatenate([np.full(len(each), 1 / (len(scores) * len(each))) for each in scores])
     order = np.argsort(values, kind="stable")
     # with one section, shares are 1 / n and this picks the ceil((n + 1) * coverage)-th smallest score

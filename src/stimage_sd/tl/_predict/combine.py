@@ -15,7 +15,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.likelihood import negative_binomial
 from stimage_sd.models._combined import CombinedModel
-from stimage_sd.models._predictor import Predictor
+from stimage_sd.models._predictor import Predictor, gene_shifts
 from stimage_sd.models._resolve import as_model
 from stimage_sd.tl._fit.seen import check_unseen, fingerprints, remembered
 from stimage_sd.tl._predict.held_out import HeldOut, held_out_blocks
@@ -187,10 +187,12 @@ def _common_genes(models: list[Predictor]) -> tuple[str, ...]:
 def _common_total(models: list[Predictor]) -> float | None:
     totals = [model.total for model in models]
     known = [total for total in totals if total is not None]
-    if len(known) not in (0, len(totals)) or (known and not np.allclose(known, known[0], rtol=1e-6)):
+    kinds = {gene_shifts(model) is None for model in models}
+    if len(known) not in (0, len(totals)) or len(kinds) > 1 or (known and not np.allclose(known, known[0], rtol=1e-6)):
         raise ValueError(
-            f"The models have size factors relative to different totals, {totals}, so their counts cannot be compared. "
-            "Fit all models on the same sections with the same `size_factors`."
+            f"The models have depths relative to different totals, {totals}, or some have a depth per spot and others "
+            "one per section, so their counts cannot be compared. Fit all models on the same sections with the same "
+            "`size_factors` and `exposure` (a model without exposure goes with `exposure=None`)."
         )
     return totals[0]
 

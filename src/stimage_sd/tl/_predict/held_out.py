@@ -11,6 +11,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.likelihood.depth import at_depth
 from stimage_sd.models._predictor import OpenedSection, Predictor
+from stimage_sd.tl._fit.seen import shift_sd
 from stimage_sd.tl._fit.training_set import checked_genes, measured_counts
 from stimage_sd.tl._predict.predict import size_factors_of
 
@@ -21,12 +22,16 @@ _BLOCK = 8_000_000
 
 
 class HeldOut(NamedTuple):
-    """Counts ``(n_tiles, n_genes)`` with mixture ``weights (n_members,)``, r and p ``(n_members, ...)``."""
+    """Counts ``(n_tiles, n_genes)`` with mixture ``weights (n_members,)``, r and p ``(n_members, ...)`` at their depth.
+
+    ``shift_sd`` is the standard deviation of the log of each gene's shift, `None` for models without shifts.
+    """
 
     counts: np.ndarray
     weights: np.ndarray
     r: np.ndarray
     p: np.ndarray
+    shift_sd: np.ndarray | None = None
 
 
 def held_out_blocks(
@@ -44,8 +49,11 @@ def _blocks(
 ) -> Iterator[HeldOut]:
     table = contract.tiles(sdata)
     kept = table[table.obs["keep"].to_numpy()]
-    rows, counts, _ = measured_counts(sdata, genes, source)
-    factors = size_factors_of(sdata, kept, model, None if model.total is None else "total", source)
+    rows, counts, totals = measured_counts(sdata, genes, source)
+    sd = shift_sd(model, sdata)
+    factors = size_factors_of(sdata, kept, model, None if model.total is None or sd is not None else "total", source)
+    if sd is not None and model.total is not None:
+        factors[:] = max(float(np.median(totals)) / model.total, 1e-3)
     most = max(1, _MOST_COUNTS // len(genes))
     chosen = np.zeros(kept.n_obs, dtype=bool)
     chosen[rows if len(rows) <= most else np.random.default_rng(0).choice(rows, most, replace=False)] = True
@@ -63,4 +71,5 @@ def _blocks(
             weights=np.asarray(model.member_weights, dtype=np.float64),
             r=r[:, inside].astype(np.float64),
             p=at_depth(p[:, inside], factors[here]),
+            shift_sd=sd,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -24,16 +25,19 @@ from stimage_sd._zarr_chunks import WholeStore
 from stimage_sd.likelihood import depth
 from stimage_sd.likelihood.intervals import mixture_interval
 from stimage_sd.likelihood.mixture_moments import mixture_moments
+from stimage_sd.likelihood.predictive import nearest_interval, predictive
 from stimage_sd.models._cell_classifier import CellClassifier
 from stimage_sd.models._gene_classifier import GeneClassifier
-from stimage_sd.models._predictor import OpenedSection, Predictor
+from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts
 from stimage_sd.models._resolve import as_model
 from stimage_sd.tl._cells.predict_cells import predict_cells
-from stimage_sd.tl._fit.fit_nb import COVERAGE
-from stimage_sd.tl._fit.seen import remembered, warn_of_other_patients
+from stimage_sd.tl._fit.held_out_level import COVERAGE
+from stimage_sd.tl._fit.seen import remembered, shift_sd, warn_of_other_patients
 from stimage_sd.tl._predict.predict_classes import predict_classes
 
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
+#: layer of models fitted with exposure
+SHIFT = "shift"
 #: elements computed at a time (members x tiles x genes), and elements of a chunk on disk (tiles x genes)
 _BLOCK, _CHUNK = 8_000_000, 1_000_000
 
@@ -43,6 +47,7 @@ def predict(
     model: Predictor | GeneClassifier | CellClassifier | str | Path,
     *,
     size_factors: Literal["total"] | None = None,
+    exposure: float | None = None,
     conformal: bool = True,
     out: str | Path | None = None,
     key_added: str | None = None,
@@ -62,6 +67,10 @@ def predict(
         For a model fitted with size factors. ``"total"`` predicts for the measured depth of each spot, `None` for a
         tile of median depth. Depth multiplies the mean and keeps r. Measured counts can be compared only with
         distributions predicted at measured depth.
+    exposure
+        Depth of the sections relative to the training sections, for a model fitted with exposure. Default: 1, the
+        median depth. Exposure multiplies the mean and keeps r. `stimage_sd.tl.evaluate` moves predictions to the depth
+        that a section was measured at.
     conformal
         Whether to use the interval level that covered 90 % of the training cohort's held-out counts. Otherwise
         intervals are nominal.
@@ -82,6 +91,12 @@ def predict(
     Nothing. ``tables["predictions"]`` is written, with ``X`` = mean and these layers: ``aleatoric`` (mean of the
     members' variances), ``epistemic`` (variance of the members' means), ``total_variance`` (their sum), ``lower`` and
     ``upper`` (central 90 % interval of the members' mixture). All are ``float32 (n_tiles, n_genes)``.
+
+    A model fitted with exposure also predicts how far genes shift between sections, or between patients if the section
+    is of another patient than the training sections. The layer ``shift`` is the variance that comes from this, a part
+    of ``epistemic``. ``var["shift_sd"]`` is the standard deviation of the log of the shift. Intervals are the intervals
+    of whole counts whose probability is nearest to 90 %.
+
     ``obs["ood_score"]`` is above 1 for tiles farther from the training tiles than 95 % of the training tiles.
 
     A gene classifier writes ``tables["gene_classes"]`` with ``X`` = probability of High, layer ``high`` = above one
@@ -120,20 +135,18 @@ def predict(
     """
     source = contract.Source(table_key, layer)
     fitted = cast(Predictor | GeneClassifier | CellClassifier, as_model(model))
+    if isinstance(fitted, CellClassifier | GeneClassifier) and (size_factors, exposure) != (None, None):
+        option = "exposure" if size_factors is None else "size_factors"
+        raise ValueError(f"A classifier predicts no counts, so `{option}` has no meaning for it.")
     if isinstance(fitted, CellClassifier):
-        if size_factors is not None:
-            raise ValueError("A cell classifier predicts no counts, so `size_factors` has no meaning for it.")
         if out is not None:
             raise ValueError("`out` is for gene predictions. Cells are written to the section only.")
         return predict_cells(data, fitted, key_added=key_added or contract.NUCLEI)
     if isinstance(fitted, GeneClassifier):
-        if size_factors is not None:
-            raise ValueError("A gene classifier predicts no counts, so `size_factors` has no meaning for it.")
         if out is not None:
             raise ValueError("`out` is for predicted distributions. Classes are written to the section only.")
         return predict_classes(contract.sections(data), fitted, key=key_added or contract.GENE_CLASSES)
-    if size_factors is not None and fitted.total is None:
-        raise ValueError('The model was fitted without size factors, so `size_factors="total"` has no meaning for it.')
+    check_depth(fitted, size_factors, exposure)
     keep_compiled()
     cohort = contract.sections(data)
     # check all sections before writing any
@@ -145,18 +158,25 @@ def predict(
     warn_of_other_patients(fitted, cohort)
     level = fitted.interval_level if conformal else COVERAGE
     kept, factors, found = {}, {}, {}
+    shifts = {name: shift_sd(fitted, sdata) for name, sdata in cohort.items()}
     with ExitStack() as unfinished:  # folders appear once all sections are predicted
         for name, sdata in cohort.items():
             table = contract.tiles(sdata)
             kept[name] = table[table.obs["keep"].to_numpy()]
-            factors[name] = size_factors_of(sdata, kept[name], fitted, size_factors, source)
-            folder = folders[name]
+            spots = size_factors_of(sdata, kept[name], fitted, size_factors, source)
+            factors[name] = spots if exposure is None else np.full_like(spots, exposure)
+            folder, sd = folders[name], shifts[name]
             made = None if folder is None else unfinished.enter_context(replacing(folder))
-            found[name] = _results((kept[name].n_obs, len(fitted.genes)), made)
-            _distribution(found[name], fitted, opened[name], factors[name], level=level, label=contract.sample(sdata))
+            written = LAYERS if sd is None else (*LAYERS, SHIFT)
+            found[name] = _results((kept[name].n_obs, len(fitted.genes)), written, made)
+            blocks = _blocks(fitted, opened[name], kept[name].n_obs, label=contract.sample(sdata))
+            if sd is None:
+                _mixtures(found[name], fitted, blocks, factors[name], level=level)
+            else:
+                _shifted(found[name], fitted, blocks, sd, exposure=exposure or 1.0, level=level)
     for name, sdata in cohort.items():
         folder = folders[name]
-        layers = found[name] if folder is None else _lazily(folder)
+        layers = found[name] if folder is None else _lazily(folder, list(found[name]))
         predictions = ad.AnnData(
             X=layers.pop("mean"),
             obs=kept[name].obs.drop(columns=contract.REGION_KEY).copy(),
@@ -166,12 +186,15 @@ def predict(
             layers=layers,
             obsm={"spatial": contract.tile_geometry(sdata, kept[name]).centers.copy()},
         )
+        if (sd := shifts[name]) is not None:
+            predictions.var["shift_sd"] = sd
         predictions.obs["ood_score"] = opened[name].strangeness
         predictions.obs["size_factor"] = factors[name]
         predictions.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=contract.tiling(sdata)["side_px"])
         predictions.uns["prediction"] = {
             **fitted.description,
             **({} if fitted.total is None else {"total": fitted.total, "at_measured_depth": size_factors == "total"}),
+            **({} if sd is None else {"exposure": exposure or 1.0, "n_measured": fitted.training.get("n_measured", 0)}),
             "coverage": fitted.training.get("calibration", {}).get("coverage", COVERAGE) if conformal else COVERAGE,
             "interval_level": level,
             "trained_on": list(fitted.training.get("sections", [])),
@@ -205,9 +228,20 @@ def _new_folder(out: str | Path | None, section: str) -> Path | None:
     return folder
 
 
-def _results(shape: tuple[int, int], folder: Path | None) -> dict[str, Any]:
+def check_depth(model: Predictor, size_factors: str | None, exposure: float | None) -> None:
+    """Raise `ValueError` if a model was fitted without the depth that is asked for."""
+    by_section = gene_shifts(model) is not None
+    if size_factors is not None and (model.total is None or by_section):
+        raise ValueError('The model was fitted without size factors, so `size_factors="total"` has no meaning for it.')
+    if exposure is not None and not by_section:
+        raise ValueError("The model was fitted without exposure, so `exposure` has no meaning for it.")
+    if exposure is not None and not (np.isfinite(exposure) and exposure > 0):
+        raise ValueError(f"Expected `exposure` to be a positive number, found {exposure}.")
+
+
+def _results(shape: tuple[int, int], layers: Sequence[str], folder: Path | None) -> dict[str, Any]:
     """Allocate the result arrays, in memory or on disk."""
-    names = ("mean", *LAYERS)
+    names = ("mean", *layers)
     if folder is None:
         return {name: np.empty(shape, dtype=np.float32) for name in names}
     group = zarr.open_group(folder, mode="w")
@@ -220,28 +254,47 @@ def _results(shape: tuple[int, int], folder: Path | None) -> dict[str, Any]:
     }
 
 
-def _lazily(folder: Path) -> dict[str, da.Array]:
+def _lazily(folder: Path, names: Sequence[str]) -> dict[str, da.Array]:
     """Open results on disk as dask arrays. Reading a missing chunk raises an error."""
     group = zarr.open_group(WholeStore(folder, read_only=True), mode="r")
-    return {name: da.from_zarr(group[name]) for name in ("mean", *LAYERS)}
+    return {name: da.from_zarr(group[name]) for name in names}
 
 
-def _distribution(
-    out: dict[str, Any], model: Predictor, section: OpenedSection, factors: np.ndarray, *, level: float, label: str
-) -> None:
-    """Write mean, variances and interval of the mixture to `out`, in blocks of tiles."""
-    weights = np.asarray(model.member_weights)
-    shape = (len(factors), len(model.genes))
+def _blocks(
+    model: Predictor, section: OpenedSection, n_tiles: int, *, label: str
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """Yield blocks of tiles with the r and p of their mixtures."""
     # round down to a power of two, since blocks of tiles are padded to one
-    step = 1 << max((_BLOCK // (len(weights) * shape[1])).bit_length() - 1, 0)
-    scaled = bool((factors != 1).any())
-    with tqdm(total=shape[0], desc=f"{label}: predicting", unit="tile") as bar:
-        for start in range(0, shape[0], step):
-            rows = slice(start, min(start + step, shape[0]))
-            r, p = section.r_and_p(rows)
-            p = depth.at_depth(p, factors[rows]) if scaled else p
-            moments = mixture_moments(r, p, weights=weights)
-            out["mean"][rows], out["aleatoric"][rows], out["epistemic"][rows] = moments
-            out["total_variance"][rows] = moments.aleatoric + moments.epistemic
-            out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level, weights=weights)
+    step = 1 << max((_BLOCK // (len(model.member_weights) * len(model.genes))).bit_length() - 1, 0)
+    with tqdm(total=n_tiles, desc=f"{label}: predicting", unit="tile") as bar:
+        for start in range(0, n_tiles, step):
+            rows = slice(start, min(start + step, n_tiles))
+            yield rows, *section.r_and_p(rows)
             bar.update(rows.stop - start)
+
+
+def _mixtures(
+    out: dict[str, Any], model: Predictor, blocks: Iterable[tuple[slice, np.ndarray, np.ndarray]],
+    factors: np.ndarray, *, level: float,
+) -> None:  # fmt: skip
+    """Write mean, variances and interval of the members' mixture to `out`."""
+    weights, scaled = np.asarray(model.member_weights), bool((factors != 1).any())
+    for rows, r, p in blocks:
+        p = depth.at_depth(p, factors[rows]) if scaled else p
+        moments = mixture_moments(r, p, weights=weights)
+        out["mean"][rows], out["aleatoric"][rows], out["epistemic"][rows] = moments
+        out["total_variance"][rows] = moments.aleatoric + moments.epistemic
+        out["lower"][rows], out["upper"][rows] = mixture_interval(r, p, coverage=level, weights=weights)
+
+
+def _shifted(
+    out: dict[str, Any], model: Predictor, blocks: Iterable[tuple[slice, np.ndarray, np.ndarray]], sd: np.ndarray,
+    *, exposure: float, level: float,
+) -> None:  # fmt: skip
+    """Write mean, variances and interval of the mixture with a shift per gene to `out`."""
+    weights = np.asarray(model.member_weights)
+    for rows, r, p in blocks:
+        made = predictive(mixture_moments(r, p, weights=weights), sd, exposure=exposure)
+        out["mean"][rows], out["aleatoric"][rows], out["epistemic"][rows] = made.mean, made.aleatoric, made.epistemic
+        out["total_variance"][rows], out["shift"][rows] = made.variance, made.shift
+        out["lower"][rows], out["upper"][rows] = nearest_interval(made.mean, made.variance, sd, coverage=level)

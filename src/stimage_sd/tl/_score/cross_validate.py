@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from stimage_sd import __version__, contract
 from stimage_sd.models._genes import most_variable, shared_genes
-from stimage_sd.models._predictor import Predictor
+from stimage_sd.models._predictor import Predictor, gene_shifts
 from stimage_sd.tl._fit.fit_nb import fit_nb
 from stimage_sd.tl._fit.seen import check_different
 from stimage_sd.tl._fit.training_set import checked_genes
@@ -344,7 +344,7 @@ def _scores(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Coverage and likelihood are left out")
         scores = evaluate(held_out, transform=transform, table_key=source.table, layer=source.layer)
-    if model.total is None:
+    if model.total is None or gene_shifts(model) is not None:
         return scores
     deep = {name: shallow_copy(sdata) for name, sdata in held_out.items()}
     predict(deep, model, size_factors="total", table_key=source.table, layer=source.layer)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import anndata as ad
 import numpy as np
@@ -15,8 +16,10 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.likelihood import negative_binomial
 from stimage_sd.likelihood.expectation import expected_log1p
+from stimage_sd.likelihood.predictive import log_prob
 from stimage_sd.stats.lattice import find_lattice, neighbor_graph
 from stimage_sd.stats.spatial import morans_i, pattern_iou, pearson, spearman
+from stimage_sd.tl._score.scales import calibration_of_sums, groups_of, sums
 
 Transform = Literal["log1p", "raw", "lognorm"]
 METRICS = (
@@ -39,6 +42,8 @@ def evaluate(
     names: Mapping[str, str] | None = None,
     transform: Transform = "log1p",
     graph: sp.spmatrix | None = None,
+    scale: int | str | None = None,
+    exposure: float | None = None,
     key: str = contract.PREDICTIONS,
     table_key: str | None = None,
     layer: str | None = None,
@@ -63,6 +68,14 @@ def evaluate(
     graph
         Spatial weights, sparse ``(n, n)`` over the predicted tiles on a measured spot. Default: the eight neighbors on
         a square lattice, or the six neighbors on a hexagonal lattice. Rows are standardized.
+    scale
+        `None`: single tiles. A number: every tile together with its neighbors up to so many steps on the graph. A name:
+        regions, from this column of the spots' or the tiles' ``obs``. Correlations are then of means over these tiles,
+        coverage and likelihood of sums of counts. Moran's I, IoU and ``nll_floor`` are NaN.
+    exposure
+        Depth of the sections relative to the training sections, for models fitted with exposure. Default: one number
+        per section from its total counts. Predictions are moved to this depth before they are compared. ``1`` compares
+        predictions for the cohort's median depth.
     key
         Name of the prediction table.
     table_key
@@ -72,15 +85,16 @@ def evaluate(
 
     Returns
     -------
-    A table with one row per section and gene. Columns are ``section``, ``gene``, ``n_tiles`` and:
+    A table with one row per section and gene. Columns are ``section``, ``gene``, ``n_tiles``, ``exposure`` (NaN for
+    models without exposure) and:
 
     - ``pearson``, ``spearman``: correlation of predicted mean and measurement over tiles;
     - ``morans_i_observed``, ``morans_i_predicted``, ``bivariate_morans_i`` (predicted against neighbors' observed);
     - ``iou``: overlap of the smoothed patterns of high expression (paper, 2.8), NaN with a warning if the tiles are
       not on a lattice;
     - ``coverage``: share of counts inside the 90 % interval;
-    - ``nll``: negative log-likelihood per count, under the negative binomial with the predicted mean and total
-      variance;
+    - ``nll``: negative log-likelihood per count, under the predictive distribution with its shifts, or without shifts
+      under the negative binomial with the predicted mean and total variance;
     - ``nll_floor``: negative log-likelihood per count under the mean-only fit to the training counts.
 
     Coverage and likelihood need predictions at the measured depth of each spot. For predictions at median depth, from
@@ -125,24 +139,47 @@ def evaluate(
         predictions = contract.predictions(sdata, key)
         rows, units = contract.align_to_spots(sdata, predictions, source, against=against)
         measured = measured_names(predictions, units, names or {}, section=name, against=against)
-        compared = _taken(sdata, predictions, rows, list(measured))
+        depth = _exposure(predictions, rows, units, exposure) if against == "counts" else None
+        compared = _taken(sdata, predictions, rows, list(measured), depth)
         observed = dense(units[:, list(measured.values())])
-        scores = _agreement(compared, observed, transform, graph)
+        if scale is None:
+            scores = _agreement(compared, observed, transform, graph)
+            calibrated = _calibration
+        else:
+            weights = _weights(compared, graph)
+            groups = groups_of(scale, predictions, rows, units, weights)
+            scores = _agreement_of_means(compared, observed, transform, groups)
+            calibrated = partial(_calibration_of_sums, groups=groups, about=predictions.uns["prediction"])
         problem = contract.depth_problem(sdata, predictions) if against == "counts" else None
         if problem:
             warnings.warn(f"Coverage and likelihood are left out. {problem}", stacklevel=2)
         elif against == "counts":
-            scores = scores.join(_calibration(compared, observed))
+            scores = scores.join(calibrated(compared, observed))
         scores = scores.reindex(columns=list(METRICS))
         for metric in METRICS:
             predictions.var[metric] = scores[metric].reindex(predictions.var_names)
         predictions.var["measured"] = [measured.get(gene, "") for gene in predictions.var_names]
-        predictions.uns["evaluation"] = {"against": against, "transform": transform, "n_tiles": len(rows)}
-        contract.record(
-            sdata, "tl.evaluate", against=against, transform=transform, n_genes=len(measured), n_tiles=len(rows)
-        )
-        tables.append(scores.rename_axis("gene").reset_index().assign(section=name, n_tiles=len(rows)))
-    return pd.concat(tables, ignore_index=True)[["section", "gene", "n_tiles", *METRICS]]
+        how: dict[str, Any] = {"against": against, "transform": transform, "n_tiles": len(rows)}
+        how |= {} if depth is None else {"exposure": depth}
+        how |= {} if scale is None else {"scale": scale}
+        predictions.uns["evaluation"] = how
+        contract.record(sdata, "tl.evaluate", n_genes=len(measured), **how)
+        exposed = np.nan if depth is None else depth
+        table = scores.rename_axis("gene").reset_index()
+        tables.append(table.assign(section=name, n_tiles=len(rows), exposure=exposed))
+    return pd.concat(tables, ignore_index=True)[["section", "gene", "n_tiles", "exposure", *METRICS]]
+
+
+def _exposure(predictions: ad.AnnData, rows: np.ndarray, units: ad.AnnData, given: float | None) -> float | None:
+    """Return the exposure to compare at, or `None` for models without exposure."""
+    measured = contract.measured_exposure(predictions, rows, units)
+    if given is None or measured is None:
+        if given is not None:
+            raise ValueError("The predictions are of a model without exposure, so `exposure` has no meaning for them.")
+        return measured
+    if not (np.isfinite(given) and given > 0):
+        raise ValueError(f"Expected `exposure` to be a positive number, found {given}.")
+    return float(given)
 
 
 def measured_names(
@@ -178,36 +215,27 @@ class _Predicted(NamedTuple):
         Gene names.
     coordinates
         Tile centers, ``(n_tiles, 2)``.
-    mean, variance, lower, upper
-        ``(n_tiles, n_genes)``.
-    size_factor
-        ``float64 (n_tiles,)``.
+    at_depth
+        Distributions at the depth of the spots.
     floor_mean, floor_dispersion
         ``float64 (n_genes,)``.
     """
 
     genes: list[str]
     coordinates: np.ndarray
-    mean: np.ndarray
-    variance: np.ndarray
-    lower: np.ndarray
-    upper: np.ndarray
-    size_factor: np.ndarray
+    at_depth: contract.Compared
     floor_mean: np.ndarray
     floor_dispersion: np.ndarray
 
 
-def _taken(sdata: SpatialData, predictions: ad.AnnData, rows: np.ndarray, genes: list[str]) -> _Predicted:
-    at = np.ix_(rows, predictions.var_names.get_indexer(genes))
-    floors = (predictions.var[name].to_numpy(dtype=np.float64)[at[1][0]] for name in ("floor_mean", "floor_dispersion"))
+def _taken(
+    sdata: SpatialData, predictions: ad.AnnData, rows: np.ndarray, genes: list[str], exposure: float | None
+) -> _Predicted:
+    floors = (predictions.var.loc[genes, name].to_numpy(np.float64) for name in ("floor_mean", "floor_dispersion"))
     return _Predicted(
         genes,
         contract.tile_geometry(sdata, predictions).centers[rows],
-        np.asarray(predictions.X)[at].astype(np.float64),
-        np.asarray(predictions.layers["total_variance"])[at].astype(np.float64),
-        np.asarray(predictions.layers["lower"])[at],
-        np.asarray(predictions.layers["upper"])[at],
-        predictions.obs["size_factor"].to_numpy(dtype=np.float64)[rows],
+        contract.at_depth_of(predictions, rows, genes, exposure),
         *floors,
     )
 
@@ -221,8 +249,7 @@ def _agreement(
     predictions: _Predicted, observed: np.ndarray, transform: Transform, graph: sp.spmatrix | None
 ) -> pd.DataFrame:
     """Score how well predicted means follow the measurements over tiles and in space."""
-    coordinates = predictions.coordinates
-    weights = neighbor_graph(coordinates) if graph is None else sp.csr_matrix(graph)
+    coordinates, weights = predictions.coordinates, _weights(predictions, graph)
     predicted, measured = _expected(predictions, transform), transformed(observed, transform)
     return pd.DataFrame(
         {
@@ -237,21 +264,54 @@ def _agreement(
     )
 
 
+def _weights(predictions: _Predicted, graph: sp.spmatrix | None) -> sp.csr_matrix:
+    return neighbor_graph(predictions.coordinates) if graph is None else sp.csr_matrix(graph)
+
+
+def _agreement_of_means(
+    predictions: _Predicted, observed: np.ndarray, transform: Transform, groups: sp.csr_matrix
+) -> pd.DataFrame:
+    """Score how well predicted means over groups of tiles follow the measured means."""
+    n_tiles = np.asarray(groups.sum(axis=1)).reshape(-1, 1)
+    made = sums(predictions.at_depth, groups)
+    of_means = made._replace(mean=made.mean / n_tiles, aleatoric=made.variance / n_tiles**2, epistemic=np.zeros(1))
+    predicted = _expected(predictions._replace(at_depth=of_means), transform)
+    measured = transformed(groups @ observed / n_tiles, transform)
+    scores = {"pearson": pearson(predicted, measured), "spearman": spearman(predicted, measured)}
+    return pd.DataFrame(scores, index=predictions.genes)
+
+
+def _calibration_of_sums(
+    predictions: _Predicted, observed: np.ndarray, groups: sp.csr_matrix, about: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Score coverage and likelihood of sums over groups of tiles."""
+    made = sums(predictions.at_depth, groups)
+    # the level of models without shifts belongs to central intervals of single counts
+    level = float(about["coverage" if made.shift_sd is None else "interval_level"])
+    return pd.DataFrame(calibration_of_sums(made, groups @ observed, level=level), index=predictions.genes)
+
+
 def depth_scores(sdata: SpatialData, source: contract.Source) -> pd.DataFrame:
     """Compute coverage and likelihood of the predictions of a section per gene."""
     predictions = contract.predictions(sdata)
     rows, units = contract.align_to_spots(sdata, predictions, source)
     genes = list(measured_names(predictions, units, {}, section=contract.sample(sdata), against="counts"))
-    return _calibration(_taken(sdata, predictions, rows, genes), dense(units[:, genes]))
+    exposure = contract.measured_exposure(predictions, rows, units)
+    return _calibration(_taken(sdata, predictions, rows, genes, exposure), dense(units[:, genes]))
 
 
 def _calibration(predictions: _Predicted, observed: np.ndarray) -> pd.DataFrame:
     """Score coverage and likelihood of the predicted distributions."""
-    inside = (observed >= predictions.lower) & (observed <= predictions.upper)
+    made = predictions.at_depth
+    inside = (observed >= made.lower) & (observed <= made.upper)
+    if made.shift_sd is None:
+        nll = _nll(observed, made.mean, made.variance)
+    else:
+        nll = -log_prob(observed, made.mean, made.variance, made.shift_sd).mean(axis=0)
     return pd.DataFrame(
         {
             "coverage": inside.mean(axis=0),
-            "nll": _nll(observed, predictions.mean, predictions.variance),
+            "nll": nll,
             "nll_floor": _floor_nll(observed, predictions),
         },
         index=predictions.genes,
@@ -270,11 +330,11 @@ def pattern_ious(predicted: np.ndarray, measured: np.ndarray, coordinates: np.nd
 
 def _expected(predictions: _Predicted, transform: Transform) -> np.ndarray:
     """Return the transformed mean, or for `lognorm` the expectation of log-normalized counts."""
-    mean = predictions.mean
+    mean = predictions.at_depth.mean
     if transform != "lognorm":
         return transformed(mean, transform)
     totals = mean.sum(axis=1, keepdims=True)
-    return expected_log1p(mean, predictions.variance, scale=np.median(totals) / np.maximum(totals, 1e-12))
+    return expected_log1p(mean, predictions.at_depth.variance, scale=np.median(totals) / np.maximum(totals, 1e-12))
 
 
 def transformed(values: np.ndarray, transform: Transform) -> np.ndarray:
@@ -299,5 +359,5 @@ def _nll(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarr
 
 
 def _floor_nll(counts: np.ndarray, predictions: _Predicted) -> np.ndarray:
-    mean = predictions.floor_mean * predictions.size_factor[:, None]
+    mean = predictions.floor_mean * predictions.at_depth.size_factor[:, None]
     return _nll(counts, mean, mean + mean**2 / predictions.floor_dispersion)

@@ -14,7 +14,7 @@ from stimage_sd.stats import selective
 from stimage_sd.tl._score.evaluate import dense, measured_names
 
 Uncertainty = Literal["total", "aleatoric", "epistemic"]
-LAYERS = {"total": "total_variance", "aleatoric": "aleatoric", "epistemic": "epistemic"}
+ATTRIBUTES = {"total": "variance", "aleatoric": "aleatoric", "epistemic": "epistemic"}
 COVERAGES = tuple(float(share) for share in np.round(np.arange(0.1, 1.01, 0.1), 2))
 
 
@@ -33,7 +33,8 @@ def risk_coverage(
     Parameters
     ----------
     data
-        A section or a cohort of sections with predictions and counts.
+        A section or a cohort of sections with predictions and counts. Predictions of models fitted with exposure are
+        moved to the measured depth of the section.
     uncertainty
         Predicted variance used to rank tiles.
     scale
@@ -84,8 +85,8 @@ def risk_coverage(
     10
     """
     source = contract.Source(table_key, layer)
-    if uncertainty not in LAYERS:
-        raise ValueError(f"Expected `uncertainty` to be one of {sorted(LAYERS)}, found {uncertainty!r}.")
+    if uncertainty not in ATTRIBUTES:
+        raise ValueError(f"Expected `uncertainty` to be one of {sorted(ATTRIBUTES)}, found {uncertainty!r}.")
     if scale not in ("log1p", "raw"):
         raise ValueError(f'Expected `scale` to be "log1p" or "raw", found {scale!r}.')
     shares = np.asarray(coverages, dtype=np.float64)
@@ -98,8 +99,9 @@ def risk_coverage(
             raise ValueError(problem)
         rows, units = contract.align_to_spots(sdata, predictions, source)
         genes = list(measured_names(predictions, units, {}, section=name, against="counts"))
-        counts, compared = dense(units[:, genes]), predictions[rows, genes]
-        mean, variance = np.asarray(compared.X, dtype=np.float64), compared.layers[LAYERS[uncertainty]]
+        exposure = contract.measured_exposure(predictions, rows, units)
+        counts, compared = dense(units[:, genes]), contract.at_depth_of(predictions, rows, genes, exposure)
+        mean, variance = compared.mean, getattr(compared, ATTRIBUTES[uncertainty])
         if scale == "log1p":
             error, spread = selective.log_scale(counts, mean, variance)
         else:

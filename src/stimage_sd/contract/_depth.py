@@ -1,0 +1,119 @@
+"""Compare predicted distributions with counts at the depth at which the counts were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from spatialdata import SpatialData
+
+from stimage_sd.contract._section import sample
+from stimage_sd.likelihood.predictive import nearest_interval
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+
+#: a section that measured fewer than this share of the training sections' genes is a panel, whose totals compare with
+#: predicted genes only
+_PANEL = 0.5
+
+
+class Compared(NamedTuple):
+    """Predicted distributions of some tiles and genes, at the depth of their spots.
+
+    Attributes
+    ----------
+    mean, aleatoric, epistemic, lower, upper
+        ``float64 (n_tiles, n_genes)``.
+    shift_sd
+        Standard deviation of the log of each gene's shift, ``(n_genes,)``. `None` for models without shifts.
+    size_factor
+        Depth of each tile, ``float64 (n_tiles,)``.
+    """
+
+    mean: np.ndarray
+    aleatoric: np.ndarray
+    epistemic: np.ndarray
+    lower: np.ndarray
+    upper: np.ndarray
+    shift_sd: np.ndarray | None
+    size_factor: np.ndarray
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Total variance."""
+        return np.asarray(self.aleatoric + self.epistemic)
+
+
+def depth_problem(sdata: SpatialData, table: AnnData) -> str | None:
+    """Return why predictions cannot be compared with counts, or `None` if they can.
+
+    Predictions of a model with size factors for tiles of median depth cannot be compared with counts.
+    """
+    about = table.uns.get("prediction", {})
+    if "total" not in about or "exposure" in about or about["at_measured_depth"]:
+        return None
+    return (
+        f"The predictions of section {sample(sdata)!r} are for tiles of the model's median depth, "
+        f"{about['total']:,.0f} counts, while every spot has its own depth. Predict at these depths with "
+        '`stimage_sd.tl.predict(sdata, model, size_factors="total")`.'
+    )
+
+
+def measured_exposure(table: AnnData, rows: np.ndarray, units: AnnData) -> float | None:
+    """Return the depth of a section relative to the training sections, `None` for models without exposure.
+
+    Parameters
+    ----------
+    table
+        Predictions.
+    rows
+        Rows of `table` on measured spots.
+    units
+        Counts on these spots, of all measured genes.
+
+    Returns
+    -------
+    Median total count of the spots over the total of the model's median spot. For a panel, which measures fewer than
+    half as many genes as the training sections did, it is the sum of the counts of predicted genes over the sum of
+    their predicted means.
+    """
+    about = table.uns.get("prediction", {})
+    if "exposure" not in about:
+        return None
+    if units.n_vars >= _PANEL * about.get("n_measured", 0):
+        return max(float(np.median(np.asarray(units.X.sum(axis=1)))) / float(about["total"]), 1e-3)
+    shared = [gene for gene in table.var_names if gene in units.var_names]
+    expected = np.asarray(table[rows, shared].X).sum() / float(about["exposure"])
+    return max(float(units[:, shared].X.sum() / expected), 1e-3)
+
+
+def at_depth_of(table: AnnData, rows: np.ndarray, genes: Sequence[str], exposure: float | None = None) -> Compared:
+    """Return predictions of some tiles and genes, moved to an exposure.
+
+    Parameters
+    ----------
+    table
+        Predictions.
+    rows, genes
+        Rows and predicted genes.
+    exposure
+        Depth of the section. `None`: as predicted.
+    """
+    at = np.ix_(rows, table.var_names.get_indexer(list(genes)))
+    mean, aleatoric, epistemic, lower, upper = (
+        np.asarray(values)[at].astype(np.float64)
+        for values in (table.X, *(table.layers[name] for name in ("aleatoric", "epistemic", "lower", "upper")))
+    )
+    factor = table.obs["size_factor"].to_numpy(dtype=np.float64)[rows]
+    sd = table.var["shift_sd"].to_numpy(dtype=np.float64)[at[1][0]] if "shift_sd" in table.var else None
+    about = table.uns["prediction"]
+    if exposure is not None and sd is not None and exposure != float(about["exposure"]):
+        # depth multiplies means and keeps r, so every variance beyond the mean grows with the square
+        change = exposure / float(about["exposure"])
+        aleatoric = change * mean + change**2 * (aleatoric - mean)
+        mean, epistemic, factor = change * mean, change**2 * epistemic, np.full(len(rows), exposure)
+        level = float(about["interval_level"])
+        lower, upper = nearest_interval(mean, aleatoric + epistemic, sd, coverage=level)
+    return Compared(mean, aleatoric, epistemic, lower, upper, sd, factor)

@@ -1,0 +1,146 @@
+"""Fitted models adapted to one patient by a few measured spots, and their files."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from spatialdata import SpatialData
+
+from stimage_sd._files import scratch
+from stimage_sd.models._files import kind, model_from, read_model, write_model
+from stimage_sd.models._predictor import OpenedSection, Predictor
+
+
+@kind("adapted")
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A model whose depth and gene shifts were updated by measurements of one section or patient.
+
+    Made by `stimage_sd.tl.adapt`, loaded by `stimage_sd.models.load`.
+
+    Attributes
+    ----------
+    base
+        The model before.
+    factors
+        Factor on the mean of each gene, ``float32 (n_genes,)``. It contains the section's depth.
+    shifts
+        ``float32 (2, n_genes)``: standard deviation of the log of each gene's shift that the measurements leave. Both
+        rows are equal, since the model is for this section.
+    total
+        Total count at a depth of 1, which is now the depth of the section.
+    interval_level
+        Nominal level of the intervals.
+    training
+        Record of the fit, with ``training["adaptation"]``.
+    """
+
+    base: Predictor
+    factors: np.ndarray
+    shifts: np.ndarray
+    total: float
+    interval_level: float = 0.9
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Names of the genes, in the order of every array's last axis."""
+        return self.base.genes
+
+    @property
+    def floor(self) -> np.ndarray:
+        """Mean and dispersion of the mean-only fit, at the depth and with the gene factors of the section."""
+        mean, dispersion = self.base.floor
+        return np.stack([mean * self.factors, dispersion]).astype(np.float32)
+
+    @property
+    def member_weights(self) -> np.ndarray:
+        """Weight of each member in the mixture, ``float64 (n_members,)``."""
+        return self.base.member_weights
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Description of the model, stored with its predictions."""
+        return {**self.base.description, "adapted_to": str(self.training["adaptation"]["section"])}
+
+    def open(self, sdata: SpatialData, *, section: str) -> AdaptedSection:
+        """Check that a section matches the model, and read the model's inputs from it.
+
+        Raises
+        ------
+        KeyError
+            If the section was not tiled or embedded.
+        ValueError
+            If tiles, embeddings or staining differ from the model's. The error names the step to run again.
+        """
+        opened = self.base.open(sdata, section=section)
+        return AdaptedSection(opened, self.factors.astype(np.float64), opened.strangeness)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
+
+        Parameters
+        ----------
+        path
+            File or directory to write.
+
+        Returns
+        -------
+        The path.
+        """
+        with scratch(Path(tempfile.gettempdir()), prefix="stimage-sd-adapted") as folder:
+            base, arrays = read_model(self.base.save(folder / "base"))
+        config = {
+            "base": base,
+            "total": self.total,
+            "interval_level": self.interval_level,
+            "training": self.training,
+        }
+        named = {f"base.{name}": array for name, array in arrays.items()}
+        return write_model(
+            path, kind="adapted", config=config, arrays={**named, "factors": self.factors, "shifts": self.shifts}
+        )
+
+    @classmethod
+    def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AdaptedModel:
+        """Build a model from the config and arrays that `save` wrote."""
+        base = model_from(
+            config["base"],
+            {name.removeprefix("base."): array for name, array in arrays.items() if name.startswith("base.")},
+        )
+        n_genes = len(base.genes)
+        if arrays["factors"].shape != (n_genes,) or arrays["shifts"].shape != (2, n_genes):
+            raise KeyError(f"factors of shape {arrays['factors'].shape} for {n_genes} genes")
+        return cls(
+            base=base,
+            factors=arrays["factors"],
+            shifts=arrays["shifts"],
+            total=config["total"],
+            interval_level=config["interval_level"],
+            training=dict(config["training"]),
+        )
+
+    def __repr__(self) -> str:
+        how = self.training["adaptation"]
+        return f"AdaptedModel: to {how['section']!r} by {how['measured']}; {self.base!r}"
+
+
+@dataclass(frozen=True)
+class AdaptedSection:
+    """A section opened by the model before, with the factors of genes."""
+
+    opened: OpenedSection
+    factors: np.ndarray
+    strangeness: np.ndarray
+
+    def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+        """Return r and p of some tiles at the adapted depth and shifts; p is ``float64``."""
+        r, p = self.opened.r_and_p(rows)
+        # a factor on the mean multiplies the odds of failure and keeps r (`stimage_sd.likelihood.depth`)
+        p = p.astype(np.float64)
+        return r, p / (p + self.factors * (1 - p))

@@ -1,0 +1,129 @@
+"""Learn from held-out tiles how far genes shift between sections, and at which level intervals cover their counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from stimage_sd.likelihood import depth
+from stimage_sd.likelihood.intervals import mixture_interval
+from stimage_sd.likelihood.mixture_moments import MixtureMoments, mixture_moments
+from stimage_sd.likelihood.predictive import nearest_interval, predictive
+from stimage_sd.likelihood.shifts import HeldOutSums, learn_shifts, patients_of, shift_of
+from stimage_sd.models._nb import NBModel
+from stimage_sd.tl._fit.training import TrainingData
+
+#: share of held-out counts that the intervals should cover
+COVERAGE = 0.9
+#: number of held-out tiles used (more tiles hardly change the level)
+_MOST_TILES = 1_000
+#: number of tiles per block of computed distributions
+_BLOCK = 256
+
+
+class _Block(NamedTuple):
+    """Some held-out tiles, and the distributions of the members that did not see them, at the depth of the tiles."""
+
+    rows: np.ndarray
+    r: np.ndarray
+    p: np.ndarray
+
+
+def with_interval_level(
+    model: NBModel, reduced: np.ndarray, data: TrainingData, sections: np.ndarray, patients: Mapping[str, str]
+) -> NBModel:
+    """Set the level at which intervals cover `COVERAGE` of the held-out counts, and for exposures the shifts of genes.
+
+    Parameters
+    ----------
+    model
+        The fitted heads.
+    reduced
+        Components of the tiles, ``(n_tiles, n_components)``.
+    data
+        Counts, depths, and which tiles were held out from which member.
+    sections
+        Section of each tile.
+    patients
+        Patient by section, as far as known.
+    """
+    blocks = _held_out(model, reduced, data)
+    if model.training["options"]["exposure"] is None:
+        return replace(model, interval_level=_level(lambda level: _covered(blocks, data, level)))
+    shifts = _shifts(blocks, data, sections, patients)
+    model = replace(model, shifts=shifts)
+    # held-out patients show how intervals cover another patient, held-out sections of one patient another section
+    sd = shift_of(shifts, known=len(set(patients.values())) < 2)
+    distributions = [(rows, predictive(_moments(r, p), sd)) for rows, r, p in blocks]
+    mean, variance, counts = (
+        np.concatenate(parts)
+        for parts in zip(*((one.mean, one.variance, data.counts[rows].toarray()) for rows, one in distributions),
+                         strict=True)
+    )  # fmt: skip
+
+    def covered(level: float) -> float:
+        lower, upper = nearest_interval(mean, variance, sd, coverage=level)
+        return float(((counts >= lower) & (counts <= upper)).mean())
+
+    return replace(model, interval_level=_level(covered))
+
+
+def _level(covered: Callable[[float], float]) -> float:
+    """Return the lowest level that covers `COVERAGE`, to a part in 128."""
+    low, high = 0.5, 0.995
+    for _ in range(7):
+        middle = (low + high) / 2
+        low, high = (middle, high) if covered(middle) < COVERAGE else (low, middle)
+    return float(high)
+
+
+def _held_out(model: NBModel, reduced: np.ndarray, data: TrainingData) -> list[_Block]:
+    """Return the distributions of held-out tiles, evenly drawn."""
+    patterns, pattern_of = np.unique(data.held_out.T, axis=0, return_inverse=True)
+    blocks = []
+    share = min(1.0, _MOST_TILES / max(int(data.held_out.any(axis=0).sum()), 1))
+    for pattern, members in enumerate(patterns):
+        rows = np.flatnonzero(pattern_of.ravel() == pattern)
+        rows = rows[np.linspace(0, len(rows) - 1, math.ceil(share * len(rows))).astype(int)]
+        chosen = np.flatnonzero(members).tolist()
+        for start in range(0, len(rows) if chosen else 0, _BLOCK):
+            block = rows[start : start + _BLOCK]
+            r, p = model.r_and_p(reduced[block], members=chosen)
+            blocks.append(_Block(block, r, p if model.total is None else depth.at_depth(p, data.size_factors[block])))
+    return blocks
+
+
+def _covered(blocks: list[_Block], data: TrainingData, level: float) -> float:
+    inside = 0
+    for rows, r, p in blocks:
+        lower, upper = mixture_interval(r, p, coverage=level)
+        counts = data.counts[rows].toarray()
+        inside += int(((counts >= lower) & (counts <= upper)).sum())
+    return inside / sum(r.shape[1] * r.shape[2] for _, r, _ in blocks)
+
+
+def _moments(r: np.ndarray, p: np.ndarray) -> MixtureMoments:
+    return mixture_moments(r, p, weights=np.full(len(r), 1 / len(r)))
+
+
+def _shifts(blocks: list[_Block], data: TrainingData, sections: np.ndarray, patients: Mapping[str, str]) -> np.ndarray:
+    """Add up counts and expectations of every section, and learn the shifts of genes."""
+    names = list(dict.fromkeys(sections.tolist()))
+    sums = HeldOutSums(*np.zeros((3, len(names), data.counts.shape[1])))
+    seen = set()
+    for rows, r, p in blocks:
+        mean, aleatoric, epistemic = _moments(r, p)
+        for name in dict.fromkeys(sections[rows].tolist()):
+            here, place = sections[rows] == name, names.index(name)
+            seen.add(place)
+            sums.counts[place] += np.asarray(data.counts[rows[here]].sum(axis=0)).ravel()
+            sums.expected[place] += mean[here].sum(axis=0, dtype=np.float64)
+            sums.variance[place] += (aleatoric + epistemic)[here].sum(axis=0, dtype=np.float64)
+    chosen = sorted(seen)
+    return learn_shifts(
+        HeldOutSums(*(part[chosen] for part in sums)), patients_of([names[place] for place in chosen], patients)
+    )

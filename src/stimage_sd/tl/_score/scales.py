@@ -1,0 +1,76 @@
+"""Score predictions of sums over neighborhoods or regions instead of single tiles."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+
+from stimage_sd import contract
+from stimage_sd.likelihood.predictive import log_prob, nearest_interval
+
+
+def groups_of(
+    scale: int | str, predictions: AnnData, rows: np.ndarray, units: AnnData, graph: sp.csr_matrix
+) -> sp.csr_matrix:
+    """Return which tiles belong together, ``(n_groups, n_tiles)`` of zeros and ones.
+
+    Parameters
+    ----------
+    scale
+        Number of steps on the graph around each tile. Or the name of a column with regions, of the spots or the tiles.
+    predictions, rows
+        The predictions, and their rows on measured spots.
+    units
+        The measured spots.
+    graph
+        Neighbors of the tiles, ``(n_tiles, n_tiles)``.
+
+    Raises
+    ------
+    KeyError
+        If there is no such column.
+    ValueError
+        If the number of steps is below 1, or no tile has a region.
+    """
+    if isinstance(scale, str):
+        columns = [frame[scale] for frame in (units.obs, predictions.obs.iloc[rows]) if scale in frame]
+        if not columns:
+            raise KeyError(
+                f"Expected `scale` to name a column of the spots, one of {list(units.obs.columns)}, or a number of "
+                f"steps to neighbors, found {scale!r}."
+            )
+        codes, names = pd.factorize(columns[0].astype("object"))
+        inside = np.flatnonzero(codes >= 0)
+        if not len(inside):
+            raise ValueError(f"No tile on a spot has a region in column {scale!r}.")
+        return sp.csr_matrix((np.ones(len(inside)), (codes[inside], inside)), shape=(len(names), len(codes)))
+    if scale < 1:
+        raise ValueError(f"Expected `scale` of at least one step to neighbors, found {scale}.")
+    step = ((graph != 0) + sp.eye_array(graph.shape[0])).astype(np.float64)
+    reached = step
+    for _ in range(scale - 1):
+        reached = reached @ step
+    return sp.csr_matrix(reached != 0, dtype=np.float64)
+
+
+def sums(made: contract.Compared, groups: sp.csr_matrix) -> contract.Compared:
+    """Return the distributions of sums over groups of tiles.
+
+    Counts of single tiles are independent given their distributions, so aleatoric variances add up. A gene's shift and
+    a member's error are taken as the same on all tiles, so epistemic standard deviations add up.
+    """
+    mean, aleatoric = groups @ made.mean, groups @ made.aleatoric
+    epistemic = (groups @ np.sqrt(made.epistemic)) ** 2
+    return contract.Compared(mean, aleatoric, epistemic, mean, mean, made.shift_sd, groups @ made.size_factor)
+
+
+def calibration_of_sums(made: contract.Compared, counts: np.ndarray, *, level: float) -> dict[str, np.ndarray]:
+    """Return the coverage and the negative log-likelihood of sums per gene."""
+    sd = np.zeros(counts.shape[1]) if made.shift_sd is None else made.shift_sd
+    lower, upper = nearest_interval(made.mean, made.variance, sd, coverage=level)
+    return {
+        "coverage": ((counts >= lower) & (counts <= upper)).mean(axis=0),
+        "nll": -log_prob(counts, made.mean, made.variance, sd).mean(axis=0),
+    }
