@@ -243,7 +243,7 @@ def draw_image(ax: Axes, sdata: SpatialData, image: str, box: Zoom, *, faded: fl
     """Draw a region of the H&E from the coarsest sufficient pyramid level."""
     pyramid = contract.levels(sdata, image)
     longest = max(box[2] - box[0], box[3] - box[1])
-    view = view_of(pyramid, longest, round(min(_PIXELS, longest)))
+    view = view_of(pyramid, longest, max(1, round(min(_PIXELS, longest))))
     number, factor = view.level, view.factor
     step = max(1, int(longest / factor / _PIXELS))
     left, top, right, bottom = (max(0, round((edge - view.start[axis % 2]) / factor)) for axis, edge in enumerate(box))

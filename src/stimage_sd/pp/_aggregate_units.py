@@ -18,6 +18,7 @@ from stimage_sd import contract
 from stimage_sd.image import aggregation
 from stimage_sd.pp._aggregate_common import Measured, in_batches
 from stimage_sd.pp._spot_layout import placed_box
+from stimage_sd.stream.cutting import coarsest_level
 
 #: least number of pixels across a spot in the pyramid level that is read
 PIXELS_ACROSS = 20
@@ -137,14 +138,11 @@ class Image:
 
     def _level(self, diameter: float) -> tuple[int, np.ndarray]:
         """Return the coarsest level that is fine enough for the spot diameter, and its matrix."""
-        finest = self.levels[0].shape
-        for number in reversed(range(len(self.levels))):
-            shape = self.levels[number].shape
-            scale = np.diag([finest[2] / shape[2], finest[1] / shape[1], 1.0])
-            matrix = self.matrix @ scale
-            if number == 0 or contract.scale_of(matrix) * PIXELS_ACROSS <= diameter:
-                break
-        return number, matrix
+        height, width = self.levels[0].shape[1:]
+        scales = [(width / level.shape[2], height / level.shape[1], 1.0) for level in self.levels]
+        matrices = [self.matrix @ np.diag(scale) for scale in scales]
+        number = coarsest_level([*map(contract.scale_of, matrices)], diameter / PIXELS_ACROSS, tolerance=0.0)
+        return number, matrices[number]
 
 
 def find_image(sdata: SpatialData, *, image_key: str | None) -> Image:
