@@ -10,8 +10,8 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from stimage_sd.models._weights import fill_variables, read_safetensors, sha256_of_file
-from stimage_sd.nn.densenet import Norm
 from stimage_sd.nn.hovernet import Decoder, Dense, HoVerNet, Residual
+from stimage_sd.nn.layers import Norm
 
 Named = Iterator[tuple[str, nnx.Variable]]
 #: prefixes of names in the authors' files

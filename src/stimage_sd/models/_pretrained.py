@@ -17,7 +17,8 @@ from stimage_sd.models._weights import (
     sha256_of_file,
     variables_by_name,
 )
-from stimage_sd.nn.densenet import DenseNet121, Norm
+from stimage_sd.nn.densenet import DenseNet121
+from stimage_sd.nn.layers import Norm
 from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
 DENSENET121_HUB = "timm/densenet121.tv_in1k"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -95,6 +95,19 @@ def run_parts(parts: Sequence[Part], value: Any) -> Any:
     """
     for part in parts:
         value = part.run(value)
+    return value
+
+
+def run_blocks(blocks: Iterable[Callable[[Any], Any]], value: Any) -> Any:
+    """Run the blocks of a part in sequence.
+
+    Examples
+    --------
+    >>> run_blocks([lambda value: value + 1] * 2, 1)
+    3
+    """
+    for block in blocks:
+        value = block(value)
     return value
 
 

@@ -161,7 +161,7 @@ class PatchTransformer(nnx.Module):
     def _parts(self, dropout: Dropout) -> list[Part]:
         first = Part((self.patches, self.positions), self._tokens)
         blocks = [
-            Part((block,), partial(_through, block, dropout, _PLACES * number))
+            Part((block,), partial(block, dropout=dropout, place=_PLACES * number))
             for number, block in enumerate(self.blocks)
         ]
         return [first, *blocks, Part((self.after, *self.dense), partial(self._joined, dropout))]
@@ -193,10 +193,6 @@ class PatchTransformer(nnx.Module):
             float32 (batch, hidden[-1]).
         """
         return run_parts(self.parts(), tiles)
-
-
-def _through(block: PatchBlock, dropout: Dropout, place: int, tokens: jax.Array) -> jax.Array:
-    return block(tokens, dropout, place)
 
 
 def _linear(n_inputs: int, n_outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
