@@ -15,7 +15,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from stimage_sd.io._raster import open_raster, raster_from_array
-from stimage_sd.io._visium import TOLERANCE
+from stimage_sd.io._space_ranger import TOLERANCE
 
 #: scale factors that Space Ranger writes beside ``spot_diameter_fullres`` and other tools do not
 _OF_SPACE_RANGER = ("fiducial_diameter_fullres", "tissue_hires_scalef")
