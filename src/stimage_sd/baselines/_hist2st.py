@@ -94,7 +94,7 @@ class Hist2ST:
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Run the network (see `Recipe`)."""
         logarithms = np.asarray(predict(self._make, learned, section).expression)
-        return as_counts(logarithms, learned["scale"], learned["floor_mean"])
+        return as_counts(logarithms, learned)
 
     def _make(self, n_genes: int, rngs: nnx.Rngs) -> Hist2STNetwork:
         return Hist2STNetwork(
