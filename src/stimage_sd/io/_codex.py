@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import geopandas
 import numpy as np
@@ -150,11 +149,13 @@ def codex(
         multiplex = _name_channels(multiplex, channels, select=table is None, source=image)
     he = _open_he(he_image, alignment, table=table, multiplex=multiplex, pixel_um=pixel_um)
 
+    images = {} if he is None else {contract.IMAGE: contract.build_image(he.levels)}
+    if multiplex is not None:
+        images[contract.MULTIPLEX] = contract.build_multichannel(
+            multiplex.levels, channels=multiplex.channels, pixel_um=pixel_um
+        )
     sdata = SpatialData(
-        images={
-            **({} if he is None else {contract.IMAGE: contract.build_image(he.levels)}),
-            **({} if multiplex is None else {contract.MULTIPLEX: _build_multiplex(multiplex, pixel_um)}),
-        },
+        images=images,
         shapes={} if table is None else {contract.CELLS: _circles(table, pixel_um)},
     )
     contract.register(
@@ -329,7 +330,3 @@ def _choose(channels: Channels, spellings: list[list[str]], *, where: str) -> di
     if len(set(chosen.values())) != len(wanted):
         raise ValueError(f"Expected every channel once in `channels`, found {wanted}.")
     return chosen
-
-
-def _build_multiplex(multiplex: MultichannelImage, pixel_um: float) -> Any:
-    return contract.build_multichannel(multiplex.levels, channels=multiplex.channels, pixel_um=pixel_um)

@@ -9,9 +9,8 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from stimage_sd.models._weights import fill_variables, read_safetensors, sha256_of_file
+from stimage_sd.models._weights import fill_variables, norm_names, read_safetensors, sha256_of_file
 from stimage_sd.nn.hovernet import Decoder, Dense, HoVerNet, Residual
-from stimage_sd.nn.layers import Norm
 
 Named = Iterator[tuple[str, nnx.Variable]]
 #: prefixes of names in the authors' files
@@ -71,7 +70,7 @@ def _without_place(name: str) -> bool:
 def encoder_names(network: HoVerNet) -> Named:
     """Yield the encoder's variables with the names of their arrays in the authors' files."""
     yield "conv0./.weight", network.stem.conv.kernel
-    yield from _norm("conv0.bn", network.stem.norm)
+    yield from norm_names(network.stem.norm, "conv0.bn").items()
     for number, block in enumerate(network.blocks):
         yield from _residual_names(f"d{number}", block)
     yield "conv_bot.weight", network.bottom.kernel
@@ -85,7 +84,7 @@ def decoder_names(network: HoVerNet) -> Named:
         yield from _dense_names(f"{prefix}.u3", decoder.coarse)
         yield from _dense_names(f"{prefix}.u2", decoder.fine)
         yield f"{prefix}.u1.conva.weight", decoder.last.kernel
-        yield from _norm(f"{prefix}.u0.bn", decoder.norm)
+        yield from norm_names(decoder.norm, f"{prefix}.u0.bn").items()
         yield f"{prefix}.u0.conv.weight", decoder.maps.kernel
         assert decoder.maps.bias is not None
         yield f"{prefix}.u0.conv.bias", decoder.maps.bias
@@ -94,15 +93,15 @@ def decoder_names(network: HoVerNet) -> Named:
 def resnet_names(network: HoVerNet) -> Named:
     """Yield the encoder's variables with the names of their arrays in torchvision's ResNet-50."""
     yield "conv1.weight", network.stem.conv.kernel
-    yield from _norm("bn1", network.stem.norm)
+    yield from norm_names(network.stem.norm, "bn1").items()
     for stage, block in enumerate(network.blocks, start=1):
         yield f"layer{stage}.0.downsample.0.weight", block.shortcut.kernel
         for number in range(len(block.narrow)):
             prefix = f"layer{stage}.{number}"
             yield f"{prefix}.conv1.weight", block.narrow[number].kernel
-            yield from _norm(f"{prefix}.bn1", block.norms_1[number])
+            yield from norm_names(block.norms_1[number], f"{prefix}.bn1").items()
             yield f"{prefix}.conv2.weight", block.middle[number].kernel
-            yield from _norm(f"{prefix}.bn2", block.norms_2[number])
+            yield from norm_names(block.norms_2[number], f"{prefix}.bn2").items()
             yield f"{prefix}.conv3.weight", block.widen[number].kernel
 
 
@@ -111,32 +110,25 @@ def _residual_names(prefix: str, block: Residual) -> Named:
     for number in range(len(block.narrow)):
         unit = f"{prefix}.units.{number}"
         if number:
-            yield from _norm(f"{unit}.preact/bn", block.norms[number - 1])
+            yield from norm_names(block.norms[number - 1], f"{unit}.preact/bn").items()
         yield f"{unit}.conv1.weight", block.narrow[number].kernel
-        yield from _norm(f"{unit}.conv1/bn", block.norms_1[number])
+        yield from norm_names(block.norms_1[number], f"{unit}.conv1/bn").items()
         yield f"{unit}.conv2.weight", block.middle[number].kernel
-        yield from _norm(f"{unit}.conv2/bn", block.norms_2[number])
+        yield from norm_names(block.norms_2[number], f"{unit}.conv2/bn").items()
         yield f"{unit}.conv3.weight", block.widen[number].kernel
-    yield from _norm(f"{prefix}.blk_bna.bn", block.last)
+    yield from norm_names(block.last, f"{prefix}.blk_bna.bn").items()
 
 
 def _dense_names(prefix: str, dense: Dense) -> Named:
     yield f"{prefix}.conva.weight", dense.first.kernel
     for number in range(len(dense.narrow)):
         unit = f"{prefix}.dense.units.{number}"
-        yield from _norm(f"{unit}.preact_bna/bn", dense.norms[number])
+        yield from norm_names(dense.norms[number], f"{unit}.preact_bna/bn").items()
         yield f"{unit}.conv1.weight", dense.narrow[number].kernel
-        yield from _norm(f"{unit}.conv1/bn", dense.norms_1[number])
+        yield from norm_names(dense.norms_1[number], f"{unit}.conv1/bn").items()
         yield f"{unit}.conv2.weight", dense.grow[number].kernel
-    yield from _norm(f"{prefix}.dense.blk_bna.bn", dense.last)
+    yield from norm_names(dense.last, f"{prefix}.dense.blk_bna.bn").items()
     yield f"{prefix}.convf.weight", dense.out.kernel
-
-
-def _norm(prefix: str, layer: Norm) -> Named:
-    yield f"{prefix}.weight", layer.scale
-    yield f"{prefix}.bias", layer.bias
-    yield f"{prefix}.running_mean", layer.mean
-    yield f"{prefix}.running_var", layer.variance
 
 
 def arrays_in_authors_naming(network: HoVerNet) -> dict[str, NDArray[np.float32]]:

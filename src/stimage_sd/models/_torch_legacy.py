@@ -29,30 +29,7 @@ _STORAGE_TYPES = {
 
 
 def content_of(path: Path) -> bytes:
-    """Read the bytes of a file of weights.
-
-    Parameters
-    ----------
-    path
-        The file.
-
-    Returns
-    -------
-    bytes
-        Content of the file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile() as file:
-    ...     content_of(Path(file.name))
-    b''
-    """
+    """Read the bytes of a file of weights, or raise `FileNotFoundError`."""
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of weights at {path}, found none.")
     return path.read_bytes()

@@ -25,7 +25,7 @@ from stimage_sd.nn.layers import (
     norm,
     relu,
 )
-from stimage_sd.nn.parts import Part, run_parts
+from stimage_sd.nn.parts import Part, run_blocks, run_parts
 
 BATCH_NORM_EPSILON = 1e-5
 BLOCK_DEPTHS = (6, 12, 24, 16)
@@ -120,7 +120,7 @@ class DenseNet121(nnx.Module):
         """Return the dense blocks with their transitions, the first with the stem, the last with pooling."""
         first = Part((self.stem, self.blocks[0]), lambda tiles: _dense(self.blocks[0], self._stem(tiles)))
         pairs = zip(self.transitions, self.blocks[1:], strict=True)
-        *middle, last = [Part(pair, partial(_after_transition, *pair)) for pair in pairs]
+        *middle, last = [Part(pair, partial(run_blocks, (pair[0], partial(_dense, pair[1])))) for pair in pairs]
         end = Part((*last.modules, self.after), lambda value: global_mean(relu(norm(last.run(value), self.after))))
         return [first, *middle, end]
 
@@ -142,10 +142,6 @@ class DenseNet121(nnx.Module):
             float32 (batch, 1024), or a graph value.
         """
         return run_parts(self.parts(), tiles)
-
-
-def _after_transition(transition: Transition, block: Sequence[DenseLayer], value: Any) -> Any:
-    return _dense(block, transition(value))
 
 
 def _dense(block: Sequence[DenseLayer], value: Any) -> Any:

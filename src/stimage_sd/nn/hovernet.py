@@ -62,7 +62,7 @@ SIZES = {
 
 
 def batch_norm(value: Any, layer: Norm) -> Any:
-    """Apply batch normalization with batch statistics and update the running statistics, for training.
+    """Apply batch normalization with batch statistics and update the running statistics of the layer, for training.
 
     Parameters
     ----------
@@ -70,11 +70,6 @@ def batch_norm(value: Any, layer: Norm) -> Any:
         float32 (batch, height, width, channels).
     layer
         Normalization layer. Its mean and variance are changed.
-
-    Returns
-    -------
-    value
-        Normalized value of the same shape.
 
     Examples
     --------
@@ -318,8 +313,4 @@ def n_parameters(network: nnx.Module) -> int:
     >>> n_parameters(Conv(3, 4, 3, rngs=nnx.Rngs(0)))
     108
     """
-    return sum(variable[...].size for variable in jax.tree.leaves(nnx.state(network, nnx.Param), is_leaf=_is_variable))
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
+    return sum(variable[...].size for _, variable in nnx.to_flat_state(nnx.state(network, nnx.Param)))

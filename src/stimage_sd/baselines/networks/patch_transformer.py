@@ -40,20 +40,7 @@ def keep_all(value: jax.Array, place: int) -> jax.Array:
 def drop_some(value: jax.Array, place: int, *, key: jax.Array, share: float) -> jax.Array:
     """Set a share of a value's elements to zero and scale up the others to keep the mean.
 
-    Parameters
-    ----------
-    value
-        Any array.
-    place
-        Number of the dropout in the network. Each place draws independently.
-    key
-        JAX random key.
-    share
-        Share of elements that become zero.
-
-    Returns
-    -------
-    An array of the same shape.
+    Each `place` in the network draws independently.
 
     Examples
     --------
