@@ -159,9 +159,9 @@ def _components(values: np.ndarray) -> np.ndarray:
 def _loss(pair: _Pair, images: Array, expression: Array) -> Array:
     """Compute the CLIP loss, from tiles to spots and from spots to tiles."""
     match = jnp.exp(pair.log_sharpness[...]) * pair.image(images) @ pair.expression(expression).T
-    own = jnp.arange(len(match))
+    diagonal = jnp.arange(len(match))
     both = optax.softmax_cross_entropy_with_integer_labels
-    return (both(match, own).mean() + both(match.T, own).mean()) / 2
+    return (both(match, diagonal).mean() + both(match.T, diagonal).mean()) / 2
 
 
 @nnx.jit

@@ -120,13 +120,13 @@ class Ridge:
     def _scores(self, solution: _Solution, left_out: Sequence[TrainingSection]) -> list[float]:
         """Return the mean Pearson correlation per penalty on left-out sections."""
         scores = np.zeros((len(left_out), len(_PENALTIES)))
-        for number, section in enumerate(left_out):
+        for row, section in enumerate(left_out):
             reduced = reduce_measured(solution.space, [section], self.standardize)
             wanted = targets([section], self.target)
             for place, penalty in enumerate(_PENALTIES):
                 predicted = reduced @ solution.path.coefficients(penalty * solution.path.variance, self.rank)
                 agreement = pearson(predicted, wanted)
-                scores[number, place] = np.nanmean(agreement) if np.isfinite(agreement).any() else 0.0
+                scores[row, place] = np.nanmean(agreement) if np.isfinite(agreement).any() else 0.0
         return scores.mean(axis=0).tolist()
 
 

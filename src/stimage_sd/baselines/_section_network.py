@@ -94,8 +94,8 @@ def learn(
 
 
 def _epoch(batches: Sequence[SectionBatch], random: np.random.Generator, *, augment: bool) -> Iterator[Batch]:
-    for number in random.permutation(len(batches)):
-        yield _as_batch(batches[number], random, augment)
+    for index in random.permutation(len(batches)):
+        yield _as_batch(batches[index], random, augment)
 
 
 def see(section: SectionData) -> dict[str, np.ndarray]:

@@ -70,9 +70,12 @@ def standardized(space: Arrays, section: SectionData, standardize: Standardize) 
             f"{len(values)}{f' in section {section.name!r}' if section.name else ''}. "
             f'Give it `standardize="cohort"` for sections that small.'
         )
-    own = values.std(axis=0)
+    deviation = values.std(axis=0)
     # set features that are constant in the section to 0
-    return np.where(own > 1e-6, (values - values.mean(axis=0)) / np.maximum(own, 1e-6), 0) * space["space.weight"]
+    return (
+        np.where(deviation > 1e-6, (values - values.mean(axis=0)) / np.maximum(deviation, 1e-6), 0)
+        * space["space.weight"]
+    )
 
 
 def reduce_measured(space: Arrays, sections: Sequence[TrainingSection], standardize: Standardize) -> np.ndarray:

@@ -79,8 +79,8 @@ def train(
             network.train()
             losses = []
             for batch in draw(random):
-                key, own = jax.random.split(key)
-                losses.append(float(step(network, state, batch, own)))
+                key, batch_key = jax.random.split(key)
+                losses.append(float(step(network, state, batch, batch_key)))
             bar.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
             bar.update()
             yield network

@@ -242,8 +242,8 @@ def _size_as_implied(picture: Picture, library: Library) -> bool | None:
     implied = library.full_size()
     if implied is None or picture.is_crop:
         return None
-    found = [size / scale for size, scale in zip(picture.size()[::-1], picture.scale[::-1], strict=True)]
-    return all(abs(size / wanted - 1.0) <= TOLERANCE for size, wanted in zip(found, implied, strict=True))
+    sides = [size / scale for size, scale in zip(picture.size()[::-1], picture.scale[::-1], strict=True)]
+    return all(abs(size / wanted - 1.0) <= TOLERANCE for size, wanted in zip(sides, implied, strict=True))
 
 
 def _check_size(picture: Picture, library: Library) -> None:

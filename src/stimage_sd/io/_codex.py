@@ -276,8 +276,8 @@ def _proteins(table: CellTable, pixel_um: float, channels: Channels | None) -> A
         obs=obs,
         var=pd.DataFrame(
             {
-                "column": [table.columns[number] for number in numbers],
-                "blank": [BLANK.match(named[number]) is not None for number in numbers],
+                "column": [table.columns[index] for index in numbers],
+                "blank": [BLANK.match(named[index]) is not None for index in numbers],
             },
             index=pd.Index(chosen.values()),
         ),
@@ -319,12 +319,12 @@ def _choose(channels: Channels, spellings: list[list[str]], *, where: str) -> di
     chosen: dict[int, str] = {}
     missing = []
     for name, new in wanted.items():
-        number = next((names.index(name) for names in spellings if name in names), None)
-        if number is None:
+        column = next((names.index(name) for names in spellings if name in names), None)
+        if column is None:
             missing.append(name)
         else:
             # A channel found by its column name keeps its short name.
-            chosen[number] = str(new) if isinstance(channels, Mapping) else spellings[0][number]
+            chosen[column] = str(new) if isinstance(channels, Mapping) else spellings[0][column]
     if missing:
         raise ValueError(f"Expected the channels {missing} in {where}, found {spellings[0]}.")
     if len(set(chosen.values())) != len(wanted):

@@ -80,8 +80,8 @@ def write_features(path: Path, features: Iterable[Feature]) -> None:
         else complete.open("w", encoding="utf-8") as file,
     ):
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, feature in enumerate(features):
-            file.write(",\n" if number else "\n")
+        for index, feature in enumerate(features):
+            file.write(",\n" if index else "\n")
             file.write(json.dumps(feature, ensure_ascii=False))
         file.write("\n]}\n")
 
@@ -184,11 +184,11 @@ def _unpacked(path: Path) -> bytes:
     if data[:4] != b"PK\x03\x04":
         return data
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        found = [name for name in archive.namelist() if name.lower().endswith((".geojson", ".json"))]
-        found = [name for name in found if not name.startswith("__MACOSX/")]
-        if len(found) != 1:
-            raise ValueError(f"Expected one GeoJSON file in {path}, found {found or archive.namelist()[:5]}.")
-        return archive.read(found[0])
+        entries = [name for name in archive.namelist() if name.lower().endswith((".geojson", ".json"))]
+        entries = [name for name in entries if not name.startswith("__MACOSX/")]
+        if len(entries) != 1:
+            raise ValueError(f"Expected one GeoJSON file in {path}, found {entries or archive.namelist()[:5]}.")
+        return archive.read(entries[0])
 
 
 def _with_children(features: list[Feature]) -> Iterator[Feature]:

@@ -125,7 +125,7 @@ def open_multichannel(
     n_channels = levels[0].shape[0]
     if len(names) != n_channels:
         names = [""] * n_channels
-    filled = [name or f"channel_{number}" for number, name in enumerate(names, start=1)]
+    filled = [name or f"channel_{channel}" for channel, name in enumerate(names, start=1)]
     return MultichannelImage(extend_channels(levels), list(make_index_unique(Index(filled))), all(names), pixel_um)
 
 
@@ -156,8 +156,8 @@ def _depth(series: tifffile.TiffPageSeries) -> int:
 def _names(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, ome: ElementTree.Element | None) -> list[str]:
     if ome is not None:
         pixels = pixels_of(ome)
-        found = [] if pixels is None else [part for part in pixels if part.tag.endswith("Channel")]
-        return [part.attrib.get("Name", "") for part in found]
+        channels = [] if pixels is None else [part for part in pixels if part.tag.endswith("Channel")]
+        return [part.attrib.get("Name", "") for part in channels]
     if series.kind == "qpi":
         described = [ElementTree.fromstring(page.aspage().description) for page in series.pages if page is not None]
         return [next((name for tag in ("Biomarker", "Name") if (name := page.findtext(tag))), "") for page in described]

@@ -207,7 +207,7 @@ def _open_tiff(path: Path, tiff: tifffile.TiffFile, series: int | str | None) ->
         levels, stated = _open_with_openslide(path, whole=False)
         return _complete(path, levels, "slide"), stated if stated is not None else _tiff_mpp(tiff, tiff.series[0])
     image = choose_image(path, tiff, 0 if aperio and series is None else series, in_color=True)
-    pages = [image.pages(number) for number in range(len(image.series.levels))]
+    pages = [image.pages(index) for index in range(len(image.series.levels))]
     page = pages[0][0]
     if not are_colors(path, tiff, image):
         _check_colors(path, image.series, page)
@@ -237,7 +237,7 @@ def _in_rgb(page: tifffile.TiffPage) -> bool:
 
 def _tiff_pyramid(path: Path, levels: list[TiffLevel], pages: list[list[tifffile.TiffPage]]) -> list[da.Array]:
     """Return the pyramid of a TIFF. Tiled pages are read in place, striped pages are streamed into the cache."""
-    part = f"image {'.'.join(str(number) for number in levels[0].places[0])}"
+    part = f"image {'.'.join(str(index) for index in levels[0].places[0])}"
     if all(page.is_tiled for level in pages for page in level):
         return _complete(path, [as_dask(level) for level in levels], part)
     finest, page = levels[0], pages[0][0]
@@ -298,7 +298,7 @@ def _stream_with_vips(path: Path, page: tifffile.TiffPage | None = None) -> list
 
         return read_rows
 
-    part = "image" if page is None else f"converted {'.'.join(str(number) for number in page.treeindex)}"
+    part = "image" if page is None else f"converted {'.'.join(str(index) for index in page.treeindex)}"
     return cached_pyramid(path, part=part, height=image.height, width=image.width, open_rows=open_rows)
 
 
@@ -372,8 +372,8 @@ def _check_colors(path: Path, series: tifffile.TiffPageSeries, page: tifffile.Ti
     colors = page.samplesperpixel in (3, 4) or page.photometric == tifffile.PHOTOMETRIC.PALETTE
     if page.dtype != np.uint8 or not colors:
         channels = series.shape[0] if series.axes[0] == "C" else page.samplesperpixel
-        found = f"{channels} channel(s) of {page.dtype} ({tifffile.PHOTOMETRIC(page.photometric).name})"
-        raise ValueError(_not_rgb(path, found, fluorescence=not colors))
+        described = f"{channels} channel(s) of {page.dtype} ({tifffile.PHOTOMETRIC(page.photometric).name})"
+        raise ValueError(_not_rgb(path, described, fluorescence=not colors))
 
 
 def _slide_mpp(properties: Mapping[str, str]) -> float | None:
@@ -418,10 +418,10 @@ def _warn_of_alpha(what: str) -> None:
     warnings.warn(f"{what} has an alpha channel, which was blended with white and dropped.", UserWarning, stacklevel=4)
 
 
-def _not_rgb(path: Path, found: str, *, fluorescence: bool = False) -> str:
+def _not_rgb(path: Path, colors: str, *, fluorescence: bool = False) -> str:
     mend = "Read a fluorescence image with `stimage_sd.io.codex(cells, image=...)`. " if fluorescence else ""
     return (
-        f"Expected an 8-bit RGB H&E image, found {found} in {path}. "
+        f"Expected an 8-bit RGB H&E image, found {colors} in {path}. "
         f"{mend}Pass the brightfield image, or convert this one to 8-bit RGB."
     )
 

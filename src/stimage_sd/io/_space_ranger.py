@@ -48,12 +48,12 @@ def sample_name(folder: Path) -> str:
 
 def find_entry(folder: Path, name: str, *, separator: str = "") -> Path | None:
     """Return the file or folder with a name, with or without a prefix that ends in `separator`."""
-    found = [folder / name] if (folder / name).exists() else sorted(folder.glob(f"*{separator}{name}"))
-    if len(found) > 1:
+    entries = [folder / name] if (folder / name).exists() else sorted(folder.glob(f"*{separator}{name}"))
+    if len(entries) > 1:
         raise ValueError(
-            f"Expected one {name} in {folder}, found {[entry.name for entry in found]}. Give each run its own folder."
+            f"Expected one {name} in {folder}, found {[entry.name for entry in entries]}. Give each run its own folder."
         )
-    return found[0] if found else None
+    return entries[0] if entries else None
 
 
 def read_scalefactors(path: Path, wanted: Sequence[str]) -> dict[str, Any]:

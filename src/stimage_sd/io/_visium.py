@@ -176,13 +176,13 @@ def _find_files(path: Path) -> _Files:
         raise ValueError(f"Expected a Visium run with spots, found cells of a Visium HD run in {outs}. {HD}")
     spatial = outs / "spatial" if (outs / "spatial").is_dir() else outs
     places = (find_entry(outs, f"{name}{ending}") for name in (MATRIX, RAW) for ending in (".h5", ""))
-    matrix = next((found for found in places if found is not None), None)
-    positions = next((found for name in POSITIONS if (found := find_entry(spatial, name))), None)
+    matrix = next((candidate for candidate in places if candidate is not None), None)
+    positions = next((candidate for name in POSITIONS if (candidate := find_entry(spatial, name))), None)
     scalefactors = find_entry(spatial, SCALEFACTORS)
     if matrix is None or positions is None or scalefactors is None:
         wanted = {f"{MATRIX}.h5 or {MATRIX}/": matrix, " or ".join(POSITIONS): positions, SCALEFACTORS: scalefactors}
-        missing = [f"{outs.name if number == 0 else spatial.name}/{name}" for number, name in enumerate(wanted)]
-        missing = [name for name, found in zip(missing, wanted.values(), strict=True) if found is None]
+        missing = [f"{outs.name if index == 0 else spatial.name}/{name}" for index, name in enumerate(wanted)]
+        missing = [name for name, candidate in zip(missing, wanted.values(), strict=True) if candidate is None]
         here = sorted(entry.relative_to(outs).as_posix() for folder in {outs, spatial} for entry in folder.iterdir())
         raise FileNotFoundError(
             f"Expected a Space Ranger output in {outs}, did not find {'; '.join(missing)}. It holds: {here[:20]}. "

@@ -55,8 +55,8 @@ def read_cells(
     if nuclei is None:
         return rows, cells, None
     owners, polygons = _read_outlines(nuclei, scale)
-    number = pd.Series(owners).groupby(owners.to_numpy()).cumcount() + 1
-    index = [owner if count == 1 else f"{owner}_{count}" for owner, count in zip(owners, number, strict=True)]
+    ordinal = pd.Series(owners).groupby(owners.to_numpy()).cumcount() + 1
+    index = [owner if count == 1 else f"{owner}_{count}" for owner, count in zip(owners, ordinal, strict=True)]
     return rows, cells, geopandas.GeoDataFrame({"cell_id": owners.to_numpy()}, geometry=polygons, index=index)
 
 

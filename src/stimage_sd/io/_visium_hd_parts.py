@@ -73,8 +73,8 @@ def read_scale(path: Path, bin_um: int | None) -> Scale:
 
 def warn_if_newer(matrix: Matrix, path: Path) -> None:
     """Warn if a matrix was written by a newer version of Space Ranger than this reader supports."""
-    number = re.search(r"\d+", matrix.version or "")
-    if number is not None and int(number.group()) > NEWEST:
+    major = re.search(r"\d+", matrix.version or "")
+    if major is not None and int(major.group()) > NEWEST:
         warnings.warn(
             f"{path.name} was written by {matrix.version!r}; this reader supports Space Ranger up to version {NEWEST} "
             "and may fail.",
@@ -89,10 +89,10 @@ def read_positions(path: Path, matrix: Matrix, matrix_path: Path) -> Positions:
     A section has millions of 2 µm bins. Names are matched in Arrow, with a tenth of the memory of Python strings.
     """
     try:
-        found = pq.read_schema(path).names
-        missing = [name for name in POSITION_COLUMNS if name not in found]
+        columns = pq.read_schema(path).names
+        missing = [name for name in POSITION_COLUMNS if name not in columns]
         if missing:
-            raise ValueError(f"columns {found} without {missing}")
+            raise ValueError(f"columns {columns} without {missing}")
         # Rows are filtered while reading, as most of a slide may have no tissue.
         wanted = pc.field("in_tissue").cast(pa.int64()) == 1
         inside = pq.read_table(path, columns=POSITION_COLUMNS, filters=wanted).combine_chunks()

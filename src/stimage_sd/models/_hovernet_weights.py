@@ -71,8 +71,8 @@ def encoder_names(network: HoVerNet) -> Named:
     """Yield the encoder's variables with the names of their arrays in the authors' files."""
     yield "conv0./.weight", network.stem.conv.kernel
     yield from norm_names(network.stem.norm, "conv0.bn").items()
-    for number, block in enumerate(network.blocks):
-        yield from _residual_names(f"d{number}", block)
+    for index, block in enumerate(network.blocks):
+        yield from _residual_names(f"d{index}", block)
     yield "conv_bot.weight", network.bottom.kernel
 
 
@@ -96,37 +96,37 @@ def resnet_names(network: HoVerNet) -> Named:
     yield from norm_names(network.stem.norm, "bn1").items()
     for stage, block in enumerate(network.blocks, start=1):
         yield f"layer{stage}.0.downsample.0.weight", block.shortcut.kernel
-        for number in range(len(block.narrow)):
-            prefix = f"layer{stage}.{number}"
-            yield f"{prefix}.conv1.weight", block.narrow[number].kernel
-            yield from norm_names(block.norms_1[number], f"{prefix}.bn1").items()
-            yield f"{prefix}.conv2.weight", block.middle[number].kernel
-            yield from norm_names(block.norms_2[number], f"{prefix}.bn2").items()
-            yield f"{prefix}.conv3.weight", block.widen[number].kernel
+        for index in range(len(block.narrow)):
+            prefix = f"layer{stage}.{index}"
+            yield f"{prefix}.conv1.weight", block.narrow[index].kernel
+            yield from norm_names(block.norms_1[index], f"{prefix}.bn1").items()
+            yield f"{prefix}.conv2.weight", block.middle[index].kernel
+            yield from norm_names(block.norms_2[index], f"{prefix}.bn2").items()
+            yield f"{prefix}.conv3.weight", block.widen[index].kernel
 
 
 def _residual_names(prefix: str, block: Residual) -> Named:
     yield f"{prefix}.shortcut.weight", block.shortcut.kernel
-    for number in range(len(block.narrow)):
-        unit = f"{prefix}.units.{number}"
-        if number:
-            yield from norm_names(block.norms[number - 1], f"{unit}.preact/bn").items()
-        yield f"{unit}.conv1.weight", block.narrow[number].kernel
-        yield from norm_names(block.norms_1[number], f"{unit}.conv1/bn").items()
-        yield f"{unit}.conv2.weight", block.middle[number].kernel
-        yield from norm_names(block.norms_2[number], f"{unit}.conv2/bn").items()
-        yield f"{unit}.conv3.weight", block.widen[number].kernel
+    for index in range(len(block.narrow)):
+        unit = f"{prefix}.units.{index}"
+        if index:
+            yield from norm_names(block.norms[index - 1], f"{unit}.preact/bn").items()
+        yield f"{unit}.conv1.weight", block.narrow[index].kernel
+        yield from norm_names(block.norms_1[index], f"{unit}.conv1/bn").items()
+        yield f"{unit}.conv2.weight", block.middle[index].kernel
+        yield from norm_names(block.norms_2[index], f"{unit}.conv2/bn").items()
+        yield f"{unit}.conv3.weight", block.widen[index].kernel
     yield from norm_names(block.last, f"{prefix}.blk_bna.bn").items()
 
 
 def _dense_names(prefix: str, dense: Dense) -> Named:
     yield f"{prefix}.conva.weight", dense.first.kernel
-    for number in range(len(dense.narrow)):
-        unit = f"{prefix}.dense.units.{number}"
-        yield from norm_names(dense.norms[number], f"{unit}.preact_bna/bn").items()
-        yield f"{unit}.conv1.weight", dense.narrow[number].kernel
-        yield from norm_names(dense.norms_1[number], f"{unit}.conv1/bn").items()
-        yield f"{unit}.conv2.weight", dense.grow[number].kernel
+    for index in range(len(dense.narrow)):
+        unit = f"{prefix}.dense.units.{index}"
+        yield from norm_names(dense.norms[index], f"{unit}.preact_bna/bn").items()
+        yield f"{unit}.conv1.weight", dense.narrow[index].kernel
+        yield from norm_names(dense.norms_1[index], f"{unit}.conv1/bn").items()
+        yield f"{unit}.conv2.weight", dense.grow[index].kernel
     yield from norm_names(dense.last, f"{prefix}.dense.blk_bna.bn").items()
     yield f"{prefix}.convf.weight", dense.out.kernel
 

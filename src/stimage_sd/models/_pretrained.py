@@ -34,15 +34,15 @@ def densenet121_names(network: DenseNet121) -> dict[str, nnx.Variable]:
     'features.conv0.weight'
     """
     wanted = variables_by_name([(network.stem, "features.conv0", "features.norm0")])
-    for number, block in enumerate(network.blocks, start=1):
+    for stage, block in enumerate(network.blocks, start=1):
         for index, layer in enumerate(block, start=1):
-            prefix = f"features.denseblock{number}.denselayer{index}."
+            prefix = f"features.denseblock{stage}.denselayer{index}."
             wanted |= norm_names(layer.before, f"{prefix}norm1")
             wanted |= variables_by_name([(layer.reduce, f"{prefix}conv1", f"{prefix}norm2")])
             wanted[f"{prefix}conv2.weight"] = layer.filter.kernel
-    for number, transition in enumerate(network.transitions, start=1):
-        wanted |= norm_names(transition.before, f"features.transition{number}.norm")
-        wanted[f"features.transition{number}.conv.weight"] = transition.reduce.kernel
+    for stage, transition in enumerate(network.transitions, start=1):
+        wanted |= norm_names(transition.before, f"features.transition{stage}.norm")
+        wanted[f"features.transition{stage}.conv.weight"] = transition.reduce.kernel
     return wanted | norm_names(network.after, "features.norm5")
 
 
@@ -74,9 +74,9 @@ def vision_transformer_names(network: VisionTransformer, *, torchvision: bool) -
     token, positions, patches, after = tops
     wanted: dict[str, nnx.Variable] = {token: network.class_token, positions: network.positions}
     wanted |= _kernel_and_bias(network.patches, f"{patches}.{{}}") | _kernel_and_bias(network.after, f"{after}.{{}}")
-    for number, layers in enumerate(network.blocks):
+    for index, layers in enumerate(network.blocks):
         for attribute, end in ends.items():
-            wanted |= _kernel_and_bias(getattr(layers, attribute), block.format(number) + end)
+            wanted |= _kernel_and_bias(getattr(layers, attribute), block.format(index) + end)
     return wanted
 
 

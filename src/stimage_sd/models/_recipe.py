@@ -215,8 +215,8 @@ def folds(sections: Sequence[TrainingSection]) -> Iterator[Fold]:
         n_folds = min(MOST_FOLDS, len(sections))
         for fold in range(n_folds):
             yield Fold(
-                [section for number, section in enumerate(sections) if number % n_folds != fold],
-                [section for number, section in enumerate(sections) if number % n_folds == fold],
+                [section for index, section in enumerate(sections) if index % n_folds != fold],
+                [section for index, section in enumerate(sections) if index % n_folds == fold],
             )
         return
     (section,) = sections

@@ -100,12 +100,12 @@ def features(sdata: SpatialData, tiles: TileSpecification) -> np.ndarray:
             f"Section {contract.sample(sdata)!r} is empty: none of its {len(keep)} tiles is kept. Leave the section "
             "out, or tile it again with a lower `min_tissue=`."
         )
-    own = contract.embeddings(sdata, tiles.extractor)
-    own = own if keep.all() else own[keep]
+    values = contract.embeddings(sdata, tiles.extractor)
+    values = values if keep.all() else values[keep]
     if tiles.context_rings:
-        own = np.concatenate([own, np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]], axis=1)
-    contract.check_finite(sdata, own, tiles.extractor)
-    return own
+        values = np.concatenate([values, np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]], axis=1)
+    contract.check_finite(sdata, values, tiles.extractor)
+    return values
 
 
 def check_specification(found: TileSpecification, expected: TileSpecification, *, section: str) -> None:
@@ -206,14 +206,14 @@ def common_specification(cohort: dict[str, SpatialData], extractor: str) -> Tile
     ValueError
         If sections were tiled, stained or embedded in different ways.
     """
-    each = {name: specification(sdata, extractor) for name, sdata in cohort.items()}
-    first = next(iter(each.values()))
-    for name, found in each.items():
-        check_specification(found, first, section=name)
-    sizes = [found.size_um for found in each.values()]
+    tiles_of = {name: specification(sdata, extractor) for name, sdata in cohort.items()}
+    first = next(iter(tiles_of.values()))
+    for name, tiles in tiles_of.items():
+        check_specification(tiles, first, section=name)
+    sizes = [tiles.size_um for tiles in tiles_of.values()]
     known = [size for size in sizes if size is not None]
     return replace(
         first,
-        side_px=float(np.mean([found.side_px for found in each.values()])),
+        side_px=float(np.mean([tiles.side_px for tiles in tiles_of.values()])),
         size_um=float(np.mean(known)) if len(known) == len(sizes) else None,
     )

@@ -121,11 +121,11 @@ class Residual(nnx.Module):
     def __call__(self, value: Any, normalize: Normalize) -> Any:
         """Apply the residual units."""
         kept = conv(value, self.shortcut)
-        for number, narrow in enumerate(self.narrow):
-            inner = value if number == 0 else relu(normalize(kept, self.norms[number - 1]))
-            inner = relu(normalize(conv(inner, narrow), self.norms_1[number]))
-            inner = relu(normalize(conv(inner, self.middle[number]), self.norms_2[number]))
-            kept = add(conv(inner, self.widen[number]), kept)
+        for unit, narrow in enumerate(self.narrow):
+            inner = value if unit == 0 else relu(normalize(kept, self.norms[unit - 1]))
+            inner = relu(normalize(conv(inner, narrow), self.norms_1[unit]))
+            inner = relu(normalize(conv(inner, self.middle[unit]), self.norms_2[unit]))
+            kept = add(conv(inner, self.widen[unit]), kept)
         return relu(normalize(kept, self.last))
 
 
@@ -155,7 +155,7 @@ class Dense(nnx.Module):
         kernel = size.kernel_size
         self.lost = kernel // 2 if size.padding == "valid" else 0
         self.first = Conv(in_channels, width, kernel, padding=size.padding, rngs=rngs)
-        befores = [width + number * growth for number in range(n_units)]
+        befores = [width + unit * growth for unit in range(n_units)]
         self.norms = nnx.List([Norm(before) for before in befores])
         self.narrow = nnx.List([Conv(before, bottleneck, 1, rngs=rngs) for before in befores])
         self.norms_1 = nnx.List([Norm(bottleneck) for _ in befores])
@@ -264,9 +264,9 @@ class HoVerNet(nnx.Module):
         width = size.width
         self.stem = Stem(size, rngs=rngs)
         blocks, before = [], width
-        for number, depth in enumerate(size.depths):
-            inner = width * 2**number
-            blocks.append(Residual(before, inner, depth, stride=1 if number == 0 else 2, rngs=rngs))
+        for index, depth in enumerate(size.depths):
+            inner = width * 2**index
+            blocks.append(Residual(before, inner, depth, stride=1 if index == 0 else 2, rngs=rngs))
             before = 4 * inner
         self.blocks = nnx.List(blocks)
         self.bottom = Conv(before, 16 * width, 1, rngs=rngs)

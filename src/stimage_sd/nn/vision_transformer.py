@@ -119,7 +119,7 @@ class VisionTransformer(nnx.Module):
 
     def parts(self) -> list[Part]:
         """Return four parts of equal depth, the first with the patches, the last with the class token features."""
-        cuts = [len(self.blocks) * number // N_PARTS for number in range(N_PARTS + 1)]
+        cuts = [len(self.blocks) * part // N_PARTS for part in range(N_PARTS + 1)]
         groups = [list(self.blocks[start:stop]) for start, stop in pairwise(cuts)]
         middle = [Part(tuple(group), partial(run_blocks, group)) for group in groups[1:-1]]
         begin = (self.patches, self.class_token, self.positions)

@@ -339,7 +339,7 @@ def _limits(
 
 def _reasons(rows: Iterable[dict[str, Any]], limits: _Limits) -> list[str]:
     """Return why each slide is dropped, an empty string for a kept slide."""
-    found = []
+    joined = []
     for row in rows:
         blurry, regions, pixels = row["blurry_fraction"], row["small_regions"], row["pixels_to_use"]
         reasons = []
@@ -353,8 +353,8 @@ def _reasons(rows: Iterable[dict[str, Any]], limits: _Limits) -> list[str]:
             reasons.append(f"{regions} small regions, more than {limits.max_regions:.6g}")
         if limits.min_pixels is not None and pixels < limits.min_pixels:
             reasons.append(f"{pixels} pixels to use, fewer than {limits.min_pixels:.6g}")
-        found.append("; ".join(reasons))
-    return found
+        joined.append("; ".join(reasons))
+    return joined
 
 
 def _write(sdata: SpatialData, classes: np.ndarray, row: dict[str, Any], limits: _Limits, plan: _Plan) -> None:

@@ -228,9 +228,9 @@ def _span(start: np.ndarray, length: int, borders: np.ndarray) -> tuple[list[int
     """Return the first and last chunk that runs of pixels touch along one axis, mirrored at the image borders."""
     size = int(borders[-1])
     first, last = start.copy(), start + length - 1
-    for number in np.flatnonzero((first < 0) | (last >= size)):
-        index = _reflected(int(start[number]), length, size)
-        first[number], last[number] = index.min(), index.max()
+    for run in np.flatnonzero((first < 0) | (last >= size)):
+        index = _reflected(int(start[run]), length, size)
+        first[run], last[run] = index.min(), index.max()
     chunks = np.searchsorted(borders[1:], [first, last], side="right")
     return chunks[0].tolist(), chunks[1].tolist()
 

@@ -174,12 +174,12 @@ class GraphEncoder(nnx.Module):
 
     def __call__(self, nodes: jax.Array, present: jax.Array, edges: jax.Array) -> jax.Array:
         """Encode graphs, as in `GraphIsomorphism`, as (n_graphs, width // 2)."""
-        number = jnp.maximum(present.sum(axis=1, keepdims=True), 1)
+        n_nodes = jnp.maximum(present.sum(axis=1, keepdims=True), 1)
         pooled = []
         for layer in self.layers:
             nodes = layer(nodes, present, edges)
             # missing nodes are 0 and the others not negative, so the maximum is right
-            pooled.append(jnp.concatenate([nodes.max(axis=1), nodes.sum(axis=1) / number], axis=-1))
+            pooled.append(jnp.concatenate([nodes.max(axis=1), nodes.sum(axis=1) / n_nodes], axis=-1))
         together = jnp.stack(pooled).sum(axis=0)
         return self.norm(self.outer(self.dropout(jax.nn.relu(self.inner(together)))))
 

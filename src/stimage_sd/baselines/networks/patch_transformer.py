@@ -148,8 +148,8 @@ class PatchTransformer(nnx.Module):
     def _parts(self, dropout: Dropout) -> list[Part]:
         first = Part((self.patches, self.positions), self._tokens)
         blocks = [
-            Part((block,), partial(block, dropout=dropout, place=_PLACES * number))
-            for number, block in enumerate(self.blocks)
+            Part((block,), partial(block, dropout=dropout, place=_PLACES * index))
+            for index, block in enumerate(self.blocks)
         ]
         return [first, *blocks, Part((self.after, *self.dense), partial(self._joined, dropout))]
 
@@ -162,8 +162,8 @@ class PatchTransformer(nnx.Module):
 
     def _joined(self, dropout: Dropout, tokens: jax.Array) -> jax.Array:
         value = self.after(tokens).reshape(len(tokens), -1)
-        for number, layer in enumerate(self.dense):
-            value = dropout(_gelu(layer(value)), _PLACES * len(self.blocks) + number)
+        for index, layer in enumerate(self.dense):
+            value = dropout(_gelu(layer(value)), _PLACES * len(self.blocks) + index)
         return value
 
     def __call__(self, tiles: Any) -> Any:
