@@ -82,8 +82,8 @@ def section_report(sdata: SpatialData, path: Path) -> str:
         lines.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
         if "pearson" in table.var:
             lines.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
-    for number, entry in enumerate(section["history"]):
-        lines.append(f"{'' if number else 'history':<12} {entry['time']}  {entry['step']}")
+    for index, entry in enumerate(section["history"]):
+        lines.append(f"{'' if index else 'history':<12} {entry['time']}  {entry['step']}")
     return "\n".join([*lines, f"next         {_next(sdata, path)}"])
 
 

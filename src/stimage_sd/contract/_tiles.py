@@ -105,18 +105,18 @@ def tile_geometry(sdata: SpatialData, table: AnnData | None = None, image_key: s
             f"`shapes[{TILE_SQUARES!r}]`. Run `stimage_sd.pp.tile(sdata)` again."
         )
     placed = _placed_squares(sdata, image_key)
-    own = placed.own[rows]
+    centers = placed.centers[rows]
     stated = np.asarray(table.obsm["spatial"], dtype=np.float64)
     # centers from pp.tile are exact, centers of the squares are rounded
-    if np.abs(stated - own).max(initial=0.0) < _SAME:
-        own = stated
-    return TileGeometry(apply_rounded(placed.matrix, own), placed.side)
+    if np.abs(stated - centers).max(initial=0.0) < _SAME:
+        centers = stated
+    return TileGeometry(apply_rounded(placed.matrix, centers), placed.side)
 
 
 class _Placed(NamedTuple):
     """Intrinsic centers of the squares, the matrix to pixels of an image, and the side in these pixels."""
 
-    own: NDArray[np.float64]
+    centers: NDArray[np.float64]
     matrix: NDArray[np.float64]
     side: float
 

@@ -158,12 +158,12 @@ def synthetic_reference(*, n_cells: int = 800, n_markers: int = 5, n_genes: int 
     types = np.arange(n_cells) % len(TYPES)
     counts = _counts(types, n_markers, generator)
     other = generator.poisson(1.0, (n_cells, n_genes))
-    subtypes = [LOOKS[TYPES[number]].subtypes for number in types]
+    subtypes = [LOOKS[TYPES[kind]].subtypes for kind in types]
     names = [str(generator.choice(list(choices))) for choices in subtypes]
-    genes = [*marker_names(n_markers), *(f"SIGNAL{number:03d}" for number in range(1, n_genes + 1))]
+    genes = [*marker_names(n_markers), *(f"SIGNAL{gene:03d}" for gene in range(1, n_genes + 1))]
     table = ad.AnnData(
         sp.csr_matrix(np.hstack([counts, other]), dtype=np.int32),
-        pd.DataFrame({"cell_type": pd.Categorical(names)}, index=[f"cell_{number}" for number in range(n_cells)]),
+        pd.DataFrame({"cell_type": pd.Categorical(names)}, index=[f"cell_{row}" for row in range(n_cells)]),
         pd.DataFrame(index=genes),
     )
     table.uns["merge"] = {subtype: name for name, look in LOOKS.items() for subtype in look.subtypes}

@@ -323,8 +323,8 @@ def _judge(
     matrix, inliers = settle(source, target, alignment.matrix, kind=kind, tolerance=tolerance)
     fold = np.arange(len(source)) % 5
     away = np.empty(len(source))
-    for number in range(5):
-        others = fold != number
+    for part in range(5):
+        others = fold != part
         partial, _ = settle(source[others], target[others], alignment.matrix, kind=kind, tolerance=tolerance)
         away[~others] = np.linalg.norm(apply(partial, source[~others]) - target[~others], axis=1)
     return replace(

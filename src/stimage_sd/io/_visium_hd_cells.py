@@ -64,7 +64,7 @@ def _read_outlines(path: Path, scale: float) -> tuple[pd.Index, np.ndarray]:
     """Return the cell names as in the matrix, and the polygons, of all outlines with an area."""
     features = read_features(path)
     polygons = np.empty(len(features), dtype=object)
-    polygons[:] = [polygon_of(feature.get("geometry"), number=number) for number, feature in enumerate(features)]
+    polygons[:] = [polygon_of(feature.get("geometry"), index=index) for index, feature in enumerate(features)]
     there = np.array([polygon is not None for polygon in polygons], dtype=bool)
     if not there.any():
         raise ValueError(f"Expected outlines in {path}, found none. Copy it again.")

@@ -249,11 +249,11 @@ def _class_table(
     # a predicted cell on a nucleus of unknown type is neither correct nor a false positive
     counts = np.ones(len(cells.types), dtype=bool)
     counts[rows[1][~typed]] = False
-    number = np.cumsum(known) - 1, np.cumsum(counts) - 1
+    places = np.cumsum(known) - 1, np.cumsum(counts) - 1
     scores = class_scores(
         truth.types[known],
         cells.types[counts],
-        (number[0][rows[0][typed]], number[1][rows[1][typed]]),
+        (places[0][rows[0][typed]], places[1][rows[1][typed]]),
         n_classes=len(classes),
     )
     table = pd.DataFrame({"cell_type": classes, **scores._asdict()})
