@@ -162,5 +162,6 @@ def require_file(path: str | Path, *, what: str) -> Path:
     """Return `path`, or raise `FileNotFoundError` if no file is there."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"Expected {what} at {path}, found no file. Check the path.")
+        kind = "a folder" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"Expected {what} at {path.absolute()}, found {kind}. Check the path.")
     return path
