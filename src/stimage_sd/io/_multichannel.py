@@ -90,6 +90,7 @@ def open_multichannel(
     Examples
     --------
     >>> import tempfile
+    >>> import numpy as np
     >>> path = Path(tempfile.mkdtemp()) / "two.ome.tif"
     >>> about = {"axes": "CYX", "Channel": {"Name": ["DAPI", "CD3"]}, "PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm"}
     >>> tifffile.imwrite(path, np.zeros((2, 1500, 1200), np.uint16), metadata=about)
