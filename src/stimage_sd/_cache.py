@@ -17,16 +17,12 @@ _INSTEAD: ContextVar[Path | None] = ContextVar("stimage_sd_cache", default=None)
 
 
 def cache_dir() -> Path:
-    """Return the cache folder.
+    """Return the cache folder, which may not exist yet.
 
     The folder is that of `caching_in`, else ``$STIMAGE_SD_CACHE``, else the operating system's cache folder. If the
     latter is not writable, a temporary folder of the user is used.
 
     Everything in the folder can be deleted while no section that was read through it is in use.
-
-    Returns
-    -------
-    The folder, which may not exist yet.
 
     Examples
     --------
@@ -117,11 +113,6 @@ def _processor() -> str:
 @contextmanager
 def caching_in(folder: Path) -> Iterator[None]:
     """Use another cache folder in this thread only, for instance one folder per visitor of the app.
-
-    Parameters
-    ----------
-    folder
-        The folder, which may not exist yet.
 
     Examples
     --------

@@ -41,11 +41,11 @@ class Entry:
 
 def entries() -> list[Entry]:
     """Return the entries of the cache folder, oldest first."""
-    found = []
+    files = []
     for path in (path for kind in _folders() for path in kind.iterdir()):
         with suppress(FileNotFoundError):  # other processes write and delete at the same time
-            found.append(Entry(path, _size(path), path.stat().st_mtime))
-    return sorted(found, key=lambda entry: entry.used)
+            files.append(Entry(path, _size(path), path.stat().st_mtime))
+    return sorted(files, key=lambda entry: entry.used)
 
 
 def limit_bytes() -> float:

@@ -106,7 +106,7 @@ def _sections(
         say(f"reading sections {', '.join(HER2ST_TRAINING)} and {HER2ST_TEST} of her2st")
         return {name: datasets.her2st(name) for name in HER2ST_TRAINING}, datasets.her2st(HER2ST_TEST)
     say(f"making {N_TRAINING + 1} synthetic Visium sections with different tissues and stains")
-    names = [f"training_{number + 1}" for number in range(N_TRAINING)] + ["test"]
+    names = [f"training_{index + 1}" for index in range(N_TRAINING)] + ["test"]
     made = {}
     for seed, name in enumerate(names):
         run = datasets.synthetic_visium(

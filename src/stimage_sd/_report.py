@@ -82,8 +82,8 @@ def section_report(sdata: SpatialData, path: Path) -> str:
         lines.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
         if "pearson" in table.var:
             lines.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
-    for number, entry in enumerate(section["history"]):
-        lines.append(f"{'' if number else 'history':<12} {entry['time']}  {entry['step']}")
+    for index, entry in enumerate(section["history"]):
+        lines.append(f"{'' if index else 'history':<12} {entry['time']}  {entry['step']}")
     return "\n".join([*lines, f"next         {_next(sdata, path)}"])
 
 
@@ -145,9 +145,9 @@ def model_report(model: NBModel) -> str:
         f"genes        {len(model.genes)}: {genes}",
         f"tiles        {size}, {stain}",
         *(
-            f"embeddings   {each.extractor}, fields of view {', '.join(map('{:g}'.format, each.fields_of_view))}, "
-            f"context rings {each.context_rings}"
-            for each in model.embeddings
+            f"embeddings   {embedding.extractor}, fields of view "
+            f"{', '.join(map('{:g}'.format, embedding.fields_of_view))}, context rings {embedding.context_rings}"
+            for embedding in model.embeddings
         ),
         f"intervals    central {model.interval_level:.1%}, which covered 90% of held-out counts",
     ]

@@ -34,13 +34,13 @@ class WholeStore(LocalStore):
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
         """Read a file, and raise `FileNotFoundError` for a missing chunk."""
-        found = await super().get(key, prototype, byte_range)
-        if found is None and "/c/" in key:
+        content = await super().get(key, prototype, byte_range)
+        if content is None and "/c/" in key:
             raise FileNotFoundError(
                 f"A chunk of the arrays in {self.root} is missing: {key}. Delete that folder, and run the step that "
                 "wrote it again."
             )
-        return found
+        return content
 
 
 def is_whole(folder: Path, *, names: Iterable[str]) -> bool:
@@ -84,26 +84,26 @@ class ChunkReader:
         return cls(array, Path(array.store.root) / array.path, compression if compression in _DECODERS else None)
 
     def __getitem__(self, selection: tuple[slice, ...]) -> np.ndarray:
-        number = self._chunk(selection)
-        block = None if number is None else self._read(number)
+        place = self._chunk(selection)
+        block = None if place is None else self._read(place)
         if block is None:
             self._check_there()
             return np.asarray(self.array[selection])
-        inside = tuple(slice(0, each.stop - each.start) for each in selection)
+        inside = tuple(slice(0, part.stop - part.start) for part in selection)
         return np.ascontiguousarray(block[inside])
 
     def _chunk(self, selection: tuple[slice, ...]) -> tuple[int, ...] | None:
         """Return the number of the chunk that a selection covers exactly, or `None` for other selections."""
-        number: list[int] = []
+        place: list[int] = []
         if self.compression is None or len(selection) != self.array.ndim:
             return None
-        for each, size, length in zip(selection, self.array.chunks, self.array.shape, strict=True):
-            if not isinstance(each, slice) or each.start is None or each.step not in (None, 1):
+        for part, size, length in zip(selection, self.array.chunks, self.array.shape, strict=True):
+            if not isinstance(part, slice) or part.start is None or part.step not in (None, 1):
                 return None
-            if each.start % size or each.stop != min(each.start + size, length):
+            if part.start % size or part.stop != min(part.start + size, length):
                 return None
-            number.append(each.start // size)
-        return tuple(number)
+            place.append(part.start // size)
+        return tuple(place)
 
     def _check_there(self) -> None:
         """Raise `FileNotFoundError` if the array's metadata file is missing."""
@@ -113,11 +113,11 @@ class ChunkReader:
                 "under this path. Read the section again from its new path, on a file system that all workers see."
             )
 
-    def _read(self, number: tuple[int, ...]) -> np.ndarray | None:
+    def _read(self, place: tuple[int, ...]) -> np.ndarray | None:
         """Decode a chunk, or return `None` if its file is missing (all fill values) or not as expected."""
         block = np.empty(self.array.chunks, dtype=self.array.dtype)
         try:
-            content = (self.folder / self.array.metadata.encode_chunk_key(number)).read_bytes()
+            content = (self.folder / self.array.metadata.encode_chunk_key(place)).read_bytes()
             decoded = _DECODERS[str(self.compression)](content, out=block.reshape(-1).view(np.uint8))
         except (FileNotFoundError, RuntimeError):  # imagecodecs raises RuntimeError
             return None

@@ -276,7 +276,7 @@ def explain(
     changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
     normalize_for_model(sdata, fitted.tiles, say=_say)
     tl.predict(sdata, fitted)
-    chosen = tile or [number for name in gene for number in tl.top_tiles(sdata, name, n_tiles=n_tiles)]
+    chosen = tile or [tile_id for name in gene for tile_id in tl.top_tiles(sdata, name, n_tiles=n_tiles)]
     _say(f"{contract.sample(sdata)}: explaining {', '.join(gene)} on {len(set(chosen))} tiles")
     extractors = [] if weights is None else [models.get_extractor(fitted.tiles.extractor, weights=weights)]
     kinds: list[Any] = [kind.value for kind in of or [Of.mean]]
@@ -327,11 +327,11 @@ def cohort(
     with reading(slides, what="a CSV table of slides"), open_text(slides) as lines:
         marks = punctuation(lines, ",")
         table = pd.read_csv(lines, **marks, dtype={"slide": str, "patient": str, "path": str})
-    found = tl.predict_cohort(table, models.load(model), out=out, quality=quality, stores=stores, weights=weights)
-    report = found.uns["slides"]
+    predictions = tl.predict_cohort(table, models.load(model), out=out, quality=quality, stores=stores, weights=weights)
+    report = predictions.uns["slides"]
     for name, row in report[report["status"] != "predicted"].iterrows():
         typer.echo(f"{name}: {row['status']}: {row['reason']}", err=True)
-    typer.echo(f"{found.n_obs} of {len(report)} slides x {found.n_vars} genes in {out / 'cohort.h5ad'}")
+    typer.echo(f"{predictions.n_obs} of {len(report)} slides x {predictions.n_vars} genes in {out / 'cohort.h5ad'}")
 
 
 @app.command(name="app")
@@ -430,8 +430,8 @@ def _read_names(path: Path) -> dict[str, str]:
 def _median(values: Any) -> str:
     import numpy as np
 
-    found = np.asarray(values, dtype=float)
-    return f"{np.nanmedian(found):.2f}" if np.isfinite(found).any() else "undefined"
+    array = np.asarray(values, dtype=float)
+    return f"{np.nanmedian(array):.2f}" if np.isfinite(array).any() else "undefined"
 
 
 def _name_sections(paths: Sequence[Path], sections: Sequence[SpatialData]) -> dict[str, SpatialData]:

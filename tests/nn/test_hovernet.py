@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from stimage_sd.nn import onnx_graph
-from stimage_sd.nn.densenet import Norm
 from stimage_sd.nn.hovernet import SIZES, HoVerNet, HoVerNetSize, as_fitted, as_trained, batch_norm, n_parameters
+from stimage_sd.nn.layers import Norm
 
 FAST = HoVerNetSize(kernel_size=3, padding="valid")
 ORIGINAL = HoVerNetSize(padding="valid", pad_stem=False)

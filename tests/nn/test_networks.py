@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from stimage_sd.nn import layers, onnx_graph
-from stimage_sd.nn.densenet import Convolution, DenseNet121, Norm, halve
+from stimage_sd.nn.densenet import DenseNet121
 from stimage_sd.nn.efficientnet import SCALINGS, EfficientNetLite, InvertedResidual, Scaling
 from stimage_sd.nn.parts import parts_of, run_parts, variables_of
 from stimage_sd.nn.resnet import ResNet50
@@ -35,10 +35,10 @@ def with_random_weights(network: Callable[..., nnx.Module]) -> nnx.Module:
     random = np.random.default_rng(7)
     built = nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
     for _, layer in nnx.iter_modules(built):
-        if isinstance(layer, Convolution):
+        if isinstance(layer, layers.Conv):
             deviation = (2 / np.prod(layer.kernel.shape[:3])) ** 0.5
             layer.kernel.set_value(jnp.asarray(random.normal(0, deviation, layer.kernel.shape), jnp.float32))
-        if isinstance(layer, Norm):
+        if type(layer) is layers.Norm:
             channels = layer.scale.shape
             for name, low, high in NORM_RANGES:
                 getattr(layer, name).set_value(jnp.asarray(random.uniform(low, high, channels), jnp.float32))
@@ -211,7 +211,7 @@ def test_parts_share_no_variable_and_have_all(name):
 def test_halving_leaves_an_odd_row_out():
     value = jnp.arange(15.0).reshape(1, 3, 5, 1)
     expected = np.arange(15.0).reshape(3, 5)[:2, :4].reshape(1, 2, 2, 2).mean(axis=(1, 3))
-    np.testing.assert_allclose(halve(value)[0, :, :, 0], expected)
+    np.testing.assert_allclose(layers.halve(value)[0, :, :, 0], expected)
 
 
 @pytest.mark.slow

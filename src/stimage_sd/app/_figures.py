@@ -92,7 +92,7 @@ def map_chart(background: Background, frame: pd.DataFrame, *, value: str, tile: 
     squares = frame[["tile", "ood_score", *LABELS]].assign(
         left=frame["x"] - half, right=frame["x"] + half, top=frame["y"] - half, bottom=frame["y"] + half
     )
-    low, high = (float(each) for each in np.nanpercentile(frame[value], [1, 99]))
+    low, high = (float(bound) for bound in np.nanpercentile(frame[value], [1, 99]))
     box = {
         "x": alt.X("left:Q", scale=x, axis=None),
         "x2": "right:Q",

@@ -42,8 +42,8 @@ class Guard:
     def __init__(self, app: Served, *, address: str, port: int, names: tuple[str, ...] = ()) -> None:
         self.app = app
         self.by_any_address = address in EVERYWHERE
-        own = (socket.gethostname(),) if self.by_any_address else (address,)
-        self.hosts = {host.lower().strip("[]") for host in (*LOCAL, *own, *names)}
+        own_names = (socket.gethostname(),) if self.by_any_address else (address,)
+        self.hosts = {host.lower().strip("[]") for host in (*LOCAL, *own_names, *names)}
         self.cookie, self.token = f"stimage-sd-{port}", secrets.token_urlsafe(32)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -119,10 +119,10 @@ def launch(
 def _signals_end() -> Iterator[None]:
     """Turn terminating signals into `SystemExit`, so that the cleanup runs."""
 
-    def leave(number: int, _: object) -> None:
-        raise SystemExit(128 + number)
+    def leave(signal_number: int, _: object) -> None:
+        raise SystemExit(128 + signal_number)
 
-    def stop(number: int, _: object) -> None:
+    def stop(signal_number: int, _: object) -> None:
         # the server handles SIGTERM, closes its connections and passes the signal on to `leave`
         signal.raise_signal(signal.SIGTERM)
 

@@ -53,11 +53,11 @@ class Prediction:
         table = contract.predictions(self.sdata)[:, gene]
         frame = self.tiles.copy()
         frame.insert(3, "mean", np.asarray(table.X).ravel())
-        for number, name in enumerate(("total_variance", "aleatoric", "epistemic")):
+        for column, name in enumerate(("total_variance", "aleatoric", "epistemic")):
             values = np.sqrt(np.asarray(table.layers[name]).ravel())
-            frame.insert(4 + number, "sd" if name == "total_variance" else f"{name}_sd", values)
-        for number, name in enumerate(("lower", "upper")):
-            frame.insert(7 + number, name, np.asarray(table.layers[name]).ravel())
+            frame.insert(4 + column, "sd" if name == "total_variance" else f"{name}_sd", values)
+        for column, name in enumerate(("lower", "upper")):
+            frame.insert(7 + column, name, np.asarray(table.layers[name]).ravel())
         return frame
 
 

@@ -127,9 +127,9 @@ def choose_model() -> tuple[str, dict[str, Any] | None]:
     return choice, {"id": sent.file_id, "path": path}
 
 
-def predicted(slide: str, image: dict[str, Any], model: str, own: dict[str, Any]) -> _sections.Prediction:
+def predicted(slide: str, image: dict[str, Any], model: str, options: dict[str, Any]) -> _sections.Prediction:
     """Return the predictions for the choices, computed once, and shared by all sessions without an upload."""
-    model_path = own["path"] if model == MODEL_UPLOAD else _model_path(model)
+    model_path = options["path"] if model == MODEL_UPLOAD else _model_path(model)
     if slide == UPLOAD:
 
         def open_section() -> Any:
@@ -152,7 +152,7 @@ def predicted(slide: str, image: dict[str, Any], model: str, own: dict[str, Any]
         with session().calculating():
             return predict()
 
-    return session().once(("prediction", slide, *image.values(), model, own.get("id")), predict_own)
+    return session().once(("prediction", slide, *image.values(), model, options.get("id")), predict_own)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,15 +268,15 @@ def main() -> None:
         with left:
             slide, image = choose_section()
         with right:
-            model, own = choose_model()
-        if image is None or own is None:
+            model, options = choose_model()
+        if image is None or options is None:
             st.info("Choose a slide and a model, or upload them.")
             return
         st.session_state["said"] = st.empty()
         with st.spinner("Another visitor's calculation first ..." if others_calculate() else "Opening the section ..."):
-            prediction = predicted(slide, image, model, own)
+            prediction = predicted(slide, image, model, options)
         st.session_state.pop("said").empty()
-        key = f"{slide}-{sorted(image.items())}-{model}-{own.get('id')}"
+        key = f"{slide}-{sorted(image.items())}-{model}-{options.get('id')}"
         gene = st.selectbox("Gene", list(prediction.model.genes), key="gene")
         frame = prediction.of_gene(gene)
         tile = choose_tile(frame)

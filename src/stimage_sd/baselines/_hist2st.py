@@ -94,7 +94,7 @@ class Hist2ST:
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Run the network (see `Recipe`)."""
         logarithms = np.asarray(predict(self._make, learned, section).expression)
-        return as_counts(logarithms, learned["scale"], learned["floor_mean"])
+        return as_counts(logarithms, learned)
 
     def _make(self, n_genes: int, rngs: nnx.Rngs) -> Hist2STNetwork:
         return Hist2STNetwork(
@@ -111,8 +111,8 @@ class Hist2ST:
         if self.copies == 0:
             return loss
         outputs = [
-            network(_altered(batch["pixels"], own), batch["places"], batch["graph"])
-            for own in jax.random.split(key, self.copies)
+            network(_altered(batch["pixels"], copy_key), batch["places"], batch["graph"])
+            for copy_key in jax.random.split(key, self.copies)
         ]
         weights = jax.nn.softmax(jnp.stack([copy.confidence for copy in outputs]), axis=0)
         together = (jnp.stack([copy.expression for copy in outputs]) * weights).sum(axis=0)
@@ -122,7 +122,7 @@ class Hist2ST:
 def _altered(pixels: jax.Array, key: jax.Array) -> jax.Array:
     """Rotate, mirror or gray all images of a section alike."""
     turn, mirror, gray = jax.random.split(key, 3)
-    quarters = [partial(jnp.rot90, k=number, axes=(1, 2)) for number in (0, 1, 3)]
+    quarters = [partial(jnp.rot90, k=turns, axes=(1, 2)) for turns in (0, 1, 3)]
     pixels = jax.lax.switch(jax.random.randint(turn, (), 0, 3), quarters, pixels)
     pixels = jnp.where(jax.random.uniform(mirror) < 0.2, pixels[:, :, ::-1], pixels)
     return jnp.where(

@@ -114,7 +114,7 @@ class IGIDL:
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Find the nuclei and run the network (see `Recipe`)."""
         logarithms = predict(self._make, learned, self._see(section), batching=self._batching)
-        return as_counts(logarithms, learned["scale"], learned["floor_mean"])
+        return as_counts(logarithms, learned)
 
     @property
     def _batching(self) -> Batching:

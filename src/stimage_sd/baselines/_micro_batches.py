@@ -13,8 +13,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from stimage_sd.baselines._training import Batch, arrays_of, kept, restored, train
-from stimage_sd.models._recipe import Arrays, SectionData, Target, TrainingSection, targets
+from stimage_sd.baselines._training import Batch, arrays_of, restored, train
+from stimage_sd.models._recipe import Arrays, SectionData, Target, TrainingSection, count_arrays, targets
 
 #: share of the measured tiles that are held out for early stopping
 HELD_OUT = 0.2
@@ -105,7 +105,7 @@ def learn(
             best, least, since = arrays_of(network), error, 0
         if since >= patience:
             break
-    return kept(best, sections, target)
+    return {**best, **count_arrays(sections, target)}
 
 
 def predict(

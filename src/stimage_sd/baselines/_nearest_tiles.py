@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import numpy as np
 from sklearn.neighbors import NearestNeighbors
 
-from stimage_sd.baselines._space import Standardize, fit_space, reduce
+from stimage_sd.baselines._space import Standardize, fit_space, reduce, reduce_measured
 from stimage_sd.models._recipe import (
     Arrays,
     Need,
@@ -19,8 +19,7 @@ from stimage_sd.models._recipe import (
     as_counts,
     check_choice,
     check_positive,
-    count_scale,
-    floor,
+    count_arrays,
     targets,
 )
 
@@ -63,20 +62,18 @@ class NearestTiles:
     def fit(self, sections: Sequence[TrainingSection], *, seed: int) -> dict[str, np.ndarray]:
         """Keep the training tiles (see `Recipe`)."""
         space = fit_space(sections, n_components=self.n_components, standardize=self.standardize, seed=seed)
-        keys = np.concatenate([reduce(space, section, self.standardize)[section.rows] for section in sections])
+        keys = reduce_measured(space, sections, self.standardize)
         return {
-            **{f"space.{name}": array for name, array in space.items()},
+            **space,
             "keys": keys.astype(np.float32),
             "values": targets(sections, self.target),
-            "scale": count_scale(sections, self.target),
-            "floor_mean": floor(sections, self.target)[0],
+            **count_arrays(sections, self.target),
         }
 
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Average over the neighbors (see `Recipe`)."""
-        space = {name.removeprefix("space."): array for name, array in learned.items() if name.startswith("space.")}
         keys, values = learned["keys"], learned["values"]
         search = NearestNeighbors(n_neighbors=min(self.k, len(keys)), metric=self.metric).fit(keys)
-        nearest = search.kneighbors(reduce(space, section, self.standardize), return_distance=False)
+        nearest = search.kneighbors(reduce(learned, section, self.standardize), return_distance=False)
         average = np.stack([values[rows].mean(axis=0) for rows in nearest])
-        return as_counts(average, learned["scale"], learned["floor_mean"])
+        return as_counts(average, learned)

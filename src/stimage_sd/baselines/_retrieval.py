@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from stimage_sd.baselines._space import Standardize, fit_space, reduce
+from stimage_sd.baselines._space import Standardize, fit_space, reduce, reduce_measured
 from stimage_sd.models._recipe import (
     Arrays,
     Need,
@@ -23,8 +23,7 @@ from stimage_sd.models._recipe import (
     as_counts,
     check_choice,
     check_positive,
-    count_scale,
-    floor,
+    count_arrays,
     targets,
 )
 
@@ -119,7 +118,7 @@ class Retrieval:
     def fit(self, sections: Sequence[TrainingSection], *, seed: int) -> dict[str, np.ndarray]:
         """Train both heads (see `Recipe`)."""
         space = fit_space(sections, n_components=self.n_components, standardize=self.standardize, seed=seed)
-        images = np.concatenate([reduce(space, section, self.standardize)[section.rows] for section in sections])
+        images = reduce_measured(space, sections, self.standardize)
         unit = np.array([max(float(images.std(axis=0).max()), 1e-6)], dtype=np.float32)
         values = targets(sections, self.target)
         expression = _components(values)
@@ -128,26 +127,24 @@ class Retrieval:
         _train(pair, (images / unit).astype(np.float32), expression, self, seed)
         pair.eval()
         return {
-            **{f"space.{name}": array for name, array in space.items()},
+            **space,
             **{f"head.{'.'.join(path)}": np.asarray(value) for path, value in _weights(pair.image).items()},
             "unit": unit,
             "keys": np.asarray(pair.expression(jnp.asarray(expression))),
             "sharpness": np.exp(np.asarray(pair.log_sharpness.get_value())).reshape(1),
             "values": values,
-            "scale": count_scale(sections, self.target),
-            "floor_mean": floor(sections, self.target)[0],
+            **count_arrays(sections, self.target),
         }
 
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Average over the retrieved spots (see `Recipe`)."""
-        space = {name.removeprefix("space."): array for name, array in learned.items() if name.startswith("space.")}
-        images = (reduce(space, section, self.standardize) / learned["unit"]).astype(np.float32)
+        images = (reduce(learned, section, self.standardize) / learned["unit"]).astype(np.float32)
         head = _image_head(learned)
         average = [
             _retrieved(np.asarray(head(jnp.asarray(images[start : start + _BLOCK]))), learned, self.k)
             for start in range(0, len(images), _BLOCK)
         ]
-        return as_counts(np.concatenate(average), learned["scale"], learned["floor_mean"])
+        return as_counts(np.concatenate(average), learned)
 
 
 def _components(values: np.ndarray) -> np.ndarray:
@@ -162,9 +159,9 @@ def _components(values: np.ndarray) -> np.ndarray:
 def _loss(pair: _Pair, images: Array, expression: Array) -> Array:
     """Compute the CLIP loss, from tiles to spots and from spots to tiles."""
     match = jnp.exp(pair.log_sharpness[...]) * pair.image(images) @ pair.expression(expression).T
-    own = jnp.arange(len(match))
+    diagonal = jnp.arange(len(match))
     both = optax.softmax_cross_entropy_with_integer_labels
-    return (both(match, own).mean() + both(match.T, own).mean()) / 2
+    return (both(match, diagonal).mean() + both(match.T, diagonal).mean()) / 2
 
 
 @nnx.jit

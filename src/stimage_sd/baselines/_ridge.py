@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from stimage_sd.baselines._space import Standardize, fit_space, reduce
+from stimage_sd.baselines._space import Standardize, fit_space, reduce, reduce_measured
 from stimage_sd.models._recipe import (
     Arrays,
     Need,
@@ -18,8 +18,7 @@ from stimage_sd.models._recipe import (
     as_counts,
     check_choice,
     check_positive,
-    count_scale,
-    floor,
+    count_arrays,
     folds,
     targets,
 )
@@ -89,25 +88,21 @@ class Ridge:
         solution = self._solve(sections, seed)
         penalty = self._penalty(sections, solution, seed)
         return {
-            **{f"space.{name}": array for name, array in solution.space.items()},
+            **solution.space,
             "coefficients": solution.path.coefficients(penalty, self.rank).astype(np.float32),
             "intercept": solution.path.intercept.astype(np.float32),
             "penalty": np.array([penalty], dtype=np.float32),
-            "scale": count_scale(sections, self.target),
-            "floor_mean": floor(sections, self.target)[0],
+            **count_arrays(sections, self.target),
         }
 
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Apply the coefficients (see `Recipe`)."""
-        space = {name.removeprefix("space."): array for name, array in learned.items() if name.startswith("space.")}
-        reduced = reduce(space, section, self.standardize)
-        return as_counts(
-            reduced @ learned["coefficients"] + learned["intercept"], learned["scale"], learned["floor_mean"]
-        )
+        reduced = reduce(learned, section, self.standardize)
+        return as_counts(reduced @ learned["coefficients"] + learned["intercept"], learned)
 
     def _solve(self, sections: Sequence[TrainingSection], seed: int) -> _Solution:
         space = fit_space(sections, n_components=self.n_components, standardize=self.standardize, seed=seed)
-        reduced = np.concatenate([reduce(space, section, self.standardize)[section.rows] for section in sections])
+        reduced = reduce_measured(space, sections, self.standardize)
         return _Solution(space, RidgePath.solve(Moments.of(reduced, targets(sections, self.target))))
 
     def _penalty(self, sections: Sequence[TrainingSection], solution: _Solution, seed: int) -> float:
@@ -125,13 +120,13 @@ class Ridge:
     def _scores(self, solution: _Solution, left_out: Sequence[TrainingSection]) -> list[float]:
         """Return the mean Pearson correlation per penalty on left-out sections."""
         scores = np.zeros((len(left_out), len(_PENALTIES)))
-        for number, section in enumerate(left_out):
-            reduced = reduce(solution.space, section, self.standardize)[section.rows]
+        for row, section in enumerate(left_out):
+            reduced = reduce_measured(solution.space, [section], self.standardize)
             wanted = targets([section], self.target)
             for place, penalty in enumerate(_PENALTIES):
                 predicted = reduced @ solution.path.coefficients(penalty * solution.path.variance, self.rank)
                 agreement = pearson(predicted, wanted)
-                scores[number, place] = np.nanmean(agreement) if np.isfinite(agreement).any() else 0.0
+                scores[row, place] = np.nanmean(agreement) if np.isfinite(agreement).any() else 0.0
         return scores.mean(axis=0).tolist()
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import optax
 from flax import nnx
 
-from stimage_sd.baselines._training import Batch, Loss, arrays_of, kept, restored, train
+from stimage_sd.baselines._training import Batch, Loss, arrays_of, restored, train
 from stimage_sd.likelihood.depth import size_factors
-from stimage_sd.models._recipe import Arrays, SectionData, Target, TrainingSection, median_total, targets
+from stimage_sd.models._recipe import Arrays, SectionData, Target, TrainingSection, count_arrays, median_total, targets
 from stimage_sd.stats.lattice import find_lattice, neighbor_graph
 
 #: number of neighbors per spot in the graph
@@ -90,12 +90,12 @@ def learn(
         partial(make, batches[0].target.shape[1]), partial(_epoch, batches, augment=augment), loss,
         optimizer=optax.adam(schedule), **training,
     )  # fmt: skip
-    return kept(arrays_of(network), sections, target)
+    return {**arrays_of(network), **count_arrays(sections, target)}
 
 
 def _epoch(batches: Sequence[SectionBatch], random: np.random.Generator, *, augment: bool) -> Iterator[Batch]:
-    for number in random.permutation(len(batches)):
-        yield _as_batch(batches[number], random, augment)
+    for index in random.permutation(len(batches)):
+        yield _as_batch(batches[index], random, augment)
 
 
 def see(section: SectionData) -> dict[str, np.ndarray]:

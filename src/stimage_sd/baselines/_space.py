@@ -35,26 +35,27 @@ def fit_space(
 
     Returns
     -------
-    ``mean`` and ``deviation``, ``float32 (n_features,)``. ``weight`` per feature, so that all extractors have the same
-    share of the variance. ``center``, ``(n_features,)``, and ``components``, ``(n_features, n_components)``.
+    ``space.mean`` and ``space.deviation``, ``float32 (n_features,)``. ``space.weight`` per feature, so that all
+    extractors have the same share of the variance. ``space.center``, ``(n_features,)``, and ``space.components``,
+    ``(n_features, n_components)``.
     """
     joined = [np.concatenate(section.embeddings, axis=1)[section.rows] for section in sections]
     together = np.concatenate(joined).astype(np.float64)
     widths = [block.shape[1] for block in sections[0].embeddings]
     space = {
-        "mean": together.mean(axis=0).astype(np.float32),
-        "deviation": np.maximum(together.std(axis=0), 1e-6).astype(np.float32),
-        "weight": equal_shares(widths),
+        "space.mean": together.mean(axis=0).astype(np.float32),
+        "space.deviation": np.maximum(together.std(axis=0), 1e-6).astype(np.float32),
+        "space.weight": equal_shares(widths),
     }
     values = np.concatenate([standardized(space, section, standardize)[section.rows] for section in sections])
-    space["center"] = values.mean(axis=0)
-    values = values - space["center"]
+    space["space.center"] = values.mean(axis=0)
+    values = values - space["space.center"]
     rank = min(n_components, len(values) - 1, values.shape[1])
     if min(values.shape) <= _EXACT:
         _, _, directions = np.linalg.svd(values, full_matrices=False)
     else:
         _, _, directions = randomized_svd(values, rank, random_state=seed, n_iter=7)
-    space["components"] = np.ascontiguousarray(directions[:rank].T)
+    space["space.components"] = np.ascontiguousarray(directions[:rank].T)
     return space
 
 
@@ -62,18 +63,26 @@ def standardized(space: Arrays, section: SectionData, standardize: Standardize) 
     """Return the standardized, weighted embeddings of a whole section, ``float32 (n_tiles, n_features)``."""
     values = np.concatenate(section.embeddings, axis=1).astype(np.float32)
     if standardize == "cohort":
-        return (values - space["mean"]) / space["deviation"] * space["weight"]
+        return (values - space["space.mean"]) / space["space.deviation"] * space["space.weight"]
     if len(values) < LEAST_TILES:
         raise ValueError(
             f"The recipe standardizes each section by itself, which takes at least {LEAST_TILES} tiles, found "
             f"{len(values)}{f' in section {section.name!r}' if section.name else ''}. "
             f'Give it `standardize="cohort"` for sections that small.'
         )
-    own = values.std(axis=0)
+    deviation = values.std(axis=0)
     # set features that are constant in the section to 0
-    return np.where(own > 1e-6, (values - values.mean(axis=0)) / np.maximum(own, 1e-6), 0) * space["weight"]
+    return (
+        np.where(deviation > 1e-6, (values - values.mean(axis=0)) / np.maximum(deviation, 1e-6), 0)
+        * space["space.weight"]
+    )
+
+
+def reduce_measured(space: Arrays, sections: Sequence[TrainingSection], standardize: Standardize) -> np.ndarray:
+    """Project the measured tiles of all sections into the space, ``float32 (n_measured, n_components)``."""
+    return np.concatenate([reduce(space, section, standardize)[section.rows] for section in sections])
 
 
 def reduce(space: Arrays, section: SectionData, standardize: Standardize) -> np.ndarray:
     """Project a whole section into the space, ``float32 (n_tiles, n_components)``."""
-    return (standardized(space, section, standardize) - space["center"]) @ space["components"]
+    return (standardized(space, section, standardize) - space["space.center"]) @ space["space.components"]

@@ -24,8 +24,7 @@ from stimage_sd.models._recipe import (
     check_choice,
     check_positive,
     check_positive_number,
-    count_scale,
-    floor,
+    count_arrays,
     targets,
 )
 
@@ -112,8 +111,7 @@ class STnet:
         )  # fmt: skip
         return {
             **learn(extractor, head, sections, {"expression": expression}, _square, training),
-            "scale": count_scale(sections, self.target),
-            "floor_mean": floor(sections, self.target)[0],
+            **count_arrays(sections, self.target),
         }
 
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
@@ -121,7 +119,7 @@ class STnet:
         # the layer is linear, so the mean of predictions is the prediction of the mean features
         features = jnp.asarray(mean_features(self._network, learned, section))
         logarithms = np.asarray(_expression(head_of(learned), features))
-        return as_counts(logarithms, learned["scale"], learned["floor_mean"])
+        return as_counts(logarithms, learned)
 
     @property
     def _network(self) -> RegisteredNetwork:

@@ -102,7 +102,7 @@ class THItoGene:
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Run the network (see `Recipe`)."""
         logarithms = np.asarray(predict(self._make, learned, section))
-        return as_counts(logarithms, learned["scale"], learned["floor_mean"])
+        return as_counts(logarithms, learned)
 
     def _make(self, n_genes: int, rngs: nnx.Rngs) -> THItoGeneNetwork:
         return THItoGeneNetwork(

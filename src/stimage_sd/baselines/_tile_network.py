@@ -80,8 +80,8 @@ class RegisteredNetwork:
 
     def with_arrays(self, arrays: Arrays, *, normalization: np.ndarray) -> Extractor:
         """Fill a new network (see `TileNetwork`)."""
-        found = settings(self.name)
-        here = normalization_of(found["mean"], found["std"])
+        entry = settings(self.name)
+        here = normalization_of(entry["mean"], entry["std"])
         if not np.array_equal(here, normalization, equal_nan=True):
             raise ValueError(
                 f"The model's network saw tiles normalized by mean and deviation {normalization.tolist()}, but the "
@@ -161,11 +161,11 @@ def learn(
     with tqdm(total=training.epochs * n_tiles, desc=training.label, unit="tile") as bar:
         for epoch in range(training.epochs):
             order, summed = np.random.default_rng([training.seed, 3, epoch]).permutation(n_tiles), 0.0
-            for number, start in enumerate(range(0, n_tiles, training.batch_size)):
+            for batch, start in enumerate(range(0, n_tiles, training.batch_size)):
                 chosen = order[start : start + training.batch_size]
                 total = no_gradient(trained)
                 for part, rows, weight in micro_batches(chosen, training.micro_batch_size):
-                    draw = np.random.SeedSequence([training.seed, epoch, number, part]).generate_state(2)
+                    draw = np.random.SeedSequence([training.seed, epoch, batch, part]).generate_state(2)
                     inputs = split.frozen_parts(augment(read(rows), seed=int(draw[0]), stain_jitter=0.0))
                     here = {name: jnp.asarray(array[rows]) for name, array in measured.items()}
                     key = jax.random.key(int(draw[1]))
@@ -216,8 +216,8 @@ def _trained(network: TileNetwork, learned: Arrays) -> Extractor:
     return network.with_arrays(arrays, normalization=learned["normalization"])
 
 
-def _symmetric(tile: np.ndarray, number: int) -> np.ndarray:
-    return np.rot90(tile[:, ::-1] if number >= N_SYMMETRIES // 2 else tile, number % 4)
+def _symmetric(tile: np.ndarray, symmetry: int) -> np.ndarray:
+    return np.rot90(tile[:, ::-1] if symmetry >= N_SYMMETRIES // 2 else tile, symmetry % 4)
 
 
 def _pixels(section: SectionData) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import jax
@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from tqdm.auto import tqdm
 
-from stimage_sd.models._recipe import Arrays, Target, TrainingSection, count_scale, floor
+from stimage_sd.models._recipe import Arrays
 
 #: prefix of a network's arrays in the arrays that a recipe keeps
 NETWORK = "network."
@@ -79,8 +79,8 @@ def train(
             network.train()
             losses = []
             for batch in draw(random):
-                key, own = jax.random.split(key)
-                losses.append(float(step(network, state, batch, own)))
+                key, batch_key = jax.random.split(key)
+                losses.append(float(step(network, state, batch, batch_key)))
             bar.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
             bar.update()
             yield network
@@ -92,13 +92,8 @@ def arrays_of(network: nnx.Module) -> dict[str, np.ndarray]:
     return {f"{NETWORK}{'/'.join(map(str, path))}": np.asarray(variable[...]) for path, variable in state}
 
 
-def kept(arrays: Arrays, sections: Sequence[TrainingSection], target: Target) -> dict[str, np.ndarray]:
-    """Return the arrays that a recipe keeps: those of the network, and those that turn logarithms into counts."""
-    return {**arrays, "scale": count_scale(sections, target), "floor_mean": floor(sections, target)[0]}
-
-
 def restored(make: Callable[[int, nnx.Rngs], nnx.Module], learned: Arrays) -> Any:
-    """Rebuild a network from the arrays of `kept`, in evaluation mode."""
+    """Rebuild a network from the arrays that its recipe keeps, in evaluation mode."""
     network = make(len(learned["floor_mean"]), nnx.Rngs(0))
     state = nnx.state(network, (nnx.Param, nnx.BatchStat))
     for path, variable in nnx.to_flat_state(state):

@@ -58,8 +58,8 @@ def outlines(frame: GeoDataFrame) -> NDArray[np.object_]:
     16.0
     """
     shapes = np.array(frame.geometry.array, dtype=object)
-    for number in np.flatnonzero(shapely.get_type_id(shapes) != shapely.GeometryType.POLYGON):
-        shapes[number] = max(shapely.get_parts(shapes[number]), key=shapely.area)
+    for index in np.flatnonzero(shapely.get_type_id(shapes) != shapely.GeometryType.POLYGON):
+        shapes[index] = max(shapely.get_parts(shapes[index]), key=shapely.area)
     return shapes
 
 

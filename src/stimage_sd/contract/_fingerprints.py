@@ -77,7 +77,7 @@ def is_seen(
         Table and layer of the counts.
     """
     table: AnnData | None = None
-    found: dict[str | None, NDArray[np.uint64]] = {}
+    hashes_by_genes: dict[str | None, NDArray[np.uint64]] = {}
     for entry in known:
         over = entry.get("over")
         if entry.get("spots"):
@@ -86,9 +86,9 @@ def is_seen(
             if entry["section"] in (name, sample(sdata)):
                 return True
             continue
-        if over not in found:
-            found[over] = _telling(_spot_hashes(table, genes if over == "genes" else None))
-        if _overlap([int(value, 16) for value in entry["spots"]], found[over]):
+        if over not in hashes_by_genes:
+            hashes_by_genes[over] = _telling(_spot_hashes(table, genes if over == "genes" else None))
+        if _overlap([int(value, 16) for value in entry["spots"]], hashes_by_genes[over]):
             return True
     return False
 

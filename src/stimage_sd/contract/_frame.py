@@ -267,10 +267,7 @@ def shapes_in_pixels(sdata: SpatialData, name: str, *, image_key: str | None = N
     ValueError
         If the shapes are not placed on the image, or if circles become ellipses there.
     """
-    if name not in sdata.shapes:
-        raise KeyError(f"No shapes {name!r} in section {sample(sdata)!r}; its shapes: {sorted(sdata.shapes)}.")
-    element = sdata.shapes[name]
-    matrix = pixel_frame(sdata, image_key).matrix(element, name)
+    element, matrix = _shapes_and_matrix(sdata, name, image_key)
     if np.array_equal(matrix, np.eye(3)):
         return element
     geometry = shapely.transform(shapely.force_2d(element.geometry.to_numpy()), lambda points: apply(matrix, points))
@@ -278,6 +275,15 @@ def shapes_in_pixels(sdata: SpatialData, name: str, *, image_key: str | None = N
     if "radius" in element:
         moved["radius"] = element["radius"].to_numpy(dtype=np.float64) * _stretch(matrix, name)
     return moved
+
+
+def _shapes_and_matrix(
+    sdata: SpatialData, name: str, image_key: str | None
+) -> tuple[GeoDataFrame, NDArray[np.float64]]:
+    if name not in sdata.shapes:
+        raise KeyError(f"No shapes {name!r} in section {sample(sdata)!r}; its shapes: {sorted(sdata.shapes)}.")
+    element = sdata.shapes[name]
+    return element, pixel_frame(sdata, image_key).matrix(element, name)
 
 
 def _stretch(matrix: NDArray[np.float64], name: str) -> float:
@@ -296,10 +302,7 @@ def centers_in_pixels(sdata: SpatialData, name: str, *, image_key: str | None = 
 
     The center of a polygon is its centroid. Empty geometries get NaN.
     """
-    if name not in sdata.shapes:
-        raise KeyError(f"No shapes {name!r} in section {sample(sdata)!r}; its shapes: {sorted(sdata.shapes)}.")
-    element = sdata.shapes[name]
-    matrix = pixel_frame(sdata, image_key).matrix(element, name)
+    element, matrix = _shapes_and_matrix(sdata, name, image_key)
     middles = shapely.centroid(element.geometry.to_numpy())
     # get_coordinates skips empty geometries; they keep their row, with NaN
     places = np.full((len(middles), 2), np.nan)

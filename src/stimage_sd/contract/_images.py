@@ -178,7 +178,7 @@ def build_image(pyramid: list[da.Array], *, mpp: float | None = None) -> xr.Data
     """
     height, width = pyramid[0].shape[1:]
     scales: dict[str, xr.Dataset] = {}
-    for number, level in enumerate(pyramid):
+    for index, level in enumerate(pyramid):
         array = xr.DataArray(
             level,
             dims=("c", "y", "x"),
@@ -189,8 +189,8 @@ def build_image(pyramid: list[da.Array], *, mpp: float | None = None) -> xr.Data
             },
         )
         to_full = Scale([height / level.shape[1], width / level.shape[2]], axes=("y", "x"))
-        array.attrs["transform"] = {"global": Identity() if number == 0 else to_full}
-        scales[f"scale{number}"] = xr.Dataset({"image": array})
+        array.attrs["transform"] = {"global": Identity() if index == 0 else to_full}
+        scales[f"scale{index}"] = xr.Dataset({"image": array})
     element = xr.DataTree.from_dict(scales)
     Image2DModel().validate(element)
     if mpp is not None:

@@ -48,7 +48,7 @@ def build_multichannel(pyramid: list[da.Array], *, channels: list[str], pixel_um
         raise ValueError(f"Expected {pyramid[0].shape[0]} different channel names, found {len(channels)}: {channels}.")
     height, width = pyramid[0].shape[1:]
     scales: dict[str, xr.Dataset] = {}
-    for number, level in enumerate(pyramid):
+    for index, level in enumerate(pyramid):
         along_y, along_x = height / level.shape[1], width / level.shape[2]
         array = xr.DataArray(
             level,
@@ -60,7 +60,7 @@ def build_multichannel(pyramid: list[da.Array], *, channels: list[str], pixel_um
             },
         )
         array.attrs["transform"] = {INSTRUMENT: Scale([along_y * pixel_um, along_x * pixel_um], axes=("y", "x"))}
-        scales[f"scale{number}"] = xr.Dataset({"image": array})
+        scales[f"scale{index}"] = xr.Dataset({"image": array})
     element = xr.DataTree.from_dict(scales)
     Image2DModel().validate(element)
     return element
@@ -105,9 +105,9 @@ def place_instrument(sdata: SpatialData, matrix: np.ndarray) -> None:
                 add_microns(element, 1.0 / scale)
     to_pixels = Affine(matrix, input_axes=("x", "y"), output_axes=("x", "y"))
     for element in elements.values():
-        own: BaseTransformation = get_transformation(element, to_coordinate_system=INSTRUMENT)
+        to_instrument: BaseTransformation = get_transformation(element, to_coordinate_system=INSTRUMENT)
         for system, after in pixel_frame(sdata).transformations.items():
-            set_transformation(element, Sequence([own, to_pixels, after]), to_coordinate_system=system)
+            set_transformation(element, Sequence([to_instrument, to_pixels, after]), to_coordinate_system=system)
     for table in sdata.tables.values():
         if SPATIAL_UM in table.obsm:
             positions = np.asarray(table.obsm[SPATIAL_UM], dtype=np.float64)

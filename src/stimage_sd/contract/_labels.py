@@ -133,9 +133,9 @@ def label_centers(sdata: SpatialData, name: str, image_key: str | None = None) -
     The table has one row per label, with ``x`` and ``y``. Labels are read chunk by chunk, so the whole array is never
     in memory.
     """
-    found = _label_sums(finest_labels(sdata, name))
+    sums = _label_sums(finest_labels(sdata, name))
     matrix = pixel_frame(sdata, image_key).matrix(sdata.labels[name], name)
-    return pd.DataFrame(apply(matrix, found[["x", "y"]].to_numpy()), columns=["x", "y"], index=found.index)
+    return pd.DataFrame(apply(matrix, sums[["x", "y"]].to_numpy()), columns=["x", "y"], index=sums.index)
 
 
 def label_circles(sdata: SpatialData, name: str, coordinate_system: str) -> pd.DataFrame:
@@ -143,10 +143,10 @@ def label_circles(sdata: SpatialData, name: str, coordinate_system: str) -> pd.D
 
     The table has one row per label, with ``x``, ``y`` and ``radius``.
     """
-    found = _label_sums(finest_labels(sdata, name))
+    sums = _label_sums(finest_labels(sdata, name))
     matrix = affine(get_transformation(sdata.labels[name], coordinate_system), name)
-    circles = pd.DataFrame(apply(matrix, found[["x", "y"]].to_numpy()), columns=["x", "y"], index=found.index)
-    return circles.assign(radius=np.sqrt(found["n"] / np.pi) * scale_of(matrix))
+    circles = pd.DataFrame(apply(matrix, sums[["x", "y"]].to_numpy()), columns=["x", "y"], index=sums.index)
+    return circles.assign(radius=np.sqrt(sums["n"] / np.pi) * scale_of(matrix))
 
 
 def _label_sums(array: xr.DataArray) -> pd.DataFrame:

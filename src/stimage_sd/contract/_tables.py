@@ -96,9 +96,9 @@ def cell_table_name(sdata: SpatialData, table_key: str | None = None) -> str:
             raise KeyError(f"No table {table_key!r}; this section's tables: {sorted(sdata.tables)}.")
         return table_key
     names, about = cell_table_names(sdata), info(sdata)
-    for own in (about.get("units"), COUNTS, PROTEINS, about.get("counts"), about.get("proteins")):
-        if own in names:
-            return str(own)
+    for candidate in (about.get("units"), COUNTS, PROTEINS, about.get("counts"), about.get("proteins")):
+        if candidate in names:
+            return str(candidate)
     if len(names) > 1:
         names = [name for name in names if looks_like_counts(sdata.tables[name])] or names
     return single(names, what="table of cells", argument="table_key", found=sorted(sdata.tables))

@@ -105,18 +105,18 @@ def tile_geometry(sdata: SpatialData, table: AnnData | None = None, image_key: s
             f"`shapes[{TILE_SQUARES!r}]`. Run `stimage_sd.pp.tile(sdata)` again."
         )
     placed = _placed_squares(sdata, image_key)
-    own = placed.own[rows]
+    centers = placed.centers[rows]
     stated = np.asarray(table.obsm["spatial"], dtype=np.float64)
     # centers from pp.tile are exact, centers of the squares are rounded
-    if np.abs(stated - own).max(initial=0.0) < _SAME:
-        own = stated
-    return TileGeometry(apply_rounded(placed.matrix, own), placed.side)
+    if np.abs(stated - centers).max(initial=0.0) < _SAME:
+        centers = stated
+    return TileGeometry(apply_rounded(placed.matrix, centers), placed.side)
 
 
 class _Placed(NamedTuple):
     """Intrinsic centers of the squares, the matrix to pixels of an image, and the side in these pixels."""
 
-    own: NDArray[np.float64]
+    centers: NDArray[np.float64]
     matrix: NDArray[np.float64]
     side: float
 
@@ -127,10 +127,10 @@ def _placed_squares(sdata: SpatialData, image_key: str | None) -> _Placed:
     matrix = frame.matrix(sdata.shapes[TILE_SQUARES], TILE_SQUARES)
     squares = sdata.shapes[TILE_SQUARES].geometry.to_numpy()
     bounds = shapely.bounds(squares)
-    own = (bounds[:, :2] + bounds[:, 2:]) / 2
+    centers = (bounds[:, :2] + bounds[:, 2:]) / 2
     stated = float(tiles(sdata).uns["tiling"]["side_px"])
     if len(squares) == 0:
-        return _Placed(own, matrix, stated * scale_of(matrix))
+        return _Placed(centers, matrix, stated * scale_of(matrix))
     corners = apply(matrix, shapely.get_coordinates(shapely.get_exterior_ring(squares[0])))
     width, height = np.ptp(corners, axis=0)
     side = float(np.sqrt(shapely.area(squares[0])) * scale_of(matrix))
@@ -141,7 +141,7 @@ def _placed_squares(sdata: SpatialData, image_key: str | None) -> _Placed:
             "they cannot be cut from this image. Run `stimage_sd.pp.tile(sdata)` again, on this image."
         )
     exact = stated * scale_of(matrix)
-    return _Placed(own, matrix, exact if abs(exact - side) < _SAME else side)
+    return _Placed(centers, matrix, exact if abs(exact - side) < _SAME else side)
 
 
 def tile_squares(
@@ -210,7 +210,7 @@ def write_tiles(sdata: SpatialData, obs: pd.DataFrame, tiling: dict[str, Any], i
     squares = frame.shapes(gpd.GeoDataFrame(geometry=shapely.box(*(centers - half).T, *(centers + half).T)))
     obs = obs.copy()
     obs.insert(0, INSTANCE_KEY, np.arange(len(obs)))
-    obs.index = [f"tile_{number}" for number in range(len(obs))]
+    obs.index = [f"tile_{row}" for row in range(len(obs))]
     table = ad.AnnData(X=np.zeros((len(obs), 0), dtype=np.float32), obs=obs)
     table.obsm["spatial"] = centers.copy()
     table.uns["tiling"] = tiling

@@ -147,9 +147,9 @@ def find_units(
         table_key = _table_of(sdata, shapes_key, against)
         if table_key is None and has_units(sdata):
             # the same units in other shapes, such as other outlines of the cells
-            found = _units_by_id(sdata, cell_table_name(sdata), [shapes_key])
-            if found is not None:
-                return found
+            units = _units_by_id(sdata, cell_table_name(sdata), [shapes_key])
+            if units is not None:
+                return units
         if table_key is None:
             index = sdata.shapes[shapes_key].index
             return Units(shapes_key, None, np.arange(0), index.astype(str), index)
@@ -201,10 +201,10 @@ def units_of(sdata: SpatialData, table_name: str, shapes_key: str | None = None)
         if by_id is not None or not there:
             return _required(sdata, table_name, by_id)
     keys = keys_of(table)
-    own = np.ones(table.n_obs, bool)
+    of_region = np.ones(table.n_obs, bool)
     if keys[TableModel.REGION_KEY_KEY] in table.obs:
-        own = np.asarray(table.obs[keys[TableModel.REGION_KEY_KEY]] == there[0])
-    return _units(sdata, table_name, there[0], pd.Index(table.obs[keys[TableModel.INSTANCE_KEY]]), own)
+        of_region = np.asarray(table.obs[keys[TableModel.REGION_KEY_KEY]] == there[0])
+    return _units(sdata, table_name, there[0], pd.Index(table.obs[keys[TableModel.INSTANCE_KEY]]), of_region)
 
 
 def _units_by_id(sdata: SpatialData, table_name: str, candidates: list[str]) -> Units | None:
@@ -214,11 +214,11 @@ def _units_by_id(sdata: SpatialData, table_name: str, candidates: list[str]) -> 
         index = sdata.shapes[name].index
         columns = [index.name, keys_of(table)[TableModel.INSTANCE_KEY], *_ID_COLUMNS]
         ids = {column: pd.Index(table.obs[column]) for column in columns if column in table.obs}
-        for column, each in {**ids, "obs_names": table.obs_names}.items():
+        for column, values in {**ids, "obs_names": table.obs_names}.items():
             # integer ids match by chance, so the column must have the name of the shapes' index
-            may_match = _kind(index) == _kind(each) and (_kind(index) != "number" or column == index.name)
-            if may_match and _present(sdata, name, each).any():
-                return _units(sdata, table_name, name, each, np.ones(table.n_obs, bool))
+            may_match = _kind(index) == _kind(values) and (_kind(index) != "number" or column == index.name)
+            if may_match and _present(sdata, name, values).any():
+                return _units(sdata, table_name, name, values, np.ones(table.n_obs, bool))
     return None
 
 
@@ -227,9 +227,9 @@ def _stem(name: str) -> str:
     return _KIND_WORD.sub("", name)
 
 
-def _required(sdata: SpatialData, table_name: str, found: Units | None) -> Units:
-    if found is not None:
-        return found
+def _required(sdata: SpatialData, table_name: str, units: Units | None) -> Units:
+    if units is not None:
+        return units
     regions = regions_of(sdata.tables[table_name])
     raise KeyError(
         f"Found no shapes with the units of table {table_name!r} of section {sample(sdata)!r}: it annotates {regions}; "
@@ -238,19 +238,19 @@ def _required(sdata: SpatialData, table_name: str, found: Units | None) -> Units
     )
 
 
-def _units(sdata: SpatialData, table_name: str, region: str, ids: pd.Index, own: NDArray[np.bool_]) -> Units:
+def _units(sdata: SpatialData, table_name: str, region: str, ids: pd.Index, of_region: NDArray[np.bool_]) -> Units:
     if region in sdata.shapes and sdata.shapes[region].index.has_duplicates:
         index = sdata.shapes[region].index
         raise ValueError(
             f"Expected each id once in the index of shapes {region!r} of section {sample(sdata)!r}, found "
             f"{index[index.duplicated()][0]} more than once. Keep one shape per id."
         )
-    rows = np.flatnonzero(own & _present(sdata, region, ids))
-    if rows.size == 0 and own.any():
+    rows = np.flatnonzero(of_region & _present(sdata, region, ids))
+    if rows.size == 0 and of_region.any():
         index = sdata.shapes[region].index
         raise ValueError(
-            f"None of the {int(own.sum())} rows of table {table_name!r} has an id of the shapes {region!r}: ids are "
-            f"{ids.dtype}, such as {ids[0]}, the shapes' index is {index.dtype}, such as {index[0]}."
+            f"None of the {int(of_region.sum())} rows of table {table_name!r} has an id of the shapes {region!r}: ids "
+            f"are {ids.dtype}, such as {ids[0]}, the shapes' index is {index.dtype}, such as {index[0]}."
             if len(index)
             else f"The shapes {region!r} are empty."
         )

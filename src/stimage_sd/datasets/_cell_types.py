@@ -51,7 +51,7 @@ _APART = 1.0
 
 def marker_names(n_markers: int) -> list[str]:
     """Return the names of the markers, type by type."""
-    return [f"{name.replace(' ', '_').upper()}_{number:02d}" for name in TYPES for number in range(1, n_markers + 1)]
+    return [f"{name.replace(' ', '_').upper()}_{marker:02d}" for name in TYPES for marker in range(1, n_markers + 1)]
 
 
 def give_types(tissue: Tissue, nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -83,9 +83,9 @@ def give_types(tissue: Tissue, nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarr
     low, high = np.array([look.aspect for look in looks])[types].T
     aspect = generator.uniform(low, high)
     darkness = np.clip(generator.normal(np.array([look.darkness for look in looks])[types], 8.0), 60.0, 190.0)
-    found = np.column_stack([points, radius * np.sqrt(aspect), radius / np.sqrt(aspect), nuclei[:, 4], darkness])
-    apart = _with_room(found, generator)
-    return found[apart], types[apart]
+    typed = np.column_stack([points, radius * np.sqrt(aspect), radius / np.sqrt(aspect), nuclei[:, 4], darkness])
+    apart = _with_room(typed, generator)
+    return typed[apart], types[apart]
 
 
 def _with_room(nuclei: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -99,8 +99,8 @@ def _with_room(nuclei: np.ndarray, generator: np.random.Generator) -> np.ndarray
         neighbors[one].append(other)
         neighbors[other].append(one)
     chosen = np.zeros(len(nuclei), dtype=bool)
-    for number in generator.permutation(len(nuclei)).tolist():
-        chosen[number] = not chosen[neighbors[number]].any()
+    for nucleus in generator.permutation(len(nuclei)).tolist():
+        chosen[nucleus] = not chosen[neighbors[nucleus]].any()
     return chosen
 
 
@@ -125,8 +125,8 @@ def draw_markers(nuclei: np.ndarray, types: np.ndarray, *, n_markers: int, seed:
 
 def _counts(types: np.ndarray, n_markers: int, generator: np.random.Generator) -> np.ndarray:
     """Draw transcripts per cell and marker, ``(n_cells, n_types * n_markers)``."""
-    own = np.repeat(np.arange(len(TYPES)), n_markers) == types[:, None]
-    return generator.poisson(np.where(own, MARKER_MEAN, OTHER_MEAN))
+    is_marker = np.repeat(np.arange(len(TYPES)), n_markers) == types[:, None]
+    return generator.poisson(np.where(is_marker, MARKER_MEAN, OTHER_MEAN))
 
 
 def synthetic_reference(*, n_cells: int = 800, n_markers: int = 5, n_genes: int = 0, seed: int = 0) -> ad.AnnData:
@@ -158,12 +158,12 @@ def synthetic_reference(*, n_cells: int = 800, n_markers: int = 5, n_genes: int 
     types = np.arange(n_cells) % len(TYPES)
     counts = _counts(types, n_markers, generator)
     other = generator.poisson(1.0, (n_cells, n_genes))
-    subtypes = [LOOKS[TYPES[number]].subtypes for number in types]
+    subtypes = [LOOKS[TYPES[kind]].subtypes for kind in types]
     names = [str(generator.choice(list(choices))) for choices in subtypes]
-    genes = [*marker_names(n_markers), *(f"SIGNAL{number:03d}" for number in range(1, n_genes + 1))]
+    genes = [*marker_names(n_markers), *(f"SIGNAL{gene:03d}" for gene in range(1, n_genes + 1))]
     table = ad.AnnData(
         sp.csr_matrix(np.hstack([counts, other]), dtype=np.int32),
-        pd.DataFrame({"cell_type": pd.Categorical(names)}, index=[f"cell_{number}" for number in range(n_cells)]),
+        pd.DataFrame({"cell_type": pd.Categorical(names)}, index=[f"cell_{row}" for row in range(n_cells)]),
         pd.DataFrame(index=genes),
     )
     table.uns["merge"] = {subtype: name for name, look in LOOKS.items() for subtype in look.subtypes}

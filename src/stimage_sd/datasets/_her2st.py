@@ -16,9 +16,9 @@ from stimage_sd.io import legacy_st
 #: public repository of the authors; all files are checked by sha256
 BASE_URL = "https://raw.githubusercontent.com/almaan/her2st/master/"
 SECTIONS = tuple(
-    f"{patient}{number}"
+    f"{patient}{section}"
     for patient, count in zip("ABCDEFGH", (6, 6, 6, 6, 3, 3, 3, 3), strict=True)
-    for number in range(1, count + 1)
+    for section in range(1, count + 1)
 )
 FILES = ("image.jpg", "counts.tsv.gz", "spots.tsv", "clusters.tsv.gz")
 #: published image of each section, and the sha256 of its `FILES`

@@ -64,8 +64,8 @@ def write_pyramid(
     with ThreadPoolExecutor() as pool, tifffile.TiffWriter(path, bigtiff=size**2 > 2**30) as writer:
         levels = [_Level(side, pool) for side in sides]
         coarsest: list[np.ndarray] = []
-        for number, level in enumerate(levels):
-            tiles = _finest_tiles(strips, levels, coarsest) if number == 0 else _results(level.tiles)
+        for index, level in enumerate(levels):
+            tiles = _finest_tiles(strips, levels, coarsest) if index == 0 else _results(level.tiles)
             writer.write(
                 tiles,
                 shape=(level.side, level.side, 3),
@@ -73,13 +73,13 @@ def write_pyramid(
                 tile=(TILE, TILE),
                 photometric="ycbcr",
                 subsampling=(2, 2),
-                subfiletype=0 if number == 0 or describe is not None else 1,
+                subfiletype=0 if index == 0 or describe is not None else 1,
                 description=None if describe is None else describe(level.side),
                 resolution=(1e4 / mpp * level.side / size,) * 2,
                 resolutionunit="CENTIMETER",
                 **common,
             )
-            if number == 0 and describe is not None:
+            if index == 0 and describe is not None:
                 small = cv2.resize(np.concatenate(coarsest), (SMALLEST, SMALLEST), interpolation=cv2.INTER_AREA)
                 writer.write(small, photometric="rgb", rowsperstrip=16, description=describe(SMALLEST), **common)
     return np.concatenate(coarsest)

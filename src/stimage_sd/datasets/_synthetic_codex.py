@@ -122,7 +122,7 @@ def synthetic_codex(
     scene = _place(tissue, scatter_nuclei(tissue, reach), seed)
     genes = draw_genes(n_genes, gene_seed)
     panel = genes.iloc[np.linspace(0, n_genes - 1, n_proteins).round().astype(int)]
-    channels = [f"AG{number:02d}" for number in range(1, n_proteins + 1)]
+    channels = [f"AG{marker:02d}" for marker in range(1, n_proteins + 1)]
     generator = np.random.default_rng([seed, 40])
     mean = GAIN * np.exp(log_mean(tissue, scene.nuclei[:, :2], panel))
     proteins = np.minimum(mean * generator.gamma(SHAPE, 1.0 / SHAPE, mean.shape), BRIGHTEST).round(3)
@@ -213,8 +213,8 @@ def _draw(scene: _Scene, path: Path, ring_um: float) -> np.ndarray:
     unit = 1 << SHIFT
     axes = np.rint((scene.nuclei[:, 2:4] * MPP + ring_um) / PIXEL_UM * unit).astype(int).tolist()
     centers = np.rint(scene.centers * unit).astype(int).tolist()
-    for number, (center, half_axes, angle) in enumerate(zip(centers, axes, scene.nuclei[:, 4], strict=True), 1):
-        cv2.ellipse(labels, center, half_axes, float(angle) + scene.turn, 0, 360, number, -1, cv2.LINE_8, SHIFT)
+    for nucleus, (center, half_axes, angle) in enumerate(zip(centers, axes, scene.nuclei[:, 4], strict=True), 1):
+        cv2.ellipse(labels, center, half_axes, float(angle) + scene.turn, 0, 360, nucleus, -1, cv2.LINE_8, SHIFT)
     return labels
 
 
@@ -247,25 +247,25 @@ def _write_multiplex(
     with tifffile.TiffWriter(path, ome=True, bigtiff=len(planes) * side**2 > 2**30) as writer:
         shape = (len(planes), side, side)
         writer.write(_finest(planes, halves, seed), shape=shape, subifds=len(sides) - 1, metadata=about, **common)
-        for number, level_side in enumerate(sides[1:]):
+        for level, level_side in enumerate(sides[1:]):
             shape = (len(planes), level_side, level_side)
-            writer.write(_coarser(halves, level_side, 1 << number), shape=shape, subfiletype=1, metadata=None, **common)
+            writer.write(_coarser(halves, level_side, 1 << level), shape=shape, subfiletype=1, metadata=None, **common)
 
 
 def _finest(planes: list[tuple[np.ndarray, np.ndarray]], halves: np.ndarray, seed: int) -> Iterator[np.ndarray]:
     """Yield the tiles of the finest level, and collect the next level."""
     side = planes[0][0].shape[0]
     noise = NOISE * np.random.default_rng([seed, 42]).standard_normal((TILE, side), dtype=np.float32)
-    for number, (labels, values) in enumerate(planes):
+    for plane, (labels, values) in enumerate(planes):
         intensities = np.concatenate([[0.0], values]).astype(np.float32)
         for top in range(0, side, TILE):
             above = max(top - HALO, 0)
             sharp = intensities[labels[above : top + TILE + HALO]]
             height = min(TILE, side - top)
             rows = cv2.GaussianBlur(sharp, (0, 0), BLUR)[top - above : top - above + height]
-            rows = rows + OFFSET + np.roll(noise[:height], 37 * number, axis=1)
+            rows = rows + OFFSET + np.roll(noise[:height], 37 * plane, axis=1)
             rows = np.clip(np.rint(rows), 0, 65_535).astype(np.uint16)
-            halves[number, top // 2 : (top + height) // 2] = _halve(rows)
+            halves[plane, top // 2 : (top + height) // 2] = _halve(rows)
             yield from _cut(rows)
 
 
@@ -311,9 +311,9 @@ def _cell_table(
     for cycle in range(len(slots) // MARKERS):
         stain = 60.0 * scene.nuclei[:, 5] * generator.normal(1.0, 0.05, n_cells)
         columns[f"cyc{cycle + 1:03d}_ch001:DAPI{cycle + 1}"] = stain.round(3)
-        for number, name in enumerate(slots[cycle * MARKERS : (cycle + 1) * MARKERS], 2):
+        for channel, name in enumerate(slots[cycle * MARKERS : (cycle + 1) * MARKERS], 2):
             values = OFFSET * generator.gamma(20.0, 0.05, n_cells) if name is None else measured[name]
-            columns[f"cyc{cycle + 1:03d}_ch{number:03d}:{name or 'Blank'}"] = np.round(values, 3)
+            columns[f"cyc{cycle + 1:03d}_ch{channel:03d}:{name or 'Blank'}"] = np.round(values, 3)
     return pd.DataFrame(columns)
 
 
@@ -326,10 +326,10 @@ def _write_fcs(path: Path, table: pd.DataFrame) -> None:
     text = {"$BEGINANALYSIS": "0", "$ENDANALYSIS": "0", "$BEGINSTEXT": "0", "$ENDSTEXT": "0", "$NEXTDATA": "0"}
     text |= {"$BYTEORD": "1,2,3,4", "$DATATYPE": "F", "$MODE": "L"}
     text |= {"$PAR": str(values.shape[1]), "$TOT": str(values.shape[0])}
-    for number, name in enumerate(table.columns, 1):
+    for column, name in enumerate(table.columns, 1):
         short, _, long = name.partition(":")
-        text |= {f"$P{number}N": short, f"$P{number}S": long, f"$P{number}B": "32", f"$P{number}E": "0,0"}
-        text[f"$P{number}R"] = str(int(np.ceil(values[:, number - 1].max(initial=1.0))) + 1)
+        text |= {f"$P{column}N": short, f"$P{column}S": long, f"$P{column}B": "32", f"$P{column}E": "0,0"}
+        text[f"$P{column}R"] = str(int(np.ceil(values[:, column - 1].max(initial=1.0))) + 1)
     # The text states the offset of the data, which follow the text. 20 digits are reserved for each offset.
     start = len("FCS3.1    ") + 6 * 8
     begin = start + len(_fcs_text(text | {"$BEGINDATA": "0" * 20, "$ENDDATA": "0" * 20}))

@@ -109,7 +109,7 @@ def synthetic_slide(
     path = check_folder(path)
     path.mkdir(parents=True, exist_ok=True)
     tissue = Tissue(size, mpp, seed)
-    strokes = [_draw_stroke(size, mpp, seed, number) for number in range(pen)]
+    strokes = [_draw_stroke(size, mpp, seed, index) for index in range(pen)]
     blurred = round(blur * size)
     strips: Iterator[np.ndarray] = paint(tissue, reach=REACH, stain=make_stain(stain_seed), strip=STRIP)
     if blurred:
@@ -156,15 +156,15 @@ class _Stroke:
     ink: str
 
 
-def _draw_stroke(size: int, mpp: float, seed: int, number: int) -> _Stroke:
+def _draw_stroke(size: int, mpp: float, seed: int, index: int) -> _Stroke:
     """Draw a random stroke: an arc around a position on the slide, as if to mark a region."""
-    generator = np.random.default_rng([seed, 30, number])
+    generator = np.random.default_rng([seed, 30, index])
     middle, radius = generator.uniform(0.25, 0.75, 2) * size, generator.uniform(0.08, 0.2) * size
     angles = generator.uniform(0.0, 2.0 * np.pi) + np.linspace(0.0, generator.uniform(1.5, 5.0), 60)
     wobble = radius * (1.0 + 0.08 * np.sin(3.0 * angles + generator.uniform(0.0, 6.0)))
     points = middle + wobble[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     width = max(3, round(min(PEN_UM / mpp, PEN_SHARE * size)))
-    return _Stroke(np.rint(points).astype(np.int32), width, list(INKS)[number % len(INKS)])
+    return _Stroke(np.rint(points).astype(np.int32), width, list(INKS)[index % len(INKS)])
 
 
 def _mark(stroke: _Stroke, shape: tuple[int, int], top: int) -> np.ndarray:

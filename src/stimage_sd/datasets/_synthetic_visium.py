@@ -157,11 +157,11 @@ def _array_positions(size: int, pitch: float) -> pd.DataFrame:
     return frame.sort_index()
 
 
-def _barcodes(number: int) -> list[str]:
+def _barcodes(n_barcodes: int) -> list[str]:
     """Return distinct 16-base barcodes, the same in all sections, as on real arrays."""
     generator = np.random.default_rng(10)
     codes: dict[str, None] = {}
-    while len(codes) < number:
+    while len(codes) < n_barcodes:
         letters = generator.integers(0, 4, 16)
         codes["".join("ACGT"[letter] for letter in letters) + "-1"] = None
     return list(codes)

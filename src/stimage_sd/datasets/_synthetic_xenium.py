@@ -200,7 +200,7 @@ def _features(genes: Sequence[str], version: str) -> pd.Series:
     kinds = dict.fromkeys(genes, GENE)
     for prefix, kind in CONTROLS.items():
         prefix = "BLANK_" if version == "1.0" and prefix.startswith("Unassigned") else prefix
-        kinds |= {f"{prefix}{number:05d}": kind for number in range(1, N_CONTROLS + 1)}
+        kinds |= {f"{prefix}{control:05d}": kind for control in range(1, N_CONTROLS + 1)}
     return pd.Series(kinds)
 
 

@@ -64,7 +64,7 @@ class Cells:
         numbers = np.arange(1, len(nuclei) + 1)
         self.ids = numbers.astype(np.int32)
         if version != "1.0":
-            self.ids = np.array([_cell_id(int(number)) for number in numbers])
+            self.ids = np.array([_cell_id(int(value)) for value in numbers])
         self.barcodes = pd.Index(self.ids.astype(str), name="cell_id")
 
     def _radii(self) -> np.ndarray:
@@ -101,8 +101,8 @@ class Cells:
         sector = (np.arctan2(away[:, 1], away[:, 0]) % (2.0 * np.pi) // step).astype(int) % len(DIRECTIONS)
         following = (sector + 1) % len(DIRECTIONS)
         start, end = (
-            self.radii[cells, number, None] * np.column_stack([np.cos(DIRECTIONS[number]), np.sin(DIRECTIONS[number])])
-            for number in (sector, following)
+            self.radii[cells, corner, None] * np.column_stack([np.cos(DIRECTIONS[corner]), np.sin(DIRECTIONS[corner])])
+            for corner in (sector, following)
         )
         edge, to_point = end - start, away - start
         return edge[:, 0] * to_point[:, 1] - edge[:, 1] * to_point[:, 0] >= 0.0
@@ -178,9 +178,9 @@ class Cells:
         pq.write_table(pa.table(columns), path)
 
 
-def _cell_id(number: int) -> str:
+def _cell_id(value: int) -> str:
     """Return a cell id in the 10x Genomics form: eight letters, a for 0 to p for 15, and data set 1."""
-    return "".join(chr(ord("a") + int(digit, 16)) for digit in f"{number:08x}") + "-1"
+    return "".join(chr(ord("a") + int(digit, 16)) for digit in f"{value:08x}") + "-1"
 
 
 def draw_proteins(tissue: Tissue, nuclei: np.ndarray, genes: pd.DataFrame, barcodes: pd.Index) -> pd.DataFrame:
@@ -188,5 +188,5 @@ def draw_proteins(tissue: Tissue, nuclei: np.ndarray, genes: pd.DataFrame, barco
     mean = np.exp(log_mean(tissue, nuclei[:, :2], genes))
     generator = np.random.default_rng([tissue.seed, 35])
     drawn = mean * generator.gamma(PROTEIN_SHAPE, 1.0 / PROTEIN_SHAPE, mean.shape)
-    names = [f"AG{number:02d}" for number in range(1, len(genes) + 1)]
+    names = [f"AG{protein:02d}" for protein in range(1, len(genes) + 1)]
     return pd.DataFrame(np.rint(drawn * PROTEIN_SCALE) / PROTEIN_SCALE, index=barcodes, columns=names)

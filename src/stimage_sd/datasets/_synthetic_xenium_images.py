@@ -134,8 +134,8 @@ def write_ome_pyramid(
     # The finest level has to be first in the file, so the coarser levels are kept on disk.
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, tifffile.TiffWriter(path, ome=True) as writer:
         coarser = [
-            np.memmap(Path(scratch) / str(number), dtype=dtype, mode="w+", shape=size)
-            for number, size in enumerate(shapes[1:])
+            np.memmap(Path(scratch) / str(index), dtype=dtype, mode="w+", shape=size)
+            for index, size in enumerate(shapes[1:])
         ]
         writer.write(_finest(strips, coarser), shape=shape, subifds=len(coarser), metadata=dict(metadata), **common)
         for level in coarser:
@@ -147,11 +147,11 @@ def _finest(strips: Iterable[np.ndarray], coarser: list[np.memmap]) -> Iterator[
     tops = [0] * len(coarser)
     for strip in strips:
         rows = strip
-        for number, level in enumerate(coarser):
+        for index, level in enumerate(coarser):
             width, height = level.shape[1], rows.shape[0] // 2
             rows = cv2.resize(rows[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
-            level[tops[number] : tops[number] + height] = rows
-            tops[number] += height
+            level[tops[index] : tops[index] + height] = rows
+            tops[index] += height
         yield from _tiles(strip)
 
 

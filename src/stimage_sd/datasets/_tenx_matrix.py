@@ -58,5 +58,5 @@ def write_10x_h5(
         features["_all_tag_keys"] = np.array([b"genome"])
         features["feature_type"] = np.array([kind.encode() for kind in types])
         features["genome"] = np.full(len(genes), b"synthetic")
-        features["id"] = np.array([f"SYNG{number:011d}".encode() for number in range(1, len(genes) + 1)])
+        features["id"] = np.array([f"SYNG{gene:011d}".encode() for gene in range(1, len(genes) + 1)])
         features["name"] = genes.to_numpy().astype("S")

@@ -75,8 +75,8 @@ class Tissue:
 
     def field(self, name: str) -> np.ndarray:
         """Return a field ``(GRID, GRID)``, uniform on 0 to 1: ``density``, ``size``, ``stroma`` or ``angle``."""
-        number = ("density", "size", "stroma", "angle").index(name)
-        noise = np.random.default_rng([self.seed, number]).standard_normal((GRID, GRID))
+        index = ("density", "size", "stroma", "angle").index(name)
+        noise = np.random.default_rng([self.seed, index]).standard_normal((GRID, GRID))
         smooth = _smooth(noise, (SMOOTHNESS * GRID, SMOOTHNESS * GRID))
         return special.ndtr((smooth - smooth.mean()) / smooth.std()).astype(np.float32)
 
@@ -143,7 +143,7 @@ class _Painter:
         self.inside = inside.reshape(GRID, GRID).astype(np.float32)
         self.stroma = tissue.field("stroma")
         self.reach = reach
-        self.fibers, self.grain = (_texture(tissue.seed, number) for number in (0, 1))
+        self.fibers, self.grain = (_texture(tissue.seed, stream) for stream in (0, 1))
         concentration = np.arange(256)[:, None] / 128.0
         self.hematoxylin = (255.0 * np.exp(-concentration * stain.hematoxylin)).round().astype(np.uint8)
         self.eosin = (stain.background * np.exp(-concentration * stain.eosin)).round().astype(np.uint8)
@@ -222,13 +222,13 @@ def scatter_nuclei(tissue: Tissue, reach: float) -> np.ndarray:
     return nuclei[np.argsort(nuclei[:, 1], kind="stable")]
 
 
-def _texture(seed: int, number: int) -> list[np.ndarray]:
+def _texture(seed: int, stream: int) -> list[np.ndarray]:
     """Return periodic textures, ``uint8``: wavy fibers (0) or fine grain (1)."""
     made = []
     for side in TEXTURES:
-        generator = np.random.default_rng([seed, 8 + number, side])
+        generator = np.random.default_rng([seed, 8 + stream, side])
         noise = generator.standard_normal((side, side)).astype(np.float32)
-        texture = _smooth(noise, (1.3, 1.3)) if number == 1 else _fibers(noise, generator)
+        texture = _smooth(noise, (1.3, 1.3)) if stream == 1 else _fibers(noise, generator)
         texture = (texture - texture.mean()) / texture.std()
         made.append(np.clip(128.0 + 52.0 * texture, 0.0, 255.0).astype(np.uint8))
     return made

@@ -53,8 +53,8 @@ def draw_genes(n_genes: int, seed: int) -> pd.DataFrame:
     leading = np.arange(n_signal) % len(FIELDS)
     signs = generator.choice([-1.0, 1.0], n_signal)
     coefficients[np.arange(n_signal), leading] = signs * generator.uniform(0.5, 1.0, n_signal)
-    names = [f"SIGNAL{number:03d}" for number in range(1, n_signal + 1)]
-    names += [f"NOISE{number:03d}" for number in range(1, n_noise + 1)]
+    names = [f"SIGNAL{gene:03d}" for gene in range(1, n_signal + 1)]
+    names += [f"NOISE{gene:03d}" for gene in range(1, n_noise + 1)]
     frame = pd.DataFrame(
         np.vstack([coefficients, np.zeros((n_noise, len(FIELDS)))]),
         columns=list(FIELDS),

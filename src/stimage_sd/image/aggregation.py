@@ -126,16 +126,16 @@ def polygons(rings: Sequence[Sequence[ArrayLike]]) -> Regions:
         raise ValueError("Expected at least one polygon, found none.")
     edges = []
     bounds = np.empty((len(rings), 4))
-    for number, region in enumerate(rings):
+    for index, region in enumerate(rings):
         parts = [np.asarray(ring, dtype=np.float64) for ring in region]
         if not parts or any(part.ndim != 2 or part.shape[1] != 2 or len(part) < 3 for part in parts):
             raise ValueError(
-                f"Expected rings of three or more vertices (x, y), found a ring of another shape in polygon {number}."
+                f"Expected rings of three or more vertices (x, y), found a ring of another shape in polygon {index}."
             )
         vertices = np.concatenate(parts)
         if not np.isfinite(vertices).all():
-            raise ValueError(f"Expected finite vertices, found NaN or infinity in polygon {number}.")
-        bounds[number] = *vertices.min(axis=0), *vertices.max(axis=0)
+            raise ValueError(f"Expected finite vertices, found NaN or infinity in polygon {index}.")
+        bounds[index] = *vertices.min(axis=0), *vertices.max(axis=0)
         edges.append(np.concatenate([_edges(part) for part in parts]))
     return _sorted_into_grid(bounds, edges=edges)
 
@@ -151,7 +151,7 @@ def _edges(ring: np.ndarray) -> np.ndarray:
 
 def _sorted_into_slabs(bounds: np.ndarray, edges: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     """Return edges by slab, first edge of each slab, first slab of each region, and slabs per unit of y."""
-    n_edges = np.array([len(found) for found in edges])
+    n_edges = np.array([len(touched) for touched in edges])
     n_slabs = np.clip(n_edges // 2, 1, _MOST_SLABS)
     start = np.concatenate([[0], np.cumsum(n_slabs)]).astype(np.int64)
     heights = bounds[:, 3] - bounds[:, 1]
@@ -318,9 +318,9 @@ def _in_bounds(bounds: np.ndarray, region: int, x: float, y: float) -> bool:
 @numba.njit(nogil=True, cache=True)
 def _in_polygon(edge: np.ndarray, first: int, last: int, x: float, y: float) -> bool:
     inside = False
-    for number in range(first, last):
-        if edge[number, 1] <= y < edge[number, 2]:
-            inside ^= x < edge[number, 0] + (y - edge[number, 1]) * edge[number, 3]
+    for index in range(first, last):
+        if edge[index, 1] <= y < edge[index, 2]:
+            inside ^= x < edge[index, 0] + (y - edge[index, 1]) * edge[index, 3]
     return inside
 
 
@@ -342,7 +342,7 @@ def _point_pairs(
     slab_start, slabs_per_unit = regions.slab_start, regions.slabs_per_unit
     left, lower = regions.corner
     cell, rows, columns = regions.cell, regions.rows, regions.columns
-    found, region, label = 0, np.empty(len(x) // 3, dtype=np.int32), np.empty(len(x) // 3, dtype=np.int32)
+    n_pairs, region, label = 0, np.empty(len(x) // 3, dtype=np.int32), np.empty(len(x) // 3, dtype=np.int32)
     for point in range(len(x)):
         if labels[point] < 0:
             continue
@@ -354,40 +354,40 @@ def _point_pairs(
             continue
         here = int(row) * columns + int(column)
         for place in range(member_start[here], member_start[here + 1]):
-            number = member[place]
+            candidate = member[place]
             if len(circle):
-                inside = _in_circle(circle, number, there_x, there_y)
-            elif _in_bounds(bounds, number, there_x, there_y):
-                slab = slab_start[number] + int((there_y - bounds[number, 1]) * slabs_per_unit[number])
-                slab = min(slab, slab_start[number + 1] - 1)
+                inside = _in_circle(circle, candidate, there_x, there_y)
+            elif _in_bounds(bounds, candidate, there_x, there_y):
+                slab = slab_start[candidate] + int((there_y - bounds[candidate, 1]) * slabs_per_unit[candidate])
+                slab = min(slab, slab_start[candidate + 1] - 1)
                 inside = _in_polygon(edge, edge_start[slab], edge_start[slab + 1], there_x, there_y)
             else:
                 inside = False
             if inside:
-                if found == len(region):
+                if n_pairs == len(region):
                     region, label = _longer(region), _longer(label)
-                region[found], label[found] = number, labels[point]
-                found += 1
-    return region[:found], label[:found]
+                region[n_pairs], label[n_pairs] = candidate, labels[point]
+                n_pairs += 1
+    return region[:n_pairs], label[:n_pairs]
 
 
 @numba.njit(nogil=True, cache=True)
 def _pixel_pairs(regions: Regions, height: int, width: int, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return region and number of every pixel with its center in a region, row by row."""
     numbers = np.arange(width, dtype=np.int32)
-    found, region, pixel = 0, np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
+    n_pairs, region, pixel = 0, np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64)
     for row in range(height):
         ordinate = np.full(width, row + 0.5)
         regions_here, columns = _point_pairs(regions, numbers + 0.5, ordinate, numbers, matrix)
-        while found + len(columns) > len(region):
+        while n_pairs + len(columns) > len(region):
             region, pixel = _longer(region), _longer(pixel)
-        region[found : found + len(columns)] = regions_here
-        pixel[found : found + len(columns)] = columns + np.int64(row) * width
-        found += len(columns)
-    return region[:found], pixel[:found]
+        region[n_pairs : n_pairs + len(columns)] = regions_here
+        pixel[n_pairs : n_pairs + len(columns)] = columns + np.int64(row) * width
+        n_pairs += len(columns)
+    return region[:n_pairs], pixel[:n_pairs]
 
 
 @numba.njit(nogil=True, cache=True)
 def _add_pixels(values: np.ndarray, region: np.ndarray, pixel: np.ndarray, sums: np.ndarray) -> None:
-    for number in range(len(region)):
-        sums[region[number]] += values[pixel[number]]
+    for pair in range(len(region)):
+        sums[region[pair]] += values[pixel[pair]]

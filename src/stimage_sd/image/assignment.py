@@ -60,7 +60,7 @@ def _of_group(
     (own_rows, row), (own_columns, column) = (np.unique(of[pairs], return_inverse=True) for of in (rows, columns))
     # a cost so high that one more pair always pays off
     far = 2.0 * most * (min(len(own_rows), len(own_columns)) + 1)
-    table, number = np.full((len(own_rows), len(own_columns)), far), np.full((len(own_rows), len(own_columns)), -1)
-    table[row, column], number[row, column] = cost[pairs], pairs
-    chosen = number[linear_sum_assignment(table)]
+    table, pair_at = np.full((len(own_rows), len(own_columns)), far), np.full((len(own_rows), len(own_columns)), -1)
+    table[row, column], pair_at[row, column] = cost[pairs], pairs
+    chosen = pair_at[linear_sum_assignment(table)]
     return np.asarray(chosen[chosen >= 0], dtype=np.int64)

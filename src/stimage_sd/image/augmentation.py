@@ -53,9 +53,9 @@ def augment(
     gains = random.normal(1.0, stain_jitter, (len(tiles), 3))
     shifts = random.normal(0.0, stain_jitter / 10, (len(tiles), 3))
     out = np.empty_like(tiles)
-    for number, tile in enumerate(tiles):
-        turned = np.rot90(tile[:, ::-1] if mirrored[number] else tile, turns[number])
-        out[number] = _jitter(turned, gains[number], shifts[number]) if stain_jitter else turned
+    for index, tile in enumerate(tiles):
+        turned = np.rot90(tile[:, ::-1] if mirrored[index] else tile, turns[index])
+        out[index] = _jitter(turned, gains[index], shifts[index]) if stain_jitter else turned
     return out
 
 

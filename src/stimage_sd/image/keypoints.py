@@ -101,14 +101,14 @@ def detect(picture: Picture, *, most: int = _MOST_FEATURES) -> Features:
     for core, around in busy:
         mask = np.zeros_like(border[around])
         mask[inner(core, around)] = 1 - border[core]
-        keypoints, found = sift.detectAndCompute(picture.contrast[around], mask)
+        keypoints, described = sift.detectAndCompute(picture.contrast[around], mask)
         if not keypoints:
             continue
         offset = (around[1].start + 0.5, around[0].start + 0.5)
         rows.append(
             np.array([(k.pt[0] + offset[0], k.pt[1] + offset[1], np.deg2rad(k.angle), k.size) for k in keypoints])
         )
-        descriptors.append(np.sqrt(found / np.maximum(found.sum(axis=1, keepdims=True), 1e-9)))
+        descriptors.append(np.sqrt(described / np.maximum(described.sum(axis=1, keepdims=True), 1e-9)))
     table = np.concatenate(rows)
     return Features(table[:, :2], table[:, 2], table[:, 3], np.concatenate(descriptors))
 

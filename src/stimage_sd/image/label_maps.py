@@ -166,13 +166,13 @@ def trace_objects(
     numbers, compact = _compact(labels)
     boxes = ndimage.find_objects(compact)
     outlines = []
-    for number in np.searchsorted(numbers, chosen):
-        rows, columns = boxes[number]
-        piece = (compact[rows, columns] == number + 1).astype(np.uint8)
+    for index in np.searchsorted(numbers, chosen):
+        rows, columns = boxes[index]
+        piece = (compact[rows, columns] == index + 1).astype(np.uint8)
         piece = cv2.copyMakeBorder(piece, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
         offset = (columns.start - 1, rows.start - 1)
-        found = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
-        longest = found[0] if len(found) == 1 else max(found, key=lambda contour: cv2.arcLength(contour, True))
+        contours = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
+        longest = contours[0] if len(contours) == 1 else max(contours, key=lambda contour: cv2.arcLength(contour, True))
         outlines.append(cv2.approxPolyDP(longest, tolerance, True)[:, 0])
     return outlines
 

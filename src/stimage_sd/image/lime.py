@@ -185,15 +185,15 @@ def fit_surrogate(
     base = LimeBase(partial(_kernel, width=kernel_width), random_state=0)
     distances = pairwise_distances(shown, shown[:1], metric="cosine").ravel()
     n_outputs = outputs.shape[1]
-    found = Surrogate(np.zeros((shown.shape[1], n_outputs)), np.zeros(n_outputs), np.zeros(n_outputs))
-    for number in range(n_outputs):
+    surrogate = Surrogate(np.zeros((shown.shape[1], n_outputs)), np.zeros(n_outputs), np.zeros(n_outputs))
+    for output in range(n_outputs):
         intercept, chosen, score, _ = base.explain_instance_with_data(
-            shown, outputs, distances, number, n_features, feature_selection=feature_selection
+            shown, outputs, distances, output, n_features, feature_selection=feature_selection
         )
         for segment, weight in chosen:
-            found.weights[segment, number] = weight
-        found.intercepts[number], found.scores[number] = intercept, score
-    return found
+            surrogate.weights[segment, output] = weight
+        surrogate.intercepts[output], surrogate.scores[output] = intercept, score
+    return surrogate
 
 
 def _kernel(distances: np.ndarray, width: float) -> np.ndarray:

@@ -82,13 +82,13 @@ def nuclei_graphs(tiles: NDArray[np.uint8], *, n_nuclei: int = 128, n_neighbors:
     graphs = NucleiGraphs(
         np.zeros((*shape, len(FEATURES)), np.float32), np.zeros(shape, bool), np.zeros((*shape, n_nuclei), bool)
     )
-    for number, tile in enumerate(tiles):
+    for row, tile in enumerate(tiles):
         places, features = _measured(np.ascontiguousarray(tile))
         middle = np.array(tile.shape[:2]) / 2
         chosen = np.argsort(np.linalg.norm(places - middle, axis=1), kind="stable")[:n_nuclei]
-        graphs.features[number, : len(chosen)] = features[chosen]
-        graphs.present[number, : len(chosen)] = True
-        graphs.edges[number, : len(chosen), : len(chosen)] = _links(places[chosen], n_neighbors)
+        graphs.features[row, : len(chosen)] = features[chosen]
+        graphs.present[row, : len(chosen)] = True
+        graphs.edges[row, : len(chosen), : len(chosen)] = _links(places[chosen], n_neighbors)
     return graphs
 
 
@@ -126,8 +126,8 @@ def _links(places: np.ndarray, n_neighbors: int) -> np.ndarray:
     wanted = min(n_neighbors, len(places) - 1)
     if wanted < 1:
         return links
-    found = cKDTree(places).query(places, k=wanted + 1)[1]
-    links[np.arange(len(places))[:, None], found] = True
+    nearest = cKDTree(places).query(places, k=wanted + 1)[1]
+    links[np.arange(len(places))[:, None], nearest] = True
     np.fill_diagonal(links, False)
     return links | links.T
 
@@ -163,9 +163,7 @@ def _measured(tile: NDArray[np.uint8]) -> tuple[np.ndarray, np.ndarray]:
     down, right = rows - places[owner, 0], columns - places[owner, 1]
     major, minor = axes_lengths(mean(down**2), mean(right**2), mean(down * right))
     perimeter = np.bincount(owner, _at_edge(labels)[rows, columns])
-    boxes = [
-        (found[0].stop - found[0].start) * (found[1].stop - found[1].start) for found in ndimage.find_objects(labels)
-    ]
+    boxes = [(box[0].stop - box[0].start) * (box[1].stop - box[1].start) for box in ndimage.find_objects(labels)]
     gradient = np.hypot(cv2.Sobel(stain, cv2.CV_32F, 1, 0), cv2.Sobel(stain, cv2.CV_32F, 0, 1))[rows, columns]
     amount = stain[rows, columns].astype(np.float64)
     density = -np.log((tile[rows, columns] + 1.0) / 256)

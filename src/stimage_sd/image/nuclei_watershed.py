@@ -266,14 +266,14 @@ def _disc(radius: int) -> NDArray[np.uint8]:
 def _opened(labels: NDArray[np.int32], radius: int) -> NDArray[np.int32]:
     """Open each nucleus separately, which removes spurs that touch another nucleus; keep the largest piece."""
     opened, disc = np.zeros_like(labels), _disc(radius)
-    for number, box in enumerate(ndimage.find_objects(labels), 1):
+    for label, box in enumerate(ndimage.find_objects(labels), 1):
         # include a margin, so that only the image border is not an edge
         around = tuple(slice(max(0, part.start - radius - 1), part.stop + radius + 1) for part in box)
-        piece = cv2.morphologyEx((labels[around] == number).astype(np.uint8), cv2.MORPH_OPEN, disc)
+        piece = cv2.morphologyEx((labels[around] == label).astype(np.uint8), cv2.MORPH_OPEN, disc)
         count, pieces, statistics, _ = cv2.connectedComponentsWithStats(piece, connectivity=8)
         if count > 2:
             piece = pieces == 1 + np.argmax(statistics[1:, cv2.CC_STAT_AREA])
-        opened[around][piece > 0] = number
+        opened[around][piece > 0] = label
     return opened
 
 

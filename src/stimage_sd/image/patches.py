@@ -81,13 +81,13 @@ def _rich_points(fixed: Picture) -> np.ndarray:
     richness[cv2.boxFilter(padding, -1, (2 * margin, 2 * margin)) > 5] = 0  # a fiftieth of the area
     inside = richness[margin : height - margin, margin : width - margin]
     cell = max(PATCH // 2, int(np.sqrt(inside.size / (4 * _MOST_PATCHES))))
-    found = []
+    points = []
     for top in range(0, inside.shape[0], cell):
         for left in range(0, inside.shape[1], cell):
             block = inside[top : top + cell, left : left + cell]
             row, column = np.unravel_index(int(block.argmax()), block.shape)
-            found.append((block[row, column], left + column + margin, top + row + margin))
-    table = np.array(found)
+            points.append((block[row, column], left + column + margin, top + row + margin))
+    table = np.array(points)
     # patches with less than half the richness of the richest are glass or have no nuclei
     table = table[table[:, 0] > 0.5 * np.percentile(table[:, 0], 95)]
     chosen = table if len(table) <= _MOST_PATCHES else table[np.linspace(0, len(table) - 1, _MOST_PATCHES).astype(int)]

@@ -242,8 +242,8 @@ def count_small_regions(rgb: np.ndarray, glass: np.ndarray, excluded: np.ndarray
     near = cv2.dilate(excluded.astype(np.uint8), disk(3)) > 0
     tissue = (optical_density(rgb, glass).mean(axis=2) > LEAST_TISSUE) & ~near
     _, _, statistics, _ = cv2.connectedComponentsWithStats(tissue.astype(np.uint8), connectivity=8)
-    found = statistics[1:, cv2.CC_STAT_AREA]
-    return int(((found >= areas[0]) & (found < areas[1])).sum())
+    sizes = statistics[1:, cv2.CC_STAT_AREA]
+    return int(((sizes >= areas[0]) & (sizes < areas[1])).sum())
 
 
 def without_small(mask: np.ndarray, least: float) -> np.ndarray:

@@ -156,8 +156,8 @@ def agree(
         return nothing
     shift = end[first] - factor * start[first]
     score = np.empty(len(factor))
-    for number in range(0, len(factor), 256):
-        block = slice(number, number + 256)
+    for begin in range(0, len(factor), 256):
+        block = slice(begin, begin + 256)
         away = np.abs(factor[block, None] * start + shift[block, None] - end)
         score[block] = np.maximum(1 - (away / tolerance) ** 2, 0).sum(axis=1)
     best = int(score.argmax())
@@ -254,11 +254,11 @@ def align(
     """
     best = Alignment(np.eye(3))
     for candidate in _candidates(moving, fixed, seed=seed):
-        found = _refine(moving, fixed, candidate, kind=kind, tolerance=tolerance, seed=seed)
-        if accept(found):
-            return found
-        if (found.n_inliers, found.n_matches) > (best.n_inliers, best.n_matches):
-            best = found
+        refined = _refine(moving, fixed, candidate, kind=kind, tolerance=tolerance, seed=seed)
+        if accept(refined):
+            return refined
+        if (refined.n_inliers, refined.n_matches) > (best.n_inliers, best.n_matches):
+            best = refined
     return best
 
 
@@ -266,20 +266,20 @@ def _candidates(moving: Picture, fixed: Picture, *, seed: int) -> Iterator[Align
     """Yield coarse alignments by features, better polarity first per resolution, mirrored images last."""
     pairs: list[tuple[Features, Features, np.ndarray, np.ndarray]] = []
     for mirrored in (False, True):
-        for number, side in enumerate(_COARSE_SIDES):
-            if number == len(pairs):  # computed on demand, because the first resolution is usually enough
+        for index, side in enumerate(_COARSE_SIDES):
+            if index == len(pairs):  # computed on demand, because the first resolution is usually enough
                 coarse = [picture.shrunk(max(picture.contrast.shape) / side) for picture in (moving, fixed)]
                 shrink, grow = coarse[0].scale_from(moving), np.linalg.inv(coarse[1].scale_from(fixed))
                 pairs.append((detect(coarse[0]), detect(coarse[1]), shrink, grow))
-            mine, theirs, shrink, grow = pairs[number]
-            found = []
+            mine, theirs, shrink, grow = pairs[index]
+            candidates = []
             for inverted in (False, True):
                 seen = mine.mirrored() if mirrored else mine
                 matrix, n_matches = _agree_on_features(seen.inverted() if inverted else seen, theirs, seed=seed)
                 matrix = grow @ matrix @ np.diag([1.0, -1.0 if mirrored else 1.0, 1.0]) @ shrink
-                found.append(Alignment(matrix, n_matches=n_matches, mirrored=mirrored, inverted=inverted))
-            found.sort(key=lambda candidate: -candidate.n_matches)
-            yield from (candidate for candidate in found if candidate.n_matches >= _FEWEST_MATCHES)
+                candidates.append(Alignment(matrix, n_matches=n_matches, mirrored=mirrored, inverted=inverted))
+            candidates.sort(key=lambda candidate: -candidate.n_matches)
+            yield from (candidate for candidate in candidates if candidate.n_matches >= _FEWEST_MATCHES)
 
 
 def _agree_on_features(moving: Features, fixed: Features, *, seed: int) -> tuple[np.ndarray, int]:
@@ -303,12 +303,12 @@ def _refine(
         shrink = small.scale_from(fixed)
         source, target = find_patches(moving, small, shrink @ matrix, inverted=start.inverted)
         source, target = apply(side, source), apply(np.linalg.inv(shrink), target)
-        found, inliers = agree(source, target, tolerance=tolerance * factor, seed=seed)
+        transform, inliers = agree(source, target, tolerance=tolerance * factor, seed=seed)
         if inliers.sum() < _FEWEST_MATCHES:
             continue
         if kind == "affine" and inliers.sum() >= 4 * _FEWEST_MATCHES:
-            found, _ = settle(source, target, found, kind=kind, tolerance=tolerance * factor)
-        matrix = found @ side
+            transform, _ = settle(source, target, transform, kind=kind, tolerance=tolerance * factor)
+        matrix = transform @ side
     source, target = find_patches(moving, fixed, matrix, inverted=start.inverted)
     judged = _judge(replace(start, matrix=matrix @ side), apply(side, source), target, kind=kind, tolerance=tolerance)
     return replace(judged, matrix=judged.matrix @ side)
@@ -323,8 +323,8 @@ def _judge(
     matrix, inliers = settle(source, target, alignment.matrix, kind=kind, tolerance=tolerance)
     fold = np.arange(len(source)) % 5
     away = np.empty(len(source))
-    for number in range(5):
-        others = fold != number
+    for part in range(5):
+        others = fold != part
         partial, _ = settle(source[others], target[others], alignment.matrix, kind=kind, tolerance=tolerance)
         away[~others] = np.linalg.norm(apply(partial, source[~others]) - target[~others], axis=1)
     return replace(

@@ -65,11 +65,8 @@ def tissue_statistics(tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     >>> tissue_statistics(np.full((2, 64, 64, 3), 255, np.uint8)).shape
     (2, 66)
     """
-    return np.stack([_tile(np.ascontiguousarray(tile)) for tile in tiles]) if len(tiles) else _none()
-
-
-def _none() -> NDArray[np.float32]:
-    return np.empty((0, N_STATISTICS), dtype=np.float32)
+    rows = [_tile(np.ascontiguousarray(tile)) for tile in tiles]
+    return np.stack(rows) if rows else np.empty((0, N_STATISTICS), dtype=np.float32)
 
 
 def _tile(tile: NDArray[np.uint8]) -> NDArray[np.float32]:

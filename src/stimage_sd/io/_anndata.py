@@ -16,7 +16,7 @@ from stimage_sd import contract
 from stimage_sd.io._anndata_image import Library, Picture, find_library, open_picture, positions_of
 from stimage_sd.io._anndata_table import find_counts, part_proteins, table_of
 from stimage_sd.io._section import assemble, check_mpp, check_unique
-from stimage_sd.io._visium import TOLERANCE
+from stimage_sd.io._space_ranger import TOLERANCE
 from stimage_sd.stats.lattice import visium_pitch_px
 
 if TYPE_CHECKING:

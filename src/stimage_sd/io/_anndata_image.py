@@ -15,7 +15,7 @@ from anndata import AnnData
 from numpy.typing import NDArray
 
 from stimage_sd.io._raster import open_raster, raster_from_array
-from stimage_sd.io._visium import TOLERANCE
+from stimage_sd.io._space_ranger import TOLERANCE
 
 #: scale factors that Space Ranger writes beside ``spot_diameter_fullres`` and other tools do not
 _OF_SPACE_RANGER = ("fiducial_diameter_fullres", "tissue_hires_scalef")
@@ -242,8 +242,8 @@ def _size_as_implied(picture: Picture, library: Library) -> bool | None:
     implied = library.full_size()
     if implied is None or picture.is_crop:
         return None
-    found = [size / scale for size, scale in zip(picture.size()[::-1], picture.scale[::-1], strict=True)]
-    return all(abs(size / wanted - 1.0) <= TOLERANCE for size, wanted in zip(found, implied, strict=True))
+    sides = [size / scale for size, scale in zip(picture.size()[::-1], picture.scale[::-1], strict=True)]
+    return all(abs(size / wanted - 1.0) <= TOLERANCE for size, wanted in zip(sides, implied, strict=True))
 
 
 def _check_size(picture: Picture, library: Library) -> None:

@@ -61,12 +61,12 @@ def find_counts(adata: AnnData, layer: str | None) -> Counts:
     refusals = []
     for search in searches:
         try:
-            found = search()
+            candidate = search()
         except ValueError as error:
             refusals.append(str(error))
             continue
-        if found is not None:
-            return found
+        if candidate is not None:
+            return candidate
     raise ValueError(
         f"Expected raw counts in `layers['counts']`, `X` or `raw.X` of `adata`, found none. {' '.join(refusals)} "
         "Name a layer with `layer=`."
@@ -91,13 +91,13 @@ def part_proteins(adata: AnnData, layer: str | None) -> tuple[AnnData, AnnData |
 def _intensities(part: AnnData, layer: str | None) -> tuple[Any, pd.DataFrame]:
     """Return the counts of antibodies, or else their ``X``, and their ``var``."""
     try:
-        found = find_counts(part, layer)
+        counts = find_counts(part, layer)
     except ValueError:
         return part.X, part.var
-    if found.of_raw:
-        return found.values, part.raw.var
-    in_layer = found.layer is not None and found.layer_values is None
-    values = found.values if found.values is not None else found.layer_values
+    if counts.of_raw:
+        return counts.values, part.raw.var
+    in_layer = counts.layer is not None and counts.layer_values is None
+    values = counts.values if counts.values is not None else counts.layer_values
     return part.layers[layer or "counts"] if in_layer else values, part.var
 
 
@@ -164,17 +164,17 @@ def _allowed(name: Any) -> str:
 def _allowed_names(names: Iterable[Any], instead: Mapping[str, str] | None = None) -> dict[Any, str]:
     """Map names to names in the section. SpatialData needs names unique without regard to case."""
     instead = instead or {}
-    found: dict[Any, str] = {}
+    allowed: dict[Any, str] = {}
     taken = {name.lower() for name in instead}
     for name in names:
         base = new = instead.get(name, _allowed(name))
-        number = 0
+        suffix = 0
         while new.lower() in taken:
-            number += 1
-            new = f"{base}_{number}"
+            suffix += 1
+            new = f"{base}_{suffix}"
         taken.add(new.lower())
-        found[name] = new
-    return found
+        allowed[name] = new
+    return allowed
 
 
 def _warn_of_names(names: Mapping[str, Mapping[Any, str]]) -> None:

@@ -195,7 +195,7 @@ def read_cells(path: Path, wanted: Collection[str] = ()) -> CellTable:
     ids = pd.RangeIndex(len(frame)) if identity is None else _as_ids(frame.iloc[:, identity])
     check_unique(ids.astype(str), what="cell id", where=str(path))
     left_out = {across, down, identity, *channels}
-    rest = [number for number in range(len(raw)) if number not in left_out]
+    rest = [column for column in range(len(raw)) if column not in left_out]
     return CellTable(
         path=path,
         ids=ids,
@@ -204,9 +204,9 @@ def read_cells(path: Path, wanted: Collection[str] = ()) -> CellTable:
         areas=None if area is None else _positive(_numbers(frame, raw, [area], path)[:, 0], raw[area], path),
         area_unit=area_unit,
         intensities=_numbers(frame, raw, list(channels), path).astype(np.float32),
-        columns=[raw[number] for number in channels],
+        columns=[raw[column] for column in channels],
         channels=list(channels.values()),
-        others=frame.iloc[:, rest].set_axis([short[number] for number in rest], axis=1),
+        others=frame.iloc[:, rest].set_axis([short[column] for column in rest], axis=1),
     )
 
 
@@ -233,9 +233,9 @@ def _read_text(path: Path) -> pd.DataFrame:
         ) from error
     last = [] if compressed else _last_row(path, separator, encoding)
     if len(names) != frame.shape[1] or not isinstance(frame.index, pd.RangeIndex) or len(last) not in (0, len(names)):
-        found = len(last) if len(last) not in (0, len(names)) else "another number of"
+        n_values = len(last) if len(last) not in (0, len(names)) else "another number of"
         raise ValueError(
-            f"Expected {len(names)} values per row in {path}, as its header has, found {found} values. The file is "
+            f"Expected {len(names)} values per row in {path}, as its header has, found {n_values} values. The file is "
             "truncated or not what its header says; copy or export it again."
         )
     # Undo pandas' suffixes: repeated names get theirs later, together with the image's names.
@@ -312,29 +312,29 @@ def _find_positions(short: list[str], path: Path) -> tuple[int, int, Unit]:
 
 
 def _find_area(short: list[str]) -> tuple[int | None, Unit]:
-    return next(((number, unit) for name, unit in AREAS if (number := _find(short, name)) is not None), (None, "px"))
+    return next(((column, unit) for name, unit in AREAS if (column := _find(short, name)) is not None), (None, "px"))
 
 
 def _find_ids(frame: pd.DataFrame, short: list[str]) -> int | None:
     """Return the number of the id column: the first with unique values, or else the first."""
     names = {_plain(name): rank for rank, name in reversed(list(enumerate(IDS)))}
-    found = sorted((names[_plain(name)], number) for number, name in enumerate(short) if _plain(name) in names)
-    return next((n for _, n in found if frame.iloc[:, n].is_unique), found[0][1] if found else None)
+    ranked = sorted((names[_plain(name)], column) for column, name in enumerate(short) if _plain(name) in names)
+    return next((n for _, n in ranked if frame.iloc[:, n].is_unique), ranked[0][1] if ranked else None)
 
 
 def _check_one_picture(
     frame: pd.DataFrame, raw: list[str], short: list[str], path: Path, others: tuple[str, ...]
 ) -> None:
     for name in PICTURES + others:
-        number = _find(short, name)
+        index = _find(short, name)
         # "region" is an image only in the CODEX Processor. Elsewhere it is an outlined tissue area.
-        if number is None or (name == "region" and not any(AKOYA.match(column) for column in raw)):
+        if index is None or (name == "region" and not any(AKOYA.match(column) for column in raw)):
             continue
-        found = frame.iloc[:, number].unique()
-        if len(found) > 1:
+        pictures = frame.iloc[:, index].unique()
+        if len(pictures) > 1:
             raise ValueError(
-                f"Expected the cells of one picture in {path}, found {len(found)} by column {raw[number]!r}: "
-                f"{found[:5].tolist()}. Write one table per picture, and read each table as a section."
+                f"Expected the cells of one picture in {path}, found {len(pictures)} by column {raw[index]!r}: "
+                f"{pictures[:5].tolist()}. Write one table per picture, and read each table as a section."
             )
 
 
@@ -342,11 +342,11 @@ def _find_channels(
     frame: pd.DataFrame, raw: list[str], short: list[str], *, used: set[int | None], wanted: Collection[str]
 ) -> dict[int, str]:
     """Return the numbers of the intensity columns with their channel names."""
-    akoya = {number: match for number, name in enumerate(raw) if (match := AKOYA.match(name))}
+    akoya = {column: match for column, name in enumerate(raw) if (match := AKOYA.match(name))}
     if akoya:
-        return {number: (match["name"] or "").strip() for number, match in akoya.items()}
+        return {column: (match["name"] or "").strip() for column, match in akoya.items()}
     for pattern in STATISTICS:
-        means = {number: match["name"] for number, name in enumerate(raw) if (match := pattern.match(name))}
+        means = {column: match["name"] for column, name in enumerate(raw) if (match := pattern.match(name))}
         if means:
             return means
     known = NOT_INTENSITIES | {_plain(name) for pair in POSITIONS for name in pair[:2]}
@@ -354,15 +354,15 @@ def _find_channels(
     if {"ar", "round"} <= {_plain(name) for name in short}:
         known |= {"ar", "round"}  # ImageJ's aspect ratio and roundness; AR without "round" is the androgen receptor
     candidates = {
-        number: name
-        for number, name in enumerate(short)
-        if number not in used and _is_measured(frame.iloc[:, number])
+        column: name
+        for column, name in enumerate(short)
+        if column not in used and _is_measured(frame.iloc[:, column])
         and (name in wanted or not (_plain(name) in known or NUMBERS.match(name) or _is_no_protein(name)))
     }  # fmt: skip
     stems = [_words(name) - {"mean"} for name in candidates.values() if "mean" in _words(name)]
     return {
-        number: name
-        for number, name in candidates.items()
+        column: name
+        for column, name in candidates.items()
         if name in wanted or not (_words(name) & REPEATS and _words(name) - REPEATS in stems)
     }
 
@@ -390,15 +390,15 @@ def _as_ids(values: pd.Series) -> pd.Index:
 def _numbers(frame: pd.DataFrame, raw: list[str], columns: list[int], path: Path) -> np.ndarray:
     """Return columns as finite float64, ``(n, n_columns)``."""
     values = np.empty((len(frame), len(columns)), dtype=np.float64)
-    for place, number in enumerate(columns):
-        column = frame.iloc[:, number]
+    for place, index in enumerate(columns):
+        column = frame.iloc[:, index]
         if not _is_measured(column):
-            raise ValueError(f"Expected numbers in column {raw[number]!r} of {path}, found text or nothing.")
+            raise ValueError(f"Expected numbers in column {raw[index]!r} of {path}, found text or nothing.")
         values[:, place] = column.to_numpy(dtype=np.float64)
         wrong = ~np.isfinite(values[:, place])
         if wrong.any():
             raise ValueError(
-                f"Expected finite numbers in column {raw[number]!r} of {path}, found {int(wrong.sum())} missing or "
+                f"Expected finite numbers in column {raw[index]!r} of {path}, found {int(wrong.sum())} missing or "
                 f"infinite, the first in row {int(np.argmax(wrong)) + 1}. Drop these cells, or export them again."
             )
     return values

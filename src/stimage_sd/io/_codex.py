@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import geopandas
 import numpy as np
@@ -150,11 +149,13 @@ def codex(
         multiplex = _name_channels(multiplex, channels, select=table is None, source=image)
     he = _open_he(he_image, alignment, table=table, multiplex=multiplex, pixel_um=pixel_um)
 
+    images = {} if he is None else {contract.IMAGE: contract.build_image(he.levels)}
+    if multiplex is not None:
+        images[contract.MULTIPLEX] = contract.build_multichannel(
+            multiplex.levels, channels=multiplex.channels, pixel_um=pixel_um
+        )
     sdata = SpatialData(
-        images={
-            **({} if he is None else {contract.IMAGE: contract.build_image(he.levels)}),
-            **({} if multiplex is None else {contract.MULTIPLEX: _build_multiplex(multiplex, pixel_um)}),
-        },
+        images=images,
         shapes={} if table is None else {contract.CELLS: _circles(table, pixel_um)},
     )
     contract.register(
@@ -275,8 +276,8 @@ def _proteins(table: CellTable, pixel_um: float, channels: Channels | None) -> A
         obs=obs,
         var=pd.DataFrame(
             {
-                "column": [table.columns[number] for number in numbers],
-                "blank": [BLANK.match(named[number]) is not None for number in numbers],
+                "column": [table.columns[index] for index in numbers],
+                "blank": [BLANK.match(named[index]) is not None for index in numbers],
             },
             index=pd.Index(chosen.values()),
         ),
@@ -318,18 +319,14 @@ def _choose(channels: Channels, spellings: list[list[str]], *, where: str) -> di
     chosen: dict[int, str] = {}
     missing = []
     for name, new in wanted.items():
-        number = next((names.index(name) for names in spellings if name in names), None)
-        if number is None:
+        column = next((names.index(name) for names in spellings if name in names), None)
+        if column is None:
             missing.append(name)
         else:
             # A channel found by its column name keeps its short name.
-            chosen[number] = str(new) if isinstance(channels, Mapping) else spellings[0][number]
+            chosen[column] = str(new) if isinstance(channels, Mapping) else spellings[0][column]
     if missing:
         raise ValueError(f"Expected the channels {missing} in {where}, found {spellings[0]}.")
     if len(set(chosen.values())) != len(wanted):
         raise ValueError(f"Expected every channel once in `channels`, found {wanted}.")
     return chosen
-
-
-def _build_multiplex(multiplex: MultichannelImage, pixel_um: float) -> Any:
-    return contract.build_multichannel(multiplex.levels, channels=multiplex.channels, pixel_um=pixel_um)

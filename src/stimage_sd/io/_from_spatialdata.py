@@ -198,13 +198,13 @@ def _gather_cells(sdata: SpatialData, table: str | None) -> tuple[str, AnnData] 
     if contract.CELLS in sdata or not contract.has_counts(sdata):
         return None
     name = table if table is not None else contract.counts_name(sdata)
-    found = gathered_cells(sdata, sdata.tables[name]) if name in sdata.tables else None
-    if found is None:
+    cells = gathered_cells(sdata, sdata.tables[name]) if name in sdata.tables else None
+    if cells is None:
         return None
     replaced = sdata.tables[name]
-    sdata.shapes[contract.CELLS] = found[0]
+    sdata.shapes[contract.CELLS] = cells[0]
     del sdata.tables[name]
-    sdata.tables[name] = found[1]
+    sdata.tables[name] = cells[1]
     return name, replaced
 
 
@@ -232,10 +232,10 @@ def _resolution(
 
 def _sample(sdata: SpatialData, sample: str | None) -> str:
     stated = contract.info(sdata)["sample"]
-    found = sample if sample is not None else stated
-    if not str(found) or "/" in str(found):
-        raise ValueError(f"Expected a sample id without a slash, which zarr stores cannot hold, found {found!r}.")
-    return str(found)
+    chosen = sample if sample is not None else stated
+    if not str(chosen) or "/" in str(chosen):
+        raise ValueError(f"Expected a sample id without a slash, which zarr stores cannot hold, found {chosen!r}.")
+    return str(chosen)
 
 
 def _platform(sdata: SpatialData) -> str:
@@ -246,8 +246,8 @@ def _platform(sdata: SpatialData) -> str:
 def _image(sdata: SpatialData, image: str | None) -> str | None:
     """Return the name of the H&E, or `None` for an object without color images."""
     if image is not None:
-        found = contract.find_image(sdata, image)
-        contract.check_rgb(sdata, found)
+        image_name = contract.find_image(sdata, image)
+        contract.check_rgb(sdata, image_name)
     else:
         stated = [sdata.attrs.get(key) for key in _IMAGE_ATTRIBUTES] + [contract.info(sdata)["image"]]
         known = [name for name in stated if name in contract.rgb_images(sdata)]
@@ -261,9 +261,9 @@ def _image(sdata: SpatialData, image: str | None) -> str | None:
         if not candidates:
             _check_no_other_colors(sdata)
             return None
-        found = candidates[0] if len(candidates) == 1 else _finest(sdata, candidates)
-    _check_alignment(sdata, found)
-    return found
+        image_name = candidates[0] if len(candidates) == 1 else _finest(sdata, candidates)
+    _check_alignment(sdata, image_name)
+    return image_name
 
 
 def _check_no_other_colors(sdata: SpatialData) -> None:

@@ -127,10 +127,10 @@ def read_geojson(
         )
     if object_types is not None:
         wanted = [object_types] if isinstance(object_types, str) else list(object_types)
-        found = Counter(row[OBJECT_TYPE] for row in rows)
+        counts = Counter(row[OBJECT_TYPE] for row in rows)
         rows = [row for row in rows if row[OBJECT_TYPE] in wanted]
         if not rows:
-            raise ValueError(f"Expected objects of type {wanted} in {path}, found {dict(found)}.")
+            raise ValueError(f"Expected objects of type {wanted} in {path}, found {dict(counts)}.")
     if not rows:
         raise ValueError(f"Expected areas in {path}, found {len(features)} objects and none with an area.")
     frame, n_repaired = repair(frame_of(rows))
@@ -305,9 +305,11 @@ def _classify(sdata: SpatialData, frame: gpd.GeoDataFrame, key: str, class_key: 
     frame[COLOR] = pd.Series([colors.get(name) if name is not None else None for name in names], frame.index, object)
 
 
-def _distinct_colors(number: int) -> list[str]:
+def _distinct_colors(n_colors: int) -> list[str]:
     """Return colors around the color wheel, with different brightness for neighbors."""
-    colors = (colorsys.hsv_to_rgb(place / max(number, 1), 0.85, (1.0, 0.8, 0.6)[place % 3]) for place in range(number))
+    colors = (
+        colorsys.hsv_to_rgb(place / max(n_colors, 1), 0.85, (1.0, 0.8, 0.6)[place % 3]) for place in range(n_colors)
+    )
     return ["#" + "".join(f"{round(255 * level):02x}" for level in color) for color in colors]
 
 

@@ -80,8 +80,8 @@ def write_features(path: Path, features: Iterable[Feature]) -> None:
         else complete.open("w", encoding="utf-8") as file,
     ):
         file.write('{"type": "FeatureCollection", "features": [')
-        for number, feature in enumerate(features):
-            file.write(",\n" if number else "\n")
+        for index, feature in enumerate(features):
+            file.write(",\n" if index else "\n")
             file.write(json.dumps(feature, ensure_ascii=False))
         file.write("\n]}\n")
 
@@ -94,7 +94,7 @@ def rows_of(features: list[Feature], *, outline: Outline = "cell") -> list[Row]:
     ValueError
         If a geometry is a GeometryCollection, is empty or has too few points.
     """
-    rows = (_row(feature, number=number, outline=outline) for number, feature in enumerate(features))
+    rows = (_row(feature, index=index, outline=outline) for index, feature in enumerate(features))
     return [row for row in rows if row is not None]
 
 
@@ -184,11 +184,11 @@ def _unpacked(path: Path) -> bytes:
     if data[:4] != b"PK\x03\x04":
         return data
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        found = [name for name in archive.namelist() if name.lower().endswith((".geojson", ".json"))]
-        found = [name for name in found if not name.startswith("__MACOSX/")]
-        if len(found) != 1:
-            raise ValueError(f"Expected one GeoJSON file in {path}, found {found or archive.namelist()[:5]}.")
-        return archive.read(found[0])
+        entries = [name for name in archive.namelist() if name.lower().endswith((".geojson", ".json"))]
+        entries = [name for name in entries if not name.startswith("__MACOSX/")]
+        if len(entries) != 1:
+            raise ValueError(f"Expected one GeoJSON file in {path}, found {entries or archive.namelist()[:5]}.")
+        return archive.read(entries[0])
 
 
 def _with_children(features: list[Feature]) -> Iterator[Feature]:
@@ -199,7 +199,7 @@ def _with_children(features: list[Feature]) -> Iterator[Feature]:
         yield from _with_children(children)
 
 
-def _row(feature: Feature, *, number: int, outline: Outline) -> Row | None:
+def _row(feature: Feature, *, index: int, outline: Outline) -> Row | None:
     """Convert one feature to a row; `None` without an area."""
     rest = {key: value for key, value in feature.items() if key not in ("type", "id", "geometry", "properties")}
     properties = dict(feature["properties"])
@@ -207,7 +207,7 @@ def _row(feature: Feature, *, number: int, outline: Outline) -> Row | None:
     members: dict[str, Any] = {}
     if outline == "nucleus" and rest.get("nucleusGeometry"):
         members["cell_geometry"], geometry = geometry, rest.pop("nucleusGeometry")
-    polygon = polygon_of(geometry, number=number)
+    polygon = polygon_of(geometry, index=index)
     if geometry is None or polygon is None:
         return None
     given = feature.get("id")
@@ -217,10 +217,10 @@ def _row(feature: Feature, *, number: int, outline: Outline) -> Row | None:
         if name in properties:
             stated = str(properties.pop(name))
             object_type = LEGACY_TYPES.get(stated, stated)
-    classification, color = _read_class(properties.pop("classification", None), number=number)
+    classification, color = _read_class(properties.pop("classification", None), index=index)
     name = properties.pop("name", None)
     locked = properties.pop("isLocked", False)
-    measurements = _read_measurements(properties.pop("measurements", None), number=number)
+    measurements = _read_measurements(properties.pop("measurements", None), index=index)
     members |= {
         "feature": rest,
         "geometry": {key: value for key, value in geometry.items() if key not in ("type", "coordinates")},
@@ -244,22 +244,22 @@ def _row(feature: Feature, *, number: int, outline: Outline) -> Row | None:
     }
 
 
-def polygon_of(geometry: Any, *, number: int) -> shapely.Geometry | None:
+def polygon_of(geometry: Any, *, index: int) -> shapely.Geometry | None:
     """Return the polygons of a geometry, or `None` for points and lines."""
     kind = geometry.get("type") if isinstance(geometry, dict) else None
     if geometry is None or kind in _POINTS_AND_LINES:
         return None
     if kind not in _AREAS:
         raise ValueError(
-            f"Expected a Polygon or a MultiPolygon as geometry of feature {number}, found {kind!r}. Export each area "
+            f"Expected a Polygon or a MultiPolygon as geometry of feature {index}, found {kind!r}. Export each area "
             "from QuPath as a separate object."
         )
     try:
         polygon = shapely.force_2d(shape(geometry))
     except (ValueError, TypeError, IndexError, KeyError, shapely.errors.ShapelyError) as error:
-        raise ValueError(f"Expected rings of points as geometry of feature {number}: {error}") from error
+        raise ValueError(f"Expected rings of points as geometry of feature {index}: {error}") from error
     if polygon.is_empty or not np.isfinite(polygon.bounds).all():
-        raise ValueError(f"Expected rings of points as geometry of feature {number}, found an empty or infinite one.")
+        raise ValueError(f"Expected rings of points as geometry of feature {index}, found an empty or infinite one.")
     return polygon
 
 
@@ -273,7 +273,7 @@ def _rings(polygon: shapely.Polygon) -> list[list[list[float]]]:
     return [shapely.get_coordinates(ring).tolist() for ring in (polygon.exterior, *polygon.interiors)]
 
 
-def _read_class(value: Any, *, number: int) -> tuple[str | None, str | None]:
+def _read_class(value: Any, *, index: int) -> tuple[str | None, str | None]:
     """Return the name and color of a class, from any form that QuPath has used."""
     if not value:
         return None, None
@@ -283,14 +283,14 @@ def _read_class(value: Any, *, number: int) -> tuple[str | None, str | None]:
         name = value.get("name")
         if isinstance(value.get("names"), list) and name is None:
             name = JOINT.join(map(str, value["names"]))
-        parent, _ = _read_class(value.get("parentClass"), number=number)
+        parent, _ = _read_class(value.get("parentClass"), index=index)
         if isinstance(name, str) and name:
             color = value["color"] if "color" in value else value.get("colorRGB")
-            return JOINT.join(filter(None, (parent, name))), _read_color(color, number=number)
+            return JOINT.join(filter(None, (parent, name))), _read_color(color, index=index)
         if not name and not value.get("names"):
             return None, None  # QuPath's class without a name
     raise ValueError(
-        f"Expected `classification` of feature {number} as a name, or as `name` (or `names`) and `color`, found "
+        f"Expected `classification` of feature {index} as a name, or as `name` (or `names`) and `color`, found "
         f"{value!r}."
     )
 
@@ -302,7 +302,7 @@ def _written_class(name: str, color: str | None) -> str | dict[str, Any]:
     return ({"names": name.split(JOINT)} if JOINT in name else {"name": name}) | {"color": levels}
 
 
-def _read_color(value: Any, *, number: int) -> str | None:
+def _read_color(value: Any, *, index: int) -> str | None:
     """Return ``#rrggbb``, or ``#rrggbbaa`` for a translucent color, from QuPath's list or packed integer."""
     levels = value
     if isinstance(value, list) and len(value) == 1:
@@ -317,11 +317,11 @@ def _read_color(value: Any, *, number: int) -> str | None:
         and len(levels) in (3, 4)
         and all(isinstance(level, int | float) and 0 <= level <= 255 and int(level) == level for level in levels)
     ):
-        raise ValueError(f"Expected the color of feature {number} as [red, green, blue] of 0 to 255, found {value!r}.")
+        raise ValueError(f"Expected the color of feature {index} as [red, green, blue] of 0 to 255, found {value!r}.")
     return "#" + "".join(f"{int(level):02x}" for level in levels)
 
 
-def _read_measurements(value: Any, *, number: int) -> dict[str, float]:
+def _read_measurements(value: Any, *, index: int) -> dict[str, float]:
     """Read measurements: a dict since QuPath 0.4, a list of names and values before."""
     if not value:
         return {}
@@ -331,7 +331,7 @@ def _read_measurements(value: Any, *, number: int) -> dict[str, float]:
         return {str(name): np.nan if entry is None else float(entry) for name, entry in value.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"Expected `measurements` of feature {number} as numbers by name, found one that is not a number ({error})."
+            f"Expected `measurements` of feature {index} as numbers by name, found one that is not a number ({error})."
         ) from error
 
 

@@ -116,7 +116,7 @@ def hest(
 def _require(folder: Path, sample: str, name: str, suffix: str) -> Path:
     path = folder / name / f"{sample}.{suffix}"
     if not path.is_file() and (folder / name).is_dir():
-        known = sorted(found.stem for found in (folder / name).glob(f"*.{suffix}"))
+        known = sorted(file.stem for file in (folder / name).glob(f"*.{suffix}"))
         raise FileNotFoundError(f"No sample {sample!r} in {folder / name}; it has {known[:10]} ({len(known)} in all).")
     return require_file(path, what=f"the file of sample {sample!r}")
 

@@ -75,9 +75,9 @@ def check_jpeg(data: bytes | memoryview, tables: bytes | None = None) -> None:
     across, down = (1, 1) if single else (max(sides[axis] for sides in components.values()) for axis in (0, 1))
     names, order = sorted(said.codes), []
     try:
-        for number, (component, chosen) in enumerate(said.selectors):
+        for index, (component, chosen) in enumerate(said.selectors):
             horizontal, vertical, _ = components[component]
-            one = (number, names.index(chosen >> 4), names.index(0x10 | (chosen & 15)))
+            one = (index, names.index(chosen >> 4), names.index(0x10 | (chosen & 15)))
             order += [one] * (1 if single else horizontal * vertical)
         steps = np.stack([said.steps[components[component][2]] for component, _ in said.selectors])
     except (KeyError, ValueError) as error:
@@ -147,12 +147,12 @@ def _read_steps(body: bytes, said: _Markers) -> None:
 def _stacked(tables: tuple[bytes, ...]) -> np.ndarray:
     """Return the first code of every 16 bits, per table: 256 times its length plus its value; 0 for no code."""
     lookup = np.zeros((len(tables), 1 << 16), dtype=np.uint16)
-    for number, table in enumerate(tables):
+    for index, table in enumerate(tables):
         code, place = 0, 16
         for length, count in enumerate(table[:16], start=1):
             for _ in range(count):
                 first = code << (16 - length)
-                lookup[number, first : first + (1 << (16 - length))] = (length << 8) | table[place]
+                lookup[index, first : first + (1 << (16 - length))] = (length << 8) | table[place]
                 code, place = code + 1, place + 1
             code <<= 1
     return lookup

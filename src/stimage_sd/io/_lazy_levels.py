@@ -117,10 +117,10 @@ def openslide_levels(path: Path) -> tuple[list[da.Array], openslide.OpenSlide]:
     file = FileState.of(path)
     slide = _open_openslide(file)
     levels = []
-    for number, (width, height) in enumerate(slide.level_dimensions):
-        downsample = float(slide.level_downsamples[number])
+    for index, (width, height) in enumerate(slide.level_dimensions):
+        downsample = float(slide.level_downsamples[index])
         if downsample.is_integer() or max(height, width) <= WHOLE:
-            levels.append(as_dask(OpenSlideLevel(file, number, (3, height, width), downsample)))
+            levels.append(as_dask(OpenSlideLevel(file, index, (3, height, width), downsample)))
     return levels, slide
 
 
@@ -142,13 +142,13 @@ def tiff_levels(path: Path, pages: list[list[tifffile.TiffPage]]) -> list[TiffLe
     """Return the levels of a color TIFF, finest first, from a list of pages per level."""
     file = FileState.of(path)
     levels = []
-    for number, level in enumerate(pages):
+    for index, level in enumerate(pages):
         first = level[0]
         alpha = None
         if first.samplesperpixel == 4:
             alpha = first.extrasamples[:1] == (tifffile.EXTRASAMPLE.ASSOCALPHA,)
         shape = (3, first.imagelength, first.imagewidth)
-        levels.append(TiffLevel(file, number, tuple(place_of(page) for page in level), shape, alpha))
+        levels.append(TiffLevel(file, index, tuple(place_of(page) for page in level), shape, alpha))
     return levels
 
 

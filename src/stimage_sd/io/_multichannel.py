@@ -12,14 +12,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import dask.array as da
-import numpy as np
 import tifffile
 from anndata.utils import make_index_unique
 from pandas import Index
 
 from stimage_sd.io._multichannel_levels import extend_channels, file_levels
-from stimage_sd.io._pixel_size import imagej_unit, square
-from stimage_sd.io._raster import MICROMETERS, PLAUSIBLE_MPP
+from stimage_sd.io._pixel_size import tiff_pixel_um
+from stimage_sd.io._section import require_file
 from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
 from stimage_sd.io._tiff_images import NoSuchImage, choose_image, ome_image, pixels_of, warn_of_orientation
 from stimage_sd.io._tiff_open import BROKEN, DamagedFile, OtherFile, open_tiff
@@ -91,6 +90,7 @@ def open_multichannel(
     Examples
     --------
     >>> import tempfile
+    >>> import numpy as np
     >>> path = Path(tempfile.mkdtemp()) / "two.ome.tif"
     >>> about = {"axes": "CYX", "Channel": {"Name": ["DAPI", "CD3"]}, "PhysicalSizeX": 0.5, "PhysicalSizeXUnit": "µm"}
     >>> tifffile.imwrite(path, np.zeros((2, 1500, 1200), np.uint16), metadata=about)
@@ -98,10 +98,7 @@ def open_multichannel(
     >>> [level.shape for level in image.levels], image.channels, image.pixel_um
     ([(2, 1500, 1200), (2, 750, 600)], ['DAPI', 'CD3'], 0.5)
     """
-    path = Path(path).expanduser().absolute()
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "nothing"
-        raise FileNotFoundError(f"Expected an image file at {path}, found {kind}. Check the path.")
+    path = require_file(path, what="an image file").absolute()
     try:
         with open_tiff(path, several_files=several_files) as tiff:
             chosen = choose_image(path, tiff, series, in_color=False).series
@@ -110,7 +107,7 @@ def open_multichannel(
                 described = ome_image(tiff, chosen)
                 levels = file_levels(path, chosen)
                 names = _names(tiff, chosen, described)
-                pixel_um = _pixel_um(tiff, chosen.keyframe, described)
+                pixel_um = tiff_pixel_um(tiff, chosen.keyframe, described)
                 warn_of_orientation(path, chosen.keyframe.tags.valueof("Orientation", 1))
                 _warn_of_zeros(path, chosen)
     except (FileNotFoundError, DamagedFile, OtherFile, NoSuchImage):
@@ -125,7 +122,7 @@ def open_multichannel(
     n_channels = levels[0].shape[0]
     if len(names) != n_channels:
         names = [""] * n_channels
-    filled = [name or f"channel_{number}" for number, name in enumerate(names, start=1)]
+    filled = [name or f"channel_{channel}" for channel, name in enumerate(names, start=1)]
     return MultichannelImage(extend_channels(levels), list(make_index_unique(Index(filled))), all(names), pixel_um)
 
 
@@ -156,8 +153,8 @@ def _depth(series: tifffile.TiffPageSeries) -> int:
 def _names(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, ome: ElementTree.Element | None) -> list[str]:
     if ome is not None:
         pixels = pixels_of(ome)
-        found = [] if pixels is None else [part for part in pixels if part.tag.endswith("Channel")]
-        return [part.attrib.get("Name", "") for part in found]
+        channels = [] if pixels is None else [part for part in pixels if part.tag.endswith("Channel")]
+        return [part.attrib.get("Name", "") for part in channels]
     if series.kind == "qpi":
         described = [ElementTree.fromstring(page.aspage().description) for page in series.pages if page is not None]
         return [next((name for tag in ("Biomarker", "Name") if (name := page.findtext(tag))), "") for page in described]
@@ -165,27 +162,3 @@ def _names(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries, ome: Elemen
         return [str(label) for label in tiff.imagej_metadata["Labels"]]
     pages = [page.aspage() for page in series.pages if page is not None]
     return [str(page.tags[PAGE_NAME].value) if PAGE_NAME in page.tags else "" for page in pages]
-
-
-def _pixel_um(tiff: tifffile.TiffFile, page: tifffile.TiffPage, ome: ElementTree.Element | None) -> float | None:
-    pixels = pixels_of(ome)
-    if pixels is not None:
-        sizes = [
-            float(pixels.attrib[f"PhysicalSize{axis}"])
-            * MICROMETERS.get(pixels.attrib.get(f"PhysicalSize{axis}Unit", "µm"), np.nan)
-            for axis in "XY"
-            if f"PhysicalSize{axis}" in pixels.attrib
-        ]
-        if sizes:
-            return _plausible(sizes)
-    unit = imagej_unit(tiff) or MICROMETERS.get(int(page.tags.valueof("ResolutionUnit", 2)))
-    resolutions = [page.tags.valueof(name, (0, 1)) for name in ("XResolution", "YResolution")]
-    if unit is None or any(dots == 0 or units == 0 for dots, units in resolutions):
-        return None
-    return _plausible([unit * units / dots for dots, units in resolutions])
-
-
-def _plausible(values: list[float]) -> float | None:
-    if not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in values):
-        return None
-    return square(values)

@@ -117,7 +117,7 @@ def file_levels(path: Path, series: tifffile.TiffPageSeries) -> list[da.Array]:
     with _Opened(files) as opened:
         trees = [[page_at(opened[page.parent.filehandle.path], place_of(page)) for page in base]]
         if keyframe.subifds:
-            trees += [[page_below(page, number) for page in trees[0]] for number in range(len(keyframe.subifds))]
+            trees += [[page_below(page, subifd) for page in trees[0]] for subifd in range(len(keyframe.subifds))]
         else:
             trees += [
                 [

@@ -33,14 +33,14 @@ def stated_mpp(sdata: SpatialData, units: contract.Units | None) -> float | None
     ValueError
         If the stated resolution is not plausible.
     """
-    found = None if units is None else _of_units(sdata, units)
-    if found is None:
-        found = next(_of_elements(sdata), None)
-    if found is not None and not PLAUSIBLE[0] <= found <= PLAUSIBLE[1]:
+    mpp = None if units is None else _of_units(sdata, units)
+    if mpp is None:
+        mpp = next(_of_elements(sdata), None)
+    if mpp is not None and not PLAUSIBLE[0] <= mpp <= PLAUSIBLE[1]:
         raise ValueError(
-            f"The object states {found:.4g} micrometers per pixel of its H&E, which no microscope has. Pass `mpp=`."
+            f"The object states {mpp:.4g} micrometers per pixel of its H&E, which no microscope has. Pass `mpp=`."
         )
-    return found
+    return mpp
 
 
 def _of_units(sdata: SpatialData, units: contract.Units) -> float | None:
@@ -68,5 +68,5 @@ def _of_elements(sdata: SpatialData) -> Iterator[float]:
         to_pixels = contract.scale_of(frame.matrix(element, name))
         if "microns" in systems:
             yield contract.scale_of(contract.affine(systems["microns"], name)) / to_pixels
-        elif kind in ("shapes", "points") and any(name.startswith(each) or name.endswith(each) for each in names):
+        elif kind in ("shapes", "points") and any(name.startswith(word) or name.endswith(word) for word in names):
             yield 1.0 / to_pixels

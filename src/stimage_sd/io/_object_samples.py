@@ -85,7 +85,7 @@ def _keys(names: list[str]) -> list[str]:
     """Return the words of each name that are not in all names, or the names if that is not unique."""
     words = [_words(name) for name in names]
     shared = set(words[0]).intersection(*words[1:])
-    keys = ["-".join(word for word in each if word not in shared) for each in words]
+    keys = ["-".join(word for word in part if word not in shared) for part in words]
     return keys if all(keys) and len(set(keys)) == len(keys) else names
 
 
@@ -104,8 +104,8 @@ def _by_coordinate_systems(sdata: SpatialData, pictures: Mapping[str, list[str]]
     return {
         name: key
         for _, name, element in sdata.gen_spatial_elements()
-        for key, own in systems.items()
-        if own & set(get_transformation(element, get_all=True))
+        for key, elements in systems.items()
+        if elements & set(get_transformation(element, get_all=True))
     }
 
 
@@ -152,13 +152,13 @@ def _without(name: str, key: str) -> str:
 def _rows(table: AnnData, new_name: Mapping[str, str]) -> AnnData | None:
     """Return the table rows that annotate the elements of `new_name`; `None` without rows."""
     keys = contract.keys_of(table)
-    own = [region for region in contract.regions_of(table) if region in new_name]
-    if not own:
+    annotated = [region for region in contract.regions_of(table) if region in new_name]
+    if not annotated:
         return None
     column = keys[TableModel.REGION_KEY_KEY]
-    part = table[table.obs[column].astype(str).isin(own).to_numpy()].copy()
+    part = table[table.obs[column].astype(str).isin(annotated).to_numpy()].copy()
     part.obs[column] = part.obs[column].astype(str).map(new_name).astype("category")
-    regions = [new_name[region] for region in own]
+    regions = [new_name[region] for region in annotated]
     del part.uns[TableModel.ATTRS_KEY]
     return TableModel.parse(
         part,

@@ -94,7 +94,7 @@ def cached_pyramid(
     folder = cache_dir().absolute() / "images"
     finished = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.zarr"
     shapes = level_shapes(height, width)
-    if not is_whole(finished, names=[str(number) for number in range(len(shapes))]):
+    if not is_whole(finished, names=[str(level) for level in range(len(shapes))]):
         if finished.exists():
             warnings.warn(
                 f"Parts of the cached image {finished} are missing; {source.name} is read again.",
@@ -108,7 +108,7 @@ def cached_pyramid(
         trim()
     mark_used(finished)
     group = zarr.open_group(WholeStore(finished, read_only=True), mode="r")
-    return [da.from_zarr(group[str(number)]) for number in range(len(shapes))]
+    return [da.from_zarr(group[str(level)]) for level in range(len(shapes))]
 
 
 class _LevelWriter:
@@ -156,7 +156,7 @@ def _stream(read_rows: ReadRows, folder: Path, *, height: int, width: int, label
         writers = [
             _LevelWriter(
                 group.create_array(
-                    str(number),
+                    str(level),
                     shape=(3, *shape),
                     chunks=(3, CHUNK, CHUNK),
                     dtype="uint8",
@@ -166,13 +166,13 @@ def _stream(read_rows: ReadRows, folder: Path, *, height: int, width: int, label
                 pool,
                 pending,
             )
-            for number, shape in enumerate(level_shapes(height, width))
+            for level, shape in enumerate(level_shapes(height, width))
         ]
         # The height of a strip is a power of two, so only the last strip can have an odd height after halving.
         for start in tqdm(range(0, height, CHUNK), desc=f"Reading {label}", unit="strip", delay=2.0, leave=False):
             rows = read_rows(start, min(start + CHUNK, height))
-            for number, writer in enumerate(writers):
-                writer.add(rows if number == 0 else (rows := halve(rows)))
+            for level, writer in enumerate(writers):
+                writer.add(rows if level == 0 else (rows := halve(rows)))
         for writer in writers:
             writer.flush()
         for write in pending:

@@ -29,10 +29,11 @@ from stimage_sd.contract import CHUNK
 from stimage_sd.io._color_planes import are_colors
 from stimage_sd.io._jpeg_check import check_jpeg
 from stimage_sd.io._lazy_levels import TiffLevel, as_dask, openslide_levels, openslide_properties, tiff_levels
-from stimage_sd.io._pixel_size import imagej_unit, square
+from stimage_sd.io._pixel_size import plausible, tiff_pixel_um
 from stimage_sd.io._pyramid import ReadRows, cached_pyramid, extend_lazily
+from stimage_sd.io._section import require_file
 from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
-from stimage_sd.io._tiff_images import choose_image, ome_image, pixels_of, warn_of_orientation
+from stimage_sd.io._tiff_images import choose_image, ome_image, warn_of_orientation
 from stimage_sd.io._tiff_open import DamagedFile, open_tiff
 from stimage_sd.io._tiff_region import UNCOMPRESSED, block_shape
 
@@ -40,16 +41,12 @@ from stimage_sd.io._tiff_region import UNCOMPRESSED, block_shape
 LARGE = 4096
 #: allowed share of black rows or tiles at the end of an uncompressed H&E; registered images have such borders
 BORDER = 0.25
-#: resolutions of microscopes, µm per pixel; TIFF tags outside this range describe a printer or screen
-PLAUSIBLE_MPP = (0.05, 10.0)
 #: compression tags of Aperio's JPEG 2000; OpenSlide converts these colors
 JPEG_2000 = (33003, 33004, 33005)
 #: slide formats with the pixel data in a folder; the file itself is only a thumbnail or an index
 PARTED = (".mrxs", ".vms", ".vmu")
 #: keys that name other files in the index of a slide
 NAMES_A_FILE = re.compile(r"\s*(\w*file(_\d+)?|macroimage)\s*(\([\d,\s]*\))?\s*", re.IGNORECASE)
-#: micrometers per unit of OME-TIFF and of TIFF tags (2: inch, 3: centimeter)
-MICROMETERS = {"nm": 1e-3, "µm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, 2: 25_400.0, 3: 10_000.0}
 
 
 def open_raster(path: str | Path, *, series: int | str | None = None) -> tuple[list[da.Array], float | None]:
@@ -91,10 +88,7 @@ def open_raster(path: str | Path, *, series: int | str | None = None) -> tuple[l
     >>> [level.shape for level in levels], mpp
     ([(3, 3000, 2000), (3, 1500, 1000), (3, 750, 500)], None)
     """
-    path = Path(path).expanduser().absolute()
-    if not path.is_file():
-        kind = "a folder" if path.is_dir() else "nothing"
-        raise FileNotFoundError(f"Expected an image file at {path}, found {kind}. Check the path.")
+    path = require_file(path, what="an image file").absolute()
     try:
         with open_tiff(path) as tiff:
             return _open_tiff(path, tiff, series)
@@ -205,14 +199,16 @@ def _open_tiff(path: Path, tiff: tifffile.TiffFile, series: int | str | None) ->
             )
         _check_colors(path, tiff.series[0], first)
         levels, stated = _open_with_openslide(path, whole=False)
-        return _complete(path, levels, "slide"), stated if stated is not None else _tiff_mpp(tiff, tiff.series[0])
+        if stated is None:
+            stated = tiff_pixel_um(tiff, first, ome_image(tiff, tiff.series[0]))
+        return _complete(path, levels, "slide"), stated
     image = choose_image(path, tiff, 0 if aperio and series is None else series, in_color=True)
-    pages = [image.pages(number) for number in range(len(image.series.levels))]
+    pages = [image.pages(index) for index in range(len(image.series.levels))]
     page = pages[0][0]
     if not are_colors(path, tiff, image):
         _check_colors(path, image.series, page)
     warn_of_orientation(path, page.tags.valueof("Orientation", 1))
-    mpp = _tiff_mpp(tiff, image.series)
+    mpp = tiff_pixel_um(tiff, image.series.keyframe, ome_image(tiff, image.series))
     if aperio and series is None:
         # In Aperio files, the tiled pages are the levels. Thumbnail, label and macro image have strips.
         tiled = [page.aspage() for page in tiff.pages if page.aspage().is_tiled]
@@ -237,7 +233,7 @@ def _in_rgb(page: tifffile.TiffPage) -> bool:
 
 def _tiff_pyramid(path: Path, levels: list[TiffLevel], pages: list[list[tifffile.TiffPage]]) -> list[da.Array]:
     """Return the pyramid of a TIFF. Tiled pages are read in place, striped pages are streamed into the cache."""
-    part = f"image {'.'.join(str(number) for number in levels[0].places[0])}"
+    part = f"image {'.'.join(str(index) for index in levels[0].places[0])}"
     if all(page.is_tiled for level in pages for page in level):
         return _complete(path, [as_dask(level) for level in levels], part)
     finest, page = levels[0], pages[0][0]
@@ -298,7 +294,7 @@ def _stream_with_vips(path: Path, page: tifffile.TiffPage | None = None) -> list
 
         return read_rows
 
-    part = "image" if page is None else f"converted {'.'.join(str(number) for number in page.treeindex)}"
+    part = "image" if page is None else f"converted {'.'.join(str(index) for index in page.treeindex)}"
     return cached_pyramid(path, part=part, height=image.height, width=image.width, open_rows=open_rows)
 
 
@@ -372,41 +368,13 @@ def _check_colors(path: Path, series: tifffile.TiffPageSeries, page: tifffile.Ti
     colors = page.samplesperpixel in (3, 4) or page.photometric == tifffile.PHOTOMETRIC.PALETTE
     if page.dtype != np.uint8 or not colors:
         channels = series.shape[0] if series.axes[0] == "C" else page.samplesperpixel
-        found = f"{channels} channel(s) of {page.dtype} ({tifffile.PHOTOMETRIC(page.photometric).name})"
-        raise ValueError(_not_rgb(path, found, fluorescence=not colors))
+        described = f"{channels} channel(s) of {page.dtype} ({tifffile.PHOTOMETRIC(page.photometric).name})"
+        raise ValueError(_not_rgb(path, described, fluorescence=not colors))
 
 
 def _slide_mpp(properties: Mapping[str, str]) -> float | None:
     stated = [properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
-    return _mean_mpp([float(value) for value in stated if value is not None])
-
-
-def _tiff_mpp(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> float | None:
-    page = series.keyframe
-    pixels = pixels_of(ome_image(tiff, series))
-    if pixels is not None and "PhysicalSizeX" in pixels.attrib:
-        sizes = [
-            float(pixels.attrib[f"PhysicalSize{axis}"])
-            * MICROMETERS.get(pixels.attrib.get(f"PhysicalSize{axis}Unit", "µm"), np.nan)
-            for axis in "XY"
-            if f"PhysicalSize{axis}" in pixels.attrib
-        ]
-        return _mean_mpp(sizes)
-    unit = imagej_unit(tiff) or MICROMETERS.get(int(_tag(page, "ResolutionUnit", 2)))
-    resolutions = [_tag(page, name, (0, 1)) for name in ("XResolution", "YResolution")]
-    if unit is None or any(pixels == 0 or units == 0 for pixels, units in resolutions):
-        return None
-    return _mean_mpp([unit * units / pixels for pixels, units in resolutions])
-
-
-def _tag(page: tifffile.TiffPage, name: str, default: Any) -> Any:
-    return page.tags[name].value if name in page.tags else default
-
-
-def _mean_mpp(values: list[float]) -> float | None:
-    if not values or not all(PLAUSIBLE_MPP[0] <= value <= PLAUSIBLE_MPP[1] for value in values):
-        return None
-    return square(values)
+    return plausible([float(value) for value in stated if value is not None])
 
 
 def _drop_alpha(lazy: da.Array) -> da.Array:
@@ -418,10 +386,10 @@ def _warn_of_alpha(what: str) -> None:
     warnings.warn(f"{what} has an alpha channel, which was blended with white and dropped.", UserWarning, stacklevel=4)
 
 
-def _not_rgb(path: Path, found: str, *, fluorescence: bool = False) -> str:
+def _not_rgb(path: Path, colors: str, *, fluorescence: bool = False) -> str:
     mend = "Read a fluorescence image with `stimage_sd.io.codex(cells, image=...)`. " if fluorescence else ""
     return (
-        f"Expected an 8-bit RGB H&E image, found {found} in {path}. "
+        f"Expected an 8-bit RGB H&E image, found {colors} in {path}. "
         f"{mend}Pass the brightfield image, or convert this one to 8-bit RGB."
     )
 

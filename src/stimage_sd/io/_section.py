@@ -102,11 +102,11 @@ def on_image(
     if inside.all():
         return np.asarray(inside)
     low, high = centers.min(axis=0), centers.max(axis=0)
-    found = (
+    outside = (
         f"{int((~inside).sum())} of {len(centers)} outside; their positions span x {low[0]:.0f} to {high[0]:.0f}, y "
         f"{low[1]:.0f} to {high[1]:.0f}"
     )
-    expected = f"Expected the {what} of {where} inside {image} of {width} x {height} px (x, y), found {found}."
+    expected = f"Expected the {what} of {where} inside {image} of {width} x {height} px (x, y), found {outside}."
     if inside.mean() < 1.0 - MOST_OFF:
         raise ValueError(f"{expected} {mend}")
     warnings.warn(f"{expected} These are left out.", UserWarning, stacklevel=4)
@@ -162,5 +162,6 @@ def require_file(path: str | Path, *, what: str) -> Path:
     """Return `path`, or raise `FileNotFoundError` if no file is there."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"Expected {what} at {path}, found no file. Check the path.")
+        kind = "a folder" if path.is_dir() else "nothing"
+        raise FileNotFoundError(f"Expected {what} at {path.absolute()}, found {kind}. Check the path.")
     return path

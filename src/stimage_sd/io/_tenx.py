@@ -159,7 +159,9 @@ def _read_group(group: h5py.Group) -> tuple[sp.csr_matrix, pd.Index, pd.DataFram
     if "features" in group:
         names = _names(group["features"]["name"])
         kinds = {"gene_ids": "id", "feature_types": "feature_type", "genome": "genome"}
-        columns = {name: _names(group["features"][own]) for name, own in kinds.items() if own in group["features"]}
+        columns = {
+            name: _names(group["features"][stored]) for name, stored in kinds.items() if stored in group["features"]
+        }
     else:
         names, columns = _names(group["gene_names"]), {"gene_ids": _names(group["genes"])}
         columns["feature_types"] = pd.Index([GENES] * len(names))
@@ -222,12 +224,12 @@ def _read_names(path: Path) -> pd.DataFrame:
 def _read_part(folder: Path, names: list[str], read: Callable[[Path], Any]) -> Any:
     """Read one file of the folder, gzipped or plain, with or without a prefix."""
     for name in (f"{name}{ending}" for name in names for ending in (".gz", "")):
-        found = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*_{name}"))
-        if len(found) > 1:
-            raise ValueError(f"Expected one {name} in {folder}, found {[file.name for file in found]}. Leave one.")
-        if found:
+        files = [folder / name] if (folder / name).is_file() else sorted(folder.glob(f"*_{name}"))
+        if len(files) > 1:
+            raise ValueError(f"Expected one {name} in {folder}, found {[file.name for file in files]}. Leave one.")
+        if files:
             try:
-                return read(found[0])
+                return read(files[0])
             except (OSError, EOFError, ValueError, zlib.error) as error:
-                raise unreadable(found[0], error) from error
+                raise unreadable(files[0], error) from error
     raise FileNotFoundError(f"Expected {names[0]}.gz or {names[0]} in {folder}, found neither. Copy the folder again.")

@@ -87,19 +87,19 @@ def choose_image(path: Path, tiff: tifffile.TiffFile, series: int | str | None, 
     images = [image for one in tiff.series for image in _images(one, in_color=in_color)]
     if not images:
         raise ValueError("it has no image")
-    said = ", ".join(_say(number, image) for number, image in enumerate(images))
+    said = ", ".join(_say(index, image) for index, image in enumerate(images))
     if series is not None:
         return images[_find(path, images, series, said)]
-    number = max(range(len(images)), key=lambda number: _rank(images[number], number))
-    beside = [BESIDE.search(image.name) for other, image in enumerate(images) if other != number]
-    if not all(beside) or (beside and BESIDE.search(images[number].name)):
+    index = max(range(len(images)), key=lambda index: _rank(images[index], index))
+    beside = [BESIDE.search(image.name) for other, image in enumerate(images) if other != index]
+    if not all(beside) or (beside and BESIDE.search(images[index].name)):
         warnings.warn(
-            f"{path.name} holds {len(images)} images: {said}. Image {number} was taken. Pass `series=` to the reader "
+            f"{path.name} holds {len(images)} images: {said}. Image {index} was taken. Pass `series=` to the reader "
             "to choose another.",
             UserWarning,
             stacklevel=5,
         )
-    return images[number]
+    return images[index]
 
 
 def ome_image(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> ElementTree.Element | None:
@@ -108,7 +108,7 @@ def ome_image(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Eleme
     if root is None:
         return None
     said = [element for element in root if element.tag.endswith("Image") and pixels_of(element) is not None]
-    numbers = [number for number, one in enumerate(tiff.series) if one is series]
+    numbers = [index for index, one in enumerate(tiff.series) if one is series]
     if numbers and len(said) == len(tiff.series):
         return said[numbers[0]]
     shape = dict(zip(series.axes, series.shape, strict=True))
@@ -144,15 +144,15 @@ def _images(series: tifffile.TiffPageSeries, *, in_color: bool) -> list[TiffImag
     return [TiffImage(series, frame if n_frames > 1 else None, series.name) for frame in range(n_frames)]
 
 
-def _rank(image: TiffImage, number: int) -> tuple[bool, int, int]:
+def _rank(image: TiffImage, index: int) -> tuple[bool, int, int]:
     """Return the sort key of an image: not a label or macro image, then the largest, then the first."""
     height, width = image.height_width
-    return not BESIDE.search(image.name), height * width, -number
+    return not BESIDE.search(image.name), height * width, -index
 
 
-def _say(number: int, image: TiffImage) -> str:
+def _say(index: int, image: TiffImage) -> str:
     height, width = image.height_width
-    return f"{number} ({image.name + ', ' if image.name else ''}{width} x {height} px)"
+    return f"{index} ({image.name + ', ' if image.name else ''}{width} x {height} px)"
 
 
 def _find(path: Path, images: list[TiffImage], series: int | str, said: str) -> int:

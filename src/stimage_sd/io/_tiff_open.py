@@ -142,7 +142,7 @@ def _check(path: Path, tiff: tifffile.TiffFile, *, several_files: bool) -> None:
     elif tiff.is_shaped:
         _check_count(prod(json.loads(description).get("shape", [1])[:-2]) if description.startswith("{") else 1)
     elif tiff.is_imagej:
-        _check_count(prod(int(number) for number in PLANES.findall(description)[:1]))
+        _check_count(prod(int(count) for count in PLANES.findall(description)[:1]))
     lacking = missing_part(path, tiff)
     if lacking is not None:
         raise DamagedFile(path, lacking)
@@ -184,11 +184,11 @@ def _check_blocks(page: tifffile.TiffPage | tifffile.TiffFrame) -> None:
 
 def _other_files(path: Path, root: ElementTree.Element) -> set[str]:
     """Return the names of other files that OME-XML refers to."""
-    own = root.attrib.get("UUID")
+    uuid = root.attrib.get("UUID")
     others = set()
     for part in root.iter():
         name = part.attrib.get("FileName") if part.tag.endswith("UUID") else None
-        if name is not None and (own is None or part.text != own) and name != path.name:
+        if name is not None and (uuid is None or part.text != uuid) and name != path.name:
             others.add(name)
     return others
 

@@ -28,17 +28,17 @@ def place_of(page: tifffile.TiffPage | tifffile.TiffFrame) -> Place:
 def page_at(tiff: tifffile.TiffFile, place: Sequence[int]) -> tifffile.TiffPage:
     """Return the page at a position in the page tree."""
     page = tiff.pages[place[0]].aspage()
-    for number in place[1:]:
-        page = page_below(page, number)
+    for index in place[1:]:
+        page = page_below(page, index)
     return page
 
 
-def page_below(page: tifffile.TiffPage, number: int) -> tifffile.TiffPage:
+def page_below(page: tifffile.TiffPage, index: int) -> tifffile.TiffPage:
     """Return a sub-directory of a page. Sub-directories hold the coarser levels."""
     try:
         if page.pages is None:
             raise ValueError("it lacks the coarser levels of the other pages")
-        return page.pages[number].aspage()
+        return page.pages[index].aspage()
     except BROKEN as error:
         raise DamagedFile(Path(page.parent.filehandle.path), error) from error
 

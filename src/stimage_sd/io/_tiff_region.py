@@ -75,21 +75,21 @@ def read_region(page: tifffile.TiffPage, samples: slice, rows: slice, columns: s
             y = slice(max(top, row * height), min(bottom, (row + 1) * height))
             for column in range(left // width, ceil(right / width)):
                 x = slice(max(left, column * width), min(right, (column + 1) * width))
-                number = ((plane or 0) * down + row) * across + column
+                segment = ((plane or 0) * down + row) * across + column
                 inside = slice(y.start - row * height, y.stop - row * height)
-                block = _read_rows(page, number, inside)[:, x.start - column * width : x.stop - column * width]
+                block = _read_rows(page, segment, inside)[:, x.start - column * width : x.stop - column * width]
                 colors = block if plane is not None or len(planes) == block.shape[2] else block[..., samples]
                 target[:, y.start - top : y.stop - top, x.start - left : x.stop - left] = np.moveaxis(colors, -1, 0)
     return region
 
 
-def _read_rows(page: tifffile.TiffPage, number: int, rows: slice) -> np.ndarray:
+def _read_rows(page: tifffile.TiffPage, segment: int, rows: slice) -> np.ndarray:
     """Return rows of a tile or strip as ``(y, x, sample)``."""
-    if number >= min(len(page.dataoffsets), len(page.databytecounts)):
+    if segment >= min(len(page.dataoffsets), len(page.databytecounts)):
         raise ValueError(f"the directory names {len(page.dataoffsets)} of its {n_blocks(page)} strips or tiles")
-    offset, count = page.dataoffsets[number], page.databytecounts[number]
+    offset, count = page.dataoffsets[segment], page.databytecounts[segment]
     if offset == 0 or count == 0:
-        raise ValueError(f"strip or tile {number} is missing")
+        raise ValueError(f"strip or tile {segment} is missing")
     kind = kind_of(page).newbyteorder(page.parent.byteorder)
     plain = page.compression == UNCOMPRESSED and page.predictor == 1 and page.bitspersample == 8 * kind.itemsize
     if plain and not page.is_tiled and page.fillorder == 1:
@@ -102,21 +102,21 @@ def _read_rows(page: tifffile.TiffPage, number: int, rows: slice) -> np.ndarray:
     if page.compression == JPEG:
         check_jpeg(data, page.jpegtables)
     elif page.compression in WITHOUT_CHECKSUM and page.fillorder == 1:
-        _check_length(page, len(WITHOUT_CHECKSUM[page.compression](data)), number)
-    block = page.decode(data, number, jpegtables=page.jpegtables)[0]
+        _check_length(page, len(WITHOUT_CHECKSUM[page.compression](data)), segment)
+    block = page.decode(data, segment, jpegtables=page.jpegtables)[0]
     if block is None:
-        raise ValueError(f"strip or tile {number} is missing")
+        raise ValueError(f"strip or tile {segment} is missing")
     return np.asarray(block[0, rows])
 
 
-def _check_length(page: tifffile.TiffPage, decoded: int, number: int) -> None:
+def _check_length(page: tifffile.TiffPage, decoded: int, segment: int) -> None:
     """Raise if a strip or tile decodes to the wrong length. tifffile would pad or cut the data."""
     height, width = block_shape(page)
     row = -(-width * (1 if is_planar(page) else page.samplesperpixel) * page.bitspersample // 8)
-    last = page.imagelength - number % ceil(page.imagelength / height) * height
+    last = page.imagelength - segment % ceil(page.imagelength / height) * height
     allowed = {row * height, row * (height if page.is_tiled else min(height, last))}
     if not any(0 <= decoded - length <= SURPLUS for length in allowed):
-        raise ValueError(f"strip or tile {number} decodes to {decoded} bytes, not to {row * height}")
+        raise ValueError(f"strip or tile {segment} decodes to {decoded} bytes, not to {row * height}")
 
 
 def _read(page: tifffile.TiffPage, offset: int, count: int) -> bytes:

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import dask.array as da
 import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd._damaged_files import reading
-from stimage_sd.io._raster import open_raster, raster_size
 from stimage_sd.io._section import assemble, check_mpp, check_unique
+from stimage_sd.io._space_ranger import (
+    HIRES,
+    PIXEL_COLUMNS,
+    POSITION_COLUMNS,
+    SCALEFACTORS,
+    TOLERANCE,
+    find_entry,
+    open_he,
+    read_scalefactors,
+    sample_name,
+)
 from stimage_sd.io._tenx import Matrix, other_types, read_matrix, tables_of
 from stimage_sd.io._text import open_text
 from stimage_sd.stats.lattice import VISIUM_STEPS, pitch_px
 
-#: largest relative difference between two sources of the same number without a warning
-TOLERANCE = 0.05
-
 MATRIX, RAW = "filtered_feature_bc_matrix", "raw_feature_bc_matrix"
 POSITIONS = ("tissue_positions.parquet", "tissue_positions.csv", "tissue_positions_list.csv")
-SCALEFACTORS = "scalefactors_json.json"
-HIRES = "tissue_hires_image.png"
-POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 #: names of Visium HD bins; `visium_hd` reads these
 BIN = re.compile(r"s_\d{3}um_")
 HD = "Read it with `stimage_sd.io.visium_hd`, and pass the run's `outs` folder."
@@ -111,11 +112,17 @@ def visium(
         warnings.warn(f"Features of the types {others} in {files.matrix} are left out.", UserWarning, stacklevel=2)
     full_mpp, mpp_source = _resolution(mpp, positions, scalefactors, source=files.positions)
 
-    levels, scale = _open_image(image, files, scalefactors)
+    levels, scale, _ = open_he(
+        image,
+        hires=files.hires,
+        hires_scale=float(scalefactors["tissue_hires_scalef"]),
+        beside=files.positions,
+        sample=files.sample,
+        stacklevel=2,
+    )
     for name in POSITION_COLUMNS[1:4]:
         table.obs[name] = kept[name].to_numpy(dtype=int)
-    # In Space Ranger, the pixel row is y and the pixel column is x.
-    table.obsm["spatial"] = kept[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=np.float64) * scale
+    table.obsm["spatial"] = kept[PIXEL_COLUMNS].to_numpy(dtype=np.float64) * scale
     sdata = assemble(
         levels,
         table,
@@ -168,51 +175,28 @@ def _find_files(path: Path) -> _Files:
     if outs.name == "segmented_outputs" or (outs / "segmented_outputs").is_dir():
         raise ValueError(f"Expected a Visium run with spots, found cells of a Visium HD run in {outs}. {HD}")
     spatial = outs / "spatial" if (outs / "spatial").is_dir() else outs
-    places = (_find(outs, f"{name}{ending}") for name in (MATRIX, RAW) for ending in (".h5", ""))
-    matrix = next((found for found in places if found is not None), None)
-    positions = next((found for name in POSITIONS if (found := _find(spatial, name))), None)
-    scalefactors = _find(spatial, SCALEFACTORS)
+    places = (find_entry(outs, f"{name}{ending}") for name in (MATRIX, RAW) for ending in (".h5", ""))
+    matrix = next((candidate for candidate in places if candidate is not None), None)
+    positions = next((candidate for name in POSITIONS if (candidate := find_entry(spatial, name))), None)
+    scalefactors = find_entry(spatial, SCALEFACTORS)
     if matrix is None or positions is None or scalefactors is None:
         wanted = {f"{MATRIX}.h5 or {MATRIX}/": matrix, " or ".join(POSITIONS): positions, SCALEFACTORS: scalefactors}
-        missing = [f"{outs.name if number == 0 else spatial.name}/{name}" for number, name in enumerate(wanted)]
-        missing = [name for name, found in zip(missing, wanted.values(), strict=True) if found is None]
+        missing = [f"{outs.name if index == 0 else spatial.name}/{name}" for index, name in enumerate(wanted)]
+        missing = [name for name, candidate in zip(missing, wanted.values(), strict=True) if candidate is None]
         here = sorted(entry.relative_to(outs).as_posix() for folder in {outs, spatial} for entry in folder.iterdir())
         raise FileNotFoundError(
             f"Expected a Space Ranger output in {outs}, did not find {'; '.join(missing)}. It holds: {here[:20]}. "
             "Pass the run's `outs` folder."
         )
-    resolved = outs.resolve()
-    sample = resolved.parent.name if resolved.name == "outs" else resolved.name
-    return _Files(sample, matrix, positions, scalefactors, _find(spatial, HIRES))
-
-
-def _find(folder: Path, name: str) -> Path | None:
-    """Return the file or folder with a name, with or without a prefix."""
-    found = [folder / name] if (folder / name).exists() else sorted(folder.glob(f"*{name}"))
-    if len(found) > 1:
-        raise ValueError(
-            f"Expected one {name} in {folder}, found {[entry.name for entry in found]}. Give each run its own folder."
-        )
-    return found[0] if found else None
+    return _Files(sample_name(outs), matrix, positions, scalefactors, find_entry(spatial, HIRES))
 
 
 def _read_scalefactors(path: Path) -> dict[str, float]:
-    try:
-        scalefactors = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"Expected JSON in {path}, found something else ({error}).") from error
-    wanted = ["spot_diameter_fullres", "tissue_hires_scalef"]
-    wrong = [
-        name for name in wanted if not (isinstance(scalefactors.get(name), int | float) and scalefactors[name] > 0)
-    ]
-    if wrong:
-        raise ValueError(
-            f"Expected positive {wanted} in {path}, found {scalefactors}; missing or not positive: {wrong}."
-        )
+    scalefactors = read_scalefactors(path, ["spot_diameter_fullres", "tissue_hires_scalef"])
     if "bin_size_um" in scalefactors:
-        size = scalefactors["bin_size_um"]
         raise ValueError(
-            f"Expected a Visium run with spots, found bins of {size} µm of a Visium HD run in {path}. {HD}"
+            f"Expected a Visium run with spots, found bins of {scalefactors['bin_size_um']} µm of a Visium HD run in "
+            f"{path}. {HD}"
         )
     return scalefactors
 
@@ -286,7 +270,7 @@ def _resolution(
     """Return the micrometers per pixel at full resolution, and their source."""
     if mpp is not None:
         return mpp, "given"
-    centers = positions[["pxl_col_in_fullres", "pxl_row_in_fullres"]].to_numpy(dtype=np.float64)
+    centers = positions[PIXEL_COLUMNS].to_numpy(dtype=np.float64)
     pitch = pitch_px(centers, positions[["array_row", "array_col"]].to_numpy(), VISIUM_STEPS)
     by_diameter = contract.NOMINAL_SPOT_UM / scalefactors["spot_diameter_fullres"]
     if not pitch:
@@ -300,38 +284,3 @@ def _resolution(
             stacklevel=3,
         )
     return by_pitch, "array pitch"
-
-
-def _open_image(image: str | Path | None, files: _Files, scalefactors: dict[str, Any]) -> tuple[list[da.Array], float]:
-    """Return the levels of the H&E, and its pixels per full-resolution pixel."""
-    scale = float(scalefactors["tissue_hires_scalef"])
-    if image is not None:
-        levels, _ = open_raster(image)
-        _check_size(levels[0], image, files, scale)
-        return levels, 1.0
-    if files.hires is None:
-        raise FileNotFoundError(
-            f"Expected {HIRES} beside {files.positions}, found none. Pass the full-resolution image as `image=`."
-        )
-    warnings.warn(
-        f"No full-resolution image given: {files.hires.name} is the H&E of {files.sample!r}, and its tiles will be "
-        f"{1.0 / scale:.1f} times coarser. Pass the input image of Space Ranger as `image=`.",
-        UserWarning,
-        stacklevel=3,
-    )
-    levels, _ = open_raster(files.hires)
-    return levels, scale
-
-
-def _check_size(finest: da.Array, image: str | Path, files: _Files, scale: float) -> None:
-    if files.hires is None:
-        return
-    implied = [size / scale for size in raster_size(files.hires)]
-    if any(abs(size / expected - 1.0) > TOLERANCE for size, expected in zip(finest.shape[1:], implied, strict=True)):
-        warnings.warn(
-            f"{image} has {finest.shape[2]} x {finest.shape[1]} px; the scale factors imply that the input image of "
-            f"Space Ranger had about {implied[1]:.0f} x {implied[0]:.0f}. Pass that image as `image=` unless this is "
-            "right.",
-            UserWarning,
-            stacklevel=4,
-        )

@@ -17,22 +17,19 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd._squidpy import attach_spatial
-from stimage_sd.io._raster import open_raster, raster_size
 from stimage_sd.io._section import on_image
+from stimage_sd.io._space_ranger import HE, HIRES, SCALEFACTORS, TOLERANCE, find_entry, open_he, sample_name
 from stimage_sd.io._tenx import Matrix, read_matrix, tables_of
 from stimage_sd.io._visium_hd_cells import read_cells
 from stimage_sd.io._visium_hd_parts import (
     Positions,
     Scale,
-    find_entry,
     read_positions,
     read_scale,
     read_slide_transform,
     warn_if_newer,
 )
 
-#: largest relative difference between two sources of the same length or resolution
-TOLERANCE = 0.05
 #: largest median distance of the positions from a lattice, µm; perspective gives less, shuffled rows much more
 STRAY_UM = 20.0
 #: pitch of the barcode squares on the slide, µm; all bins are made of these squares
@@ -50,9 +47,6 @@ CELL_MATRICES = ("filtered_feature_cell_matrix.h5", "raw_feature_cell_matrix.h5"
 CELLS = ("cell_segmentations.geojson", "graphclust_annotated_cell_segmentations.geojson")
 NUCLEI = ("nucleus_segmentations.geojson", "graphclust_annotated_nucleus_segmentations.geojson")
 POSITIONS = "tissue_positions.parquet"
-SCALEFACTORS = "scalefactors_json.json"
-HIRES = "tissue_hires_image.png"
-
 
 Measured = Literal["bins", "cells"]
 
@@ -169,7 +163,7 @@ def _read_bins(
     edges = _fit_lattice(positions, scale, bin_um, files)
     if files.feature_slice is not None:
         _check_slide(positions, edges, bin_um, files)
-    levels, reduction = _open_image(image, files, scale)
+    levels, reduction, _ = _open_image(image, files, scale)
     source = files.hires if image is None else image
     inside = on_image(
         positions.centers * reduction, levels[0].shape[1:], what="bins", where=str(files.positions), image=str(source)
@@ -189,7 +183,7 @@ def _read_cells(
     files: _Files, matrix: Matrix, scale: Scale, image: str | Path | None, sample: str
 ) -> tuple[SpatialData, float]:
     """Return the section of cells, and its pixels per full-resolution pixel."""
-    levels, reduction = _open_image(image, files, scale)
+    levels, reduction, _ = _open_image(image, files, scale)
     rows, cells, nuclei = read_cells(files.positions, files.nuclei, matrix, files.matrix, reduction)
     centers = shapely.get_coordinates(cells.centroid)
     source = files.hires if image is None else image
@@ -199,6 +193,21 @@ def _read_cells(
         table.obs[contract.INSTANCE_KEY] = table.obs_names
     shapes = {contract.CELLS: cells[inside]} | ({} if nuclei is None else {contract.NUCLEI: nuclei})
     return _assemble(levels, shapes, tables, centers[inside], sample=sample, mpp=scale.mpp / reduction), reduction
+
+
+def _open_image(image: str | Path | None, files: _Files, scale: Scale) -> HE:
+    """Open the H&E, and warn if it states another resolution than the scale factors."""
+    he = open_he(
+        image, hires=files.hires, hires_scale=scale.hires, beside=files.positions, sample=files.sample, stacklevel=4
+    )
+    if he.mpp is not None and abs(he.mpp / scale.mpp - 1.0) > TOLERANCE:
+        warnings.warn(
+            f"{image} states {he.mpp:.4f} µm per pixel, {files.scalefactors} {scale.mpp:.4f}, which is used. Pass the "
+            "input image of Space Ranger as `image=` unless this is right.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return he
 
 
 def _assemble(
@@ -275,7 +284,7 @@ class _Files:
                 f"Expected bins of {bin_um} µm in {folder}, found bins of {sizes} µm in {bins}. Pass one of these as "
                 "`bin_um=`."
             )
-        feature_slice = None if alone else find_entry(outs, SLICE)
+        feature_slice = None if alone else find_entry(outs, SLICE, separator="_")
         if feature_slice is None and not alone:
             raise FileNotFoundError(
                 f"Expected {SLICE} in {outs}, found none. It holds: {_entries(outs)}. Copy the run complete, or pass "
@@ -313,11 +322,10 @@ def _complete(folder: Path, parts: dict[str, Path]) -> dict[str, Any]:
         )
     # All bin sizes share one image. A partial copy may have the image only in the top folder.
     pictures = [place / HIRES for place in (parts["scalefactors"].parent, folder.parent / "spatial")]
-    run = folder.resolve().parent
     return {
         **parts,
         "hires": next((picture for picture in pictures if picture.is_file()), None),
-        "sample": run.parent.name if run.name == "outs" else run.name,
+        "sample": sample_name(folder.resolve().parent),
     }
 
 
@@ -382,41 +390,3 @@ def _squares(centers: np.ndarray, edges: np.ndarray) -> np.ndarray:
     for start in range(0, len(centers), PART):
         squares[start : start + PART] = shapely.polygons(centers[start : start + PART, None, :] + corners)
     return squares
-
-
-# --------------------------------------------------------------------------------------------------
-# image and table
-
-
-def _open_image(image: str | Path | None, files: _Files, scale: Scale) -> tuple[list[da.Array], float]:
-    """Return the levels of the H&E, and its pixels per full-resolution pixel."""
-    if image is None:
-        if files.hires is None:
-            raise FileNotFoundError(
-                f"Expected {HIRES} beside {files.positions}, found none. Pass the full-resolution image as `image=`."
-            )
-        warnings.warn(
-            f"No full-resolution image given: {files.hires.name} is the H&E of {files.sample!r}, and its tiles will be "
-            f"{1.0 / scale.hires:.1f} times coarser. Pass the input image of Space Ranger as `image=`.",
-            UserWarning,
-            stacklevel=4,
-        )
-        return open_raster(files.hires)[0], scale.hires
-    levels, stated = open_raster(image)
-    if stated is not None and abs(stated / scale.mpp - 1.0) > TOLERANCE:
-        warnings.warn(
-            f"{image} states {stated:.4f} µm per pixel, {files.scalefactors} {scale.mpp:.4f}, which is used. Pass the "
-            "input image of Space Ranger as `image=` unless this is right.",
-            UserWarning,
-            stacklevel=4,
-        )
-    implied = [] if files.hires is None else [size / scale.hires for size in raster_size(files.hires)]
-    sizes = levels[0].shape[1:]
-    if any(abs(size / expected - 1.0) > TOLERANCE for size, expected in zip(sizes, implied, strict=False)):
-        warnings.warn(
-            f"{image} has {sizes[1]} x {sizes[0]} px; the scale factors imply that the input image of Space Ranger had "
-            f"about {implied[1]:.0f} x {implied[0]:.0f}. Pass that image as `image=` unless this is right.",
-            UserWarning,
-            stacklevel=4,
-        )
-    return levels, 1.0

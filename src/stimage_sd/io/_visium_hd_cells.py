@@ -55,8 +55,8 @@ def read_cells(
     if nuclei is None:
         return rows, cells, None
     owners, polygons = _read_outlines(nuclei, scale)
-    number = pd.Series(owners).groupby(owners.to_numpy()).cumcount() + 1
-    index = [owner if count == 1 else f"{owner}_{count}" for owner, count in zip(owners, number, strict=True)]
+    ordinal = pd.Series(owners).groupby(owners.to_numpy()).cumcount() + 1
+    index = [owner if count == 1 else f"{owner}_{count}" for owner, count in zip(owners, ordinal, strict=True)]
     return rows, cells, geopandas.GeoDataFrame({"cell_id": owners.to_numpy()}, geometry=polygons, index=index)
 
 
@@ -64,7 +64,7 @@ def _read_outlines(path: Path, scale: float) -> tuple[pd.Index, np.ndarray]:
     """Return the cell names as in the matrix, and the polygons, of all outlines with an area."""
     features = read_features(path)
     polygons = np.empty(len(features), dtype=object)
-    polygons[:] = [polygon_of(feature.get("geometry"), number=number) for number, feature in enumerate(features)]
+    polygons[:] = [polygon_of(feature.get("geometry"), index=index) for index, feature in enumerate(features)]
     there = np.array([polygon is not None for polygon in polygons], dtype=bool)
     if not there.any():
         raise ValueError(f"Expected outlines in {path}, found none. Copy it again.")

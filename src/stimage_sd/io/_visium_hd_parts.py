@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from stimage_sd.io._space_ranger import PIXEL_COLUMNS, POSITION_COLUMNS, TOLERANCE, read_scalefactors
 from stimage_sd.io._tenx import BROKEN, Matrix, unreadable
 
 #: newest major version of Space Ranger that this reader supports
 NEWEST = 4
-#: largest relative difference between two sources of the same number
-TOLERANCE = 0.05
-POSITION_COLUMNS = ["barcode", "in_tissue", "array_row", "array_col", "pxl_row_in_fullres", "pxl_col_in_fullres"]
 SCALES = ["microns_per_pixel", "tissue_hires_scalef"]
 BIN_SCALES = ["bin_size_um", "spot_diameter_fullres"]
 
@@ -58,36 +56,16 @@ class Scale:
     hires: float
 
 
-def find_entry(folder: Path, name: str) -> Path | None:
-    """Return the file or folder with a name, with or without a prefix."""
-    found = [folder / name] if (folder / name).exists() else sorted(folder.glob(f"*_{name}"))
-    if len(found) > 1:
-        raise ValueError(
-            f"Expected one {name} in {folder}, found {[entry.name for entry in found]}. Give each run its own folder."
-        )
-    return found[0] if found else None
-
-
 def read_scale(path: Path, bin_um: int | None) -> Scale:
     """Read the scale factors, and check the bin size. Pass `None` as `bin_um` for cells."""
-    try:
-        scales = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected JSON in {path}, found something else ({error}). Copy it again.") from error
-    found = scales if isinstance(scales, dict) else {}
-    wanted = SCALES if bin_um is None else [*SCALES, *BIN_SCALES]
-    wrong = [name for name in wanted if not (isinstance(found.get(name), int | float) and 0 < found[name] < np.inf)]
-    if wrong:
-        raise ValueError(
-            f"Expected positive {wanted} in {path}, found {scales!r}; missing or not positive: {wrong}. Copy it again."
-        )
-    scale = Scale(float(found["microns_per_pixel"]), float(found["tissue_hires_scalef"]))
+    values = read_scalefactors(path, SCALES if bin_um is None else [*SCALES, *BIN_SCALES])
+    scale = Scale(float(values["microns_per_pixel"]), float(values["tissue_hires_scalef"]))
     if bin_um is None:
         return scale
-    by_diameter = found["spot_diameter_fullres"] * scale.mpp
-    if found["bin_size_um"] != bin_um or abs(by_diameter / bin_um - 1.0) > TOLERANCE:
+    by_diameter = values["spot_diameter_fullres"] * scale.mpp
+    if values["bin_size_um"] != bin_um or abs(by_diameter / bin_um - 1.0) > TOLERANCE:
         raise ValueError(
-            f"Expected bins of {bin_um} µm in {path}, found `bin_size_um` {found['bin_size_um']} and a diameter of "
+            f"Expected bins of {bin_um} µm in {path}, found `bin_size_um` {values['bin_size_um']} and a diameter of "
             f"{by_diameter:.2f} µm (`spot_diameter_fullres` times `microns_per_pixel`). Take the files of one run."
         )
     return scale
@@ -95,8 +73,8 @@ def read_scale(path: Path, bin_um: int | None) -> Scale:
 
 def warn_if_newer(matrix: Matrix, path: Path) -> None:
     """Warn if a matrix was written by a newer version of Space Ranger than this reader supports."""
-    number = re.search(r"\d+", matrix.version or "")
-    if number is not None and int(number.group()) > NEWEST:
+    major = re.search(r"\d+", matrix.version or "")
+    if major is not None and int(major.group()) > NEWEST:
         warnings.warn(
             f"{path.name} was written by {matrix.version!r}; this reader supports Space Ranger up to version {NEWEST} "
             "and may fail.",
@@ -111,10 +89,10 @@ def read_positions(path: Path, matrix: Matrix, matrix_path: Path) -> Positions:
     A section has millions of 2 µm bins. Names are matched in Arrow, with a tenth of the memory of Python strings.
     """
     try:
-        found = pq.read_schema(path).names
-        missing = [name for name in POSITION_COLUMNS if name not in found]
+        columns = pq.read_schema(path).names
+        missing = [name for name in POSITION_COLUMNS if name not in columns]
         if missing:
-            raise ValueError(f"columns {found} without {missing}")
+            raise ValueError(f"columns {columns} without {missing}")
         # Rows are filtered while reading, as most of a slide may have no tissue.
         wanted = pc.field("in_tissue").cast(pa.int64()) == 1
         inside = pq.read_table(path, columns=POSITION_COLUMNS, filters=wanted).combine_chunks()
@@ -151,7 +129,7 @@ def read_positions(path: Path, matrix: Matrix, matrix_path: Path) -> Positions:
     taken = inside.take(where.drop_null())
     lattice, centers = (
         np.column_stack([taken[name].to_numpy() for name in pair])
-        for pair in (("array_row", "array_col"), ("pxl_col_in_fullres", "pxl_row_in_fullres"))
+        for pair in (("array_row", "array_col"), PIXEL_COLUMNS)
     )
     if not np.isfinite(centers).all() or not np.isfinite(lattice).all():
         raise ValueError(f"Expected finite positions in {path}, found NaN or infinity. Copy it again.")

@@ -110,8 +110,8 @@ def _slide_of(
             "path, or the section from `stimage_sd.io.slide`."
         )
     contract.check_rgb(data, inside)
-    own = contract.derive_image(data, inside, [level.data for level in contract.levels(data, inside)])
-    section = SpatialData(images={contract.IMAGE: own})
+    element = contract.derive_image(data, inside, [level.data for level in contract.levels(data, inside)])
+    section = SpatialData(images={contract.IMAGE: element})
     return contract.register(
         section, sample=sample if sample is not None else "slide", platform="slide", image=contract.IMAGE, mpp=mpp
     )

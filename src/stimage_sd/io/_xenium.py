@@ -234,14 +234,14 @@ class _Bundle:
 
     def find_part(self, stem: str) -> Path | None:
         """Return the file of a part, or `None` if it is missing."""
-        found = (self.entry(f"{stem}{form}") for form in PARTS[stem])
-        return next((file for file in found if file is not None), None)
+        entries = (self.entry(f"{stem}{form}") for form in PARTS[stem])
+        return next((file for file in entries if file is not None), None)
 
     def part(self, stem: str) -> Path:
         """Return the file of a part, or raise `FileNotFoundError` if it is missing."""
-        found = self.find_part(stem)
-        if found is not None:
-            return found
+        path = self.find_part(stem)
+        if path is not None:
+            return path
         forms = " or ".join(f"{stem}{form}" if form else f"{stem}/" for form in PARTS[stem])
         here = sorted(entry.name for entry in self.folder.iterdir())
         raise FileNotFoundError(
@@ -272,11 +272,11 @@ def _find_prefix(folder: Path) -> str:
         if (folder / name).exists():
             return ""
         # Hidden files are leftovers of other file systems.
-        found = sorted(file.name for file in folder.glob(f"*_{name}") if not file.name.startswith("."))
-        if len(found) > 1:
-            raise ValueError(f"Expected one {name} in {folder}, found {found}. Give each run its own folder.")
-        if found:
-            return found[0].removesuffix(name)
+        names = sorted(file.name for file in folder.glob(f"*_{name}") if not file.name.startswith("."))
+        if len(names) > 1:
+            raise ValueError(f"Expected one {name} in {folder}, found {names}. Give each run its own folder.")
+        if names:
+            return names[0].removesuffix(name)
     return ""
 
 

@@ -218,19 +218,19 @@ def find_alignment(he_image: Path, bundle: Path) -> Path | None:
     ValueError
         If several files match.
     """
-    own = he_image.name
+    stem = he_image.name
     for ending in (".tif", ".tiff", ".btf", ".ome"):
-        own = own.removesuffix(ending)
+        stem = stem.removesuffix(ending)
     for folder in (he_image.parent, bundle):
-        if (folder / f"{own}{SUFFIX}").is_file():
-            return folder / f"{own}{SUFFIX}"
-    found = sorted({file.resolve() for folder in (he_image.parent, bundle) for file in folder.glob(f"*image{SUFFIX}")})
+        if (folder / f"{stem}{SUFFIX}").is_file():
+            return folder / f"{stem}{SUFFIX}"
+    files = sorted({file.resolve() for folder in (he_image.parent, bundle) for file in folder.glob(f"*image{SUFFIX}")})
     # A run may also have an alignment of an immunofluorescence image.
-    found = [file for file in found if "if_image" not in file.name]
-    if len(found) > 1:
-        names = [file.name for file in found]
+    files = [file for file in files if "if_image" not in file.name]
+    if len(files) > 1:
+        names = [file.name for file in files]
         raise ValueError(f"Expected one alignment of {he_image.name}, found {names}. Pass one as `alignment=`.")
-    return found[0] if found else None
+    return files[0] if files else None
 
 
 def read_alignment(alignment: str | Path | np.ndarray) -> np.ndarray:
@@ -250,15 +250,15 @@ def read_alignment(alignment: str | Path | np.ndarray) -> np.ndarray:
         where, sizes = str(path), [(3, 3)]
         try:
             with open_text(path) as lines:
-                found = pd.read_csv(lines, header=None).to_numpy(dtype=np.float64)
+                values = pd.read_csv(lines, header=None).to_numpy(dtype=np.float64)
         except (ValueError, pd.errors.ParserError) as error:
             raise ValueError(f"Expected 3 x 3 numbers in {path}, found something else ({error}).") from error
     else:
         where, sizes = "`alignment`", [(3, 3), (2, 3)]
-        found = np.asarray(alignment, dtype=np.float64)
-    if found.shape not in sizes:
-        raise ValueError(f"Expected a matrix of {' or '.join(map(str, sizes))} in {where}, found {found.shape}.")
-    matrix = found if found.shape == (3, 3) else np.vstack([found, [0.0, 0.0, 1.0]])
+        values = np.asarray(alignment, dtype=np.float64)
+    if values.shape not in sizes:
+        raise ValueError(f"Expected a matrix of {' or '.join(map(str, sizes))} in {where}, found {values.shape}.")
+    matrix = values if values.shape == (3, 3) else np.vstack([values, [0.0, 0.0, 1.0]])
     affine = np.isfinite(matrix).all() and np.allclose(matrix[2], [0.0, 0.0, 1.0])
     if not affine or abs(np.linalg.det(matrix[:2, :2])) < 1e-9:
         raise ValueError(

@@ -69,8 +69,8 @@ def read_cell_boundaries(path: Path, cells: pd.DataFrame) -> geopandas.GeoDataFr
     polygons = polygons[order]
     unique, first, pieces = np.unique(rows[order], return_index=True, return_counts=True)
     outlines = polygons[first]
-    for number in np.flatnonzero(pieces > 1):
-        outlines[number] = shapely.multipolygons(polygons[first[number] : first[number] + pieces[number]])
+    for cell in np.flatnonzero(pieces > 1):
+        outlines[cell] = shapely.multipolygons(polygons[first[cell] : first[cell] + pieces[cell]])
     if len(unique) < len(ids):
         lacking = ids[np.setdiff1d(np.arange(len(ids)), unique)]
         warnings.warn(
@@ -99,8 +99,8 @@ def read_nucleus_boundaries(path: Path | None, cells: pd.DataFrame, *, where: Pa
         )
         return None
     _check_known(owners, polygons, cells, path)
-    number = pd.Series(owners).groupby(owners).cumcount().to_numpy() + 1
-    index = [owner if count == 1 else f"{owner}_{count}" for owner, count in zip(owners, number, strict=True)]
+    ordinal = pd.Series(owners).groupby(owners).cumcount().to_numpy() + 1
+    index = [owner if count == 1 else f"{owner}_{count}" for owner, count in zip(owners, ordinal, strict=True)]
     return _as_shapes(geopandas.GeoDataFrame({"cell_id": owners}, geometry=polygons, index=index))
 
 
@@ -130,8 +130,8 @@ def _read_polygons(path: Path, *, may_be_empty: bool = False) -> tuple[np.ndarra
     if not (lengths > 3).any():
         return np.empty(0, dtype=object), np.empty(0, dtype=object)
     enclosing = np.repeat(lengths > 3, lengths)
-    number = np.repeat(np.arange(len(starts)), lengths)[enclosing]
-    _, dense = np.unique(number, return_inverse=True)
+    polygon = np.repeat(np.arange(len(starts)), lengths)[enclosing]
+    _, dense = np.unique(polygon, return_inverse=True)
     rings = shapely.linearrings(vertices[enclosing], indices=dense)
     owners = np.asarray(encoded.dictionary.to_pylist(), dtype=object)[codes[starts[lengths > 3]]]
     return owners, np.asarray(shapely.polygons(rings))
@@ -147,9 +147,9 @@ def _check_known(owners: np.ndarray, polygons: np.ndarray, cells: pd.DataFrame, 
     rows = ids.get_indexer(pd.Index(owners))
     unknown = owners[rows < 0]
     if len(unknown) or not len(owners):
-        found = f"{len(unknown)} of {len(owners)} others, such as {unknown[0]!r}" if len(unknown) else "none"
+        examples = f"{len(unknown)} of {len(owners)} others, such as {unknown[0]!r}" if len(unknown) else "none"
         raise ValueError(
-            f"Expected outlines of the run's cells, such as {ids[0]!r}, in {path}, found {found}. Take all files of "
+            f"Expected outlines of the run's cells, such as {ids[0]!r}, in {path}, found {examples}. Take all files of "
             "one run."
         )
     apart = ~in_boxes(cells[["x_centroid", "y_centroid"]].to_numpy(dtype=np.float64)[rows], shapely.bounds(polygons))
@@ -194,10 +194,10 @@ def _read_csv(path: Path) -> pa.Table:
     return pyarrow.csv.read_csv(path, pyarrow.csv.ReadOptions(block_size=BLOCK), convert_options=options)
 
 
-def check_columns(found: list[str], required: list[str], path: Path) -> None:
-    missing = [name for name in required if name not in found]
+def check_columns(columns: list[str], required: list[str], path: Path) -> None:
+    missing = [name for name in required if name not in columns]
     if missing:
-        raise ValueError(f"Expected the columns {required} in {path}, found {found}; missing: {missing}.")
+        raise ValueError(f"Expected the columns {required} in {path}, found {columns}; missing: {missing}.")
 
 
 def as_text(column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -55,7 +55,7 @@ def read_transcripts(path: Path, cells: geopandas.GeoDataFrame, features: pd.Ind
     try:
         with pq.ParquetFile(source, read_dictionary=["feature_name"]) as file:
             check_columns(file.schema_arrow.names, REQUIRED_OF_TRANSCRIPTS, path)
-            sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
             if not sum(sizes):
                 raise ValueError("it has no rows")
             names = _feature_names(file)
@@ -94,8 +94,8 @@ def _feature_names(file: pq.ParquetFile) -> list[str]:
     """Return the sorted feature names in the file. Only dictionaries are decoded, one row group after another."""
     names: set[str] = set()
     n_unnamed = 0
-    for number in range(file.num_row_groups):
-        for chunk in file.read_row_group(number, columns=["feature_name"])["feature_name"].chunks:
+    for group in range(file.num_row_groups):
+        for chunk in file.read_row_group(group, columns=["feature_name"])["feature_name"].chunks:
             encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
             names.update(encoded.dictionary.cast(pa.string()).to_pylist())
             n_unnamed += encoded.null_count
@@ -112,10 +112,10 @@ def _partition(sizes: list[int]) -> tuple[list[tuple[int, ...]], list[int]]:
     parts: list[tuple[int, ...]] = []
     starts: list[int] = []
     row, current, first = 0, [], 0
-    for number, size in enumerate(sizes):
-        current.append(number)
+    for group, size in enumerate(sizes):
+        current.append(group)
         row += size
-        if row - first >= PARTITION or number == len(sizes) - 1:
+        if row - first >= PARTITION or group == len(sizes) - 1:
             if row > first:
                 parts.append(tuple(current))
                 starts.append(first)
@@ -153,8 +153,8 @@ def _as_categorical(column: pa.ChunkedArray, names: list[str]) -> pd.Categorical
     codes = [np.empty(0, dtype=np.int32)]
     for chunk in column.chunks:
         encoded = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
-        own = categories.get_indexer(encoded.dictionary.cast(pa.string()).to_pylist()).astype(np.int32)
-        codes.append(own[encoded.indices.to_numpy(zero_copy_only=False)] if len(encoded) else codes[0])
+        positions = categories.get_indexer(encoded.dictionary.cast(pa.string()).to_pylist()).astype(np.int32)
+        codes.append(positions[encoded.indices.to_numpy(zero_copy_only=False)] if len(encoded) else codes[0])
     return pd.Categorical.from_codes(np.concatenate(codes), categories=categories)
 
 
@@ -174,14 +174,14 @@ def _check_transcripts(
             f"{names[0]!r}. Take all files of one run."
         )
     encoded = _owners(sampled["cell_id"]).combine_chunks().dictionary_encode()
-    found = pd.Index(encoded.dictionary.to_pylist())
-    rows = cells.index.get_indexer(found)
-    unknown = found[(rows < 0) & (found != UNASSIGNED)]
+    values = pd.Index(encoded.dictionary.to_pylist())
+    rows = cells.index.get_indexer(values)
+    unknown = values[(rows < 0) & (values != UNASSIGNED)]
     # A bundle cut out of a larger one has transcripts of cells outside its border.
-    if len(unknown) > len(found) / 2:
+    if len(unknown) > len(values) / 2:
         raise ValueError(
             f"Expected transcripts in the run's cells, such as {cells.index[0]!r}, in {path}, found {len(unknown)} of "
-            f"{len(found)} cells to be others, such as {unknown[0]!r}. Take all files of one run."
+            f"{len(values)} cells to be others, such as {unknown[0]!r}. Take all files of one run."
         )
     owners = rows[encoded.indices.to_numpy(zero_copy_only=False)]
     points = np.column_stack([sampled[name].to_numpy() for name in ("x_location", "y_location")])[owners >= 0]

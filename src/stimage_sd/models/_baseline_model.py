@@ -104,8 +104,8 @@ class BaselineModel:
             If tiles, embeddings or staining differ from the model's. The error names the step to run again.
         """
         for expected in self.tiles:
-            found = specification(sdata, expected.extractor, context=expected.context_rings > 0)
-            check_specification(found, expected, section=section)
+            stated = specification(sdata, expected.extractor, context=expected.context_rings > 0)
+            check_specification(stated, expected, section=section)
         seen = section_data(sdata, self.tiles, self.recipe)
         means = self.recipe.mean(self.learned, seen) * self.scale
         strangeness = self.familiarity.strangeness(np.concatenate(seen.embeddings, axis=1))
@@ -154,11 +154,11 @@ class BaselineModel:
         n_genes = len(config["genes"])
         if any(arrays[key].shape[-1] != n_genes for key in ("scale", "dispersion", "floor")):
             raise KeyError(f"scale, dispersion and floor are not of {n_genes} genes")
-        tiles = [{**each, "fields_of_view": tuple(each["fields_of_view"])} for each in config["tiles"]]
+        tiles = [{**tile, "fields_of_view": tuple(tile["fields_of_view"])} for tile in config["tiles"]]
         return cls(
             genes=tuple(config["genes"]),
             recipe=known[name](**hyperparameters),
-            tiles=tuple(TileSpecification(**each) for each in tiles),
+            tiles=tuple(TileSpecification(**tile) for tile in tiles),
             learned={
                 key.removeprefix("learned."): array for key, array in arrays.items() if key.startswith("learned.")
             },
@@ -209,7 +209,7 @@ def section_data(sdata: SpatialData, tiles: tuple[TileSpecification, ...], recip
     image = contract.working_image_name(sdata)
     geometry = contract.tile_geometry(sdata, table[keep], image)
     return SectionData(
-        embeddings=tuple(features(sdata, each) for each in tiles),
+        embeddings=tuple(features(sdata, tile) for tile in tiles),
         name=contract.sample(sdata),
         positions=geometry.centers,
         pixels=_pixels(sdata, image, geometry, recipe.pixels_px) if "pixels" in recipe.needs else None,  # type: ignore[attr-defined]

@@ -190,8 +190,8 @@ class CellClassifier:
         padded = np.pad(images, padding, mode="symmetric") if height % _STEP or width % _STEP else images
         with self._lock:
             session = self._session
-        found = [session.run(["embedding"], {"tiles": padded[n : n + 1]})[0] for n in range(len(images))]
-        stacked = np.concatenate(found)[..., :height, :width]
+        outputs = [session.run(["embedding"], {"tiles": padded[n : n + 1]})[0] for n in range(len(images))]
+        stacked = np.concatenate(outputs)[..., :height, :width]
         nuclear, hv, types, features = np.split(stacked, [2, 4, 5 + len(self.classes)], axis=1)
         return CellMaps(
             nuclear=scipy.special.expit(nuclear[:, 1] - nuclear[:, 0]),
@@ -244,7 +244,7 @@ class CellClassifier:
         """Build a model from the config and arrays that `save` wrote."""
         size = dict(config["size"])
         size |= {name: tuple(size[name]) for name in ("depths", "dense")}
-        found = cls(
+        model = cls(
             classes=tuple(config["classes"]),
             size=HoVerNetSize(**size),
             mpp=float(config["mpp"]),
@@ -253,10 +253,10 @@ class CellClassifier:
             training=dict(config["training"]),
         )
         try:
-            _ = found.module
+            _ = model.module
         except ValueError as error:
             raise KeyError(str(error)) from error
-        return found
+        return model
 
     @classmethod
     def of(cls, network: nnx.Module, **parts: Any) -> CellClassifier:

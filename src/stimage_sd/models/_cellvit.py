@@ -160,8 +160,8 @@ class CellViT:
         for start in range(0, len(corners), _BATCH):
             part = corners[start : start + _BATCH]
             windows = np.stack([padded[top : top + self.tile_px, left : left + self.tile_px] for top, left in part])
-            for (top, left), found in zip(part, self._run(windows), strict=True):
-                whole[:, top : top + core, left : left + core] = found[:, _BORDER:-_BORDER, _BORDER:-_BORDER]
+            for (top, left), window in zip(part, self._run(windows), strict=True):
+                whole[:, top : top + core, left : left + core] = window[:, _BORDER:-_BORDER, _BORDER:-_BORDER]
         whole = whole[:, :height, :width]
         nuclear = scipy.special.expit(whole[1] - whole[0])
         return nuclear, whole[2:4], scipy.special.softmax(whole[4:], axis=0)
@@ -174,9 +174,9 @@ class CellViT:
         mean, std = (np.asarray(of, np.float32) for of in (family.mean, family.std))
         scaled = ((windows / np.float32(255) - mean) / std).astype(np.float32)
         with _LOCK, torch.inference_mode():  # the network uses all cores
-            found = self.network(torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))))
+            outputs = self.network(torch.from_numpy(np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))))
         # HistoPLUS returns the maps together with the last layer's tokens
-        maps = found[0] if isinstance(found, tuple) else found
+        maps = outputs[0] if isinstance(outputs, tuple) else outputs
         return np.concatenate([maps[name].float().cpu().numpy() for name in family.maps], axis=1)
 
 

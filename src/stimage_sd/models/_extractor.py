@@ -202,7 +202,7 @@ def registered(weights: Path | None, *, name: str, network: Network, weights_has
 def build(entry: Entry, weights: Path | None) -> Extractor:
     network, weights_hash = entry.load(weights)
     if entry.is_recordable and isinstance(network, nnx.Module) and jax.default_backend() == "cpu":
-        run = _onnx(entry, network)
+        run = _recorded(entry, network, embedding_size=entry.embedding_size)
     elif isinstance(network, nnx.Module):
         run = _compiled(entry, network)
     else:
@@ -222,12 +222,8 @@ def build(entry: Entry, weights: Path | None) -> Extractor:
     )
 
 
-def _onnx(entry: Entry, network: nnx.Module) -> Run:
-    """Run a network in ONNX Runtime on the calling thread."""
-    return _recorded(entry, network, embedding_size=entry.embedding_size)
-
-
 def _recorded(entry: Entry, network: Callable[[Any], Any], *, embedding_size: int | None) -> Run:
+    """Run a network in ONNX Runtime on the calling thread."""
     mean, std = entry.mean or (0.0, 0.0, 0.0), entry.std or (1.0, 1.0, 1.0)
     model = onnx_graph.record(network, mean=mean, std=std, embedding_size=embedding_size)
     options = onnxruntime.SessionOptions()

@@ -224,8 +224,8 @@ class FeatureSpace:
         """
         covariance = Covariance(self.directions, self.variances)
         blocks = (self._by_cohort(values[rows]) for rows in _rows(len(values)))
-        found = np.concatenate([distances(block, covariance) for block in blocks])
-        return (found / self.usual_distance[0]).astype(np.float32)
+        distance = np.concatenate([distances(block, covariance) for block in blocks])
+        return (distance / self.usual_distance[0]).astype(np.float32)
 
     def _by_cohort(self, values: np.ndarray) -> np.ndarray:
         # features that hardly vary in training get a least deviation; otherwise any new value would be far away

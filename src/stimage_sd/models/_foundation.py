@@ -326,8 +326,8 @@ def _state(path: Path) -> dict[str, Any]:
             f"Expected a file of weights at {path}, safetensors or torch's format, found that it cannot be read "
             f"({' '.join(str(error).split())[:200]})."
         ) from error
-    found = state.get("state_dict", state) if isinstance(state, dict) else {}
-    return {str(key).removeprefix("module."): value for key, value in found.items()}
+    arrays = state.get("state_dict", state) if isinstance(state, dict) else {}
+    return {str(key).removeprefix("module."): value for key, value in arrays.items()}
 
 
 def _unpickling_error() -> type[Exception]:

@@ -95,14 +95,14 @@ class GeneClassifier:
         stored = embedded(sdata, self.tiles)
         scale = self.features.scale(np.concatenate([stored.own, stored.context], axis=1))
 
-        def margins(row: int, own: Sequence[Values]) -> Values:
-            return self._margins(in_place((stored,), row, own), scale)
+        def margins(row: int, embeddings: Sequence[Values]) -> Values:
+            return self._margins(in_place((stored,), row, embeddings), scale)
 
         return ClassStandIns((stored,), margins)
 
     def _check(self, sdata: SpatialData, section: str) -> None:
-        found = specification(sdata, self.tiles.extractor, context=self.tiles.context_rings > 0)
-        check_specification(found, self.tiles, section=section)
+        stated = specification(sdata, self.tiles.extractor, context=self.tiles.context_rings > 0)
+        check_specification(stated, self.tiles, section=section)
 
     def _margins(self, values: Values, scale: SectionScale | None = None) -> Values:
         """Return log odds of High for a whole section, or for any tiles if the scale of their section is given."""
@@ -126,8 +126,8 @@ class GeneClassifier:
             "standardize": self.features.standardize,
             "training": self.training,
         }
-        own = {name: getattr(self, name) for name in ("coefficients", "intercepts", "thresholds", "base_rates")}
-        return write_model(path, kind="gene_classifier", config=config, arrays={**own, **self.features.arrays()})
+        arrays = {name: getattr(self, name) for name in ("coefficients", "intercepts", "thresholds", "base_rates")}
+        return write_model(path, kind="gene_classifier", config=config, arrays={**arrays, **self.features.arrays()})
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> GeneClassifier:
@@ -145,9 +145,9 @@ class GeneClassifier:
             "thresholds": (n_genes,),
             "base_rates": (n_genes,),
         }
-        found = {name: arrays[name].shape for name in expected}
-        if found != expected:
-            raise KeyError(f"arrays of the classifier are {found}, expected {expected}")
+        shapes = {name: arrays[name].shape for name in expected}
+        if shapes != expected:
+            raise KeyError(f"arrays of the classifier are {shapes}, expected {expected}")
         return cls(
             genes=tuple(config["genes"]),
             tiles=TileSpecification(**tiles),

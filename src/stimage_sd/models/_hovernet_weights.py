@@ -9,8 +9,7 @@ import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
-from stimage_sd.models._weights import fill_variables, read_safetensors, sha256_of_file
-from stimage_sd.nn.densenet import Norm
+from stimage_sd.models._weights import fill_variables, norm_names, read_safetensors, sha256_of_file
 from stimage_sd.nn.hovernet import Decoder, Dense, HoVerNet, Residual
 
 Named = Iterator[tuple[str, nnx.Variable]]
@@ -71,9 +70,9 @@ def _without_place(name: str) -> bool:
 def encoder_names(network: HoVerNet) -> Named:
     """Yield the encoder's variables with the names of their arrays in the authors' files."""
     yield "conv0./.weight", network.stem.conv.kernel
-    yield from _norm("conv0.bn", network.stem.norm)
-    for number, block in enumerate(network.blocks):
-        yield from _residual_names(f"d{number}", block)
+    yield from norm_names(network.stem.norm, "conv0.bn").items()
+    for index, block in enumerate(network.blocks):
+        yield from _residual_names(f"d{index}", block)
     yield "conv_bot.weight", network.bottom.kernel
 
 
@@ -85,7 +84,7 @@ def decoder_names(network: HoVerNet) -> Named:
         yield from _dense_names(f"{prefix}.u3", decoder.coarse)
         yield from _dense_names(f"{prefix}.u2", decoder.fine)
         yield f"{prefix}.u1.conva.weight", decoder.last.kernel
-        yield from _norm(f"{prefix}.u0.bn", decoder.norm)
+        yield from norm_names(decoder.norm, f"{prefix}.u0.bn").items()
         yield f"{prefix}.u0.conv.weight", decoder.maps.kernel
         assert decoder.maps.bias is not None
         yield f"{prefix}.u0.conv.bias", decoder.maps.bias
@@ -94,49 +93,42 @@ def decoder_names(network: HoVerNet) -> Named:
 def resnet_names(network: HoVerNet) -> Named:
     """Yield the encoder's variables with the names of their arrays in torchvision's ResNet-50."""
     yield "conv1.weight", network.stem.conv.kernel
-    yield from _norm("bn1", network.stem.norm)
+    yield from norm_names(network.stem.norm, "bn1").items()
     for stage, block in enumerate(network.blocks, start=1):
         yield f"layer{stage}.0.downsample.0.weight", block.shortcut.kernel
-        for number in range(len(block.narrow)):
-            prefix = f"layer{stage}.{number}"
-            yield f"{prefix}.conv1.weight", block.narrow[number].kernel
-            yield from _norm(f"{prefix}.bn1", block.norms_1[number])
-            yield f"{prefix}.conv2.weight", block.middle[number].kernel
-            yield from _norm(f"{prefix}.bn2", block.norms_2[number])
-            yield f"{prefix}.conv3.weight", block.widen[number].kernel
+        for index in range(len(block.narrow)):
+            prefix = f"layer{stage}.{index}"
+            yield f"{prefix}.conv1.weight", block.narrow[index].kernel
+            yield from norm_names(block.norms_1[index], f"{prefix}.bn1").items()
+            yield f"{prefix}.conv2.weight", block.middle[index].kernel
+            yield from norm_names(block.norms_2[index], f"{prefix}.bn2").items()
+            yield f"{prefix}.conv3.weight", block.widen[index].kernel
 
 
 def _residual_names(prefix: str, block: Residual) -> Named:
     yield f"{prefix}.shortcut.weight", block.shortcut.kernel
-    for number in range(len(block.narrow)):
-        unit = f"{prefix}.units.{number}"
-        if number:
-            yield from _norm(f"{unit}.preact/bn", block.norms[number - 1])
-        yield f"{unit}.conv1.weight", block.narrow[number].kernel
-        yield from _norm(f"{unit}.conv1/bn", block.norms_1[number])
-        yield f"{unit}.conv2.weight", block.middle[number].kernel
-        yield from _norm(f"{unit}.conv2/bn", block.norms_2[number])
-        yield f"{unit}.conv3.weight", block.widen[number].kernel
-    yield from _norm(f"{prefix}.blk_bna.bn", block.last)
+    for index in range(len(block.narrow)):
+        unit = f"{prefix}.units.{index}"
+        if index:
+            yield from norm_names(block.norms[index - 1], f"{unit}.preact/bn").items()
+        yield f"{unit}.conv1.weight", block.narrow[index].kernel
+        yield from norm_names(block.norms_1[index], f"{unit}.conv1/bn").items()
+        yield f"{unit}.conv2.weight", block.middle[index].kernel
+        yield from norm_names(block.norms_2[index], f"{unit}.conv2/bn").items()
+        yield f"{unit}.conv3.weight", block.widen[index].kernel
+    yield from norm_names(block.last, f"{prefix}.blk_bna.bn").items()
 
 
 def _dense_names(prefix: str, dense: Dense) -> Named:
     yield f"{prefix}.conva.weight", dense.first.kernel
-    for number in range(len(dense.narrow)):
-        unit = f"{prefix}.dense.units.{number}"
-        yield from _norm(f"{unit}.preact_bna/bn", dense.norms[number])
-        yield f"{unit}.conv1.weight", dense.narrow[number].kernel
-        yield from _norm(f"{unit}.conv1/bn", dense.norms_1[number])
-        yield f"{unit}.conv2.weight", dense.grow[number].kernel
-    yield from _norm(f"{prefix}.dense.blk_bna.bn", dense.last)
+    for index in range(len(dense.narrow)):
+        unit = f"{prefix}.dense.units.{index}"
+        yield from norm_names(dense.norms[index], f"{unit}.preact_bna/bn").items()
+        yield f"{unit}.conv1.weight", dense.narrow[index].kernel
+        yield from norm_names(dense.norms_1[index], f"{unit}.conv1/bn").items()
+        yield f"{unit}.conv2.weight", dense.grow[index].kernel
+    yield from norm_names(dense.last, f"{prefix}.dense.blk_bna.bn").items()
     yield f"{prefix}.convf.weight", dense.out.kernel
-
-
-def _norm(prefix: str, layer: Norm) -> Named:
-    yield f"{prefix}.weight", layer.scale
-    yield f"{prefix}.bias", layer.bias
-    yield f"{prefix}.running_mean", layer.mean
-    yield f"{prefix}.running_var", layer.variance
 
 
 def arrays_in_authors_naming(network: HoVerNet) -> dict[str, NDArray[np.float32]]:

@@ -25,9 +25,9 @@ def put_arrays(network: nnx.Module, arrays: Mapping[str, NDArray[Any]], *, name:
     """
     wanted = {"/".join(map(str, path)): variable for path, variable in _variables(network)}
     expected = {key: tuple(variable.shape) for key, variable in wanted.items()}
-    found = {key: array.shape for key, array in arrays.items()}
-    if found != expected:
-        wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+    shapes = {key: array.shape for key, array in arrays.items()}
+    if shapes != expected:
+        wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
         raise ValueError(
             f"The model's weights do not fit the network of the extractor {name!r}: {len(wrong)} arrays differ, such "
             f"as {wrong[:3]}. Register the network that the model was trained with."

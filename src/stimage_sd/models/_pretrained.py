@@ -13,11 +13,12 @@ from stimage_sd.models._weights import (
     abstract,
     fill_variables,
     find_weights,
+    norm_names,
     read_safetensors,
     sha256_of_file,
     variables_by_name,
 )
-from stimage_sd.nn.densenet import DenseNet121, Norm
+from stimage_sd.nn.densenet import DenseNet121
 from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
 DENSENET121_HUB = "timm/densenet121.tv_in1k"
@@ -27,68 +28,26 @@ VIT_HUBS = {"vit_base_patch16_224": "timm/vit_base_patch16_224.augreg_in21k_ft_i
 def densenet121_names(network: DenseNet121) -> dict[str, nnx.Variable]:
     """Return the network's variables by the names of their arrays in torchvision and timm.
 
-    Parameters
-    ----------
-    network
-        The network to fill.
-
-    Returns
-    -------
-    dict of str to variable
-        Variables by name.
-
     Examples
     --------
     >>> list(densenet121_names(abstract(DenseNet121)))[0]
     'features.conv0.weight'
     """
     wanted = variables_by_name([(network.stem, "features.conv0", "features.norm0")])
-    for number, block in enumerate(network.blocks, start=1):
+    for stage, block in enumerate(network.blocks, start=1):
         for index, layer in enumerate(block, start=1):
-            prefix = f"features.denseblock{number}.denselayer{index}."
-            wanted |= _norm_names(layer.before, f"{prefix}norm1")
+            prefix = f"features.denseblock{stage}.denselayer{index}."
+            wanted |= norm_names(layer.before, f"{prefix}norm1")
             wanted |= variables_by_name([(layer.reduce, f"{prefix}conv1", f"{prefix}norm2")])
             wanted[f"{prefix}conv2.weight"] = layer.filter.kernel
-    for number, transition in enumerate(network.transitions, start=1):
-        wanted |= _norm_names(transition.before, f"features.transition{number}.norm")
-        wanted[f"features.transition{number}.conv.weight"] = transition.reduce.kernel
-    return wanted | _norm_names(network.after, "features.norm5")
-
-
-def _norm_names(layer: Norm, prefix: str) -> dict[str, nnx.Variable]:
-    return {
-        f"{prefix}.weight": layer.scale,
-        f"{prefix}.bias": layer.bias,
-        f"{prefix}.running_mean": layer.mean,
-        f"{prefix}.running_var": layer.variance,
-    }
+    for stage, transition in enumerate(network.transitions, start=1):
+        wanted |= norm_names(transition.before, f"features.transition{stage}.norm")
+        wanted[f"features.transition{stage}.conv.weight"] = transition.reduce.kernel
+    return wanted | norm_names(network.after, "features.norm5")
 
 
 def load_densenet121(weights: Path | None) -> Pretrained:
-    """Build DenseNet-121 with weights from torchvision or timm, with numpy arrays.
-
-    Parameters
-    ----------
-    weights
-        A safetensors file, or `None` to search for one (`find_weights`).
-
-    Returns
-    -------
-    Pretrained
-        The network and the sha256 of the file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file, or none was found.
-    ValueError
-        If the file is damaged or belongs to another network.
-
-    Examples
-    --------
-    >>> load_densenet121(Path("densenet121.safetensors")).network.stem.kernel.shape  # doctest: +SKIP
-    (7, 7, 3, 64)
-    """
+    """Build DenseNet-121 with weights from torchvision or timm, as `load_resnet50` does for ResNet-50."""
     file = find_weights("densenet121", hub=DENSENET121_HUB) if weights is None else weights
     # torchvision's released file has "norm.1" in place of the network's "norm1"
     arrays = {
@@ -100,19 +59,7 @@ def load_densenet121(weights: Path | None) -> Pretrained:
 
 
 def vision_transformer_names(network: VisionTransformer, *, torchvision: bool) -> dict[str, nnx.Variable]:
-    """Return the network's variables by the names of their arrays in torchvision or timm.
-
-    Parameters
-    ----------
-    network
-        The network to fill.
-    torchvision
-        `True` for torchvision's names (``vit_b_16``), `False` for timm's names (``vit_base_patch16_224``).
-
-    Returns
-    -------
-    dict of str to variable
-        Variables by name.
+    """Return the network's variables by the names of their arrays in torchvision (``vit_b_16``) or timm.
 
     Examples
     --------
@@ -127,9 +74,9 @@ def vision_transformer_names(network: VisionTransformer, *, torchvision: bool) -
     token, positions, patches, after = tops
     wanted: dict[str, nnx.Variable] = {token: network.class_token, positions: network.positions}
     wanted |= _kernel_and_bias(network.patches, f"{patches}.{{}}") | _kernel_and_bias(network.after, f"{after}.{{}}")
-    for number, layers in enumerate(network.blocks):
+    for index, layers in enumerate(network.blocks):
         for attribute, end in ends.items():
-            wanted |= _kernel_and_bias(getattr(layers, attribute), block.format(number) + end)
+            wanted |= _kernel_and_bias(getattr(layers, attribute), block.format(index) + end)
     return wanted
 
 
@@ -161,7 +108,7 @@ def _kernel_and_bias(layer: nnx.Linear | nnx.Conv | nnx.LayerNorm, name: str) ->
 
 
 def load_vision_transformer(weights: Path | None, *, name: str, size: str = "base") -> Pretrained:
-    """Build a vision transformer (patches of 16 px, tiles of 224 px) with numpy arrays.
+    """Build a vision transformer (patches of 16 px, tiles of 224 px), as `load_resnet50` does for ResNet-50.
 
     Parameters
     ----------
@@ -171,22 +118,6 @@ def load_vision_transformer(weights: Path | None, *, name: str, size: str = "bas
         Name of the extractor.
     size
         ``"tiny"``, ``"small"`` or ``"base"``.
-
-    Returns
-    -------
-    Pretrained
-        The network and the sha256 of the file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file, or none was found.
-    ValueError
-        If the file is damaged or belongs to another network.
-
-    Examples
-    --------
-    >>> load_vision_transformer(Path("vit_b_16.safetensors"), name="vit_b_16")  # doctest: +SKIP
     """
     file = find_weights(name, hub=VIT_HUBS.get(name)) if weights is None else weights
     arrays: Arrays = read_safetensors(file)

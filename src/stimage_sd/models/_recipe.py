@@ -178,12 +178,6 @@ def median_total(sections: Sequence[TrainingSection]) -> float:
     return depth.median_total(np.concatenate([section.totals for section in sections]))
 
 
-def count_scale(sections: Sequence[TrainingSection], target: Target) -> np.ndarray:
-    """Return the factor from exponentials of targets to counts, ``float32 (1,)``."""
-    scale = 1.0 if target == "log1p" else median_total(sections) / LOGNORM_TOTAL
-    return np.array([scale], dtype=np.float32)
-
-
 def floor(sections: Sequence[TrainingSection], target: Target) -> np.ndarray:
     """Fit each gene's mean and dispersion without tile features, ``float32 (2, n_genes)``."""
     counts = sp.vstack([section.counts for section in sections]).tocsr()
@@ -192,9 +186,16 @@ def floor(sections: Sequence[TrainingSection], target: Target) -> np.ndarray:
     return mean_only.floor(counts, factors)
 
 
-def as_counts(logarithms: np.ndarray, scale: np.ndarray, floor_mean: np.ndarray) -> np.ndarray:
+def count_arrays(sections: Sequence[TrainingSection], target: Target) -> dict[str, np.ndarray]:
+    """Return the arrays that `as_counts` needs: ``scale``, ``float32 (1,)``, and ``floor_mean``, ``(n_genes,)``."""
+    scale = 1.0 if target == "log1p" else median_total(sections) / LOGNORM_TOTAL
+    return {"scale": np.array([scale], dtype=np.float32), "floor_mean": floor(sections, target)[0]}
+
+
+def as_counts(logarithms: np.ndarray, learned: Arrays) -> np.ndarray:
     """Convert predicted logarithms to means of at least a thousandth of the gene's mean, because means are positive."""
-    return np.maximum(np.expm1(np.minimum(logarithms, 25.0)) * scale, 1e-3 * floor_mean).astype(np.float32)
+    means = np.expm1(np.minimum(logarithms, 25.0)) * learned["scale"]
+    return np.maximum(means, 1e-3 * learned["floor_mean"]).astype(np.float32)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -214,8 +215,8 @@ def folds(sections: Sequence[TrainingSection]) -> Iterator[Fold]:
         n_folds = min(MOST_FOLDS, len(sections))
         for fold in range(n_folds):
             yield Fold(
-                [section for number, section in enumerate(sections) if number % n_folds != fold],
-                [section for number, section in enumerate(sections) if number % n_folds == fold],
+                [section for index, section in enumerate(sections) if index % n_folds != fold],
+                [section for index, section in enumerate(sections) if index % n_folds == fold],
             )
         return
     (section,) = sections

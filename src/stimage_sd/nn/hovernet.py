@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import singledispatch
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from stimage_sd.nn.densenet import BATCH_NORM_EPSILON, Norm, concatenate, norm
-from stimage_sd.nn.layers import add, relu
+from stimage_sd.nn.layers import Conv, Norm, add, concatenate, conv, double, norm, relu, trim
 
 #: function that applies a normalization layer, by running statistics or by batch statistics
 Normalize = Callable[[Any, Norm], Any]
@@ -64,107 +61,8 @@ SIZES = {
 }
 
 
-class Conv(nnx.Module):
-    """Square convolution with optional stride, groups and bias.
-
-    Parameters
-    ----------
-    in_channels, out_channels
-        Numbers of input and output channels.
-    kernel_size
-        Height and width of the kernel, odd.
-    stride
-        Stride, px.
-    groups
-        Number of separate channel groups.
-    padding
-        ``"same"`` pads with zeros, with the odd pixel below and to the right. ``"valid"`` does not pad.
-    bias
-        Whether to add a bias.
-    rngs
-        Source of the initial kernel (He et al. 2015, fan in).
-
-    Examples
-    --------
-    >>> conv(jnp.ones((1, 8, 8, 3)), Conv(3, 4, 3, stride=2, rngs=nnx.Rngs(0))).shape
-    (1, 4, 4, 4)
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1,
-        padding: Padding = "same", bias: bool = False, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
-        self.kernel_size, self.stride, self.groups, self.padding = kernel_size, stride, groups, padding
-        shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
-        deviation = (2 * groups / (kernel_size**2 * in_channels)) ** 0.5
-        self.kernel = nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32)) if bias else None
-
-
-@singledispatch
-def conv(value: Any, layer: Conv) -> Any:
-    """Apply a convolution.
-
-    Parameters
-    ----------
-    value
-        float32 (batch, height, width, in_channels), or a value of a graph being recorded.
-    layer
-        Convolution layer.
-
-    Returns
-    -------
-    value
-        float32 (batch, height', width', out_channels).
-
-    Examples
-    --------
-    >>> conv(jnp.ones((1, 8, 8, 3)), Conv(3, 4, 5, padding="valid", rngs=nnx.Rngs(0))).shape
-    (1, 4, 4, 4)
-    """
-    # on a CPU, 1 × 1 and grouped convolutions of XLA take several times as long as this code
-    if layer.kernel_size == 1:
-        convolved = value[:, :: layer.stride, :: layer.stride] @ layer.kernel[0, 0]
-    else:
-        pieces = [jnp.split(array, layer.groups, axis=-1) for array in (value, layer.kernel[...])]
-        convolved = jnp.concatenate(
-            [_convolved(piece, kernel, layer) for piece, kernel in zip(*pieces, strict=True)], axis=-1
-        )
-    return convolved if layer.bias is None else convolved + layer.bias[...]
-
-
-def _convolved(value: Any, kernel: Any, layer: Conv) -> Any:
-    return jax.lax.conv_general_dilated(
-        value, kernel, (layer.stride,) * 2, layer.padding.upper(), dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-
-
-@singledispatch
-def double(value: Any) -> Any:
-    """Upsample by repeating every pixel twice along both axes.
-
-    Examples
-    --------
-    >>> double(jnp.ones((1, 2, 3, 4))).shape
-    (1, 4, 6, 4)
-    """
-    return value.repeat(2, axis=1).repeat(2, axis=2)
-
-
-@singledispatch
-def trim(value: Any, pixels: int) -> Any:
-    """Crop the given number of pixels on each side.
-
-    Examples
-    --------
-    >>> trim(jnp.ones((1, 6, 6, 4)), 2).shape
-    (1, 2, 2, 4)
-    """
-    return value[:, pixels : value.shape[1] - pixels, pixels : value.shape[2] - pixels] if pixels else value
-
-
 def batch_norm(value: Any, layer: Norm) -> Any:
-    """Apply batch normalization with batch statistics and update the running statistics, for training.
+    """Apply batch normalization with batch statistics and update the running statistics of the layer, for training.
 
     Parameters
     ----------
@@ -173,13 +71,9 @@ def batch_norm(value: Any, layer: Norm) -> Any:
     layer
         Normalization layer. Its mean and variance are changed.
 
-    Returns
-    -------
-    value
-        Normalized value of the same shape.
-
     Examples
     --------
+    >>> import jax.numpy as jnp
     >>> layer = Norm(1)
     >>> float(batch_norm(jnp.array([0.0, 2.0]).reshape(2, 1, 1, 1), layer)[1, 0, 0, 0].round(3))
     1.0
@@ -191,7 +85,7 @@ def batch_norm(value: Any, layer: Norm) -> Any:
     unbiased = variance * n_values / max(n_values - 1, 1)
     layer.mean[...] = (1 - _MOMENTUM) * layer.mean[...] + _MOMENTUM * mean
     layer.variance[...] = (1 - _MOMENTUM) * layer.variance[...] + _MOMENTUM * unbiased
-    return (value - mean) * jax.lax.rsqrt(variance + BATCH_NORM_EPSILON) * layer.scale[...] + layer.bias[...]
+    return (value - mean) * jax.lax.rsqrt(variance + layer.epsilon) * layer.scale[...] + layer.bias[...]
 
 
 class Residual(nnx.Module):
@@ -227,11 +121,11 @@ class Residual(nnx.Module):
     def __call__(self, value: Any, normalize: Normalize) -> Any:
         """Apply the residual units."""
         kept = conv(value, self.shortcut)
-        for number, narrow in enumerate(self.narrow):
-            inner = value if number == 0 else relu(normalize(kept, self.norms[number - 1]))
-            inner = relu(normalize(conv(inner, narrow), self.norms_1[number]))
-            inner = relu(normalize(conv(inner, self.middle[number]), self.norms_2[number]))
-            kept = add(conv(inner, self.widen[number]), kept)
+        for unit, narrow in enumerate(self.narrow):
+            inner = value if unit == 0 else relu(normalize(kept, self.norms[unit - 1]))
+            inner = relu(normalize(conv(inner, narrow), self.norms_1[unit]))
+            inner = relu(normalize(conv(inner, self.middle[unit]), self.norms_2[unit]))
+            kept = add(conv(inner, self.widen[unit]), kept)
         return relu(normalize(kept, self.last))
 
 
@@ -261,7 +155,7 @@ class Dense(nnx.Module):
         kernel = size.kernel_size
         self.lost = kernel // 2 if size.padding == "valid" else 0
         self.first = Conv(in_channels, width, kernel, padding=size.padding, rngs=rngs)
-        befores = [width + number * growth for number in range(n_units)]
+        befores = [width + unit * growth for unit in range(n_units)]
         self.norms = nnx.List([Norm(before) for before in befores])
         self.narrow = nnx.List([Conv(before, bottleneck, 1, rngs=rngs) for before in befores])
         self.norms_1 = nnx.List([Norm(bottleneck) for _ in befores])
@@ -360,6 +254,7 @@ class HoVerNet(nnx.Module):
 
     Examples
     --------
+    >>> import jax.numpy as jnp
     >>> maps = lambda: HoVerNet(4, size=SIZES["small"], rngs=nnx.Rngs(0))(jnp.zeros((1, 64, 64, 3)))
     >>> [each.shape for each in nnx.eval_shape(maps)]
     [(1, 64, 64, 2), (1, 64, 64, 2), (1, 64, 64, 5), (1, 64, 64, 8)]
@@ -369,9 +264,9 @@ class HoVerNet(nnx.Module):
         width = size.width
         self.stem = Stem(size, rngs=rngs)
         blocks, before = [], width
-        for number, depth in enumerate(size.depths):
-            inner = width * 2**number
-            blocks.append(Residual(before, inner, depth, stride=1 if number == 0 else 2, rngs=rngs))
+        for index, depth in enumerate(size.depths):
+            inner = width * 2**index
+            blocks.append(Residual(before, inner, depth, stride=1 if index == 0 else 2, rngs=rngs))
             before = 4 * inner
         self.blocks = nnx.List(blocks)
         self.bottom = Conv(before, 16 * width, 1, rngs=rngs)
@@ -418,8 +313,4 @@ def n_parameters(network: nnx.Module) -> int:
     >>> n_parameters(Conv(3, 4, 3, rngs=nnx.Rngs(0)))
     108
     """
-    return sum(variable[...].size for variable in jax.tree.leaves(nnx.state(network, nnx.Param), is_leaf=_is_variable))
-
-
-def _is_variable(node: Any) -> bool:
-    return isinstance(node, nnx.Variable)
+    return sum(variable[...].size for _, variable in nnx.to_flat_state(nnx.state(network, nnx.Param)))

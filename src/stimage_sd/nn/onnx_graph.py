@@ -16,9 +16,23 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from stimage_sd.nn.densenet import Convolution, Norm, concatenate, convolution, halve, norm
-from stimage_sd.nn.hovernet import Conv, conv, double, trim
-from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, max_pool, relu, relu6
+from stimage_sd.nn.layers import (
+    Conv,
+    ConvNorm,
+    Norm,
+    add,
+    concatenate,
+    conv,
+    conv_norm,
+    double,
+    global_mean,
+    halve,
+    max_pool,
+    norm,
+    relu,
+    relu6,
+    trim,
+)
 
 # Supported by runtimes of the last several years, and has every operator used here.
 OPSET = 17
@@ -79,20 +93,35 @@ class Symbol:
 @conv_norm.register
 def _(value: Symbol, layer: ConvNorm) -> Symbol:
     kernel, bias = (np.asarray(array, np.float32) for array in layer.folded())
-    if layer.depthwise:
-        kernel = kernel[:, :, None]
+    kernel, groups = (kernel[:, :, None], kernel.shape[2]) if layer.depthwise else (kernel, 1)
+    pads = {"auto_pad": "SAME_UPPER"} if layer.padding == "same" else {"pads": [layer.padding] * 4}
+    return _convolved(value, kernel, bias, stride=layer.stride, groups=groups, **pads)
+
+
+@conv.register
+def _(value: Symbol, layer: Conv) -> Symbol:
+    kernel = np.asarray(layer.kernel[...], np.float32)
+    bias = None if layer.bias is None else np.asarray(layer.bias[...], np.float32)
+    pads = "SAME_UPPER" if layer.padding == "same" else "VALID"
+    return _convolved(value, kernel, bias, stride=layer.stride, groups=layer.groups, auto_pad=pads)
+
+
+def _convolved(
+    value: Symbol,
+    kernel: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    *,
+    stride: int,
+    groups: int,
+    **pads: Any,
+) -> Symbol:
+    """Add a convolution, with the pending factor per channel in its kernel."""
     if value.scale is not None:
         kernel = kernel * value.scale[:, None]
-    pads = {"auto_pad": "SAME_UPPER"} if layer.padding == "same" else {"pads": [layer.padding] * 4}
-    inputs = [value.name, value.graph.constant(kernel.transpose(3, 2, 0, 1)), value.graph.constant(bias)]
-    name = value.graph.node(
-        "Conv",
-        inputs,
-        kernel_shape=[layer.kernel_size] * 2,
-        strides=[layer.stride] * 2,
-        group=kernel.shape[3] if layer.depthwise else 1,
-        **pads,
-    )
+    arrays = (kernel.transpose(3, 2, 0, 1), *(() if bias is None else (bias,)))
+    inputs = [value.name, *map(value.graph.constant, arrays)]
+    shape, strides = list(kernel.shape[:2]), [stride] * 2
+    name = value.graph.node("Conv", inputs, kernel_shape=shape, strides=strides, group=groups, **pads)
     return Symbol(value.graph, name)
 
 
@@ -124,33 +153,8 @@ def _(value: Symbol) -> Symbol:
 
 @norm.register
 def _(value: Symbol, layer: Norm) -> Symbol:
-    gain, shift = (np.asarray(array, np.float32).reshape(1, -1, 1, 1) for array in layer.folded())
+    gain, shift = (np.asarray(array, np.float32).reshape(1, -1, 1, 1) for array in layer.gain_and_shift())
     return value.then("Mul", value.graph.constant(gain)).then("Add", value.graph.constant(shift))
-
-
-@convolution.register
-def _(value: Symbol, layer: Convolution) -> Symbol:
-    kernel = value.graph.constant(np.asarray(layer.kernel[...], np.float32).transpose(3, 2, 0, 1))
-    return value.then("Conv", kernel, kernel_shape=[layer.kernel_size] * 2, pads=[layer.kernel_size // 2] * 4)
-
-
-@conv.register
-def _(value: Symbol, layer: Conv) -> Symbol:
-    kernel = np.asarray(layer.kernel[...], np.float32)
-    if value.scale is not None:
-        kernel = kernel * value.scale[:, None]
-    inputs = [value.name, value.graph.constant(kernel.transpose(3, 2, 0, 1))]
-    if layer.bias is not None:
-        inputs.append(value.graph.constant(np.asarray(layer.bias[...], np.float32)))
-    name = value.graph.node(
-        "Conv",
-        inputs,
-        kernel_shape=[layer.kernel_size] * 2,
-        strides=[layer.stride] * 2,
-        group=layer.groups,
-        auto_pad="SAME_UPPER" if layer.padding == "same" else "VALID",
-    )
-    return Symbol(value.graph, name)
 
 
 @double.register

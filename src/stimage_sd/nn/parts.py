@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from flax import nnx
@@ -29,16 +29,7 @@ class Part(NamedTuple):
 
 
 def parts_of(network: nnx.Module) -> list[Part]:
-    """Return the parts of a network, from its method `parts` or as one whole part.
-
-    Parameters
-    ----------
-    network
-        Any Flax module. The optional method ``network.parts()`` returns a list of `Part`.
-
-    Returns
-    -------
-    The parts, in the order of execution.
+    """Return the parts of a network in order, from its method `parts` or as one whole part.
 
     Examples
     --------
@@ -51,18 +42,14 @@ def parts_of(network: nnx.Module) -> list[Part]:
 
 
 def training_parts_of(network: nnx.Module, key: Any) -> list[Part]:
-    """Return the parts of a network for training, with dropout if the network has any.
+    """Return the parts of a network for training, from its method `training_parts` or as `parts_of`.
 
     Parameters
     ----------
     network
-        Any Flax module. The optional method ``network.training_parts(key)`` returns the parts with dropout.
+        Any Flax module. The method ``network.training_parts(key)`` returns the parts with dropout.
     key
         JAX random key of the dropout.
-
-    Returns
-    -------
-    The parts, in the order of execution.
 
     Examples
     --------
@@ -75,18 +62,7 @@ def training_parts_of(network: nnx.Module, key: Any) -> list[Part]:
 
 
 def run_parts(parts: Sequence[Part], value: Any) -> Any:
-    """Run parts in sequence.
-
-    Parameters
-    ----------
-    parts
-        Parts to run.
-    value
-        Input of the first part.
-
-    Returns
-    -------
-    Output of the last part.
+    """Run parts in sequence, from the input of the first part to the output of the last part.
 
     Examples
     --------
@@ -98,17 +74,21 @@ def run_parts(parts: Sequence[Part], value: Any) -> Any:
     return value
 
 
+def run_blocks(blocks: Iterable[Callable[[Any], Any]], value: Any) -> Any:
+    """Run the blocks of a part in sequence.
+
+    Examples
+    --------
+    >>> run_blocks([lambda value: value + 1] * 2, 1)
+    3
+    """
+    for block in blocks:
+        value = block(value)
+    return value
+
+
 def variables_of(part: Part) -> list[nnx.Variable]:
-    """List the variables of a part.
-
-    Parameters
-    ----------
-    part
-        Part of a network.
-
-    Returns
-    -------
-    All variables of the part, such as parameters and statistics.
+    """List all variables of a part, such as parameters and statistics.
 
     Examples
     --------

@@ -6,14 +6,13 @@ stride in the same place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from flax import nnx
 
 from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, max_pool, relu
-from stimage_sd.nn.parts import Part, run_parts
+from stimage_sd.nn.parts import Part, run_blocks, run_parts
 
 Value = TypeVar("Value")
 
@@ -95,9 +94,9 @@ class ResNet50(nnx.Module):
 
     def parts(self) -> list[Part]:
         """Return the four stages, the first with the stem, the last with pooling."""
-        middle = [Part((stage,), partial(_through, stage)) for stage in self.stages[1:-1]]
-        first = Part((self.stem, self.stages[0]), lambda tiles: _through(self.stages[0], self._stem(tiles)))
-        last = Part((self.stages[-1],), lambda value: global_mean(_through(self.stages[-1], value)))
+        middle = [Part((stage,), partial(run_blocks, stage)) for stage in self.stages[1:-1]]
+        first = Part((self.stem, self.stages[0]), lambda tiles: run_blocks(self.stages[0], self._stem(tiles)))
+        last = Part((self.stages[-1],), lambda value: global_mean(run_blocks(self.stages[-1], value)))
         return [first, *middle, last]
 
     def _stem(self, tiles: Any) -> Any:
@@ -117,9 +116,3 @@ class ResNet50(nnx.Module):
             float32 (batch, 2048), or a graph value.
         """
         return run_parts(self.parts(), tiles)
-
-
-def _through(blocks: Sequence[Bottleneck], value: Any) -> Any:
-    for block in blocks:
-        value = block(value)
-    return value

@@ -127,8 +127,8 @@ def integrated_gradients(
     for first in range(0, n_steps, batch_size):
         along = middles[first : first + batch_size, None, None, None, None]
         images = [start + along * (end - start) for start, end in zip(starts, ends, strict=True)]
-        for number, gradient in enumerate(_gradients(networks, images, predict)):
-            totals[number] = totals[number] + gradient.sum(axis=1)
+        for index, gradient in enumerate(_gradients(networks, images, predict)):
+            totals[index] = totals[index] + gradient.sum(axis=1)
     return [
         np.asarray((total * (end - start) / n_steps).sum(axis=-1))
         for total, start, end in zip(totals, starts, ends, strict=True)
@@ -140,7 +140,7 @@ def _gradients(networks: Sequence[Differentiable], images: Sequence[Any], predic
     flat = [one.reshape(-1, *one.shape[2:]) for one in images]
     cotangents = _cotangents(networks, flat, [one.shape[1] for one in images], predict)
     pulled = [network.pull(*pair) for network, *pair in zip(networks, flat, cotangents, strict=True)]
-    return [each.reshape(len(each), *one.shape) for each, one in zip(pulled, images, strict=True)]
+    return [gradient.reshape(len(gradient), *one.shape) for gradient, one in zip(pulled, images, strict=True)]
 
 
 def _cotangents(
@@ -151,9 +151,9 @@ def _cotangents(
     together = [values.reshape(len(values) // n, -1) for values, n in zip(embedded, n_fields, strict=True)]
     outputs, back = jax.vjp(lambda values: predict(values), together)
     # each output of an image depends on that image alone
-    each = [back(jnp.zeros_like(outputs).at[:, number].set(1.0))[0] for number in range(outputs.shape[1])]
+    pulled = [back(jnp.zeros_like(outputs).at[:, index].set(1.0))[0] for index in range(outputs.shape[1])]
     return [
-        jnp.stack([one[number] for one in each]).reshape(-1, *values.shape) for number, values in enumerate(embedded)
+        jnp.stack([one[index] for one in pulled]).reshape(-1, *values.shape) for index, values in enumerate(embedded)
     ]
 
 
@@ -182,8 +182,8 @@ def grad_cam(networks: Sequence[Differentiable], tiles: Sequence[np.ndarray], pr
             )
     cotangents = _cotangents(networks, tiles, [len(one) for one in tiles], predict)
     maps = []
-    for network, one, each in zip(networks, tiles, cotangents, strict=True):
-        value, gradients = network.activations(one, each)
+    for network, one, cotangent in zip(networks, tiles, cotangents, strict=True):
+        value, gradients = network.activations(one, cotangent)
         if value.ndim != 4:
             raise ValueError(
                 f"Expected a map before the last part of {type(network.module).__name__}, found shape {value.shape}. "

@@ -11,17 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 def member_devices(n_members: int) -> list[Any]:
-    """Return the local devices over which the members can be distributed evenly.
+    """Return the local devices over which ensemble members can be distributed evenly.
 
-    Parameters
-    ----------
-    n_members
-        Number of ensemble members.
-
-    Returns
-    -------
-    Devices from `jax.local_devices`. Their number is the largest possible divisor of `n_members`: 10 members use 5 of 8
-    devices, with two members per device.
+    Their number is the largest possible divisor of `n_members`: 10 members use 5 of 8 devices, two members per device.
 
     Examples
     --------
@@ -33,19 +25,10 @@ def member_devices(n_members: int) -> list[Any]:
 
 
 def shard_members(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Place the arrays of each member on the device of that member.
+    """Place the arrays of each member, whose leading axis is the member, on the device of that member.
 
     Compiled functions keep their results on the same devices and copy other arguments to all devices. Members share no
-    parameters, so devices exchange only sums over members.
-
-    Parameters
-    ----------
-    arrays
-        Arrays with the member as leading axis.
-
-    Returns
-    -------
-    The sharded arrays. With one device the arrays are unchanged.
+    parameters, so devices exchange only sums over members. With one device the arrays stay as they are.
 
     Examples
     --------

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from stimage_sd.nn.parts import Part, run_parts
+from stimage_sd.nn.parts import Part, run_blocks, run_parts
 
 LAYER_NORM_EPSILON = 1e-6
 #: width of one attention head
@@ -119,12 +119,12 @@ class VisionTransformer(nnx.Module):
 
     def parts(self) -> list[Part]:
         """Return four parts of equal depth, the first with the patches, the last with the class token features."""
-        cuts = [len(self.blocks) * number // N_PARTS for number in range(N_PARTS + 1)]
+        cuts = [len(self.blocks) * part // N_PARTS for part in range(N_PARTS + 1)]
         groups = [list(self.blocks[start:stop]) for start, stop in pairwise(cuts)]
-        middle = [Part(tuple(group), partial(_through, group)) for group in groups[1:-1]]
+        middle = [Part(tuple(group), partial(run_blocks, group)) for group in groups[1:-1]]
         begin = (self.patches, self.class_token, self.positions)
-        first = Part((*begin, *groups[0]), lambda tiles: _through(groups[0], self._tokens(tiles)))
-        last = Part((*groups[-1], self.after), lambda tokens: self.after(_through(groups[-1], tokens)[:, 0]))
+        first = Part((*begin, *groups[0]), lambda tiles: run_blocks(groups[0], self._tokens(tiles)))
+        last = Part((*groups[-1], self.after), lambda tokens: self.after(run_blocks(groups[-1], tokens)[:, 0]))
         return [first, *middle, last]
 
     def _tokens(self, tiles: jax.Array) -> jax.Array:
@@ -149,9 +149,3 @@ class VisionTransformer(nnx.Module):
             float32 (batch, width).
         """
         return run_parts(self.parts(), tiles)
-
-
-def _through(blocks: list[Block], tokens: jax.Array) -> jax.Array:
-    for block in blocks:
-        tokens = block(tokens)
-    return tokens

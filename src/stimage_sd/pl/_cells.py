@@ -243,11 +243,11 @@ def draw_image(ax: Axes, sdata: SpatialData, image: str, box: Zoom, *, faded: fl
     """Draw a region of the H&E from the coarsest sufficient pyramid level."""
     pyramid = contract.levels(sdata, image)
     longest = max(box[2] - box[0], box[3] - box[1])
-    view = view_of(pyramid, longest, round(min(_PIXELS, longest)))
-    number, factor = view.level, view.factor
+    view = view_of(pyramid, longest, max(1, round(min(_PIXELS, longest))))
+    level, factor = view.level, view.factor
     step = max(1, int(longest / factor / _PIXELS))
     left, top, right, bottom = (max(0, round((edge - view.start[axis % 2]) / factor)) for axis, edge in enumerate(box))
-    part = np.asarray(pyramid[number].data[:, top:bottom:step, left:right:step])
+    part = np.asarray(pyramid[level].data[:, top:bottom:step, left:right:step])
     picture = np.moveaxis(part, 0, -1).astype(float)
     picture = (picture + (255 - picture) * faded).astype(np.uint8)
     ax.imshow(picture, extent=(box[0], box[2], box[3], box[1]), interpolation="antialiased", zorder=0)
@@ -290,14 +290,14 @@ def _draw_types(
     text = types.astype(object).to_numpy()
     handles = []
     for name, color in colors.items():
-        own = np.flatnonzero(text == name).tolist()
-        drawn = PolyCollection([rings[n] for n in own], zorder=2)
+        rows = np.flatnonzero(text == name).tolist()
+        drawn = PolyCollection([rings[n] for n in rows], zorder=2)
         if outline:
             drawn.set(facecolor="none", edgecolor=color, linewidth=1.2, alpha=alpha)
         else:
             drawn.set(facecolor=color, edgecolor="white", linewidth=0.2, alpha=0.8 if alpha is None else alpha)
         ax.add_collection(drawn, autolim=False)
-        label = f"{name} ({len(own):,})"
+        label = f"{name} ({len(rows):,})"
         handles.append(Line2D([], [], marker="o", linestyle="", markersize=7, color=color, label=label))
     ax.legend(
         handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=9, handletextpad=0.1

@@ -162,13 +162,13 @@ def explanation_scores(
         raise ValueError(f"Expected what `stimage_sd.tl.explained_nuclei` returns, found a table {what}.")
     genes, columns = list(dict.fromkeys(data["gene"])), 2 if "class" in data else 1
     axes = sheet.panels(len(genes) * columns, size=(4.0, 3.2), columns=columns)
-    for number, name in enumerate(genes):
-        own = data[data["gene"] == name]
-        _draw_by_area(axes[number * columns], own, area)
-        axes[number * columns].set(title=name, ylabel="score")
+    for row, name in enumerate(genes):
+        scores = data[data["gene"] == name]
+        _draw_by_area(axes[row * columns], scores, area)
+        axes[row * columns].set(title=name, ylabel="score")
         if columns == 2:
-            _draw_by_class(axes[number * columns + 1], own)
-            axes[number * columns + 1].set(title=f"{name}, by class", ylabel="score")
+            _draw_by_class(axes[row * columns + 1], scores)
+            axes[row * columns + 1].set(title=f"{name}, by class", ylabel="score")
     return sheet.done(axes)
 
 
@@ -216,12 +216,12 @@ def _draw_nuclei(ax: Axes, frame: GeoDataFrame, scores: np.ndarray, tile: int, c
     ax.add_collection(drawn, autolim=False)
 
 
-def _draw_by_area(ax: Axes, own: pd.DataFrame, area: str) -> None:
+def _draw_by_area(ax: Axes, scores: pd.DataFrame, area: str) -> None:
     """Draw scores against area, and medians in bins of equal numbers of nuclei."""
     ax.axhline(0, color="0.6", linewidth=0.8)
-    ax.scatter(own[area], own["score"], s=8, alpha=0.4, linewidth=0, color=PREDICTED)
-    if len(own) >= 3 * _BINS:
-        groups = own.groupby(pd.qcut(own[area], _BINS, duplicates="drop"), observed=True)
+    ax.scatter(scores[area], scores["score"], s=8, alpha=0.4, linewidth=0, color=PREDICTED)
+    if len(scores) >= 3 * _BINS:
+        groups = scores.groupby(pd.qcut(scores[area], _BINS, duplicates="drop"), observed=True)
         medians = groups[[area, "score"]].median()
         ax.plot(medians[area], medians["score"], color="black", marker="o", markersize=4, label="median")
         ax.legend(frameon=False, fontsize=8)
@@ -229,8 +229,8 @@ def _draw_by_area(ax: Axes, own: pd.DataFrame, area: str) -> None:
     finish(ax)
 
 
-def _draw_by_class(ax: Axes, own: pd.DataFrame) -> None:
-    groups = [(str(name), group["score"].to_numpy()) for name, group in own.groupby("class", observed=True)]
+def _draw_by_class(ax: Axes, scores: pd.DataFrame) -> None:
+    groups = [(str(name), group["score"].to_numpy()) for name, group in scores.groupby("class", observed=True)]
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.boxplot(
         [values for _, values in groups],

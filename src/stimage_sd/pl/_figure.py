@@ -93,7 +93,7 @@ class Sheet:
                 figsize=self.figsize or (size[0] * columns, size[1] * rows + 0.3 * self._has_head(n)),
                 layout="constrained",
             )
-            return np.array([figure.add_subplot(rows, columns, number + 1) for number in range(n)], dtype=object)
+            return np.array([figure.add_subplot(rows, columns, index + 1) for index in range(n)], dtype=object)
         given = np.array([self.ax], dtype=object) if isinstance(self.ax, Axes) else np.asarray(self.ax, dtype=object)
         if given.size != n:
             raise ValueError(f"Expected `ax` to be {n} axes, one per panel, found {given.size}.")

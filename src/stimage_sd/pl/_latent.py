@@ -160,7 +160,7 @@ def _layout(values: np.ndarray, basis: Basis, n_neighbors: int, seed: int) -> np
         )
     if basis == "tsne":
         return TSNE(perplexity=n_neighbors, init="pca", random_state=seed).fit_transform(values)
-    table = ad.AnnData(values, obs=pd.DataFrame(index=[str(number) for number in range(len(values))]))
+    table = ad.AnnData(values, obs=pd.DataFrame(index=[str(row) for row in range(len(values))]))
     sc.pp.neighbors(table, n_neighbors=n_neighbors, use_rep="X", random_state=seed)
     sc.tl.umap(table, random_state=seed)
     return np.asarray(table.obsm["X_umap"])
@@ -176,10 +176,10 @@ def _values(
     tables = [table, *([sdata.tables[key]] if use == "embeddings" and key in sdata.tables else [])]
     for annotated in tables:
         if name in annotated.obs:
-            own = annotated.obs[name]
-            return own.astype(object if isinstance(own.dtype, pd.CategoricalDtype) else own.dtype).reset_index(
-                drop=True
-            )
+            annotation = annotated.obs[name]
+            return annotation.astype(
+                object if isinstance(annotation.dtype, pd.CategoricalDtype) else annotation.dtype
+            ).reset_index(drop=True)
     if observed:
         rows, counts = contract.align_to_spots(sdata, table, source)
         check_gene(counts, name, what="measured")

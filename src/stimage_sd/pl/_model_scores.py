@@ -64,17 +64,17 @@ def draw_models(
     }
     # all panels share the order (by the first metric) and color of models
     models = [str(model) for model in by_quality[next(iter(looks))].index]
-    colors = {model: to_hex(mpl.colormaps["tab10"](number % 10)) for number, model in enumerate(models)}
+    colors = {model: to_hex(mpl.colormaps["tab10"](index % 10)) for index, model in enumerate(models)}
     n_sections = table["section"].nunique()
     width = 1.2 + 1.15 * len(models) if by == "model" else 2.2 + n_sections * (0.3 + 0.22 * len(models))
     columns = max(1, min(len(looks), int(18 // width)))
     axes = sheet.panels(len(looks), size=(width, 4.4), columns=columns)
-    for number, (panel, (name, look)) in enumerate(zip(axes, looks.items(), strict=True)):
+    for index, (panel, (name, look)) in enumerate(zip(axes, looks.items(), strict=True)):
         if look.line is not None:
             panel.axhline(look.line, color=WARNING, linestyle="--", linewidth=1.0, zorder=0)
         if by == "section":
             _draw_boxes(panel, table, name, models, colors)
-            if number == 0:
+            if index == 0:
                 handles = [Patch(facecolor=color, alpha=0.6, label=model) for model, color in colors.items()]
                 panel.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="best")
         else:
@@ -118,11 +118,11 @@ def _draw_boxes(ax: Axes, table: pd.DataFrame, metric: str, models: list[str], c
     """Draw one box per section and model, over genes."""
     sections = list(dict.fromkeys(table["section"]))
     step = 0.8 / len(models)
-    for number, model in enumerate(models):
-        own = table[table["model"] == model]
-        groups = [own.loc[own["section"] == section, metric].dropna().to_numpy() for section in sections]
+    for index, model in enumerate(models):
+        scores = table[table["model"] == model]
+        groups = [scores.loc[scores["section"] == section, metric].dropna().to_numpy() for section in sections]
         parts = ax.boxplot(
-            groups, positions=[place - 0.4 + step * (number + 0.5) for place in range(len(sections))],
+            groups, positions=[place - 0.4 + step * (index + 0.5) for place in range(len(sections))],
             widths=0.85 * step, patch_artist=True, manage_ticks=False,
             flierprops={"marker": ".", "markersize": 2, "markeredgecolor": "none", "markerfacecolor": colors[model]},
             medianprops={"color": "black", "linewidth": 1.2},
@@ -172,11 +172,11 @@ def _signed_rank(one: pd.Series, other: pd.Series) -> float:
 def _holm(p_values: list[float]) -> list[float]:
     """Correct p-values by Holm's step-down method, ignoring NaN."""
     values = np.array(p_values, dtype=float)
-    order = [number for number in np.argsort(values, kind="stable") if not np.isnan(values[number])]
+    order = [index for index in np.argsort(values, kind="stable") if not np.isnan(values[index])]
     least = 0.0
-    for rank, number in enumerate(order):
-        least = max(least, min(1.0, values[number] * (len(order) - rank)))
-        values[number] = least
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, values[index] * (len(order) - rank)))
+        values[index] = least
     return values.tolist()
 
 

@@ -145,14 +145,14 @@ def _measured(
     if against is None:
         against = "counts" if contract.has_counts(sdata) else "proteins"
     rows, units = contract.align_to_spots(sdata, table, source, against=against)
-    found = {}
+    measured = {}
     for gene in genes:
         name = str(table.var["measured"][gene]) if against == "proteins" and "measured" in table.var else gene
         if name in units.var_names:
             values = column(units, name)
             signed = np.sign(values) * np.log1p(np.abs(values))
-            found[gene] = rows, signed, "count" if against == "counts" else f"intensity of {name}"
-    return found
+            measured[gene] = rows, signed, "count" if against == "counts" else f"intensity of {name}"
+    return measured
 
 
 def _map(

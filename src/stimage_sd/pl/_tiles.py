@@ -175,8 +175,8 @@ def _draw_examples(ax: Axes, examples: list[np.ndarray], positions: np.ndarray) 
     left, right = ax.get_xlim()
     bottom, top = ax.get_ylim()
     height = width * abs(right - left) / abs(bottom - top)
-    for number, (example, position) in enumerate(zip(examples, positions, strict=True)):
-        row, place = divmod(number, columns)
+    for index, (example, position) in enumerate(zip(examples, positions, strict=True)):
+        row, place = divmod(index, columns)
         inset = ax.inset_axes((place * width, below - (row + 1) * height, 0.95 * width, 0.95 * height))
         inset.imshow(example)
         inset.set_xticks([])
@@ -184,5 +184,5 @@ def _draw_examples(ax: Axes, examples: list[np.ndarray], positions: np.ndarray) 
         inset.spines[:].set_edgecolor(PREDICTED)
         label: dict[str, Any] = {"fontsize": 8, "fontweight": "bold", "color": "black"}
         box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8}
-        inset.text(0.06, 0.94, str(number + 1), transform=inset.transAxes, va="top", bbox=box, **label)
-        ax.text(position[0], position[1], str(number + 1), ha="center", va="center", bbox=box, zorder=4, **label)
+        inset.text(0.06, 0.94, str(index + 1), transform=inset.transAxes, va="top", bbox=box, **label)
+        ax.text(position[0], position[1], str(index + 1), ha="center", va="center", bbox=box, zorder=4, **label)

@@ -105,11 +105,11 @@ def uncertainty(
     axes = sheet.panels(_MAPS * len(genes), size=size, columns=_MAPS)
     grid = axes.reshape(len(genes), _MAPS)
     for panels, name in zip(grid, genes, strict=True):
-        for number, (panel, (heading, (values, label))) in enumerate(
+        for index, (panel, (heading, (values, label))) in enumerate(
             zip(panels, _maps(table, name).items(), strict=True)
         ):
             draw_background(panel, sdata, positions, image_key=image_key, img_alpha=img_alpha, zoom=zoom)
-            drawn = draw_tiles(panel, sdata, positions, values, colors=colors if number else mean_colors)
+            drawn = draw_tiles(panel, sdata, positions, values, colors=colors if index else mean_colors)
             add_color_bar(panel, drawn, label)
             panel.set_title(heading, fontsize=11)
     return sheet.done(axes if isinstance(gene, str) else grid)

@@ -129,18 +129,18 @@ def aggregate(
         options: dict[str, Any] = {"source": source, "onto": onto, "min_units": min_units}
         if onto != "spots":
             options |= {"spot_um": float(spot_um), "pitch_um": float(pitch_um)}
-        found: Transcripts | Units | Image
+        measurable: Transcripts | Units | Image
         if source == "transcripts":
-            found = find_transcripts(
+            measurable = find_transcripts(
                 sdata, points_key=points_key, table_key=table_key, min_quality=min_quality, controls=controls
             )
-            options |= {"min_quality": min_quality if found.rule.quality else None, "controls": list(controls)}
+            options |= {"min_quality": min_quality if measurable.rule.quality else None, "controls": list(controls)}
         elif source == "cells":
-            found = find_units(sdata, table_key=table_key, layer=layer)
+            measurable = find_units(sdata, table_key=table_key, layer=layer)
         else:
-            found = find_image(sdata, image_key=image_key)
-        spots = _spots(sdata, found, name, onto=onto, sizes_um=(spot_um, pitch_um), n_jobs=n_jobs)
-        measured = found.measure(spots.regions, n_jobs)
+            measurable = find_image(sdata, image_key=image_key)
+        spots = _spots(sdata, measurable, name, onto=onto, sizes_um=(spot_um, pitch_um), n_jobs=n_jobs)
+        measured = measurable.measure(spots.regions, n_jobs)
         kept = measured.n_units >= min_units
         if not kept.any():
             raise ValueError(
@@ -160,7 +160,7 @@ def _check_source(sdata: SpatialData, source: Source, key: str | None) -> None:
         "image": contract.MULTIPLEX in sdata.images,
     }
     if key is None and not there[source]:
-        others = [f'source="{name}"' for name, found in there.items() if found]
+        others = [f'source="{name}"' for name, is_there in there.items() if is_there]
         raise KeyError(
             f"Section {contract.sample(sdata)!r} has no {source} to aggregate. It has "
             f"{' and '.join(others) or 'none of the other sources either'}."
@@ -169,7 +169,7 @@ def _check_source(sdata: SpatialData, source: Source, key: str | None) -> None:
 
 def _spots(
     sdata: SpatialData,
-    found: Transcripts | Units | Image,
+    measurable: Transcripts | Units | Image,
     name: str,
     *,
     onto: Onto,
@@ -186,7 +186,7 @@ def _spots(
         return existing_spots(sdata, name)
     mpp = contract.require_mpp(sdata, purpose="`spot_um=`")
     _check_replaceable(sdata, name)
-    field = found.field(n_jobs)
+    field = measurable.field(n_jobs)
     image = _he(sdata)
     if image is not None:
         height, width = contract.levels(sdata, image)[0].shape[1:]

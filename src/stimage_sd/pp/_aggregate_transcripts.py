@@ -98,10 +98,10 @@ class Transcripts:
         columns = ["x", "y", self.rule.feature, *([self.rule.quality] if self.rule.quality else [])]
         rule, where = delayed(self.rule, traverse=False), delayed(regions, traverse=False)
         tasks = [delayed(_count, pure=False)(part, rule, where) for part in self.points[columns].to_delayed()]
-        names = {} if self.genes is None else {name: number for number, name in enumerate(self.genes.index)}
+        names = {} if self.genes is None else {name: code for code, name in enumerate(self.genes.index)}
         total, tallies = _Total(len(regions.bounds)), np.zeros(len(_TALLIES), dtype=np.int64)
-        for found, counts, tally in in_batches(tasks, description="transcripts", n_jobs=n_jobs):
-            total.add(counts, columns=[names.setdefault(name, len(names)) for name in found])
+        for touched, counts, tally in in_batches(tasks, description="transcripts", n_jobs=n_jobs):
+            total.add(counts, columns=[names.setdefault(name, len(names)) for name in touched])
             tallies += tally
         notes = dict(zip(_TALLIES, tallies.tolist(), strict=True))
         if tallies[0] == tallies[1:].sum():

@@ -18,6 +18,7 @@ from stimage_sd import contract
 from stimage_sd.image import aggregation
 from stimage_sd.pp._aggregate_common import Measured, in_batches
 from stimage_sd.pp._spot_layout import placed_box
+from stimage_sd.stream.cutting import coarsest_level
 
 #: least number of pixels across a spot in the pyramid level that is read
 PIXELS_ACROSS = 20
@@ -49,8 +50,8 @@ class Units:
         """Return the bounding box of all centroids, in the instrument's coordinates if they are known."""
         if self.placed is None:
             return placed_box(self.positions.min(axis=0), self.positions.max(axis=0), _AS_THEY_ARE)
-        own = np.linalg.inv(self.placed)
-        positions = contract.apply(own, self.positions)
+        to_shapes = np.linalg.inv(self.placed)
+        positions = contract.apply(to_shapes, self.positions)
         return placed_box(positions.min(axis=0), positions.max(axis=0), self.placed[:2])
 
     def measure(self, regions: aggregation.Regions, n_jobs: int | None) -> Measured:
@@ -121,8 +122,8 @@ class Image:
     def measure(self, regions: aggregation.Regions, n_jobs: int | None) -> Measured:
         """Compute the mean of each channel over the pixels whose centers lie in each region."""
         sizes = regions.bounds[:, 2:] - regions.bounds[:, :2]
-        number, matrix = self._level(float(np.median(sizes)))
-        level = self.levels[number]
+        index, matrix = self._level(float(np.median(sizes)))
+        level = self.levels[index]
         where = delayed(regions, traverse=False)
         tasks = [
             delayed(_sum_block, pure=False)(list(blocks), where, to_global)
@@ -133,18 +134,15 @@ class Image:
             sums[touched] += added
             pixels[touched] += counted
         var = pd.DataFrame(index=[str(channel) for channel in level.coords["c"].values])
-        return Measured(values=_means(sums, pixels), var=var, n_units=pixels, notes={"level": number})
+        return Measured(values=_means(sums, pixels), var=var, n_units=pixels, notes={"level": index})
 
     def _level(self, diameter: float) -> tuple[int, np.ndarray]:
         """Return the coarsest level that is fine enough for the spot diameter, and its matrix."""
-        finest = self.levels[0].shape
-        for number in reversed(range(len(self.levels))):
-            shape = self.levels[number].shape
-            scale = np.diag([finest[2] / shape[2], finest[1] / shape[1], 1.0])
-            matrix = self.matrix @ scale
-            if number == 0 or contract.scale_of(matrix) * PIXELS_ACROSS <= diameter:
-                break
-        return number, matrix
+        height, width = self.levels[0].shape[1:]
+        scales = [(width / level.shape[2], height / level.shape[1], 1.0) for level in self.levels]
+        matrices = [self.matrix @ np.diag(scale) for scale in scales]
+        index = coarsest_level([*map(contract.scale_of, matrices)], diameter / PIXELS_ACROSS, tolerance=0.0)
+        return index, matrices[index]
 
 
 def find_image(sdata: SpatialData, *, image_key: str | None) -> Image:
@@ -170,7 +168,7 @@ def _blocks(array: da.Array, regions: aggregation.Regions, matrix: np.ndarray) -
     chunks = array.to_delayed()
     tops, lefts = (np.concatenate([[0], np.cumsum(lengths)]) for lengths in array.chunks[1:])
     low, high = regions.bounds[:, :2], regions.bounds[:, 2:]
-    found = []
+    pieces = []
     for row, column in np.ndindex(chunks.shape[1:]):
         corner = np.array([lefts[column], tops[row]], dtype=np.float64)
         opposite = np.array([lefts[column + 1], tops[row + 1]], dtype=np.float64)
@@ -178,8 +176,8 @@ def _blocks(array: da.Array, regions: aggregation.Regions, matrix: np.ndarray) -
         if ((low <= bounds[2:]) & (high >= bounds[:2])).all(axis=1).any():
             shifted = matrix.copy()
             shifted[:, 2] += matrix[:, :2] @ corner
-            found.append((chunks[:, row, column].tolist(), shifted))
-    return found
+            pieces.append((chunks[:, row, column].tolist(), shifted))
+    return pieces
 
 
 def _sum_block(

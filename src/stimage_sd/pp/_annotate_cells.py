@@ -188,20 +188,20 @@ def _transferred(
     contract.check_counts(reference.X, where="the reference's X")
     finer = reference.obs[labels].astype("string").astype(object)
     types = _merged(finer, merge)
-    own, known = (csr_matrix(part.X, dtype=np.float64) for part in (
+    counts, known = (csr_matrix(part.X, dtype=np.float64) for part in (
         table[:, genes], reference[:, theirs.get_indexer(genes)]
     ))  # fmt: skip
-    used, seen = types.notna().to_numpy() & _nonzero(known), _nonzero(own)
+    used, seen = types.notna().to_numpy() & _nonzero(known), _nonzero(counts)
     if not used.any() or not seen.any():
         raise ValueError(
             f"Expected counts of the {len(genes)} shared genes, found none in "
             f"{'the cells of the section' if used.any() else 'the typed cells of the reference'}."
         )
-    near, far = _components(own[seen], known[used], finer[used].to_numpy(dtype=str), n_components, seed)
+    near, far = _components(counts[seen], known[used], finer[used].to_numpy(dtype=str), n_components, seed)
     votes, classes = _votes(near, far, types[used].to_numpy(dtype=str), min(n_neighbors, int(used.sum())))
-    found, confidence = np.full(len(seen), None, dtype=object), np.zeros(len(seen))
-    found[seen], confidence[seen] = classes[votes.argmax(axis=1)], votes.max(axis=1)
-    return pd.Series(found, index=table.obs_names, dtype=object), confidence
+    names, confidence = np.full(len(seen), None, dtype=object), np.zeros(len(seen))
+    names[seen], confidence[seen] = classes[votes.argmax(axis=1)], votes.max(axis=1)
+    return pd.Series(names, index=table.obs_names, dtype=object), confidence
 
 
 def _nonzero(counts: csr_matrix) -> NDArray[np.bool_]:
@@ -210,19 +210,21 @@ def _nonzero(counts: csr_matrix) -> NDArray[np.bool_]:
 
 
 def _components(
-    own: csr_matrix, known: csr_matrix, types: NDArray[np.str_], n_components: int, seed: int
+    measured: csr_matrix, known: csr_matrix, types: NDArray[np.str_], n_components: int, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return the section and the reference in the reference's principal components, scaled by the reference alone.
 
     Means and deviations of the section would depend on the cell types in the section.
     """
-    depth = min(float(np.median(np.asarray(counts.sum(axis=1)))) for counts in (own, known))
-    sample = np.random.default_rng(seed).permutation(own.shape[0])[:_MOST_CELLS]
+    depth = min(float(np.median(np.asarray(counts.sum(axis=1)))) for counts in (measured, known))
+    sample = np.random.default_rng(seed).permutation(measured.shape[0])[:_MOST_CELLS]
     shares = csr_matrix(normalize(known, norm="l1"))
     profiles = np.stack([np.asarray(shares[types == name].mean(axis=0)).ravel() for name in np.unique(types)])
-    own = own @ diags(1 / gene_efficiencies(own[sample], profiles))
+    measured = measured @ diags(1 / gene_efficiencies(measured[sample], profiles))
     # scale both sides to the shallower depth, so that a single count weighs the same on both sides
-    near, far = (csr_matrix(depth * normalize(counts, norm="l1"), dtype=np.float32).log1p() for counts in (own, known))
+    near, far = (
+        csr_matrix(depth * normalize(counts, norm="l1"), dtype=np.float32).log1p() for counts in (measured, known)
+    )
     scaler = StandardScaler().fit(far.toarray())
     known_values = scaler.transform(far.toarray())
     pca = PCA(min(n_components, *(size - 1 for size in known_values.shape)), random_state=seed).fit(known_values)

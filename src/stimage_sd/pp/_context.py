@@ -66,14 +66,14 @@ def spatial_context(
     if aggregate not in ("mean", "max"):
         raise ValueError(f'Expected `aggregate` to be "mean" or "max", found {aggregate!r}.')
     for sdata in contract.sections(data).values():
-        own = contract.embeddings(sdata, extractor)
-        contract.check_finite(sdata, own, extractor)
+        values = contract.embeddings(sdata, extractor)
+        contract.check_finite(sdata, values, extractor)
         table = contract.tiles(sdata)
         neighbors = _graph(sdata, graph)
         kept = sp.diags(table.obs["keep"].to_numpy().astype(np.float32))
-        blocks, inner = [], own
+        blocks, inner = [], values
         for ring in _rings(neighbors, n_rings):
-            inner = _aggregate(sp.csr_matrix(ring @ kept), own, inner, aggregate)
+            inner = _aggregate(sp.csr_matrix(ring @ kept), values, inner, aggregate)
             blocks.append(inner)
         table.obsm[contract.context_key(extractor)] = np.concatenate(blocks, axis=1)
         table.uns.setdefault("embeddings", {}).setdefault(extractor, {})["context_rings"] = int(n_rings)
@@ -111,12 +111,12 @@ def _rings(neighbors: sp.csr_matrix, n_rings: int) -> list[sp.csr_matrix]:
     return rings
 
 
-def _aggregate(ring: sp.csr_matrix, own: np.ndarray, inner: np.ndarray, how: str) -> np.ndarray:
+def _aggregate(ring: sp.csr_matrix, embeddings: np.ndarray, inner: np.ndarray, how: str) -> np.ndarray:
     degree = np.asarray(ring.sum(axis=1)).ravel()
     if how == "mean":
-        values = np.asarray(ring @ own) / np.maximum(degree, 1)[:, None]
+        values = np.asarray(ring @ embeddings) / np.maximum(degree, 1)[:, None]
     else:
-        values = np.full_like(own, -np.inf)
+        values = np.full_like(embeddings, -np.inf)
         rows = np.repeat(np.arange(ring.shape[0]), np.diff(ring.indptr))
-        np.maximum.at(values, rows, own[ring.indices])
+        np.maximum.at(values, rows, embeddings[ring.indices])
     return np.where(degree[:, None] > 0, values, inner).astype(np.float32)

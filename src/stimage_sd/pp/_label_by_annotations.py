@@ -138,18 +138,19 @@ def _labels(
             f"No annotation of {key!r} in section {contract.sample(sdata)!r} has a class. Classify them in QuPath."
         )
     instances, centers = _centers(sdata, onto, shapes_key, table_key)
-    found = smallest_around(centers, np.asarray(annotations.geometry.array, dtype=object))
-    if (found < 0).all():
+    around = smallest_around(centers, np.asarray(annotations.geometry.array, dtype=object))
+    if (around < 0).all():
         left, top, right, bottom = annotations.total_bounds
         raise ValueError(
-            f"None of {len(found)} {onto} of section {contract.sample(sdata)!r} lies in an annotation. The annotations "
-            f"span x {left:.0f} to {right:.0f} and y {top:.0f} to {bottom:.0f} px. Do they belong to another image?"
+            f"None of {len(around)} {onto} of section {contract.sample(sdata)!r} lies in an annotation. The "
+            f"annotations span x {left:.0f} to {right:.0f} and y {top:.0f} to {bottom:.0f} px. Do they belong to "
+            "another image?"
         )
     column = annotations[class_key]
     names = np.array([*column.astype(str), None], dtype=object)
     present = list(dict.fromkeys(names[:-1]))
     order = list(map(str, column.cat.categories)) if isinstance(column.dtype, pd.CategoricalDtype) else present
-    return pd.Series(pd.Categorical(names[found], categories=[name for name in order if name in present]), instances)
+    return pd.Series(pd.Categorical(names[around], categories=[name for name in order if name in present]), instances)
 
 
 def _centers(

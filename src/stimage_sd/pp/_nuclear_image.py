@@ -14,6 +14,7 @@ from spatialdata.transformations import get_transformation
 from stimage_sd import contract
 from stimage_sd.image.keypoints import Picture
 from stimage_sd.image.nuclear_contrast import find_padding, hematoxylin, nuclear_contrast
+from stimage_sd.stream.cutting import coarsest_level
 
 #: names of channels that show nuclei
 NUCLEAR = re.compile(r"dapi|hoechst|draq5|syto|histone|\bh3\b|\bdna", re.IGNORECASE)
@@ -77,13 +78,13 @@ def read_nuclei(
     factor = min(working_um / pixel_um, max(height, width) / _LEAST_SIDE)
     factor = max(1.0, factor, np.sqrt(height * width / _MOST_PIXELS))
     steps = [_downsampling((height, width), level.shape[1:]) for level in levels]
-    number = max(index for index, step in enumerate(steps) if index == 0 or max(step) <= 1.001 * factor)
-    block = max(1, int(factor / max(steps[number]) + 1e-3))
-    if height * width / (max(steps[number]) * block) ** 2 > _MOST_PIXELS * 1.001:
+    level = coarsest_level([max(step) for step in steps], factor)
+    block = max(1, int(factor / max(steps[level]) + 1e-3))
+    if height * width / (max(steps[level]) * block) ** 2 > _MOST_PIXELS * 1.001:
         block += 1
     # an instrument's image of three channels is fluorescence, not RGB
     colored = contract.INSTRUMENT not in get_transformation(sdata.images[name], get_all=True)
-    nuclei = _nuclei(levels[number], channel, name, colored=colored)
+    nuclei = _nuclei(levels[level], channel, name, colored=colored)
     values = np.empty(tuple(side // block for side in nuclei.shape), np.float16)
     # threads, because another process would write to a copy of the array
     da.store(_block_means(nuclei, block).astype(np.float16), values, lock=False, scheduler="threads")
@@ -93,7 +94,7 @@ def read_nuclei(
     intensity = _to_bytes(values, float(low), float(high))
     del values
     padding = find_padding(intensity)
-    along_y, along_x = (step * block for step in steps[number])
+    along_y, along_x = (step * block for step in steps[level])
     um = pixel_um * float(np.sqrt(along_y * along_x))
     contrast = nuclear_contrast(intensity, padding, nucleus_px=max(_NUCLEUS_UM / um, 3.0))
     return WorkingImage(Picture(contrast, padding), np.diag([along_x, along_y, 1.0]), um)

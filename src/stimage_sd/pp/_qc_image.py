@@ -68,8 +68,8 @@ def light_and_stain(rgb: np.ndarray, usable: np.ndarray) -> dict[str, float]:
         )
     figures = np.asarray(small.tables["qc_img_tiles"].X)
     return {
-        name: float(figures[:, number].mean() if name == "dark_fraction" else np.median(figures[:, number]))
-        for number, name in enumerate(names)
+        name: float(figures[:, index].mean() if name == "dark_fraction" else np.median(figures[:, index]))
+        for index, name in enumerate(names)
     }
 
 

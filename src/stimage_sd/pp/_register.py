@@ -164,7 +164,7 @@ def register(
     alignment = align(
         on_other.picture,
         on_frame.picture,
-        accept=lambda found: not _shortcomings(found, on_frame.um, max_residual_um, min_inliers),
+        accept=lambda result: not _shortcomings(result, on_frame.um, max_residual_um, min_inliers),
         kind=transform,
         tolerance=min(max_residual_um / on_frame.um, _MOST_TOLERANCE),
         seed=seed,
@@ -177,7 +177,7 @@ def register(
 
     source, matrix = _write(sdata, moving, fixed, moving_to_fixed, before)
     _warn_of_scale(sdata, other, other_um, frame_um * contract.scale_of(other_to_frame))
-    found = Registration(
+    result = Registration(
         moving=moving,
         fixed=fixed,
         transform=transform,
@@ -191,10 +191,10 @@ def register(
         mirrored=alignment.mirrored,
         inverted=alignment.inverted,
     )
-    contract.remember(sdata, registration=contract.plain(asdict(found)))
+    contract.remember(sdata, registration=contract.plain(asdict(result)))
     asked = {"method": method, "channel": channel, "max_residual_um": max_residual_um, "min_inliers": min_inliers}
-    contract.record(sdata, "pp.register", seed=seed, **asked, **asdict(found))
-    return found
+    contract.record(sdata, "pp.register", seed=seed, **asked, **asdict(result))
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,27 +278,28 @@ def _matrix_of_fixed(sdata: SpatialData, moving: str, fixed: str) -> np.ndarray:
 # acceptance and writing
 
 
-def _shortcomings(found: Alignment, um: float, max_residual_um: float, min_inliers: int) -> list[str]:
+def _shortcomings(alignment: Alignment, um: float, max_residual_um: float, min_inliers: int) -> list[str]:
     """Return the reasons to refuse an alignment, an empty list for an accepted one."""
     wrong = []
-    if found.n_inliers < min_inliers:
+    if alignment.n_inliers < min_inliers:
         wrong.append(f"{min_inliers} inliers are needed")
-    if found.n_inliers < _LEAST_SHARE * found.n_patches:
+    if alignment.n_inliers < _LEAST_SHARE * alignment.n_patches:
         wrong.append(f"{_LEAST_SHARE:.0%} of the patches must agree")
-    if found.residual_px * um > max_residual_um:
+    if alignment.residual_px * um > max_residual_um:
         wrong.append(f"the residual may be {max_residual_um:g} µm")
-    stretch = np.linalg.svd(found.matrix[:2, :2], compute_uv=False)
+    stretch = np.linalg.svd(alignment.matrix[:2, :2], compute_uv=False)
     if stretch[0] > _MOST_STRETCH * stretch[1]:
         wrong.append(f"one direction may be stretched {_MOST_STRETCH:g} times as much as another")
     return wrong
 
 
-def _refusal(sdata: SpatialData, moving: str, fixed: str, found: Alignment, wrong: list[str], um: float) -> str:
-    residual = f"{found.residual_px * um:.1f} µm" if np.isfinite(found.residual_px) else "unknown"
+def _refusal(sdata: SpatialData, moving: str, fixed: str, alignment: Alignment, wrong: list[str], um: float) -> str:
+    residual = f"{alignment.residual_px * um:.1f} µm" if np.isfinite(alignment.residual_px) else "unknown"
     return (
         f"Found no good alignment of {moving!r} with {fixed!r} in section {contract.sample(sdata)!r}: at best "
-        f"{found.n_matches} SIFT matches agree, then {found.n_inliers} of {found.n_patches} patches (inliers), with a "
-        f"residual of {residual} and a scale of {contract.scale_of(found.matrix):.3f}; {'; '.join(wrong)}. "
+        f"{alignment.n_matches} SIFT matches agree, then {alignment.n_inliers} of {alignment.n_patches} patches "
+        f"(inliers), with a residual of {residual} and a scale of {contract.scale_of(alignment.matrix):.3f}; "
+        f"{'; '.join(wrong)}. "
         "Nothing was written. Do both show the same section? If they do, name the channel of nuclei with `channel=`, "
         "or try another `working_um=`."
     )
@@ -309,16 +310,18 @@ def _write(
 ) -> tuple[str, np.ndarray]:
     """Write the transformation and return its source and its matrix to pixels of the H&E or of `fixed`."""
     instrument = contract.INSTRUMENT
-    own = {name: _systems(sdata, name) for name in (moving, fixed)}
-    if instrument in own[fixed] and _is_he(sdata, moving):
+    systems = {name: _systems(sdata, name) for name in (moving, fixed)}
+    if instrument in systems[fixed] and _is_he(sdata, moving):
         matrix = (
-            to_pixels @ np.linalg.inv(moving_to_fixed) @ np.linalg.inv(contract.affine(own[fixed][instrument], fixed))
+            to_pixels
+            @ np.linalg.inv(moving_to_fixed)
+            @ np.linalg.inv(contract.affine(systems[fixed][instrument], fixed))
         )
-    elif instrument in own[moving] and instrument not in own[fixed]:
-        matrix = to_pixels @ moving_to_fixed @ np.linalg.inv(contract.affine(own[moving][instrument], moving))
+    elif instrument in systems[moving] and instrument not in systems[fixed]:
+        matrix = to_pixels @ moving_to_fixed @ np.linalg.inv(contract.affine(systems[moving][instrument], moving))
     else:
         to_fixed = Affine(moving_to_fixed, ("x", "y"), ("x", "y"))
-        for system, after in own[fixed].items():
+        for system, after in systems[fixed].items():
             set_transformation(sdata.images[moving], Sequence([to_fixed, after]), to_coordinate_system=system)
         return moving, to_pixels @ moving_to_fixed
     contract.place_instrument(sdata, matrix)
@@ -326,12 +329,12 @@ def _write(
     return instrument, matrix
 
 
-def _warn_of_scale(sdata: SpatialData, name: str, stated: float | None, found: float) -> None:
-    if stated is not None and abs(found / stated - 1) > _SAME_SCALE:
+def _warn_of_scale(sdata: SpatialData, name: str, stated: float | None, measured: float) -> None:
+    if stated is not None and abs(measured / stated - 1) > _SAME_SCALE:
         warnings.warn(
             f"Image {name!r} of section {contract.sample(sdata)!r} is stated to have {stated:.4g} µm per pixel. "
-            f"Registration found {found:.4g}. If that is right, pass `mpp={found:.4g}` to its reader, because the "
-            "sizes of tiles and spots depend on it.",
+            f"Registration found {measured:.4g}. If that is right, pass `mpp={measured:.4g}` to its reader, because "
+            "the sizes of tiles and spots depend on it.",
             UserWarning,
             stacklevel=3,
         )

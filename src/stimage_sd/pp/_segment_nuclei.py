@@ -143,7 +143,7 @@ def segment_nuclei(
     where = Region.of(sdata, name, tiles)
     pyramid = contract.levels(sdata, name)
     run = partial(_sampled_histogram, pyramid, where, nucleus_px=diameter / step, downsample=step, n_jobs=n_jobs)
-    find, key, found = _method(method, run, model=model, threshold=threshold, nucleus_px=diameter / step)
+    find, key, settings = _method(method, run, model=model, threshold=threshold, nucleus_px=diameter / step)
     height, width = pyramid[0].shape[1:]
     blocks = lay_blocks(width, height, downsample=step, core=block_size, margin=int(np.ceil(_MARGIN * diameter / step)))
     parts = find_in_blocks(
@@ -157,7 +157,7 @@ def segment_nuclei(
     nuclei = stitch([part.chosen(where.holds(part.centers)) for part in parts])
     if len(nuclei.centers) == 0:
         raise ValueError(
-            f"Found no nuclei on {name!r} of section {contract.sample(sdata)!r} ({found or 'by the given method'}; "
+            f"Found no nuclei on {name!r} of section {contract.sample(sdata)!r} ({settings or 'by the given method'}; "
             f"nuclei of about {diameter:.0f} px). Is it H&E, and is `nucleus_px=` their diameter?"
         )
     contract.write_shapes(sdata, _frame(nuclei, mpp), name=key_added, image_key=name)
@@ -171,7 +171,7 @@ def segment_nuclei(
         downsample=step,
         key_added=key_added,
         n_nuclei=len(nuclei.centers),
-        **found,
+        **settings,
     )
 
 

@@ -19,6 +19,7 @@ from stimage_sd import contract
 from stimage_sd.image import quality
 from stimage_sd.pp._qc_image import light_and_stain
 from stimage_sd.pp._tissue import grabcut_mask
+from stimage_sd.stream.cutting import coarsest_level
 
 #: name of the labels, and the classes of their values
 QUALITY = "quality"
@@ -195,9 +196,9 @@ def _plan(sdata: SpatialData, image_key: str | None, working_um: float) -> _Plan
     factor = max(1.0, max(height, width) / UNSCALED if mpp is None else working_um / float(mpp))
     # round to whole map pixels, so the working picture is stretched by less than one map pixel
     shape = tuple(max(1, round(side / factor / quality.REDUCTION)) * quality.REDUCTION for side in (height, width))
-    sufficient = [number for number, level in enumerate(pyramid) if height / level.shape[1] <= 1.01 * factor]
+    level = coarsest_level([height / array.shape[1] for array in pyramid], factor, tolerance=0.01)
     um = working_um if mpp is None else factor * float(mpp)
-    return _Plan(name, sufficient[-1], factor, shape, um * quality.REDUCTION, scaled=mpp is not None)  # type: ignore[arg-type]
+    return _Plan(name, level, factor, shape, um * quality.REDUCTION, scaled=mpp is not None)  # type: ignore[arg-type]
 
 
 def _n_chunks(sdata: SpatialData, plan: _Plan) -> int:
@@ -338,7 +339,7 @@ def _limits(
 
 def _reasons(rows: Iterable[dict[str, Any]], limits: _Limits) -> list[str]:
     """Return why each slide is dropped, an empty string for a kept slide."""
-    found = []
+    joined = []
     for row in rows:
         blurry, regions, pixels = row["blurry_fraction"], row["small_regions"], row["pixels_to_use"]
         reasons = []
@@ -352,8 +353,8 @@ def _reasons(rows: Iterable[dict[str, Any]], limits: _Limits) -> list[str]:
             reasons.append(f"{regions} small regions, more than {limits.max_regions:.6g}")
         if limits.min_pixels is not None and pixels < limits.min_pixels:
             reasons.append(f"{pixels} pixels to use, fewer than {limits.min_pixels:.6g}")
-        found.append("; ".join(reasons))
-    return found
+        joined.append("; ".join(reasons))
+    return joined
 
 
 def _write(sdata: SpatialData, classes: np.ndarray, row: dict[str, Any], limits: _Limits, plan: _Plan) -> None:

@@ -135,11 +135,11 @@ def existing_spots(sdata: SpatialData, name: str) -> Spots:
 
 def annotating(sdata: SpatialData, name: str) -> list[str]:
     """Return the names of the tables that annotate an element."""
-    found = []
+    tables = []
     for table_name, table in sdata.tables.items():
         if name in contract.regions_of(table):
-            found.append(table_name)
-    return found
+            tables.append(table_name)
+    return tables
 
 
 def placed_box(low: np.ndarray, high: np.ndarray, matrix: np.ndarray) -> shapely.Polygon:
@@ -159,8 +159,8 @@ def _annotated(sdata: SpatialData, name: str) -> pd.DataFrame:
     for table_name in annotating(sdata, name):
         obs = sdata.tables[table_name].obs
         keys = contract.keys_of(sdata.tables[table_name])
-        own = obs[obs[keys[TableModel.REGION_KEY_KEY]] == name]
-        where = pd.Index(own[keys[TableModel.INSTANCE_KEY]]).get_indexer(index)
+        rows = obs[obs[keys[TableModel.REGION_KEY_KEY]] == name]
+        where = pd.Index(rows[keys[TableModel.INSTANCE_KEY]]).get_indexer(index)
         if (where >= 0).all():
-            return own.iloc[where][[key for key in ("array_row", "array_col") if key in own]].copy()
+            return rows.iloc[where][[key for key in ("array_row", "array_col") if key in rows]].copy()
     return pd.DataFrame(index=index.astype(str))

@@ -72,8 +72,8 @@ class StainReference:
         shapes = _SHAPES.get(content.get("method"), {})
         unknown = set(content) - set(cls.__dataclass_fields__)
         if unknown or not shapes or any(np.shape(content.get(name, ())) != shape for name, shape in shapes.items()):
-            found = {name: np.shape(value) for name, value in content.items()}
-            raise ValueError(f"Expected a saved stain reference with {shapes or {'method': METHODS}}, found {found}.")
+            given = {name: np.shape(value) for name, value in content.items()}
+            raise ValueError(f"Expected a saved stain reference with {shapes or {'method': METHODS}}, found {given}.")
         return cls(**{key: _tuples(value) for key, value in content.items()})
 
 
@@ -153,8 +153,8 @@ def stain_normalize(
     target = _resolve(reference if reference is not None else next(iter(cohort.values())), method, image_key)
     for sdata in cohort.values():
         name = contract.image_name(sdata, image_key)
-        own = fit_section(sdata, method=method, image_key=image_key)
-        convert = _transfer(own, target, concentrations)
+        fitted = fit_section(sdata, method=method, image_key=image_key)
+        convert = _transfer(fitted, target, concentrations)
         pyramid = [convert(level.data) for level in contract.levels(sdata, name)]
         if key_added in sdata.images:
             del sdata.images[key_added]
@@ -301,20 +301,20 @@ class _Convert:
         return whole.map_blocks(self.function, dtype=np.uint8, meta=np.empty((0, 0, 0), np.uint8), **self.parameters)
 
 
-def _transfer(own: StainReference, target: StainReference, concentrations: str) -> _Convert:
-    if own.method == "reinhard":
+def _transfer(source: StainReference, target: StainReference, concentrations: str) -> _Convert:
+    if source.method == "reinhard":
         return _Convert(
             stain.reinhard_transfer,
-            source_mean=np.array(own.mean),
-            source_deviation=np.array(own.deviation),
+            source_mean=np.array(source.mean),
+            source_deviation=np.array(source.deviation),
             target_mean=np.array(target.mean),
             target_deviation=np.array(target.deviation),
         )
     scale = np.ones(2)
     if concentrations == "match":
-        scale = np.array(target.concentrations) / np.array(own.concentrations)
-    matrix = stain.transfer_matrix(np.array(own.stain_matrix), np.array(target.stain_matrix), scale)
-    tables = stain.transfer_tables(matrix, np.array(own.white_point), np.array(target.white_point))
+        scale = np.array(target.concentrations) / np.array(source.concentrations)
+    matrix = stain.transfer_matrix(np.array(source.stain_matrix), np.array(target.stain_matrix), scale)
+    tables = stain.transfer_tables(matrix, np.array(source.white_point), np.array(target.white_point))
     return _Convert(stain.apply_tables, tables=tables)
 
 

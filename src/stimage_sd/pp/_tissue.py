@@ -137,8 +137,8 @@ def grabcut_mask(thumbnail: np.ndarray) -> np.ndarray:
         return first
     cv2.setRNGSeed(0)
     cv2.grabCut(small[..., ::-1].copy(), labels, None, np.zeros((1, 65)), np.zeros((1, 65)), 3, cv2.GC_INIT_WITH_MASK)
-    found = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
-    return _tidy(cv2.resize(found, first.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0)
+    mask = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD)).astype(np.uint8)
+    return _tidy(cv2.resize(mask, first.shape[::-1], interpolation=cv2.INTER_NEAREST) > 0)
 
 
 def _tidy(mask: np.ndarray) -> np.ndarray:

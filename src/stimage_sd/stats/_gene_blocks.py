@@ -81,7 +81,7 @@ def each_block(shape: tuple[int, int], work: Callable[[int, int], None], *, widt
     n_obs, n_genes = shape
     width = width or max(8, min(WIDTH, COPIED // max(n_obs, 1)))
     n_blocks = -(-n_genes // width)
-    edges = [n_genes * number // n_blocks for number in range(n_blocks + 1)] if n_blocks else [0]
+    edges = [n_genes * block // n_blocks for block in range(n_blocks + 1)] if n_blocks else [0]
     # Python threads instead of numba's parallel loops, which must not be entered from two threads at once.
     n_threads = min(8, os.cpu_count() or 1, len(edges) - 1)
     if n_threads < 2 or n_obs * n_genes < FEW:
@@ -112,10 +112,10 @@ def means(x: np.ndarray, first: int, width: int, to: np.ndarray, at: tuple[int, 
 
 @compiled
 def correlations(  # pragma: no cover
-    x: np.ndarray, first: int, y: np.ndarray, second: int, found: np.ndarray
+    x: np.ndarray, first: int, y: np.ndarray, second: int, out: np.ndarray
 ) -> None:
-    """Write Pearson's correlations of columns of `x` with columns of `y`, for all columns of `found`."""
-    width = len(found)
+    """Write Pearson's correlations of columns of `x` with columns of `y`, for all columns of `out`."""
+    width = len(out)
     work = np.zeros(WORKING)
     means(x, first, width, work, (X_MEAN, X_SCALE))
     means(y, second, width, work, (Y_MEAN, Y_SCALE))
@@ -130,7 +130,7 @@ def correlations(  # pragma: no cover
             work[XY + g] += one * other
     for g in range(width):
         value = work[XY + g] / np.sqrt(work[XX + g] * work[YY + g])
-        found[g] = min(max(value, -1.0), 1.0) if value == value else np.nan
+        out[g] = min(max(value, -1.0), 1.0) if value == value else np.nan
 
 
 @compiled
@@ -159,13 +159,13 @@ def _sum_around(  # pragma: no cover
 
 @compiled
 def neighbor_sums(  # pragma: no cover
-    x: np.ndarray, first: int, y: np.ndarray, second: int, graph: Graph, same: bool, found: np.ndarray
+    x: np.ndarray, first: int, y: np.ndarray, second: int, graph: Graph, same: bool, out: np.ndarray
 ) -> None:
     """Write the sum over spots of `x` times the weighted neighbors in `y`, over the root of both sums of squares.
 
     `graph` holds pointers, neighbors, weights and the sum of weights per row. `same` means that `y` is `x`.
     """
-    width = len(found)
+    width = len(out)
     pointers, neighbors, weights, row_sums = graph
     work = np.zeros(WORKING)
     means(y, second, width, work, (Y_MEAN, Y_SCALE))
@@ -191,4 +191,4 @@ def neighbor_sums(  # pragma: no cover
                 work[XY + g] += one * (work[AROUND + g] * work[Y_SCALE + g])
     for g in range(width):
         squares = work[YY + g] if same else work[XX + g]
-        found[g] = work[XY + g] / np.sqrt(squares * work[YY + g])
+        out[g] = work[XY + g] / np.sqrt(squares * work[YY + g])

@@ -58,7 +58,7 @@ def raster(row: np.ndarray, column: np.ndarray, sigma: tuple[float, float]) -> R
     """
     spot_at = np.full((int(row.max()) + 1, int(column.max()) + 1), -1)
     spot_at[row, column] = np.arange(len(row))
-    down, along = (_half_gaussian(each, size) for each, size in zip(sigma, spot_at.shape, strict=True))
+    down, along = (_half_gaussian(deviation, size) for deviation, size in zip(sigma, spot_at.shape, strict=True))
     tissue = _operator(down, spot_at.shape[0]) @ (spot_at >= 0) @ _operator(along, spot_at.shape[1])
     return Raster(spot_at, row, column, down, along, (0.5 - _TIE) * tissue[row, column])
 
@@ -82,13 +82,13 @@ def _operator(half: np.ndarray, size: int) -> np.ndarray:
 
 @compiled
 def smoothed_patterns(  # pragma: no cover
-    x: np.ndarray, first: int, spots: Raster, found: np.ndarray
+    x: np.ndarray, first: int, spots: Raster, out: np.ndarray
 ) -> np.ndarray:
-    """Write where columns of `x` are above their means after smoothing, for all columns of `found`.
+    """Write where columns of `x` are above their means after smoothing, for all columns of `out`.
 
     Sums are float32. Values within rounding of the limit are summed again in float64. Return which columns vary.
     """
-    width = found.shape[1]
+    width = out.shape[1]
     n_rows, n_columns = spots.spot_at.shape
     work = np.zeros(WORKING)
     means(x, first, width, work, (X_MEAN, X_SCALE))
@@ -124,12 +124,12 @@ def smoothed_patterns(  # pragma: no cover
             most = limit + 2 * limit * rounding
             near_limit = 0
             for g in range(width):
-                found[spot, g] = total[g] >= limit
+                out[spot, g] = total[g] >= limit
                 near_limit += (total[g] >= least) & (total[g] <= most)
             if near_limit:
                 for g in range(width):
                     if least <= total[g] <= most:
-                        found[spot, g] = _exact_sum(x, first + g, mean[g], spots, spot) >= spots.limit[spot]
+                        out[spot, g] = _exact_sum(x, first + g, mean[g], spots, spot) >= spots.limit[spot]
     return mean < np.inf
 
 
@@ -208,7 +208,7 @@ def _exact_sum(x: np.ndarray, gene: int, mean: float, spots: Raster, spot: int) 
 
 
 @compiled
-def overlaps(one: np.ndarray, two: np.ndarray, varies: np.ndarray, found: np.ndarray) -> None:  # pragma: no cover
+def overlaps(one: np.ndarray, two: np.ndarray, varies: np.ndarray, out: np.ndarray) -> None:  # pragma: no cover
     """Write intersection over union per column of two patterns, NaN if both are empty or a gene is constant."""
     width = one.shape[1]
     both, either = np.zeros(width, np.int32), np.zeros(width, np.int32)
@@ -218,4 +218,4 @@ def overlaps(one: np.ndarray, two: np.ndarray, varies: np.ndarray, found: np.nda
             both[g] += first[g] & second[g]
             either[g] += first[g] | second[g]
     for g in range(width):
-        found[g] = both[g] / either[g] if either[g] and varies[g] else np.nan
+        out[g] = both[g] / either[g] if either[g] and varies[g] else np.nan

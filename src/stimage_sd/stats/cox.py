@@ -98,15 +98,15 @@ def cox_regressions(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> 
     # scale genes to unit deviation, so that the first Newton step is neither tiny nor huge
     scale = np.where(varies, matrix.std(axis=1), 1.0)
     matrix = (matrix - matrix.mean(axis=1, keepdims=True)) / scale[:, None]
-    found = np.full((len(matrix), 3), np.nan)
+    fits = np.full((len(matrix), 3), np.nan)
 
     def fit(start: int, stop: int) -> None:
-        _fit(matrix[start:stop], at_risk, died, share, found[start:stop])
+        _fit(matrix[start:stop], at_risk, died, share, fits[start:stop])
 
     each_block((len(time), len(matrix)), fit, width=_WIDTH)
-    found[~varies] = np.nan
-    coef, se = found[:, 0], found[:, 1]
-    table = np.column_stack([coef, se, coef / se, coef - _QUANTILE * se, coef + _QUANTILE * se, found[:, 2]])
+    fits[~varies] = np.nan
+    coef, se = fits[:, 0], fits[:, 1]
+    table = np.column_stack([coef, se, coef / se, coef - _QUANTILE * se, coef + _QUANTILE * se, fits[:, 2]])
     firth = varies & np.isnan(coef)
     for gene in np.flatnonzero(firth):
         table[gene] = firth_regression(matrix[gene], at_risk, died, share)
@@ -206,13 +206,15 @@ def concordances(risk: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.nd
     censored = np.array([np.count_nonzero(~later[first == t]) for t in first[later]], dtype=np.int64)
     last = np.searchsorted(-first, -first, side="right")[later]
     matrix = np.ascontiguousarray(risk[order].T, dtype=np.float64)
-    found = np.empty(len(matrix))
+    values = np.empty(len(matrix))
 
     def count(start: int, stop: int) -> None:
-        _concordance(matrix[start:stop], np.flatnonzero(later), longer[later], last - censored, last, found[start:stop])
+        _concordance(
+            matrix[start:stop], np.flatnonzero(later), longer[later], last - censored, last, values[start:stop]
+        )
 
     each_block((len(time), len(matrix)), count, width=_WIDTH)
-    return found
+    return values
 
 
 def _checked(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -254,7 +256,7 @@ def _null_sums(at_risk: np.ndarray, died: np.ndarray, share: np.ndarray) -> np.n
 
 @compiled
 def _fit(  # pragma: no cover
-    matrix: np.ndarray, at_risk: np.ndarray, died: np.ndarray, share: np.ndarray, found: np.ndarray
+    matrix: np.ndarray, at_risk: np.ndarray, died: np.ndarray, share: np.ndarray, out: np.ndarray
 ) -> None:
     n_genes, n = matrix.shape
     sums = np.zeros((3, n + 1))
@@ -287,7 +289,7 @@ def _fit(  # pragma: no cover
                 beta -= step
                 continue
             if abs(likelihood - best) <= _TOLERANCE * abs(likelihood) or slope * slope <= _FLAT * bend:
-                found[gene, 0], found[gene, 1], found[gene, 2] = beta, 1 / np.sqrt(bend), likelihood
+                out[gene, 0], out[gene, 1], out[gene, 2] = beta, 1 / np.sqrt(bend), likelihood
                 break
             best, step = likelihood, slope / bend
             beta += step
@@ -309,21 +311,21 @@ def _ordered(x: np.ndarray, at_risk: np.ndarray, died: np.ndarray, share: np.nda
 
 @compiled
 def _concordance(  # pragma: no cover
-    matrix: np.ndarray, rows: np.ndarray, longer: np.ndarray, tied: np.ndarray, last: np.ndarray, found: np.ndarray
+    matrix: np.ndarray, rows: np.ndarray, longer: np.ndarray, tied: np.ndarray, last: np.ndarray, out: np.ndarray
 ) -> None:
     for gene in range(len(matrix)):
         x = matrix[gene]
         in_order, equal, pairs = 0.0, 0.0, 0.0
         for death in range(len(rows)):
-            own = x[rows[death]]
+            value = x[rows[death]]
             higher, same = 0, 0
             for i in range(longer[death]):
-                higher += x[i] < own
-                same += x[i] == own
+                higher += x[i] < value
+                same += x[i] == value
             for i in range(tied[death], last[death]):
-                higher += x[i] < own
-                same += x[i] == own
+                higher += x[i] < value
+                same += x[i] == value
             in_order += higher
             equal += same
             pairs += longer[death] + last[death] - tied[death]
-        found[gene] = (in_order + 0.5 * equal) / pairs if pairs > 0 else np.nan
+        out[gene] = (in_order + 0.5 * equal) / pairs if pairs > 0 else np.nan

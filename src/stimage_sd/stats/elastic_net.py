@@ -197,10 +197,10 @@ def fit(
         means = features.mean(axis=0, dtype=np.float64)
         centered = jnp.asarray((features - means).astype(np.float32))
         problem = _Problem(centered, _metric(centered, C, l1_ratio, seed), C, l1_ratio)
-        found = problem.minimize(
+        solution = problem.minimize(
             labels[:, varied], intercepts[varied], tolerance=tolerance, max_iterations=max_iterations, progress=progress
         )
-        weights[:, varied], centered_intercepts, objectives[varied], converged[varied], steps = found
+        weights[:, varied], centered_intercepts, objectives[varied], converged[varied], steps = solution
         intercepts[varied] = centered_intercepts - means @ weights[:, varied]
     return ElasticNetFit(np.ascontiguousarray(weights.T), intercepts, objectives, converged, steps)
 
@@ -314,7 +314,7 @@ class _Problem:
         length, caution = np.ones(n_targets), np.ones(n_targets)
         for step in range(1, max_iterations + 1):
             before, chosen = best, labels[:, columns]
-            found, inner = _step(
+            candidate, inner = _step(
                 self.centered,
                 self.metric,
                 chosen,
@@ -324,7 +324,7 @@ class _Problem:
                 self.C,
                 self.l1_ratio,
             )
-            reached = self._value(found, chosen)
+            reached = self._value(candidate, chosen)
             worse = ~(reached <= value)
             # a plain step fails if the bound is too low, or from rounding near the optimum
             astray = worse & (length == 1)
@@ -334,7 +334,7 @@ class _Problem:
             longer = np.where(worse, 1.0, (1 + np.sqrt(1 + 4 * length**2)) / 2)
             momentum = np.where(worse, 0.0, (length - 1) / longer)
             length, value = longer, np.minimum(value, np.where(worse, value, reached))
-            best, ahead = _advance(before, found, jnp.asarray(worse), jnp.asarray(momentum, jnp.float32))
+            best, ahead = _advance(before, candidate, jnp.asarray(worse), jnp.asarray(momentum, jnp.float32))
             done = still >= _STILL
             n_new = int((done & ~converged[columns]).sum())
             converged[columns] = done | converged[columns]
@@ -375,9 +375,9 @@ class _Problem:
 
 
 @jax.jit
-def _advance(before: _Point, found: _Point, worse: jax.Array, momentum: jax.Array) -> tuple[_Point, _Point]:
+def _advance(before: _Point, after: _Point, worse: jax.Array, momentum: jax.Array) -> tuple[_Point, _Point]:
     """Return the better of two points, and the start of the next step."""
-    best = _Point(*(jnp.where(worse, old, new) for old, new in zip(before, found, strict=True)))
+    best = _Point(*(jnp.where(worse, old, new) for old, new in zip(before, after, strict=True)))
     ahead = _Point(*(new + momentum * (new - old) for old, new in zip(before, best, strict=True)))
     return best, ahead
 
@@ -413,7 +413,7 @@ def _lasso_in_metric(
     bent = 1 / (caution * leading + penalty) - flat
 
     def iterate(state: tuple) -> tuple:
-        number, split, dual, _, _, _ = state
+        iteration, split, dual, _, _, _ = state
         # solve for the change from the start, which stays exact if the start is much longer than the change
         right = penalty * (split - start - dual) - gradient
         solved = start + flat * right + directions @ (bent * (directions.T @ right))
@@ -422,7 +422,7 @@ def _lasso_in_metric(
         moved = jnp.linalg.norm(shrunk - split, axis=0)
         # stop at a twentieth of the step length, or at rounding
         small = 0.05 * jnp.linalg.norm(shrunk - start, axis=0) + 1e-6 * jnp.linalg.norm(shrunk, axis=0)
-        return number + 1, shrunk, dual + solved - shrunk, apart, moved, jnp.all((apart <= small) & (moved <= small))
+        return iteration + 1, shrunk, dual + solved - shrunk, apart, moved, jnp.all((apart <= small) & (moved <= small))
 
     def unfinished(state: tuple) -> jax.Array:
         return (state[0] < _INNER) & ~state[5]

@@ -97,8 +97,8 @@ def _root(function: Callable[[float], float], start: float, step: float) -> floa
             step *= 2
     if not np.isfinite(value) or np.sign(value) == sign:
         return float("nan")
-    found: float = brentq(function, start, start + step, xtol=1e-12 * abs(step), rtol=1e-12)
-    return found
+    root: float = brentq(function, start, start + step, xtol=1e-12 * abs(step), rtol=1e-12)
+    return root
 
 
 @compiled
@@ -131,8 +131,8 @@ def _derivatives(  # pragma: no cover
             for i in range(a, b):
                 weight, d = part * np.exp(beta * x[i] - top), x[i] - around
                 n0, n1, n2, n3 = n0 - weight, n1 - weight * d, n2 - weight * d * d, n3 - weight * d * d * d
-        own, mean, square, cube = x[a + round(part * (b - a))] - around, n1 / n0, n2 / n0, n3 / n0
-        sums[0] += beta * own - np.log(n0)
-        sums[1] += own - mean
+        value, mean, square, cube = x[a + round(part * (b - a))] - around, n1 / n0, n2 / n0, n3 / n0
+        sums[0] += beta * value - np.log(n0)
+        sums[1] += value - mean
         sums[2] += square - mean * mean
         sums[3] += cube - 3 * mean * square + 2 * mean * mean * mean

@@ -163,8 +163,8 @@ def _walk(points: np.ndarray, pairs: np.ndarray, steps: np.ndarray) -> np.ndarra
     largest = walk(int(np.argmax(part == np.argmax(sizes))))
     design = np.column_stack([points[largest], np.ones(len(largest))])
     fitted = np.linalg.lstsq(design, position[largest], rcond=None)[0]
-    for number in np.argsort(-sizes, kind="stable")[1:]:
-        reached = walk(int(np.argmax(part == number)))
+    for component in np.argsort(-sizes, kind="stable")[1:]:
+        reached = walk(int(np.argmax(part == component)))
         expected = points[reached] @ fitted[:2] + fitted[2]
         position[reached] += np.round((expected - position[reached]).mean(axis=0)).astype(np.int64)
     return position
@@ -242,11 +242,11 @@ def neighbor_graph(
 
 def _nearest(points: np.ndarray, n_neighbors: int) -> scipy.sparse.csr_array:
     n_obs = len(points)
-    found = cKDTree(points).query(points, k=n_neighbors + 1)[1]
+    neighbors = cKDTree(points).query(points, k=n_neighbors + 1)[1]
     # Each spot is its own first neighbor unless another spot shares its position.
-    itself = found == np.arange(n_obs)[:, None]
+    itself = neighbors == np.arange(n_obs)[:, None]
     itself[~itself.any(axis=1), -1] = True
-    others = found[~itself]
+    others = neighbors[~itself]
     pointers = np.arange(n_obs + 1) * n_neighbors
     graph = scipy.sparse.csr_array((np.ones(len(others), np.float32), others, pointers), shape=(n_obs, n_obs))
     graph.sort_indices()
@@ -305,10 +305,10 @@ def pitch_px(centers: np.ndarray, lattice: np.ndarray, steps: list[tuple[int, in
     The median distance over all pairs of neighbors, robust to a few misplaced spots. `None` if no two spots are
     neighbors.
     """
-    where = {position: number for number, position in enumerate(map(tuple, lattice.tolist()))}
+    where = {position: spot for spot, position in enumerate(map(tuple, lattice.tolist()))}
     pairs = [
-        (number, where[neighbor])
-        for (first, second), number in where.items()
+        (spot, where[neighbor])
+        for (first, second), spot in where.items()
         for step in steps
         if (neighbor := (first + step[0], second + step[1])) in where
     ]

@@ -104,8 +104,8 @@ def _dense(block: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
 
 def _row_standardized(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_obs: int) -> Graph:
     if not scipy.sparse.issparse(weights) or weights.shape != (n_obs, n_obs):
-        found = f"{type(weights).__name__} of shape {np.shape(weights)}"
-        raise ValueError(f"Expected sparse `weights` of shape ({n_obs}, {n_obs}), found {found}.")
+        given = f"{type(weights).__name__} of shape {np.shape(weights)}"
+        raise ValueError(f"Expected sparse `weights` of shape ({n_obs}, {n_obs}), found {given}.")
     matrix = weights if weights.format == "csr" else weights.tocsr()
     data = matrix.data.astype(np.float64)
     if data.min(initial=0) < 0:

@@ -65,9 +65,9 @@ def kaplan_meier(time: ArrayLike, event: ArrayLike, *, confidence: float = 0.95)
     times, events = _checked(time, event)
     at, share, error = np.zeros(1), np.ones(1), np.zeros(1)
     if events.any():
-        found = SurvfuncRight(times, events.astype(int))
-        at = np.append(at, found.surv_times)
-        share, error = np.append(share, found.surv_prob), np.append(error, found.surv_prob_se)
+        curve = SurvfuncRight(times, events.astype(int))
+        at = np.append(at, curve.surv_times)
+        share, error = np.append(share, curve.surv_prob), np.append(error, curve.surv_prob_se)
     if times.max() > at[-1]:
         at, share, error = np.append(at, times.max()), np.append(share, share[-1]), np.append(error, error[-1])
     inner = (share > 0) & (share < 1)

@@ -113,19 +113,24 @@ class View:
 
 def view_of(pyramid: Sequence[xr.DataArray], side: float, target: int) -> View:
     """Return the field of view at the coarsest level with at least `target` pixels per side."""
-    placed = [placement(pyramid, number) for number in range(len(pyramid))]
-    sufficient = [number for number, (factor, _) in enumerate(placed) if side / factor >= target * 0.999]
-    level = sufficient[-1] if sufficient else 0
+    placed = [placement(pyramid, level) for level in range(len(pyramid))]
+    level = coarsest_level([factor for factor, _ in placed], side / target)
     factor, start = placed[level]
     return View(level, factor, start, max(1, round(side / factor)))
 
 
-def placement(pyramid: Sequence[xr.DataArray], number: int) -> tuple[float, tuple[float, float]]:
+def coarsest_level(downsampling: Sequence[float], most: float, *, tolerance: float = 1e-3) -> int:
+    """Return the last level that is downsampled at most `most` times, or the finest level if there is none."""
+    sufficient = [level for level, factor in enumerate(downsampling) if factor <= most * (1 + tolerance)]
+    return sufficient[-1] if sufficient else 0
+
+
+def placement(pyramid: Sequence[xr.DataArray], level: int) -> tuple[float, tuple[float, float]]:
     """Return the downsampling of a level, and x and y of its corner in px of the finest level."""
-    level, ratio = pyramid[number], pyramid[0].sizes["x"] / pyramid[number].sizes["x"]
-    if number == 0 or not {"x", "y"} <= set(level.coords):
+    array, ratio = pyramid[level], pyramid[0].sizes["x"] / pyramid[level].sizes["x"]
+    if level == 0 or not {"x", "y"} <= set(array.coords):
         return ratio, (0.0, 0.0)
-    x, y = (np.asarray(level.coords[axis], dtype=np.float64) for axis in ("x", "y"))
+    x, y = (np.asarray(array.coords[axis], dtype=np.float64) for axis in ("x", "y"))
     if np.abs(x[[0, -1]] - np.array([0.5, len(x) - 0.5]) * ratio).max() < _SAME:
         factor = ratio
     else:
@@ -223,9 +228,9 @@ def _span(start: np.ndarray, length: int, borders: np.ndarray) -> tuple[list[int
     """Return the first and last chunk that runs of pixels touch along one axis, mirrored at the image borders."""
     size = int(borders[-1])
     first, last = start.copy(), start + length - 1
-    for number in np.flatnonzero((first < 0) | (last >= size)):
-        index = _reflected(int(start[number]), length, size)
-        first[number], last[number] = index.min(), index.max()
+    for run in np.flatnonzero((first < 0) | (last >= size)):
+        index = _reflected(int(start[run]), length, size)
+        first[run], last[run] = index.min(), index.max()
     chunks = np.searchsorted(borders[1:], [first, last], side="right")
     return chunks[0].tolist(), chunks[1].tolist()
 

@@ -213,8 +213,8 @@ def iterate_over_tiles(
         If results do not have the given `shape`.
     """
     for complete in _completed([job], n_jobs=n_jobs, description=description, keep_store=False):
-        for number, start in enumerate(range(0, len(complete.order), job.batch_size)):
-            yield complete.order[start : start + job.batch_size], complete.results.batch(number)
+        for batch, start in enumerate(range(0, len(complete.order), job.batch_size)):
+            yield complete.order[start : start + job.batch_size], complete.results.batch(batch)
 
 
 def _completed(jobs: Sequence[TileJob], *, n_jobs: int | None, description: str, keep_store: bool) -> Iterator[_Opened]:
@@ -289,7 +289,7 @@ def _pending(jobs: Sequence[TileJob], opened: deque[_Opened], bar: Any) -> Itera
             discard(folder, lock)
             raise
         numbers = results.pending()
-        before = len(order) - sum(min(job.batch_size, len(order) - number * job.batch_size) for number in numbers)
+        before = len(order) - sum(min(job.batch_size, len(order) - batch * job.batch_size) for batch in numbers)
         if not bar.disable:
             bar.initial += before
         bar.update(before)

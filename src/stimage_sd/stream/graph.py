@@ -90,15 +90,15 @@ def batches(
     levels = {view.level: _LevelTasks(arrays[view.level]) for view in recipe.cutting.views}
     shared = f"recipe-{name}"
     size = recipe.results.batch_size
-    for number in numbers:
-        chosen = centers[number * size : (number + 1) * size]
+    for batch in numbers:
+        chosen = centers[batch * size : (batch + 1) * size]
         chunks = recipe.cutting.chunks(chosen)
         tasks: dict[Any, Any] = {shared: DataNode(shared, recipe)}
         for level, row, column in chunks:
             tasks |= levels[level].of(row, column)
         held = List(*(TaskRef(levels[level].key(row, column)) for level, row, column in chunks))
-        key = f"tiles-{name}-{number}"
-        tasks[key] = Task(key, _run_batch, TaskRef(shared), held, chunks, chosen, int(number))
+        key = f"tiles-{name}-{batch}"
+        tasks[key] = Task(key, _run_batch, TaskRef(shared), held, chunks, chosen, int(batch))
         yield Batch(key, tasks, len(chosen), owner)
 
 
@@ -117,14 +117,14 @@ class _LevelTasks:
 
     def of(self, row: int, column: int) -> dict[Any, Any]:
         """Return the tasks that a chunk needs."""
-        found: dict[Any, Any] = {}
+        tasks: dict[Any, Any] = {}
         wanted: list[Any] = [self.key(row, column)]
         while wanted:
             key = wanted.pop()
-            if key not in found:
-                found[key] = self._tasks[key]
+            if key not in tasks:
+                tasks[key] = self._tasks[key]
                 wanted += get_dependencies(self._tasks, key)
-        return found
+        return tasks
 
 
 def _side_by_side(planes: np.ndarray) -> np.ndarray:
@@ -138,11 +138,11 @@ def _read_quickly(key: Any, task: Any) -> Any:
     return task if reader is None else DataNode(key, reader)
 
 
-def _run_batch(recipe: Recipe, held: list[np.ndarray], chunks: list[Chunk], centers: np.ndarray, number: int) -> int:
+def _run_batch(recipe: Recipe, held: list[np.ndarray], chunks: list[Chunk], centers: np.ndarray, batch: int) -> int:
     """Cut a batch of tiles, run the function, write the result, and return the batch number."""
     views = recipe.cutting.cut(centers, dict(zip(chunks, held, strict=True)))
-    recipe.results.write(number, np.stack([np.asarray(recipe.function(v), dtype=np.float32) for v in views], axis=1))
-    return number
+    recipe.results.write(batch, np.stack([np.asarray(recipe.function(v), dtype=np.float32) for v in views], axis=1))
+    return batch
 
 
 # --------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ class _InTurn(Callback):
 
     def _start_state(self, graph: dict[Any, Any], state: dict[str, Any]) -> None:
         """Sort the ready tasks, mostly chunks to read, by the first batch that waits for them."""
-        turn = {key: number for number, key in enumerate(graph)}
+        turn = {key: position for position, key in enumerate(graph)}
         state["ready"].sort(key=turn.__getitem__, reverse=True)  # the last is taken first
 
     def _posttask(self, key: Any, *_: Any) -> None:

@@ -187,9 +187,9 @@ def find_in_blocks(
         batch_size=1,
     )
     for rows, values in iterate_over_tiles(job, n_jobs=n_jobs, description=description):
-        for number, packed in zip(rows, values[:, 0], strict=True):
-            nuclei = _unpack(packed, blocks.corners[number], blocks.downsample, n_values)
-            left, top, right, bottom = blocks.cores[number]
+        for block, packed in zip(rows, values[:, 0], strict=True):
+            nuclei = _unpack(packed, blocks.corners[block], blocks.downsample, n_values)
+            left, top, right, bottom = blocks.cores[block]
             x, y = nuclei.centers.T
             yield nuclei.chosen((x >= left) & (x < right) & (y >= top) & (y < bottom))
 
@@ -214,8 +214,8 @@ class PackedNuclei:
 
     def __call__(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return the packed nuclei, ``float32 (batch, room)``."""
-        found = self.function(images)
-        labels, values = found if isinstance(found, tuple) else (np.asarray(found), None)
+        result = self.function(images)
+        labels, values = result if isinstance(result, tuple) else (np.asarray(result), None)
         if labels.shape != images.shape[:3] or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
                 f"Expected `method` to give integer labels of shape {images.shape[:3]} for images of shape "
@@ -232,12 +232,12 @@ class PackedNuclei:
     def _pack(
         self, image: NDArray[np.uint8], labels: NDArray[np.integer], values: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        found = measure_objects(labels, hematoxylin(np.moveaxis(image, -1, 0)))
-        outlines = trace_objects(labels, found.labels, tolerance=_TOLERANCE)
+        measured = measure_objects(labels, hematoxylin(np.moveaxis(image, -1, 0)))
+        outlines = trace_objects(labels, measured.labels, tolerance=_TOLERANCE)
         n_points = [len(outline) for outline in outlines]
         points = np.concatenate([np.empty((0, 2), np.int32), *outlines]).ravel()
         means = np.empty((len(outlines), 0)) if values is None else means_within(labels, values)
-        header = np.column_stack([n_points, found.centers, found.eccentricity, found.mean, means])
+        header = np.column_stack([n_points, measured.centers, measured.eccentricity, measured.mean, means])
         needed = 1 + header.size + points.size
         if needed > self.room:
             raise ValueError(

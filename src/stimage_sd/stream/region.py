@@ -73,10 +73,10 @@ class Region:
     def meets(self, cores: NDArray[np.float64]) -> NDArray[np.bool_]:
         """Return which cores of blocks ``(n, 4)``, left, top, right, bottom, overlap the region."""
         wanted = np.zeros(len(cores), dtype=bool)
-        for number, (left, top, right, bottom) in enumerate(cores):
+        for core, (left, top, right, bottom) in enumerate(cores):
             rows = slice(int(top // self.scale[0]), int(np.ceil(bottom / self.scale[0])))
             columns = slice(int(left // self.scale[1]), int(np.ceil(right / self.scale[1])))
-            wanted[number] = self.mask[rows, columns].any()
+            wanted[core] = self.mask[rows, columns].any()
         if self.squares is not None:
             wanted &= _met(np.asarray(shapely.box(*cores.T)), self.squares)
         return wanted

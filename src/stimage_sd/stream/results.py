@@ -74,18 +74,18 @@ class Results:
         """Return the batches that have no readable file. Warn about damaged files."""
         done = {name for name in os.listdir(self.path) if name.endswith(_ENDING)}
         numbers = range(-(-self.shape[0] // self.batch_size))
-        damaged = {number for number in numbers if self._file(number).name in done and self._values(number) is None}
+        damaged = {batch for batch in numbers if self._file(batch).name in done and self._values(batch) is None}
         if damaged:
             warnings.warn(
                 f"{len(damaged)} batches of tiles in {self.path} are damaged. They are computed again.",
                 UserWarning,
                 stacklevel=2,
             )
-        return [number for number in numbers if self._file(number).name not in done or number in damaged]
+        return [batch for batch in numbers if self._file(batch).name not in done or batch in damaged]
 
-    def write(self, number: int, values: np.ndarray) -> None:
+    def write(self, batch: int, values: np.ndarray) -> None:
         """Write the values of a batch, ``float32 (n, n_views, ...)``."""
-        n_tiles = min(self.batch_size, self.shape[0] - number * self.batch_size)
+        n_tiles = min(self.batch_size, self.shape[0] - batch * self.batch_size)
         if len(values) != n_tiles:
             raise ValueError(f"Expected a result for each of the {n_tiles} tiles of a batch, found {len(values)}.")
         if values.shape[1:] != self.shape[1:]:
@@ -94,25 +94,25 @@ class Results:
             )
         content = values.tobytes()
         try:
-            write_whole(self._file(number), zlib.crc32(content).to_bytes(4) + imagecodecs.zstd_encode(content, level=1))
+            write_whole(self._file(batch), zlib.crc32(content).to_bytes(4) + imagecodecs.zstd_encode(content, level=1))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"A worker does not see the cache folder {self.path}. {_SHARED}") from error
 
-    def batch(self, number: int) -> np.ndarray:
+    def batch(self, batch: int) -> np.ndarray:
         """Read the values of a completed batch."""
-        values = self._values(number)
+        values = self._values(batch)
         if values is None:
             raise OSError(
-                f"The results of batch {number} are missing or damaged in {self.path}. {_SHARED} Then run the step "
+                f"The results of batch {batch} are missing or damaged in {self.path}. {_SHARED} Then run the step "
                 "again. The step resumes where it stopped."
             )
         return values
 
-    def _values(self, number: int) -> np.ndarray | None:
+    def _values(self, batch: int) -> np.ndarray | None:
         """Read the values of a batch, or return `None` if its file is missing or damaged."""
-        n_tiles = min(self.batch_size, self.shape[0] - number * self.batch_size)
+        n_tiles = min(self.batch_size, self.shape[0] - batch * self.batch_size)
         try:
-            content = self._file(number).read_bytes()
+            content = self._file(batch).read_bytes()
             values = bytes(imagecodecs.zstd_decode(content[4:]))
         except (FileNotFoundError, RuntimeError, ValueError):  # imagecodecs raises RuntimeError
             return None
@@ -123,8 +123,8 @@ class Results:
     def read(self, order: np.ndarray) -> np.ndarray:
         """Read the values of all tiles, and return them in the order of the tiles."""
         values = np.empty(self.shape, dtype=np.float32)
-        for number, start in enumerate(range(0, len(order), self.batch_size)):
-            values[order[start : start + self.batch_size]] = self.batch(number)
+        for batch, start in enumerate(range(0, len(order), self.batch_size)):
+            values[order[start : start + self.batch_size]] = self.batch(batch)
         return values
 
     def remove(self) -> None:
@@ -136,8 +136,8 @@ class Results:
             self.path.rename(away)
             discard(away, lock)
 
-    def _file(self, number: int) -> Path:
-        return self.path / f"{number}{_ENDING}"
+    def _file(self, batch: int) -> Path:
+        return self.path / f"{batch}{_ENDING}"
 
 
 def _checksum(shape: tuple[int, ...]) -> int:
@@ -149,8 +149,8 @@ def folder_of_run(parent: Path, name: str, *, used: set[Path], hold: bool) -> tu
 
     Folders that other runs have locked are skipped. So are the folders in `used`, which this run uses without a lock.
     """
-    for number in count(1):
-        path = parent / (name if number == 1 else f"{name}-{number}")
+    for run in count(1):
+        path = parent / (name if run == 1 else f"{name}-{run}")
         if path not in used and (lock := take(path / LOCK)) is not None:
             if not hold:
                 release(lock)

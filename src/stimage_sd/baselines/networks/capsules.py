@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stimage_sd.baselines.networks.layers import batch_norm
+
 #: channels, kernel sides and strides of the convolutions before the capsules
 _CHANNELS = (32, 64, 64, 128)
 _KERNELS = (5, 3, 3, 3)
@@ -109,7 +111,7 @@ class CapsuleEncoder(nnx.Module):
                     kernel_init=nnx.initializers.he_normal(), rngs=rngs,
                 )
             )  # fmt: skip
-            norms.append(nnx.BatchNorm(after, momentum=0.9, rngs=rngs))
+            norms.append(batch_norm(after, rngs))
             left, before = (left - kernel) // stride + 1, after
         if left < 1:
             raise ValueError(f"Expected pictures of 11 px or more for the capsules' convolutions, found {side} px.")

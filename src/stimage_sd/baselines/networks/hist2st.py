@@ -14,6 +14,8 @@ from flax import nnx
 from jax.scipy.special import gammaln
 
 from stimage_sd.baselines.networks.histogene import PlaceEmbedding, SpotBlock
+from stimage_sd.baselines.networks.layers import batch_norm
+from stimage_sd.nn.parts import run_blocks
 
 
 class Hist2STOutput(NamedTuple):
@@ -92,7 +94,7 @@ class ConvolutionMixer(nnx.Module):
             return nnx.Conv(channels, channels, (kernel, kernel), feature_group_count=channels, rngs=rngs)
 
         self.depthwise = nnx.List([depthwise(), depthwise()])
-        self.norms = nnx.List([nnx.BatchNorm(channels, momentum=0.9, rngs=rngs) for _ in range(3)])
+        self.norms = nnx.List([batch_norm(channels, rngs) for _ in range(3)])
         self.pointwise = nnx.Conv(channels, channels, (1, 1), rngs=rngs)
 
     def __call__(self, pictures: jax.Array) -> jax.Array:
@@ -201,11 +203,9 @@ class Hist2STNetwork(nnx.Module):
         The output of the network.
         """
         pictures = self.dropout(self.patch(pixels))
-        for mixer in self.mixers:
-            pictures = mixer(pictures)
+        pictures = run_blocks(self.mixers, pictures)
         tokens = self.reduce(pictures).reshape(len(pixels), -1) + self.places(places)
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = run_blocks(self.blocks, tokens)
         layers = []
         for layer in self.graph:
             tokens = layer(tokens, graph)

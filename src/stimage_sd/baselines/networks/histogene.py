@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stimage_sd.nn.parts import run_blocks
+
 HEAD_WIDTH = 64
 
 
@@ -149,6 +151,5 @@ class HisToGeneNetwork(nnx.Module):
         float32 (n_spots, n_genes).
         """
         tokens = self.dropout(self.patch(pixels.reshape(len(pixels), -1)) + self.places(places))
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = run_blocks(self.blocks, tokens)
         return self.genes(self.before_genes(tokens))

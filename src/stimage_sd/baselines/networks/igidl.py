@@ -13,14 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stimage_sd.baselines.networks.layers import batch_norm
+from stimage_sd.nn.parts import run_blocks
+
 #: number of graph layers, as published
 GRAPH_LAYERS = 4
 #: blocks per stage of ResNet-18
 _BLOCKS = 2
-
-
-def _norm(width: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    return nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
 
 
 def _convolution(before: int, after: int, kernel: int, *, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
@@ -53,10 +52,10 @@ class ResidualBlock(nnx.Module):
     def __init__(self, before: int, after: int, *, stride: int, rngs: nnx.Rngs) -> None:
         self.first = _convolution(before, after, 3, stride=stride, rngs=rngs)
         self.second = _convolution(after, after, 3, stride=1, rngs=rngs)
-        self.norms = nnx.List([_norm(after, rngs), _norm(after, rngs)])
+        self.norms = nnx.List([batch_norm(after, rngs), batch_norm(after, rngs)])
         reshapes = stride != 1 or before != after
         self.shortcut = _convolution(before, after, 1, stride=stride, rngs=rngs) if reshapes else None
-        self.shortcut_norm = _norm(after, rngs) if reshapes else None
+        self.shortcut_norm = batch_norm(after, rngs) if reshapes else None
 
     def __call__(self, pictures: jax.Array) -> jax.Array:
         """Run the block on float32 (n, height, width, before)."""
@@ -84,7 +83,7 @@ class ResNet18(nnx.Module):
 
     def __init__(self, channels: Sequence[int] = (64, 128, 256, 512), *, rngs: nnx.Rngs) -> None:
         self.stem = _convolution(3, channels[0], 7, stride=2, rngs=rngs)
-        self.norm = _norm(channels[0], rngs)
+        self.norm = batch_norm(channels[0], rngs)
         blocks, before = [], channels[0]
         for stage, after in enumerate(channels):
             for block in range(_BLOCKS):
@@ -97,8 +96,7 @@ class ResNet18(nnx.Module):
         """Embed float32 (n, height, width, 3) as (n, channels[-1])."""
         value = jax.nn.relu(self.norm(self.stem(pictures)))
         value = nnx.max_pool(value, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for block in self.blocks:
-            value = block(value)
+        value = run_blocks(self.blocks, value)
         return value.mean(axis=(1, 2))
 
 
@@ -122,7 +120,7 @@ class GraphIsomorphism(nnx.Module):
     def __init__(self, before: int, after: int, *, rngs: nnx.Rngs) -> None:
         self.inner = nnx.Linear(before, after, rngs=rngs)
         self.outer = nnx.Linear(after, after, rngs=rngs)
-        self.norm = _norm(after, rngs)
+        self.norm = batch_norm(after, rngs)
 
     def __call__(self, nodes: jax.Array, present: jax.Array, edges: jax.Array) -> jax.Array:
         """Run the layer.
@@ -172,16 +170,16 @@ class GraphEncoder(nnx.Module):
         self.inner = nnx.Linear(2 * width, width, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.outer = nnx.Linear(width, width // 2, rngs=rngs)
-        self.norm = _norm(width // 2, rngs)
+        self.norm = batch_norm(width // 2, rngs)
 
     def __call__(self, nodes: jax.Array, present: jax.Array, edges: jax.Array) -> jax.Array:
         """Encode graphs, as in `GraphIsomorphism`, as (n_graphs, width // 2)."""
-        number = jnp.maximum(present.sum(axis=1, keepdims=True), 1)
+        n_nodes = jnp.maximum(present.sum(axis=1, keepdims=True), 1)
         pooled = []
         for layer in self.layers:
             nodes = layer(nodes, present, edges)
             # missing nodes are 0 and the others not negative, so the maximum is right
-            pooled.append(jnp.concatenate([nodes.max(axis=1), nodes.sum(axis=1) / number], axis=-1))
+            pooled.append(jnp.concatenate([nodes.max(axis=1), nodes.sum(axis=1) / n_nodes], axis=-1))
         together = jnp.stack(pooled).sum(axis=0)
         return self.norm(self.outer(self.dropout(jax.nn.relu(self.inner(together)))))
 
@@ -224,13 +222,13 @@ class IGIDLNetwork(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.picture = ResNet18(channels, rngs=rngs)
-        self.picture_norm = _norm(channels[-1], rngs)
+        self.picture_norm = batch_norm(channels[-1], rngs)
         self.graph = GraphEncoder(n_features, graph_width, dropout=dropout, rngs=rngs)
         lengths = [channels[-1] + graph_width // 2, *fusion]
         self.layers = nnx.List(
             [nnx.Linear(before, after, rngs=rngs) for before, after in zip(lengths[:-1], fusion, strict=True)]
         )
-        self.norms = nnx.List([_norm(after, rngs) for after in fusion])
+        self.norms = nnx.List([batch_norm(after, rngs) for after in fusion])
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.genes = nnx.Linear(lengths[-1], n_genes, rngs=rngs)
 

@@ -40,20 +40,7 @@ def keep_all(value: jax.Array, place: int) -> jax.Array:
 def drop_some(value: jax.Array, place: int, *, key: jax.Array, share: float) -> jax.Array:
     """Set a share of a value's elements to zero and scale up the others to keep the mean.
 
-    Parameters
-    ----------
-    value
-        Any array.
-    place
-        Number of the dropout in the network. Each place draws independently.
-    key
-        JAX random key.
-    share
-        Share of elements that become zero.
-
-    Returns
-    -------
-    An array of the same shape.
+    Each `place` in the network draws independently.
 
     Examples
     --------
@@ -161,8 +148,8 @@ class PatchTransformer(nnx.Module):
     def _parts(self, dropout: Dropout) -> list[Part]:
         first = Part((self.patches, self.positions), self._tokens)
         blocks = [
-            Part((block,), partial(_through, block, dropout, _PLACES * number))
-            for number, block in enumerate(self.blocks)
+            Part((block,), partial(block, dropout=dropout, place=_PLACES * index))
+            for index, block in enumerate(self.blocks)
         ]
         return [first, *blocks, Part((self.after, *self.dense), partial(self._joined, dropout))]
 
@@ -175,8 +162,8 @@ class PatchTransformer(nnx.Module):
 
     def _joined(self, dropout: Dropout, tokens: jax.Array) -> jax.Array:
         value = self.after(tokens).reshape(len(tokens), -1)
-        for number, layer in enumerate(self.dense):
-            value = dropout(_gelu(layer(value)), _PLACES * len(self.blocks) + number)
+        for index, layer in enumerate(self.dense):
+            value = dropout(_gelu(layer(value)), _PLACES * len(self.blocks) + index)
         return value
 
     def __call__(self, tiles: Any) -> Any:
@@ -193,10 +180,6 @@ class PatchTransformer(nnx.Module):
             float32 (batch, hidden[-1]).
         """
         return run_parts(self.parts(), tiles)
-
-
-def _through(block: PatchBlock, dropout: Dropout, place: int, tokens: jax.Array) -> jax.Array:
-    return block(tokens, dropout, place)
 
 
 def _linear(n_inputs: int, n_outputs: int, rngs: nnx.Rngs) -> nnx.Linear:

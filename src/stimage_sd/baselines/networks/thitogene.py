@@ -13,6 +13,8 @@ from flax import nnx
 from stimage_sd.baselines.networks.capsules import CapsuleEncoder
 from stimage_sd.baselines.networks.graph_attention import GraphAttention
 from stimage_sd.baselines.networks.histogene import SpotBlock
+from stimage_sd.baselines.networks.layers import batch_norm
+from stimage_sd.nn.parts import run_blocks
 
 #: side and step of the dynamic kernels, px, number of channels, and number of mixed kernels
 PATCH, _CHANNELS, _KERNELS = 4, 16, 4
@@ -53,7 +55,7 @@ class DynamicConvolution(nnx.Module):
 
         self.side = side
         self.squeeze = linear(in_channels, _SQUEEZED, bias=False)
-        self.norm = nnx.BatchNorm(_SQUEEZED, momentum=0.9, rngs=rngs)
+        self.norm = batch_norm(_SQUEEZED, rngs)
         self.to_inputs = linear(_SQUEEZED, in_channels, bias=True)
         self.to_outputs = linear(_SQUEEZED, out_channels, bias=True)
         self.to_places = linear(_SQUEEZED, side * side, bias=True)
@@ -172,8 +174,7 @@ class THItoGeneNetwork(nnx.Module):
         places = jnp.clip(places, 0, self.n_places - 1)
         tokens = jnp.concatenate([capsules, self.column(places[:, 0]), self.row(places[:, 1])], axis=-1)
         tokens = self.dropout(tokens)
-        for block in self.blocks:
-            tokens = block(tokens)
+        tokens = run_blocks(self.blocks, tokens)
         tokens = jax.nn.elu(self.neighbors(self.dropout(tokens), graph))
         tokens = jax.nn.elu(self.together(self.dropout(tokens), graph))
         return self.genes(self.norm(jax.nn.relu(self.before_genes(tokens))))

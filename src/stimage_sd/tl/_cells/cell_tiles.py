@@ -155,9 +155,9 @@ class CellTiles:
             for chosen, outlines in _within(nuclei[name].outlines, corners[name], sides[name], tile_px):
                 rings.append(outlines)
                 types.append(nuclei[name].types[chosen])
-        found = cls(store, np.repeat(np.arange(len(cohort)), [len(corners[name]) for name in cohort]), rings, types)
-        found._check_contrast(list(cohort))
-        return found
+        tiles = cls(store, np.repeat(np.arange(len(cohort)), [len(corners[name]) for name in cohort]), rings, types)
+        tiles._check_contrast(list(cohort))
+        return tiles
 
     def __len__(self) -> int:
         return len(self.section)
@@ -173,10 +173,10 @@ class CellTiles:
     def labels(self, row: int, side: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Draw a tile's nuclei as label maps: numbers from 1, and types in the code of `CellTargets`."""
         instances, types = np.zeros((side, side), np.int32), np.zeros((side, side), np.int32)
-        for number, (ring, kind) in enumerate(zip(self.rings[row], self.types[row], strict=True), start=1):
+        for label, (ring, kind) in enumerate(zip(self.rings[row], self.types[row], strict=True), start=1):
             # OpenCV puts integer coordinates at pixel centers
             points = np.round((ring - 0.5) * (1 << _SHIFT)).astype(np.int32)
-            cv2.fillPoly(instances, [points], number, shift=_SHIFT)
+            cv2.fillPoly(instances, [points], label, shift=_SHIFT)
             cv2.fillPoly(types, [points], IGNORED if kind == IGNORED else int(kind) + 1, shift=_SHIFT)
         return instances, types
 
@@ -204,12 +204,12 @@ class CellTiles:
         pictures = np.zeros((size, side, side, 3), np.float32)
         nuclear, types = np.zeros((size, side, side), np.float32), np.zeros((size, side, side), np.int32)
         hv = np.zeros((size, side, side, 2), np.float32)
-        for number, (row, tile) in enumerate(zip(rows, tiles, strict=True)):
+        for place, (row, tile) in enumerate(zip(rows, tiles, strict=True)):
             mirrored, turns = (False, 0) if seed is None else (random.random() < 0.5, int(random.integers(4)))
             picture, instances, kinds = (_turned(of, mirrored, turns) for of in (tile, *self.labels(int(row), side)))
-            pictures[number] = picture / np.float32(255)
-            nuclear[number], types[number] = instances > 0, kinds
-            hv[number] = np.moveaxis(hv_maps(instances), 0, -1)
+            pictures[place] = picture / np.float32(255)
+            nuclear[place], types[place] = instances > 0, kinds
+            hv[place] = np.moveaxis(hv_maps(instances), 0, -1)
         # repeat tiles instead of blanks, because batch normalization uses the whole batch
         filled = np.arange(len(rows), size)
         pictures[filled] = pictures[filled % len(rows)]
@@ -218,8 +218,8 @@ class CellTiles:
 
     def _check_contrast(self, names: Sequence[str]) -> None:
         """Raise if nuclei are not darker in hematoxylin than their surroundings."""
-        for number, name in enumerate(names):
-            rows = np.flatnonzero(self.section == number)
+        for index, name in enumerate(names):
+            rows = np.flatnonzero(self.section == index)
             rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _N_LOOKED_AT)).astype(int))]
             tiles = self.store.read(rows)
             stain = np.stack([hematoxylin(np.moveaxis(tile, -1, 0)) for tile in tiles])
@@ -243,13 +243,14 @@ def tile_side(sdata: SpatialData, *, mpp: float, tile_px: int, image_key: str | 
     ValueError
         If the section's resolution is unknown or coarser than that of the tiles, or the section is smaller than a tile.
     """
-    own = contract.require_mpp(sdata, purpose="finding nuclei", image_key=image_key)
-    if own > MOST_COARSE * mpp:
+    section_mpp = contract.require_mpp(sdata, purpose="finding nuclei", image_key=image_key)
+    if section_mpp > MOST_COARSE * mpp:
         raise ValueError(
-            f"Expected section {contract.sample(sdata)!r} at {mpp:g} µm per pixel or finer, found {own:g}: nuclei of "
-            f"{NUCLEUS_UM:g} µm are {NUCLEUS_UM / own:.0f} px there. Use a finer scan, or fit with `mpp={own:g}`."
+            f"Expected section {contract.sample(sdata)!r} at {mpp:g} µm per pixel or finer, found {section_mpp:g}: "
+            f"nuclei of {NUCLEUS_UM:g} µm are {NUCLEUS_UM / section_mpp:.0f} px there. Use a finer scan, or fit with "
+            f"`mpp={section_mpp:g}`."
         )
-    side = tile_px * mpp / own
+    side = tile_px * mpp / section_mpp
     width, height = contract.image_size(sdata, image_key)
     if side > min(height, width) + 1:
         raise ValueError(
@@ -290,13 +291,13 @@ def _within(
     order = np.lexsort((met, tiles))
     parts = np.split(met[order], np.cumsum(np.bincount(tiles, minlength=len(corners)))[:-1])
     scale = tile_px / side
-    found = []
+    kept = []
     for corner, chosen in zip(corners, parts, strict=True):
         rings = shapely.get_exterior_ring(outlines[chosen])
         coordinates, owner = shapely.get_coordinates(rings, return_index=True)
         placed = ((coordinates - corner) * scale).astype(np.float32)
-        found.append((chosen, np.split(placed, np.cumsum(np.bincount(owner, minlength=len(chosen)))[:-1])))
-    return found
+        kept.append((chosen, np.split(placed, np.cumsum(np.bincount(owner, minlength=len(chosen)))[:-1])))
+    return kept
 
 
 def _turned(image: NDArray[Any], mirrored: bool, turns: int) -> NDArray[Any]:

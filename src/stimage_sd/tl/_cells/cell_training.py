@@ -109,9 +109,9 @@ class CellRun:
         settings = self._settings
         order = np.random.default_rng([settings.seed, epoch]).permutation(self._training)
         sums = np.zeros(3)
-        for number, start in enumerate(range(0, len(order), settings.batch_size)):
+        for index, start in enumerate(range(0, len(order), settings.batch_size)):
             rows = order[start : start + settings.batch_size]
-            key = np.random.SeedSequence([settings.seed, epoch, number]).generate_state(1)[0]
+            key = np.random.SeedSequence([settings.seed, epoch, index]).generate_state(1)[0]
             batch = self._tiles.batch(rows, settings.batch_size, seed=int(key) if settings.augment else None)
             self._state, losses = self._step(self._state, *batch)
             sums += len(rows) * np.asarray(losses, dtype=float)

@@ -108,8 +108,8 @@ def cross_validate_cells(
         for fold, held_out in folds.items()
         for name, recipe in models.items()
     }  # fmt: skip
-    found = {key: store.load(made, predictions=False) for key, made in settings.items()}
-    results = {key: result for key, result in found.items() if result is not None}
+    stored = {key: store.load(made, predictions=False) for key, made in settings.items()}
+    results = {key: result for key, result in stored.items() if result is not None}
     with tqdm(total=len(settings), initial=len(results), desc="cross-validating", unit="fit") as bar:
         for (fold, name), made in settings.items():
             if (fold, name) in results:
@@ -124,7 +124,7 @@ def cross_validate_cells(
     parts = [
         result.scores.assign(model=name, fold=fold, **result.cost)[_COLUMNS] for (fold, name), result in results.items()
     ]
-    order = {section: number for number, section in enumerate(cohort)}
+    order = {section: position for position, section in enumerate(cohort)}
     table = pd.concat(parts, ignore_index=True)
     return table.sort_values("section", key=lambda of: of.map(order), kind="stable", ignore_index=True)
 
@@ -173,5 +173,5 @@ def _run(
         "peak_mb": memory.peak / 2**20,
     }
     whole = scores.summary.melt("section", var_name="metric").assign(cell_type=ALL)
-    each = scores.classes.melt(["section", "cell_type"], var_name="metric")
-    return FoldResult(pd.concat([whole, each], ignore_index=True).astype({"value": float}), cost, {})
+    by_class = scores.classes.melt(["section", "cell_type"], var_name="metric")
+    return FoldResult(pd.concat([whole, by_class], ignore_index=True).astype({"value": float}), cost, {})

@@ -138,31 +138,31 @@ def _scored(
     sdata: SpatialData, name: str, *, truth_key: str, label_key: str, match: Match, radius_um: float,
     min_confidence: float,
 ) -> tuple[dict[str, Any], pd.DataFrame, pd.DataFrame]:  # fmt: skip
-    found, classes = _predicted(sdata, truth_key)
+    cells, classes = _predicted(sdata, truth_key)
     frame = contract.nuclei(sdata, truth_key)
     measured = set(frame[label_key].dropna().astype(str)) if label_key in frame.columns else set()
     classes = [*classes, *sorted(measured - set(classes))]
     truth = typed_nuclei(
         sdata, classes, shapes_key=truth_key, label_key=label_key, min_confidence=min_confidence
     )  # fmt: skip
-    pairs = polygon_overlaps(truth.outlines, found.outlines)
+    pairs = polygon_overlaps(truth.outlines, cells.outlines)
     radius = radius_um / contract.require_mpp(sdata, purpose="matching centers")
-    rows = _matched(truth, found, pairs, match, radius)
+    rows = _matched(truth, cells, pairs, match, radius)
     # keep matched cells at the rim, whose centers may lie outside the bounding box
-    kept = _within(found, truth)
+    kept = _within(cells, truth)
     kept[rows[1]] = kept[pairs.found_rows] = True
     rows = rows[0], (np.cumsum(kept) - 1)[rows[1]]
-    found, pairs = found.of(kept), pairs.among(np.ones(len(truth.types), dtype=bool), kept)
-    summary = {_SECTION: name, **_detection(truth, found, rows), **_outlines(truth, found, pairs)}
+    cells, pairs = cells.of(kept), pairs.among(np.ones(len(truth.types), dtype=bool), kept)
+    summary = {_SECTION: name, **_detection(truth, cells, rows), **_outlines(truth, cells, pairs)}
     known = truth.types != IGNORED
     typed = known[rows[0]]
     sure = (rows[0][typed], rows[1][typed])
-    table = _class_table(truth, found, pairs, rows, classes)
+    table = _class_table(truth, cells, pairs, rows, classes)
     codes = np.full(contract.cell_types(sdata).n_obs, -1)
     codes[np.flatnonzero(kept)[sure[1]]] = truth.types[sure[0]]
     contract.cell_types(sdata).obs["true_type"] = pd.Categorical.from_codes(codes, pd.Index(classes))
-    right = truth.types[sure[0]] == found.types[sure[1]]
-    confidence = found.probabilities[sure[1]].max(axis=1, initial=0.0)
+    right = truth.types[sure[0]] == cells.types[sure[1]]
+    confidence = cells.probabilities[sure[1]].max(axis=1, initial=0.0)
     occur = table["n_truth"] > 0
     summary |= {
         "mean_panoptic_quality": table.loc[occur, "panoptic_quality"].mean(),
@@ -170,9 +170,9 @@ def _scored(
         "mean_f1": table.loc[occur, "f1"].mean(),
         "mean_iou": table.loc[occur, "iou"].mean(),
         "calibration_error": calibration_error(confidence, right),
-        "entropy_auc": separation(found.entropy[sure[1]], right),
+        "entropy_auc": separation(cells.entropy[sure[1]], right),
     }
-    counts = confusion(truth.types[sure[0]], found.types[sure[1]], n_classes=len(classes))
+    counts = confusion(truth.types[sure[0]], cells.types[sure[1]], n_classes=len(classes))
     long = pd.DataFrame(
         {
             _SECTION: name,
@@ -199,10 +199,10 @@ def _predicted(sdata: SpatialData, truth_key: str) -> tuple[_Cells, list[str]]:
     return _Cells(outlines, types, probabilities, table.obs["entropy"].to_numpy(np.float64)), list(table.var_names)
 
 
-def _within(found: _Cells, truth: TypedNuclei) -> NDArray[np.bool_]:
+def _within(cells: _Cells, truth: TypedNuclei) -> NDArray[np.bool_]:
     """Return whether predicted cells lie in the bounding box of the measured centers."""
     (left, top), (right, bottom) = (of(_centers(truth.outlines), axis=0) for of in (np.min, np.max))
-    x, y = _centers(found.outlines).T
+    x, y = _centers(cells.outlines).T
     inside: NDArray[np.bool_] = (x >= left) & (x <= right) & (y >= top) & (y <= bottom)
     return inside
 
@@ -212,16 +212,16 @@ def _centers(outlines: NDArray[np.object_]) -> NDArray[np.float64]:
 
 
 def _matched(
-    truth: TypedNuclei, found: _Cells, pairs: Overlaps, match: Match, radius: float
+    truth: TypedNuclei, cells: _Cells, pairs: Overlaps, match: Match, radius: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     if match == "centers":
-        return match_centers(_centers(truth.outlines), _centers(found.outlines), radius=radius)
+        return match_centers(_centers(truth.outlines), _centers(cells.outlines), radius=radius)
     same = matches(pairs)
     return same.truth_rows, same.found_rows
 
 
-def _detection(truth: TypedNuclei, found: _Cells, rows: tuple[NDArray[np.int64], NDArray[np.int64]]) -> dict[str, Any]:
-    n_truth, n_found, n_matched = len(truth.outlines), len(found.outlines), len(rows[0])
+def _detection(truth: TypedNuclei, cells: _Cells, rows: tuple[NDArray[np.int64], NDArray[np.int64]]) -> dict[str, Any]:
+    n_truth, n_found, n_matched = len(truth.outlines), len(cells.outlines), len(rows[0])
     return {
         "n_truth": n_truth,
         "n_found": n_found,
@@ -232,36 +232,36 @@ def _detection(truth: TypedNuclei, found: _Cells, rows: tuple[NDArray[np.int64],
     }
 
 
-def _outlines(truth: TypedNuclei, found: _Cells, pairs: Overlaps) -> Mapping[str, float]:
+def _outlines(truth: TypedNuclei, cells: _Cells, pairs: Overlaps) -> Mapping[str, float]:
     scores = scores_of_overlaps(pairs)
     names = ("aggregated_jaccard", "segmentation_quality", "panoptic_quality")
-    truth_area, found_area, shared = covered_areas(truth.outlines, found.outlines)
+    truth_area, found_area, shared = covered_areas(truth.outlines, cells.outlines)
     return {"dice": 2 * shared / (truth_area + found_area), **{name: getattr(scores, name) for name in names}}
 
 
 def _class_table(
-    truth: TypedNuclei, found: _Cells, pairs: Overlaps, rows: tuple[NDArray[np.int64], NDArray[np.int64]],
+    truth: TypedNuclei, cells: _Cells, pairs: Overlaps, rows: tuple[NDArray[np.int64], NDArray[np.int64]],
     classes: list[str],
 ) -> pd.DataFrame:  # fmt: skip
     """Score each class, without nuclei of unknown type and the cells matched to them."""
     known = truth.types != IGNORED
     typed = known[rows[0]]
     # a predicted cell on a nucleus of unknown type is neither correct nor a false positive
-    counts = np.ones(len(found.types), dtype=bool)
+    counts = np.ones(len(cells.types), dtype=bool)
     counts[rows[1][~typed]] = False
-    number = np.cumsum(known) - 1, np.cumsum(counts) - 1
+    places = np.cumsum(known) - 1, np.cumsum(counts) - 1
     scores = class_scores(
         truth.types[known],
-        found.types[counts],
-        (number[0][rows[0][typed]], number[1][rows[1][typed]]),
+        cells.types[counts],
+        (places[0][rows[0][typed]], places[1][rows[1][typed]]),
         n_classes=len(classes),
     )
     table = pd.DataFrame({"cell_type": classes, **scores._asdict()})
     quality, overlap = [], []
     for code in range(len(classes)):
-        of_truth, of_found = truth.types == code, (found.types == code) & counts
+        of_truth, of_found = truth.types == code, (cells.types == code) & counts
         quality.append(scores_of_overlaps(pairs.among(of_truth, of_found)).panoptic_quality)
-        truth_area, found_area, shared = covered_areas(truth.outlines[of_truth], found.outlines[of_found])
+        truth_area, found_area, shared = covered_areas(truth.outlines[of_truth], cells.outlines[of_found])
         union = truth_area + found_area - shared
         overlap.append(shared / union if union > 0 else float("nan"))
     return table.assign(panoptic_quality=quality, iou=overlap)

@@ -130,7 +130,7 @@ def fit_cell_classifier(
         tiles = CellTiles.cut(
             cohort, nuclei, folder / "tiles", mpp=mpp, tile_px=tile_px, min_nuclei=min_nuclei, image_key=image_key
         )
-        to_validate = np.isin(tiles.section, [number for number, name in enumerate(cohort) if name in held_out])
+        to_validate = np.isin(tiles.section, [index for index, name in enumerate(cohort) if name in held_out])
         pixels = _pixels(tiles, np.flatnonzero(~to_validate), len(names), tile_px)
         run = CellRun(
             network, tiles, to_validate, balanced_weights(pixels), settings,
@@ -195,14 +195,14 @@ def _classes(
         if isinstance(classes, str) or len(set(classes)) < len(list(classes)) or not list(classes):
             raise ValueError(f"Expected `classes` as a list of different names, found {classes!r}.")
         return list(classes)
-    found: set[str] = set()
+    names: set[str] = set()
     for name in training:
         frame = contract.nuclei(cohort[name], shapes_key)
         types = labels_of(cohort[name], frame, label_key, shapes_key or contract.NUCLEI)
-        found |= set(types.dropna().unique())
-    if not found:
+        names |= set(types.dropna().unique())
+    if not names:
         raise ValueError(f"Expected nuclei with a type in the sections {list(training)}, found none.")
-    return sorted(found)
+    return sorted(names)
 
 
 def _count(nuclei: Mapping[str, TypedNuclei], training: Sequence[str], classes: list[str]) -> dict[str, int]:

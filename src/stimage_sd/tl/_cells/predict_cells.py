@@ -195,7 +195,7 @@ class _Plan:
         height, width = self.pyramid[0].shape[1:]
         centers = self.where.sample(_N_WINDOWS, side=side)
         centers = np.clip(centers, side / 2, np.maximum(np.array([width, height]) - side / 2, side / 2))
-        found = run_over_tiles(
+        values = run_over_tiles(
             self.pyramid,
             centers,
             _Background(model),
@@ -207,7 +207,7 @@ class _Plan:
             n_jobs=n_jobs,
             description="background",
         )
-        flat = found.reshape(-1, found.shape[-1])
+        flat = values.reshape(-1, values.shape[-1])
         return flat[np.isfinite(flat).all(axis=1)]
 
 
@@ -221,10 +221,10 @@ class _Background:
         labels, values = self.model(images)
         features = values[..., len(self.model.classes) :]
         drawn = np.full((len(images), _PLACES, features.shape[-1]), np.nan, dtype=np.float32)
-        for number, (own, of) in enumerate(zip(labels, features, strict=True)):
-            free = of[own == 0]
+        for index, (nuclei, of) in enumerate(zip(labels, features, strict=True)):
+            free = of[nuclei == 0]
             chosen = np.random.default_rng(0).permutation(len(free))[:_PLACES]
-            drawn[number, : len(chosen)] = free[chosen]
+            drawn[index, : len(chosen)] = free[chosen]
         return drawn
 
 
@@ -241,11 +241,11 @@ def _tabled(sdata: SpatialData, nuclei: Nuclei, model: CellFinder, image: str) -
         "eccentricity": nuclei.eccentricity,
         "hematoxylin": nuclei.hematoxylin,
     }
-    shares = {f"p_{name}": probability[:, number].astype(np.float32) for number, name in enumerate(model.classes)}
+    shares = {f"p_{name}": probability[:, index].astype(np.float32) for index, name in enumerate(model.classes)}
     frame = gpd.GeoDataFrame({**columns, **shares}, geometry=nuclei.outlines)
     table = ad.AnnData(
         X=probability.astype(np.float32),
-        obs=pd.DataFrame(columns, index=[f"nucleus_{number}" for number in range(len(frame))]),
+        obs=pd.DataFrame(columns, index=[f"nucleus_{index}" for index in range(len(frame))]),
         var=pd.DataFrame(index=list(model.classes)),
         obsm={"spatial": nuclei.centers},
     )

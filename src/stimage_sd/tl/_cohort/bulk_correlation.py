@@ -163,7 +163,7 @@ def _samples(
     layer: str | None,
     log1p: bool,
 ) -> _Samples:
-    own = predicted.obs_names if patient is None else pd.Index(_column(predicted, patient).astype(str))
+    labels = predicted.obs_names if patient is None else pd.Index(_column(predicted, patient).astype(str))
     values = _values(predicted, layer)
     if log1p and (values < 0).any():
         raise ValueError(
@@ -171,16 +171,16 @@ def _samples(
             "take `log1p=False`."
         )
     values = np.log1p(values) if log1p else values
-    groups = np.full(len(own), "all") if by is None else _groups(predicted, bulk, own, by)
+    groups = np.full(len(labels), "all") if by is None else _groups(predicted, bulk, labels, by)
     if not average:
-        return _Samples(values, np.asarray(predicted.obs_names), np.asarray(own), groups)
-    number, unique = pd.factorize(own)
-    by_patient = pd.Series(groups).groupby(number)
+        return _Samples(values, np.asarray(predicted.obs_names), np.asarray(labels), groups)
+    codes, unique = pd.factorize(labels)
+    by_patient = pd.Series(groups).groupby(codes)
     if (by_patient.nunique() > 1).any():
         which = unique[int(by_patient.nunique().argmax())]
         raise ValueError(f"Slides of patient {which!r} differ in {by!r}. Expected one group per patient.")
     # pandas ignores missing values in the mean over slides
-    means = pd.DataFrame(values).groupby(number).mean().to_numpy()
+    means = pd.DataFrame(values).groupby(codes).mean().to_numpy()
     names = np.asarray(unique)
     return _Samples(means, names, names, by_patient.first().to_numpy())
 
@@ -199,12 +199,12 @@ def _column(table: AnnData, name: str) -> pd.Series:
     return table.obs[name]
 
 
-def _groups(predicted: AnnData, bulk: AnnData, own: pd.Index, by: str) -> np.ndarray:
+def _groups(predicted: AnnData, bulk: AnnData, names: pd.Index, by: str) -> np.ndarray:
     if by in predicted.obs:
         return predicted.obs[by].astype(str).to_numpy()
     if by not in bulk.obs:
         raise KeyError(f"No column {by!r} in the obs of the predictions or of bulk.")
-    return bulk.obs[by].astype(str).reindex(own).fillna("unknown").to_numpy()
+    return bulk.obs[by].astype(str).reindex(names).fillna("unknown").to_numpy()
 
 
 def _match(left: pd.Index, right: pd.Index, kind: str) -> tuple[np.ndarray, list[tuple[str, str, str]]]:
@@ -238,11 +238,11 @@ def _correlated(one: np.ndarray, other: np.ndarray, kind: str, names: np.ndarray
     both = {name: np.full(len(names), np.nan) for name in ("pearson", "spearman")}
     # process columns with the same missing rows together
     patterns, pattern = np.unique(known, axis=1, return_inverse=True)
-    for number in range(patterns.shape[1]):
-        columns = np.flatnonzero(pattern.ravel() == number)
+    for column in range(patterns.shape[1]):
+        columns = np.flatnonzero(pattern.ravel() == column)
         if n[columns[0]] < _LEAST:
             continue
-        left, right = (side[np.ix_(patterns[:, number], columns)] for side in (one, other))
+        left, right = (side[np.ix_(patterns[:, column], columns)] for side in (one, other))
         both["pearson"][columns] = pearson(left, right)
         both["spearman"][columns] = pearson(rankdata(left, axis=0), rankdata(right, axis=0))
     for name, r in both.items():

@@ -77,22 +77,22 @@ def cox_screen(
     'RISKY'
     """
     columns = [time_key, event_key, *([by] if by is not None else [])]
-    found = patients_of(data, columns, patient=patient_key, genes=genes, layer=layer)
-    survival_of(found, time_key, event_key)
-    parts = [_screen(found.of(rows), time_key, event_key, group) for group, rows in groups_of(found, by).items()]
+    patients = patients_of(data, columns, patient=patient_key, genes=genes, layer=layer)
+    survival_of(patients, time_key, event_key)
+    parts = [_screen(patients.of(rows), time_key, event_key, group) for group, rows in groups_of(patients, by).items()]
     return pd.concat(parts, ignore_index=True)
 
 
-def _screen(found: Patients, time: str, event: str, group: str) -> pd.DataFrame:
+def _screen(patients: Patients, time: str, event: str, group: str) -> pd.DataFrame:
     try:
-        times, events = survival_of(found, time, event)
+        times, events = survival_of(patients, time, event)
     except ValueError as error:
         raise ValueError(f"Group {group!r}: {error}") from error
-    varies = varying(found.values)
-    deviation = found.values.std(axis=0, ddof=1 if len(times) > 1 else 0)
-    fitted = cox_regressions(found.values / np.where(varies, deviation, 1), times, events)
+    varies = varying(patients.values)
+    deviation = patients.values.std(axis=0, ddof=1 if len(times) > 1 else 0)
+    fitted = cox_regressions(patients.values / np.where(varies, deviation, 1), times, events)
     # the sign of the coefficient gives the direction of the risk
-    c_index = concordances(found.values * np.where(fitted.coef < 0, -1, 1), times, events)
+    c_index = concordances(patients.values * np.where(fitted.coef < 0, -1, 1), times, events)
     known = np.isfinite(fitted.p_value)
     q_value = np.full(len(known), np.nan)
     if known.any():
@@ -102,7 +102,7 @@ def _screen(found: Patients, time: str, event: str, group: str) -> pd.DataFrame:
     frame = pd.DataFrame(
         {
             "group": group,
-            "gene": found.genes,
+            "gene": patients.genes,
             "coef": fitted.coef,
             "hazard_ratio": np.exp(fitted.coef),
             "lower": np.exp(fitted.lower),

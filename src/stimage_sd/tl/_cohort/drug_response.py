@@ -126,17 +126,17 @@ def drug_response(
     if n_folds < 2 or n_permutations < 0:
         raise ValueError(f"Expected `n_folds` of 2 or more and `n_permutations` of 0 or more, found {n_folds} and "
                          f"{n_permutations}.")  # fmt: skip
-    found = patients_of(data, [response_key], patient=patient_key, genes=genes, layer=layer)
-    labels, name = _labels(found.obs[response_key], response_key, positive, n_folds)
-    if scale != "none" and found.values.min() < 0:
-        raise ValueError(f'Expected values of 0 or more for `scale="{scale}"`, found {found.values.min():g}. '
+    responders = patients_of(data, [response_key], patient=patient_key, genes=genes, layer=layer)
+    labels, name = _labels(responders.obs[response_key], response_key, positive, n_folds)
+    if scale != "none" and responders.values.min() < 0:
+        raise ValueError(f'Expected values of 0 or more for `scale="{scale}"`, found {responders.values.min():g}. '
                          'Values that are logs or z-scores already take `scale="none"`.')  # fmt: skip
-    folds, scores, number = _nested(found.values, labels, scale, n_folds, seed)
+    folds, scores, fold_of = _nested(responders.values, labels, scale, n_folds, seed)
     auc = float(folds["auc"].mean())
-    by_chance = _permuted(found.values, labels, scale, n_folds, n_permutations, seed, n_jobs)
+    by_chance = _permuted(responders.values, labels, scale, n_folds, n_permutations, seed, n_jobs)
     p_value = (1 + int((by_chance >= auc).sum())) / (1 + n_permutations) if n_permutations else None
-    patients = pd.DataFrame({"patient": found.names, "response": labels, "score": scores, "fold": number})
-    return DrugResponse(folds, patients, auc, _interval(labels, scores, number, seed), p_value, name)
+    patients = pd.DataFrame({"patient": responders.names, "response": labels, "score": scores, "fold": fold_of})
+    return DrugResponse(folds, patients, auc, _interval(labels, scores, fold_of, seed), p_value, name)
 
 
 def _labels(values: pd.Series, column: str, positive: object, n_folds: int) -> tuple[np.ndarray, str]:
@@ -171,7 +171,7 @@ def _nested(
     values: np.ndarray, labels: np.ndarray, scale: Scale, n_folds: int, seed: int
 ) -> tuple[pd.DataFrame, np.ndarray, np.ndarray]:
     """Score each patient with a model whose scaling and parameters come from other patients."""
-    scores, number = np.empty(len(labels)), np.empty(len(labels), dtype=int)
+    scores, fold_of = np.empty(len(labels)), np.empty(len(labels), dtype=int)
     rows = []
     grid = {"svc__C": list(_C), "svc__gamma": [gamma / values.shape[1] for gamma in _GAMMA]}
     outer = StratifiedKFold(n_folds, shuffle=True, random_state=seed)
@@ -179,11 +179,11 @@ def _nested(
         n_inner = min(n_folds, int(np.bincount(labels[train]).min()))
         inner = StratifiedKFold(max(2, n_inner), shuffle=True, random_state=seed)
         search = GridSearchCV(_pipeline(scale), grid, scoring="roc_auc", cv=inner).fit(values[train], labels[train])
-        scores[test], number[test] = search.decision_function(values[test]), fold
+        scores[test], fold_of[test] = search.decision_function(values[test]), fold
         auc = float(roc_auc_score(labels[test], scores[test]))
         best = search.best_params_
         rows.append((fold, auc, best["svc__C"], best["svc__gamma"], len(test), int(labels[test].sum())))
-    return pd.DataFrame(rows, columns=["fold", "auc", "C", "gamma", "n_test", "n_positive"]), scores, number
+    return pd.DataFrame(rows, columns=["fold", "auc", "C", "gamma", "n_test", "n_positive"]), scores, fold_of
 
 
 def _permuted(
@@ -193,19 +193,19 @@ def _permuted(
         shuffled = np.random.default_rng([seed, permutation]).permutation(labels)
         return float(_nested(values, shuffled, scale, n_folds, seed)[0]["auc"].mean())
 
-    runs = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(one)(number) for number in range(n_permutations))
+    runs = Parallel(n_jobs=n_jobs, return_as="generator")(delayed(one)(index) for index in range(n_permutations))
     return np.array(list(tqdm(runs, total=n_permutations, desc="permutations", disable=not n_permutations)))
 
 
-def _interval(labels: np.ndarray, scores: np.ndarray, number: np.ndarray, seed: int) -> tuple[float, float]:
+def _interval(labels: np.ndarray, scores: np.ndarray, fold_of: np.ndarray, seed: int) -> tuple[float, float]:
     """Bootstrap the mean AUC over folds, with patients drawn within fold and class."""
     random = np.random.default_rng(seed)
     total = np.zeros(_RESAMPLED)
-    folds = np.unique(number)
+    folds = np.unique(fold_of)
     for fold in folds:
-        higher, lower = (scores[(number == fold) & (labels == kind)] for kind in (1, 0))
+        higher, lower = (scores[(fold_of == fold) & (labels == kind)] for kind in (1, 0))
         better = (higher[:, None] > lower) + 0.5 * (higher[:, None] == lower)
-        drawn = [random.integers(len(each), size=(_RESAMPLED, len(each))) for each in (higher, lower)]
+        drawn = [random.integers(len(scored), size=(_RESAMPLED, len(scored))) for scored in (higher, lower)]
         for repeat in range(_RESAMPLED):
             total[repeat] += better[np.ix_(drawn[0][repeat], drawn[1][repeat])].mean()
     low, high = np.quantile(total / len(folds), [0.025, 0.975])

@@ -104,13 +104,13 @@ def _read(gene_sets: GeneSets) -> Mapping[str, Sequence[str]]:
     with reading(path, what="gene sets, one per line (GMT)"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     sets: dict[str, list[str]] = {}
-    for number, line in enumerate(lines, 1):
+    for row, line in enumerate(lines, 1):
         name, *rest = (field.strip() for field in line.split("\t"))
         if not line.strip():
             continue
         if len(rest) < 2:
             raise ValueError(
-                f"Expected a name, a description and genes, separated by tabs, in line {number} of {path}, found "
+                f"Expected a name, a description and genes, separated by tabs, in line {row} of {path}, found "
                 f"{line[:60]!r}."
             )
         members = [_WEIGHT.sub("", field) for field in rest[1:] if field]

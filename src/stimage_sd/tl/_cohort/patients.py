@@ -103,19 +103,19 @@ def patients_of(
 
 
 def _averaged(obs: pd.DataFrame, values: np.ndarray, genes: np.ndarray, columns: list[str], patient: str) -> Patients:
-    number, names = pd.factorize(obs[patient].astype(str))
-    grouped = obs[columns].groupby(number)
+    codes, names = pd.factorize(obs[patient].astype(str))
+    grouped = obs[columns].groupby(codes)
     differ = (grouped.nunique() > 1).any(axis=1)
     if differ.any():
         which = names[int(np.flatnonzero(differ)[0])]
         raise ValueError(f"Slides of patient {which!r} differ in {columns}; expected one value per patient.")
     sums = np.zeros((len(names), values.shape[1]))
-    np.add.at(sums, number, values)
-    means = sums / np.bincount(number)[:, None]
+    np.add.at(sums, codes, values)
+    means = sums / np.bincount(codes)[:, None]
     return Patients(np.asarray(names), means, genes, grouped.first().set_axis(names))
 
 
-def survival_of(found: Patients, time: str, event: str) -> tuple[np.ndarray, np.ndarray]:
+def survival_of(patients: Patients, time: str, event: str) -> tuple[np.ndarray, np.ndarray]:
     """Check and return times and events of patients.
 
     Returns
@@ -127,24 +127,24 @@ def survival_of(found: Patients, time: str, event: str) -> tuple[np.ndarray, np.
     ValueError
         If a time is not positive, an event is not 0 or 1, or no event was observed.
     """
-    times = found.obs[time].to_numpy(dtype=np.float64)
+    times = patients.obs[time].to_numpy(dtype=np.float64)
     if not (times > 0).all():
         raise ValueError(f"Expected positive times in {time!r}, found {times.min():g}. Leave those rows out.")
-    seen = pd.unique(found.obs[event])
+    seen = pd.unique(patients.obs[event])
     if not set(seen) <= {0, 1}:
         raise ValueError(
             f"Expected 1 (seen) and 0 (censored) in {event!r}, found {list(seen)[:4]}. If a table holds "
             "censorship instead: `table.obs['event'] = table.obs['censorship'] == 0`."
         )
-    events = found.obs[event].to_numpy().astype(bool)
+    events = patients.obs[event].to_numpy().astype(bool)
     if not events.any():
         raise ValueError(f"No event was seen in {event!r}: every patient is censored.")
     return times, events
 
 
-def groups_of(found: Patients, by: str | None) -> dict[str, np.ndarray]:
+def groups_of(patients: Patients, by: str | None) -> dict[str, np.ndarray]:
     """Return a row mask per group of patients, or one group ``"all"`` without `by`."""
     if by is None:
-        return {"all": np.ones(len(found.names), dtype=bool)}
-    values = found.obs[by].astype(str).to_numpy()
+        return {"all": np.ones(len(patients.names), dtype=bool)}
+    values = patients.obs[by].astype(str).to_numpy()
     return {name: values == name for name in dict.fromkeys(values)}

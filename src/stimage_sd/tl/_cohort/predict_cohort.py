@@ -123,10 +123,10 @@ def predict_cohort(
     if quality:
         measured = _each(table, "quality", run.measure, report, tries)
         limits = (max_blurry, max_regions_percentile, min_pixels_percentile, min_cohort)
-        found = judged(pd.DataFrame.from_dict(measured, orient="index"), *limits) if measured else pd.DataFrame()
-        report = report.join(found.drop(columns=["keep", "reason"], errors="ignore"))
-        for name in found.index[~found["keep"]] if len(found) else ():
-            report.loc[name, ["status", "reason"]] = "dropped", f"quality: {found.loc[name, 'reason']}"
+        verdicts = judged(pd.DataFrame.from_dict(measured, orient="index"), *limits) if measured else pd.DataFrame()
+        report = report.join(verdicts.drop(columns=["keep", "reason"], errors="ignore"))
+        for name in verdicts.index[~verdicts["keep"]] if len(verdicts) else ():
+            report.loc[name, ["status", "reason"]] = "dropped", f"quality: {verdicts.loc[name, 'reason']}"
     results = _each(table[report["status"] == ""], "predicting", run.predict, report, tries)
     report.loc[list(results), "status"] = "predicted"
     with staged(folder / "slides.csv", overwrite=True) as target:
@@ -295,10 +295,10 @@ def _write(path: Path, content: bytes) -> None:
 def _gathered(
     table: pd.DataFrame, results: dict[str, Any], report: pd.DataFrame, model: Any, folder: Path
 ) -> ad.AnnData:
-    rows, about = ({name: result[number] for name, result in results.items()} for number in (0, 1))
+    rows, about = ({name: result[index] for name, result in results.items()} for index in (0, 1))
     cohort = stacked(rows, about)
-    own = table.loc[list(results)].drop(columns=["mpp", "slide"])
-    cohort.obs = own.join(cohort.obs)
+    given = table.loc[list(results)].drop(columns=["mpp", "slide"])
+    cohort.obs = given.join(cohort.obs)
     cohort.uns["slides"] = report.assign(path=report["path"].astype(str))
     cohort.uns["prediction"] = {
         **model.description,

@@ -117,11 +117,11 @@ def risk_groups(
     if not penalizer > 0:
         raise ValueError(f"Expected `penalizer` above 0, found {penalizer}.")
     columns = [time_key, event_key, *([by] if by is not None else [])]
-    found = patients_of(data, columns, patient=patient_key, genes=genes, layer=layer)
-    survival_of(found, time_key, event_key)
+    patients = patients_of(data, columns, patient=patient_key, genes=genes, layer=layer)
+    survival_of(patients, time_key, event_key)
     parts = []
-    for group, rows in groups_of(found, by).items():
-        members = found.of(rows)
+    for group, rows in groups_of(patients, by).items():
+        members = patients.of(rows)
         n_events = int(members.obs[event_key].astype(bool).sum())
         if n_events < n_folds or n_events > len(members.names):
             raise ValueError(
@@ -139,7 +139,7 @@ def risk_groups(
 
 
 def _of_group(
-    found: Patients,
+    cohort: Patients,
     time: str,
     event: str,
     group: str,
@@ -149,12 +149,12 @@ def _of_group(
     penalizer: float,
     seed: int,
 ) -> RiskGroups:
-    times, events = survival_of(found, time, event)
+    times, events = survival_of(cohort, time, event)
     risks = np.zeros((n_repeats, len(times)))
     folds = []
     bar = tqdm(total=n_repeats * n_folds, desc=f"{group}: risk", unit="fold")
     for repeat, fold, train, test in _splits(events, n_folds, n_repeats, seed):
-        chosen, risk = _fit_and_score(found.values, times, events, train, test, n_genes, penalizer)
+        chosen, risk = _fit_and_score(cohort.values, times, events, train, test, n_genes, penalizer)
         risks[repeat, test] = risk
         c_index = np.nan
         if events[test].any():
@@ -172,9 +172,9 @@ def _of_group(
     names = ["group", "repeat", "fold", "c_index", "n_test", "n_events", "chosen"]
     frame = pd.DataFrame(folds, columns=names)
     shares = pd.Series(np.concatenate(frame["chosen"].to_list())).value_counts() / len(frame)
-    frame["genes"] = [",".join(map(str, found.genes[numbers])) for numbers in frame.pop("chosen")]
-    patients = _patients(found, times, events, risks.mean(axis=0), group)
-    chosen_genes = pd.DataFrame({"group": group, "gene": found.genes[shares.index], "share": shares.to_numpy()})
+    frame["genes"] = [",".join(map(str, cohort.genes[numbers])) for numbers in frame.pop("chosen")]
+    patients = _patients(cohort, times, events, risks.mean(axis=0), group)
+    chosen_genes = pd.DataFrame({"group": group, "gene": cohort.genes[shares.index], "share": shares.to_numpy()})
     return RiskGroups(frame, patients, _summary(frame, patients, group), chosen_genes)
 
 
@@ -211,10 +211,10 @@ def _fit_and_score(
     return chosen, (values[test][:, chosen] - mean[chosen]) / deviation[chosen] @ weights
 
 
-def _patients(found: Patients, times: np.ndarray, events: np.ndarray, risk: np.ndarray, group: str) -> pd.DataFrame:
+def _patients(patients: Patients, times: np.ndarray, events: np.ndarray, risk: np.ndarray, group: str) -> pd.DataFrame:
     high = np.where(risk > np.median(risk), "high", "low")
     return pd.DataFrame(
-        {"group": group, "patient": found.names, "time": times, "event": events, "risk": risk, "risk_group": high}
+        {"group": group, "patient": patients.names, "time": times, "event": events, "risk": risk, "risk_group": high}
     )
 
 

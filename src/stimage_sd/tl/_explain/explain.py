@@ -174,9 +174,9 @@ def explain(
         bar = tqdm(section.read(), total=len(section.rows), desc=f"{name}: explaining", unit="tile")
         with ThreadPoolExecutor(n_jobs or cpu_count()) as pool:
             for (row, views, area), tile in zip(bar, section.tiles, strict=True):
-                found = segment_tile(section.sdata, area, segments, nuclei[name])
-                result = TileResult(int(tile), found)
-                results.append(result if found is None else _explained(section, row, views, result, options, pool))
+                segmented = segment_tile(section.sdata, area, segments, nuclei[name])
+                result = TileResult(int(tile), segmented)
+                results.append(result if segmented is None else _explained(section, row, views, result, options, pool))
         write_results(section.sdata, results, genes=genes, of=options.of, nuclei=nuclei[name], prefix="lime")
         contract.record(
             section.sdata, "tl.explain", genes=genes, of=options.of, n_samples=n_samples, n_seeds=n_seeds, seed=seed,
@@ -200,7 +200,7 @@ def tiles_of(
 def gene_columns(model: Explainable, gene: str | Sequence[str]) -> np.ndarray:
     """Return the columns of genes in a model's output, ``int (n_genes,)``."""
     genes = [gene] if isinstance(gene, str) else list(gene)
-    place = {name: number for number, name in enumerate(model.genes)}
+    place = {name: column for column, name in enumerate(model.genes)}
     unknown = [name for name in genes if name not in place]
     if unknown or not genes or len(set(genes)) < len(genes):
         raise KeyError(f"Expected different genes of the model, such as {list(model.genes[:3])}, found {genes[:5]}.")
@@ -234,17 +234,17 @@ def _explained(
     section: OpenedTiles, row: int, views: Sequence[Views], result: TileResult, options: _Options, pool: Executor
 ) -> TileResult:
     """Explain one tile with LIME."""
-    found = result.segments
-    assert found is not None
-    n_segments = len(found.numbers)
+    cut = result.segments
+    assert cut is not None
+    n_segments = len(cut.numbers)
     shown = np.stack([lime.perturbations(options.n_samples, n_segments, seed=seed) for seed in options.seeds])
-    own = _embeddings(section, views, found, shown.reshape(-1, n_segments), options.hide_color, pool)
-    _check_embeddings(section, row, own)
-    outputs = _outputs(section.stand_ins, row, own, options)
+    embeddings = _embeddings(section, views, cut, shown.reshape(-1, n_segments), options.hide_color, pool)
+    _check_embeddings(section, row, embeddings)
+    outputs = _outputs(section.stand_ins, row, embeddings, options)
     by_seed = outputs.reshape(len(shown), options.n_samples, -1)
     surrogates = [lime.fit_surrogate(*pair) for pair in zip(shown, by_seed, strict=True)]
     weights = np.stack([surrogate.weights for surrogate in surrogates])
-    first = int(found.has_background)
+    first = int(cut.has_background)
     if len(shown) > 1:
         stability = lime.agreement(weights[:, first:])
     else:
@@ -272,7 +272,7 @@ def _half(shown: np.ndarray, outputs: np.ndarray, start: int) -> np.ndarray:
 def _embeddings(
     section: OpenedTiles,
     views: Sequence[Views],
-    found: Segments,
+    cut: Segments,
     shown: np.ndarray,
     hide_color: HideColor,
     pool: Executor,
@@ -283,10 +283,10 @@ def _embeddings(
     for stored, extractor, one in zip(section.stand_ins.embedded, section.extractors, views, strict=True):
         key = (extractor.name, extractor.weights_hash, stored.tiles.fields_of_view, stored.tiles.input_px, stored.image)
         if key not in known:
-            seen = np.stack([found.seen_at(positions) for positions in one.positions])
+            seen = np.stack([cut.seen_at(positions) for positions in one.positions])
             color = background_color(one.pixels, seen) if hide_color == "background" else hide_color
             hidden = lime.hidden_image(one.pixels, seen, color)
-            fields = [_of_field(extractor, *each, shown, pool) for each in zip(one.pixels, hidden, seen, strict=True)]
+            fields = [_of_field(extractor, *field, shown, pool) for field in zip(one.pixels, hidden, seen, strict=True)]
             known[key] = np.concatenate(fields, axis=1)
         together.append(known[key])
     return together
@@ -312,22 +312,22 @@ def _of_field(
     return embed_blocks(extractor, build, len(distinct), pool)[which.ravel()]
 
 
-def _outputs(stand_ins: StandIns, row: int, own: Sequence[np.ndarray], options: _Options) -> np.ndarray:
+def _outputs(stand_ins: StandIns, row: int, embeddings: Sequence[np.ndarray], options: _Options) -> np.ndarray:
     """Predict all perturbed tiles, ``float64 (n_samples, n_of * n_genes)``."""
     blocks = []
-    for start in range(0, len(own[0]), _HEADS):
-        block = [values[start : start + _HEADS] for values in own]
+    for start in range(0, len(embeddings[0]), _HEADS):
+        block = [values[start : start + _HEADS] for values in embeddings]
         n = len(block[0])
         # pad to a fixed batch size so JAX compiles the heads once
         filled = [np.concatenate([values, np.repeat(values[-1:], _HEADS - n, axis=0)]) for values in block]
-        found = stand_ins.outputs(row, filled, options.columns)
-        blocks.append(np.concatenate([np.asarray(found[name])[:n] for name in options.of], axis=1))
+        outputs = stand_ins.outputs(row, filled, options.columns)
+        blocks.append(np.concatenate([np.asarray(outputs[name])[:n] for name in options.of], axis=1))
     return np.concatenate(blocks).astype(np.float64)
 
 
-def _check_embeddings(section: OpenedTiles, row: int, own: Sequence[np.ndarray]) -> None:
+def _check_embeddings(section: OpenedTiles, row: int, embeddings: Sequence[np.ndarray]) -> None:
     """Raise `ValueError` if the unperturbed tile's embedding differs from the stored one."""
-    for stored, values in zip(section.stand_ins.embedded, own, strict=True):
+    for stored, values in zip(section.stand_ins.embedded, embeddings, strict=True):
         expected = stored.own[row]
         difference = np.abs(values[0] - expected).max() / max(np.abs(expected).max(), 1e-12)
         if difference > _TOLERANCE:

@@ -104,7 +104,7 @@ def top_tiles(
     ids = table.obs[contract.INSTANCE_KEY].to_numpy()
     rows = np.arange(len(ids)) if among is None else np.flatnonzero(np.isin(ids, np.asarray(among)))
     order = rows[np.argsort(-values[rows], kind="stable")]
-    return [int(number) for number in ids[order[:n_tiles]]]
+    return [int(tile_id) for tile_id in ids[order[:n_tiles]]]
 
 
 def explained_nuclei(
@@ -148,7 +148,7 @@ def explained_nuclei(
     for name in genes:
         column = f"{method}_{name}"
         if column not in frame:
-            known = sorted(each for each in frame.columns if each.startswith(_PREFIXES))
+            known = sorted(known_column for known_column in frame.columns if known_column.startswith(_PREFIXES))
             raise KeyError(f"No scores {column!r} among the explained nuclei's {known}.")
         part = pd.DataFrame(
             {
@@ -288,10 +288,10 @@ def explained_frame(
         part = geopandas.GeoDataFrame(
             {"tile": result.tile, "nucleus": result.segments.names}, geometry=result.segments.geometries
         )
-        for number, (name, gene) in enumerate(product(of, genes)):
-            part[_column(prefix, gene, name)] = result.scores[:, number]
+        for index, (name, gene) in enumerate(product(of, genes)):
+            part[_column(prefix, gene, name)] = result.scores[:, index]
             if result.deviations is not None:
-                part[_column(prefix, gene, name) + "_sd"] = result.deviations[:, number]
+                part[_column(prefix, gene, name) + "_sd"] = result.deviations[:, index]
         parts.append(part)
     frame = geopandas.GeoDataFrame(pd.concat(parts, ignore_index=True), geometry="geometry")
     frame.insert(2, "area_px", frame.geometry.area)
@@ -315,14 +315,14 @@ def _table(sdata: SpatialData, results: Sequence[TileResult], genes: Sequence[st
     chosen = tiles[rows]
     names = ("prediction", *next(result.about for result in results if result.segments is not None))
     layers = {}
-    for number, kind in enumerate(of):
-        place = slice(number * len(genes), (number + 1) * len(genes))
+    for index, kind in enumerate(of):
+        place = slice(index * len(genes), (index + 1) * len(genes))
         for name in names:
             values = np.full((len(results), len(genes)), np.nan, dtype=np.float32)
             for row, result in enumerate(results):
-                found = result.prediction if name == "prediction" else result.about.get(name)
-                if found is not None:
-                    values[row] = found[place]
+                scores = result.prediction if name == "prediction" else result.about.get(name)
+                if scores is not None:
+                    values[row] = scores[place]
             layers[name if kind == "mean" else f"{name}_{kind}"] = values
     table = ad.AnnData(
         X=next(iter(layers.values())).copy(),

@@ -116,9 +116,9 @@ def saliency(
         for (row, views, area), tile in zip(bar, section.tiles, strict=True):
             every = _maps(section, networks, row, views, columns, method, baseline, n_steps)
             maps[name][int(tile)] = _of_area(every, views, area.pixels)
-            found = segment_tile(section.sdata, area, "nuclei", nuclei[name])
-            scores = None if found is None else _by_nucleus(every, views, found, mean=method == "grad_cam")
-            results.append(TileResult(int(tile), found, scores=scores))
+            segmented = segment_tile(section.sdata, area, "nuclei", nuclei[name])
+            scores = None if segmented is None else _by_nucleus(every, views, segmented, mean=method == "grad_cam")
+            results.append(TileResult(int(tile), segmented, scores=scores))
         _join(section.sdata, results, genes, nuclei[name])
         contract.record(section.sdata, "tl.saliency", genes=genes, method=method, baseline=baseline, n_steps=n_steps)
     return maps
@@ -136,8 +136,8 @@ def _maps(
 ) -> list[np.ndarray]:
     """Compute the maps of all fields of view for each extractor, ``float32 (n_genes, n_fields, y, x)``."""
 
-    def predict(own: Sequence[np.ndarray]) -> np.ndarray:
-        return section.stand_ins.outputs(row, own, columns)["mean"]
+    def predict(embeddings: Sequence[np.ndarray]) -> np.ndarray:
+        return section.stand_ins.outputs(row, embeddings, columns)["mean"]
 
     pixels = [one.pixels for one in views]
     if method == "grad_cam":
@@ -149,27 +149,27 @@ def _maps(
 def _of_area(maps: Sequence[np.ndarray], views: Sequence[Views], pixels: np.ndarray) -> np.ndarray:
     """Sum the maps of the explained square over all extractors that have this field of view."""
     seen = [
-        each[:, number]
-        for each, one in zip(maps, views, strict=True)
-        for number, field in enumerate(one.pixels)
+        scores[:, index]
+        for scores, one in zip(maps, views, strict=True)
+        for index, field in enumerate(one.pixels)
         if field.shape == pixels.shape and np.array_equal(field, pixels)
     ]
     return np.sum(seen, axis=0)
 
 
-def _by_nucleus(maps: Sequence[np.ndarray], views: Sequence[Views], found: Segments, *, mean: bool) -> np.ndarray:
+def _by_nucleus(maps: Sequence[np.ndarray], views: Sequence[Views], cut: Segments, *, mean: bool) -> np.ndarray:
     """Sum or average the maps over the pixels of each nucleus, ``float64 (n_nuclei, n_genes)``."""
-    n_segments, n_genes = len(found.numbers), maps[0].shape[0]
+    n_segments, n_genes = len(cut.numbers), maps[0].shape[0]
     sums, counts = np.zeros((n_segments, n_genes)), np.zeros(n_segments)
-    for each, one in zip(maps, views, strict=True):
-        for number, positions in enumerate(one.positions):
-            seen = found.seen_at(positions)
+    for pixel_scores, one in zip(maps, views, strict=True):
+        for index, positions in enumerate(one.positions):
+            seen = cut.seen_at(positions)
             inside = seen >= 0
             counts += np.bincount(seen[inside], minlength=n_segments)
             for gene in range(n_genes):
-                sums[:, gene] += np.bincount(seen[inside], each[gene, number][inside], minlength=n_segments)
+                sums[:, gene] += np.bincount(seen[inside], pixel_scores[gene, index][inside], minlength=n_segments)
     scores = sums / counts[:, None] if mean else sums
-    return scores[int(found.has_background) :]
+    return scores[int(cut.has_background) :]
 
 
 def _join(sdata: SpatialData, results: Sequence[TileResult], genes: Sequence[str], nuclei: Any) -> None:

@@ -170,17 +170,17 @@ def _of_nuclei(nuclei: GeoDataFrame, area: Area) -> Segments | None:
     left, top = np.floor(bounds[:, :2].min(axis=0))
     width, height = (np.ceil(bounds[:, 2:].max(axis=0)) - (left, top)).astype(int)
     labels = np.zeros((height, width), np.int64)
-    for number, shape in enumerate(shapes, start=1):
+    for label, shape in enumerate(shapes, start=1):
         for part in shapely.get_parts(shape):
             # draw the pixels whose center is inside
             x, y = np.asarray(part.exterior.coords)[:, :2].T - np.array([[left], [top]]) - 0.5
-            labels[draw_polygon(y, x, labels.shape)] = number
+            labels[draw_polygon(y, x, labels.shape)] = label
     raster = Raster(labels, float(left), float(top), (1.0, 1.0))
     numbers = np.unique(raster.at(area.positions))
     shown = numbers[numbers > 0] - 1
     if shown.size == 0:
         return None
-    return Segments(raster, numbers, list(nuclei.index[near[shown]]), [shapes[number] for number in shown], area)
+    return Segments(raster, numbers, list(nuclei.index[near[shown]]), [shapes[label] for label in shown], area)
 
 
 def _of_labels(raster: Raster, area: Area) -> Segments | None:
@@ -188,12 +188,12 @@ def _of_labels(raster: Raster, area: Area) -> Segments | None:
     shown = numbers[numbers > 0]
     if shown.size == 0:
         return None
-    return Segments(raster, numbers, shown.tolist(), [_outline(raster, number) for number in shown], area)
+    return Segments(raster, numbers, shown.tolist(), [_outline(raster, label) for label in shown], area)
 
 
-def _outline(raster: Raster, number: int) -> shapely.Geometry:
+def _outline(raster: Raster, label: int) -> shapely.Geometry:
     """Return the outline of a label's pixels, H&E px."""
-    inside = np.pad(raster.labels == number, ((0, 0), (1, 1))).astype(np.int8)
+    inside = np.pad(raster.labels == label, ((0, 0), (1, 1))).astype(np.int8)
     rows, starts = np.nonzero(np.diff(inside, axis=1) == 1)
     _, stops = np.nonzero(np.diff(inside, axis=1) == -1)
     (width, height), left, top = raster.pixel, raster.left, raster.top
@@ -202,8 +202,8 @@ def _outline(raster: Raster, number: int) -> shapely.Geometry:
 
 
 def _index(values: np.ndarray, start: float, step: float, size: int) -> tuple[np.ndarray, np.ndarray]:
-    found = np.floor((values - start) / step).astype(np.int64)
-    return found.clip(0, size - 1), (found >= 0) & (found < size)
+    index = np.floor((values - start) / step).astype(np.int64)
+    return index.clip(0, size - 1), (index >= 0) & (index < size)
 
 
 def check_segments(sdata: SpatialData, segments: str | SegmentTile, shapes_key: str | None) -> GeoDataFrame | None:

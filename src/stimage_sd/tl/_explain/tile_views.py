@@ -70,10 +70,10 @@ class OpenedTiles:
         for start in range(0, len(self.rows), _READ):
             chunk = slice(start, start + _READ)
             pixels = [self._pixels(stored, self.centers[chunk]) for stored in self.stand_ins.embedded]
-            for number, row in enumerate(self.rows[chunk]):
-                center = self.centers[chunk][number]
+            for index, row in enumerate(self.rows[chunk]):
+                center = self.centers[chunk][index]
                 views = [
-                    Views(one[number], self._positions(stored, center))
+                    Views(one[index], self._positions(stored, center))
                     for one, stored in zip(pixels, self.stand_ins.embedded, strict=True)
                 ]
                 yield int(row), views, self._area(views, center)
@@ -104,7 +104,7 @@ class OpenedTiles:
     def _area(self, views: Sequence[Views], center: np.ndarray) -> Area:
         """Return the smallest field of view of all extractors."""
         sides = [self._sides(stored) for stored in self.stand_ins.embedded]
-        which = int(np.argmin([min(each) for each in sides]))
+        which = int(np.argmin([min(side) for side in sides]))
         field = int(np.argmin(sides[which]))
         return Area(center, sides[which][field], views[which].pixels[field], views[which].positions[field])
 
@@ -132,13 +132,13 @@ def open_tiles(
     table = contract.tiles(sdata)
     kept = table[table.obs["keep"].to_numpy()]
     ids = kept.obs[contract.INSTANCE_KEY].to_numpy()
-    place = {number: row for row, number in enumerate(ids.tolist())}
+    place = {tile_id: row for row, tile_id in enumerate(ids.tolist())}
     unknown = [tile for tile in tiles if tile not in place]
     if unknown or len(tiles) == 0:
-        found = f"{unknown[:5]}, which are not" if unknown else "none"
+        given = f"{unknown[:5]}, which are not" if unknown else "none"
         raise KeyError(
             f'Expected `tiles` to be `obs["{contract.INSTANCE_KEY}"]` of kept tiles of section {section!r}, such as '
-            f"{ids[:3].tolist()}; found {found}."
+            f"{ids[:3].tolist()}; found {given}."
         )
     for stored in stand_ins.embedded:
         if stored.image not in sdata.images:
