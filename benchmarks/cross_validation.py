@@ -41,6 +41,7 @@ from stimage_sd.baselines import (
     ViTNB,
 )
 from stimage_sd.likelihood.expectation import expected_log1p
+from stimage_sd.models._predictor import gene_shifts
 from stimage_sd.stats.spatial import pattern_iou, pearson
 
 SECTIONS = ("C2", "C3", "C4", "C5")
@@ -175,7 +176,7 @@ def run(*, data: Path, all_spots: bool, n_members: int, only: list[str] | None) 
             for held_out, section in sections.items():
                 with steps.step(f"{name}, {target}, {held_out}"):
                     model = fit({key: sdata for key, sdata in sections.items() if key != held_out}, genes=genes)
-                    factors = "total" if model.total is not None else None
+                    factors = "total" if model.total is not None and gene_shifts(model) is None else None
                     sti.tl.predict(section, model, size_factors=factors)
                 cost = {key: steps.rows[-1][key] for key in ("seconds", "peak_mb_above_imports")}
                 for scale in ("log1p", "lognorm, expected") if target == "log1p" else ("lognorm",):

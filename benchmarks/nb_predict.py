@@ -142,7 +142,7 @@ def _write_model(path: Path) -> None:
 
     model = tl.fit_nb(
         nb_cohort.cohort(_FITTED_ON), genes=nb_cohort.GENES, extractor=nb_cohort.EXTRACTOR, n_members=N_MEMBERS,
-        max_epochs=6,
+        max_epochs=6, exposure=None,
     )  # fmt: skip
     model.save(path)
 

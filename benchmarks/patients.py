@@ -112,6 +112,7 @@ def histograms(sdata: SpatialData, model: Any) -> dict[str, list[float]]:
     rows, units = contract.align_to_spots(sdata, table)
     made = contract.at_depth_of(table, rows, table.var_names, contract.measured_exposure(table, rows, units))
     counts = units[:, table.var_names].X.toarray().astype(np.float64)
+    assert made.shift_sd is not None
     upto, below = (predictive.cdf(values, made.mean, made.variance, made.shift_sd) for values in (counts, counts - 1))
     order = np.argsort(counts.mean(axis=0), kind="stable")
     groups = {"all": order, **dict(zip(("low", "middle", "high"), np.array_split(order, 3), strict=True))}
@@ -148,7 +149,8 @@ def fold(
         for number, (name, sdata) in enumerate(train.items())
     }
     genes = gene_sets(train, None)["most_expressed_1000"]
-    genes = [gene for gene in genes if gene in contract.counts(sections[left_out]).var_names]
+    known = set(contract.counts(sections[left_out]).var_names)
+    genes = [gene for gene in genes if gene in known]
     options = {"genes": genes, "n_members": n_members}
     model, of_half = sti.tl.fit_nb(train, **options), sti.tl.fit_nb(half, **options)
     before = sti.tl.fit_nb(train, exposure=None, **options)
@@ -215,6 +217,7 @@ def main() -> None:
     prepare(sections, Steps(), extractor="efficientnet_lite0")
     result: dict[str, list[dict[str, Any]]] = {}
     for left_out in options.sections:
+        print(f"{left_out} left out", flush=True)
         for key, rows in fold(sections, left_out, options.data / "her2st_counts", options.members).items():
             result.setdefault(key, []).extend(rows)
     for name, table in summary(result).items():

@@ -114,7 +114,7 @@ def predicting(n_tiles: int, n_genes: int = 1000, n_members: int = 10) -> dict[s
     """Predict a section's tiles by an ensemble of random weights on 16 shared patterns."""
     from stimage_sd.models._nb import NBModel, NBSection
     from stimage_sd.models._shared_patterns import SharedPatterns
-    from stimage_sd.tl._predict.predict import _distribution, _results
+    from stimage_sd.tl._predict.predict import LAYERS, SHIFT, _blocks, _results, _shifted
 
     random = np.random.default_rng(0)
     parameters = {
@@ -131,8 +131,9 @@ def predicting(n_tiles: int, n_genes: int = 1000, n_members: int = 10) -> dict[s
     seconds = []
     for _ in range(2):  # the first compiles
         start = time.process_time()
-        layers = _results((n_tiles, n_genes), None)
-        _distribution(layers, model, section, np.ones(n_tiles, np.float32), level=0.9, label="random")
+        layers = _results((n_tiles, n_genes), (*LAYERS, SHIFT), None)
+        blocks = _blocks(model, section, n_tiles, label="random")
+        _shifted(layers, model, blocks, np.full(n_genes, 0.5), exposure=1.0, level=0.9)
         seconds.append(time.process_time() - start)
     return {
         "tiles": n_tiles,

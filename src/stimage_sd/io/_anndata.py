@@ -33,6 +33,7 @@ def from_anndata(
     image: str | Path | np.ndarray | da.Array | ImageContainer | None = None,
     *,
     sample: str | None = None,
+    patient: str | None = None,
     mpp: float | None = None,
     library_id: str | None = None,
     spot_diameter_px: float | None = None,
@@ -61,6 +62,8 @@ def from_anndata(
         image of ``uns["spatial"]``, such as ``hires``, is used with its scale factor.
     sample
         Sample id. Default: the library id.
+    patient
+        Patient that the section is of. All sections of a patient are held out together (`stimage_sd.tl.fit_nb`).
     mpp
         Micrometers per pixel of the full-resolution image. By default, the value that the file states. Otherwise,
         100 µm divided by the pitch of the Visium array. Otherwise, with Space Ranger's scale factors, 65 µm divided by
@@ -166,6 +169,7 @@ def from_anndata(
         contract.remember(sdata, layers={contract.COUNTS: counted.layer})
     if renamed:
         contract.remember(sdata, **{RENAMED: renamed})
+    contract.remember(sdata, patient=patient)
     contract.record(
         sdata,
         "io.from_anndata",

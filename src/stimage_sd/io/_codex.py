@@ -46,6 +46,7 @@ def codex(
     he_image: str | Path | None = None,
     alignment: str | Path | np.ndarray | None = None,
     sample: str | None = None,
+    patient: str | None = None,
 ) -> SpatialData:
     """Read a section of CODEX (PhenoCycler) or another multiplexed immunofluorescence.
 
@@ -87,6 +88,8 @@ def codex(
         is never assumed. Without an alignment, run `stimage_sd.pp.register` afterwards.
     sample
         Sample id. Default: the name of the cell table, or else of the image, up to its first dot.
+    patient
+        Patient that the section is of. All sections of a patient are held out together (`stimage_sd.tl.fit_nb`).
 
     Returns
     -------
@@ -171,6 +174,7 @@ def codex(
     if placing is not None:
         contract.place_instrument(sdata, placing)
         attach_spatial(sdata)
+    contract.remember(sdata, patient=patient)
     contract.record(
         sdata,
         "io.codex",

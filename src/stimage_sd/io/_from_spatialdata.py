@@ -37,6 +37,7 @@ def from_spatialdata(
     coordinate_system: str | None = None,
     mpp: float | None = None,
     sample: str | None = None,
+    patient: str | None = None,
     slide: str | Path | SpatialData | None = None,
     layer: str | None = None,
 ) -> SpatialData | dict[str, SpatialData]:
@@ -63,6 +64,8 @@ def from_spatialdata(
         MERSCOPE.
     sample
         Sample id. By default the id in the object, where it has one.
+    patient
+        Patient that the section is of. All sections of a patient are held out together (`stimage_sd.tl.fit_nb`).
     slide
         Slide of a LazySlide store without an image: its path, or the section from `stimage_sd.io.slide`.
     layer
@@ -103,7 +106,7 @@ def from_spatialdata(
     if not isinstance(data, SpatialData):
         raise TypeError(f"Expected a SpatialData object, found {type(data).__name__}.")
     if is_wsi(data):
-        return section_of_wsi(data, slide=slide, image=image, mpp=mpp, sample=sample)
+        return section_of_wsi(data, slide=slide, image=image, mpp=mpp, sample=sample, patient=patient)
     if slide is not None:
         raise ValueError(
             "`slide=` is for LazySlide stores. Other objects have their image inside; name it with `image=`."
@@ -111,16 +114,17 @@ def from_spatialdata(
     named = {"image": image, "shapes": shapes, "table": table, "coordinate_system": coordinate_system, "layer": layer}
     views = split_samples(data, image=image, shapes=shapes)
     if views is None:
-        return _in_own_words(lambda: _adopt(data, mpp=mpp, sample=sample, **named))
+        return _in_own_words(lambda: _adopt(data, mpp=mpp, sample=sample, patient=patient, **named))
     if image is not None or shapes is not None:
         # one of several samples was named; element names of its view have no sample suffix
         ((name, view),) = views.items()
         named |= {"image": None, "shapes": None, "table": table if table in view.tables else None}
-        return _in_own_words(lambda: _adopt(view, mpp=mpp, sample=sample or name, **named))
-    if sample is not None:
-        raise ValueError(f"Found {len(views)} samples, {list(views)}. Leave `sample=` out, or name one with `image=`.")
+        return _in_own_words(lambda: _adopt(view, mpp=mpp, sample=sample or name, patient=patient, **named))
+    if sample is not None or patient is not None:
+        given = "patient" if sample is None else "sample"
+        raise ValueError(f"Found {len(views)} samples, {list(views)}. Leave `{given}=` out, or name one with `image=`.")
     return {
-        name: _in_own_words(lambda view=view, name=name: _adopt(view, mpp=mpp, sample=name, **named))  # type: ignore[misc]
+        name: _in_own_words(lambda view=view, name=name: _adopt(view, mpp=mpp, sample=name, patient=None, **named))  # type: ignore[misc]
         for name, view in views.items()
     }
 
@@ -146,6 +150,7 @@ def _adopt(
     layer: str | None,
     mpp: float | None,
     sample: str | None,
+    patient: str | None,
 ) -> SpatialData:
     """Find unnamed elements, check that all match, and record them. Restore the object after an error."""
     before = dict(sdata.attrs)
@@ -164,6 +169,8 @@ def _adopt(
             "platform": _platform(sdata),
             "image": name,
             "coordinate_system": coordinate_system,
+            # a section that knows its patient keeps it
+            "patient": patient if patient is not None else contract.info(sdata).get("patient"),
         }
         given = mpp
         if mpp is None and name is not None:

@@ -53,8 +53,8 @@ def hest(
     Returns
     -------
     A section as from `stimage_sd.io.from_anndata`, with the platform ``"hest"``. ``attrs["stimage_sd"]["metadata"]``
-    has the sample's metadata from the JSON (technology, organ, species, ...). ``shapes["nuclei"]`` has the CellViT
-    nuclei with ``cell_type``. ``shapes["tissue_contours"]`` has the tissue.
+    has the sample's metadata from the JSON (technology, organ, species, ...). The patient is taken from there.
+    ``shapes["nuclei"]`` has the CellViT nuclei with ``cell_type``. ``shapes["tissue_contours"]`` has the tissue.
 
     Raises
     ------
@@ -103,7 +103,9 @@ def hest(
         adata, files["wsis"], sample=sample, mpp=mpp, spot_diameter_px=_diameter(adata, metadata, mpp),
         library_id="ST" if "ST" in adata.uns.get("spatial", {}) else None,
     )  # fmt: skip
-    contract.remember(sdata, platform="hest", metadata=metadata)
+    patient = metadata.get("patient")
+    named = isinstance(patient, str) and patient.strip() not in ("", "nan", "None")
+    contract.remember(sdata, platform="hest", metadata=metadata, patient=patient if named else None)
     if nuclei:
         _read_nuclei(sdata, folder / "cellvit_seg", sample)
     contours = folder / "tissue_seg" / f"{sample}_contours.geojson"

@@ -29,6 +29,7 @@ def legacy_st(
     spots: str | Path,
     *,
     sample: str | None = None,
+    patient: str | None = None,
     mpp: float | None = None,
     spot_um: float = 100.0,
     pitch_um: float = 200.0,
@@ -49,6 +50,8 @@ def legacy_st(
         image) and ``selected`` (1 for spots under tissue).
     sample
         Sample id. Default: the file name of the counts up to its first dot.
+    patient
+        Patient that the section is of. All sections of a patient are held out together (`stimage_sd.tl.fit_nb`).
     mpp
         Micrometers per pixel of the image. By default estimated as `pitch_um` divided by the median distance of
         neighboring spots in pixels.
@@ -138,6 +141,7 @@ def legacy_st(
         platform="legacy_st",
         mpp=mpp,
     )
+    contract.remember(sdata, patient=patient)
     contract.record(
         sdata,
         "io.legacy_st",

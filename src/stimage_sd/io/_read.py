@@ -34,6 +34,7 @@ def read(
     coordinate_system: str | None = None,
     mpp: float | None = None,
     sample: str | None = None,
+    patient: str | None = None,
     options: Mapping[str, Any] | None = None,
     layer: str | None = None,
 ) -> SpatialData | dict[str, SpatialData]:
@@ -52,7 +53,7 @@ def read(
     alignment
         ``(3, 3)`` matrix, or a CSV file with one. It maps pixels of the H&E to the coordinate system of the object.
         Identity by default.
-    image, shapes, table, coordinate_system, mpp, sample
+    image, shapes, table, coordinate_system, mpp, sample, patient
         As in `from_spatialdata`. For Visium, `image` is the file of the H&E.
     options
         Further arguments of the reader.
@@ -78,7 +79,7 @@ def read(
     (20, 9)
     """
     if technology in OWN:
-        return _own(technology, path, he_image, alignment, image, mpp, sample, dict(options or {}))
+        return _own(technology, path, he_image, alignment, image, mpp, sample, patient, dict(options or {}))
     readers = importlib.import_module("spatialdata_io")
     reader: Callable[..., SpatialData] | None = getattr(readers, technology, None)
     if reader is None or technology not in readers.__all__:
@@ -90,7 +91,7 @@ def read(
         image = contract.IMAGE
     return from_spatialdata(
         data, image=image, shapes=shapes, table=table, coordinate_system=coordinate_system, mpp=mpp, sample=sample,
-        layer=layer,
+        patient=patient, layer=layer,
     )  # fmt: skip
 
 
@@ -102,9 +103,17 @@ def _own(
     image: str | None,
     mpp: float | None,
     sample: str | None,
+    patient: str | None,
     options: dict[str, Any],
 ) -> SpatialData:
-    given = {"he_image": he_image, "alignment": alignment, "image": image, "mpp": mpp, "sample": sample}
+    given = {
+        "he_image": he_image,
+        "alignment": alignment,
+        "image": image,
+        "mpp": mpp,
+        "sample": sample,
+        "patient": patient,
+    }
     reader: Callable[..., SpatialData] = getattr(importlib.import_module("stimage_sd.io"), technology)
     return reader(path, **{name: value for name, value in given.items() if value is not None}, **options)
 

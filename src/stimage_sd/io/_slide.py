@@ -13,7 +13,12 @@ from stimage_sd.io._section import check_mpp
 
 
 def slide(
-    path: str | Path, *, mpp: float | None = None, series: int | str | None = None, sample: str | None = None
+    path: str | Path,
+    *,
+    mpp: float | None = None,
+    series: int | str | None = None,
+    sample: str | None = None,
+    patient: str | None = None,
 ) -> SpatialData:
     """Read an H&E image or whole slide, lazily.
 
@@ -29,6 +34,8 @@ def slide(
         from 0, or its name. By default the largest image. Not for scanner formats, which mark the slide themselves.
     sample
         Sample id. By default the name of the file up to the first dot.
+    patient
+        Patient that the section is of. All sections of a patient are held out together (`stimage_sd.tl.fit_nb`).
 
     Returns
     -------
@@ -77,6 +84,7 @@ def slide(
         mpp=mpp if mpp is not None else stated,
     )
     source = "given" if mpp is not None else "file" if stated is not None else "unknown"
+    contract.remember(sdata, patient=patient)
     contract.record(
         sdata,
         "io.slide",

@@ -37,7 +37,12 @@ HD = "Read it with `stimage_sd.io.visium_hd`, and pass the run's `outs` folder."
 
 
 def visium(
-    path: str | Path, *, image: str | Path | None = None, mpp: float | None = None, sample: str | None = None
+    path: str | Path,
+    *,
+    image: str | Path | None = None,
+    mpp: float | None = None,
+    sample: str | None = None,
+    patient: str | None = None,
 ) -> SpatialData:
     """Read a Visium section from the output folder of Space Ranger.
 
@@ -59,6 +64,8 @@ def visium(
         neighboring spots in pixels. Without neighboring spots, the estimate is 65 µm over ``spot_diameter_fullres``.
     sample
         Sample id. By default the name of the folder of the run.
+    patient
+        Patient that the section is of. All sections of a patient are held out together (`stimage_sd.tl.fit_nb`).
 
     Returns
     -------
@@ -132,6 +139,7 @@ def visium(
         mpp=full_mpp / scale,
         proteins=tables.get(contract.PROTEINS),
     )
+    contract.remember(sdata, patient=patient)
     contract.record(
         sdata,
         "io.visium",

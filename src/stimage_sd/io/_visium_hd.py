@@ -57,6 +57,7 @@ def visium_hd(
     bin_um: int = 8,
     image: str | Path | None = None,
     sample: str | None = None,
+    patient: str | None = None,
     units: Measured | None = None,
 ) -> SpatialData:
     """Read bins of one size, or cells, of a Visium HD section from the output folder of Space Ranger.
@@ -82,6 +83,8 @@ def visium_hd(
         of the section, and positions and resolution refer to its pixels.
     sample
         Sample id. By default the name of the folder of the run.
+    patient
+        Patient that the section is of. All sections of a patient are held out together (`stimage_sd.tl.fit_nb`).
     units
         ``"bins"`` or ``"cells"``. By default bins, or cells if there are no bins.
 
@@ -138,6 +141,7 @@ def visium_hd(
     else:
         sdata, reduction = _read_bins(files, matrix, scale, bin_um, image, sample)
     attach_spatial(sdata)
+    contract.remember(sdata, patient=patient)
     contract.record(
         sdata,
         "io.visium_hd",

@@ -37,6 +37,7 @@ def section_of_wsi(
     image: str | None,
     mpp: float | None,
     sample: str | None,
+    patient: str | None,
 ) -> SpatialData:
     """Build a section from an object of LazySlide.
 
@@ -61,6 +62,8 @@ def section_of_wsi(
             UserWarning,
             stacklevel=3,
         )
+    if patient is not None:
+        contract.remember(section, patient=patient)
     contract.record(
         section, "io.from_spatialdata", slide=slide if isinstance(slide, str | Path) else None, of="wsidata"
     )

@@ -50,6 +50,7 @@ def xenium(
     he_image: str | Path | None = None,
     alignment: str | Path | np.ndarray | None = None,
     sample: str | None = None,
+    patient: str | None = None,
     dapi: bool = True,
     pixel_size_um: float | None = None,
     origin_um: tuple[float, float] = (0.0, 0.0),
@@ -72,6 +73,8 @@ def xenium(
         way, pass its inverse with `numpy.linalg.inv`.
     sample
         Sample id. By default the name of the folder of the bundle.
+    patient
+        Patient that the section is of. All sections of a patient are held out together (`stimage_sd.tl.fit_nb`).
     dapi
         Whether to read the morphology image. Pass `False` for a bundle without the image.
     pixel_size_um
@@ -187,6 +190,7 @@ def xenium(
     if placing is not None:
         contract.place_instrument(sdata, placing)
         attach_spatial(sdata)
+    contract.remember(sdata, patient=patient)
     contract.record(
         sdata,
         "io.xenium",
