@@ -74,11 +74,11 @@ def scored(sdata: SpatialData, model: Any, **options: Any) -> dict[str, float]:
     exposure = scores["exposure"].iloc[0]
     made = contract.at_depth_of(table, rows, table.var_names, None if np.isnan(exposure) else float(exposure))
     return {
-        "pearson": scores["pearson"].mean(),
-        "pearson_top_50": scores["pearson"].nlargest(50).mean(),
-        "coverage": scores["coverage"].mean(),
+        "pearson": float(scores["pearson"].mean()),
+        "pearson_top_50": float(scores["pearson"].nlargest(50).mean()),
+        "coverage": float(scores["coverage"].mean()),
         "width": float((made.upper - made.lower).mean()),
-        "nll": scores["nll"].mean(),
+        "nll": float(scores["nll"].mean()),
     }
 
 
@@ -98,7 +98,7 @@ def without(sdata: SpatialData, spots: list[str]) -> SpatialData:
 
 
 def adapted(sdata: SpatialData, model: Any) -> Iterator[dict[str, Any]]:
-    """Score the rest of a section after adapting to some of its spots."""
+    """Score the same rest of a section after adapting to more and more of the other spots."""
     rest = without(sdata, corner(sdata, max(SPOTS)))
     yield {"spots": 0, **scored(rest, model)}
     for n in SPOTS:
@@ -154,6 +154,7 @@ def fold(
     options = {"genes": genes, "n_members": n_members}
     model, of_half = sti.tl.fit_nb(train, **options), sti.tl.fit_nb(half, **options)
     before = sti.tl.fit_nb(train, exposure=None, **options)
+    flat = replace(model, shifts=np.zeros_like(model.shifts))
     test = sections[left_out]
     shallow = thinned(test, TESTED, seed=50)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -167,7 +168,7 @@ def fold(
         {"model": name, **scored(test, one)}
         for name, one in (
             ("without exposure", before),
-            ("without shifts", replace(model, shifts=np.zeros_like(model.shifts))),
+            ("without shifts", flat),
             ("with the shifts of a section", model),
             ("with the shifts of a patient", replace(model, shifts=model.shifts[[1, 1]])),
         )
@@ -176,9 +177,10 @@ def fold(
     found["histograms"] = [{"group": name, "density": row} for name, row in histograms(test, model).items()]
     found["signature"] = [signature(test, model)]
     for name, section in other_patients(test, folder):
-        rows = [{"model": "without exposure", "spots": 0, **scored(without(section, corner(section, 80)), before)}]
-        rows += [{"model": "with shifts", **row} for row in adapted(section, model)]
+        models = (("without exposure", before), ("without shifts", flat), ("with shifts", model))
+        rows = [{"model": kind, **scored(section, one)} for kind, one in models]
         found.setdefault("other patients", []).extend({"patient": name[0], **row} for row in rows)
+        found.setdefault("adapted", []).extend({"patient": name[0], **row} for row in adapted(section, model))
     return {key: [{"section": left_out, **row} for row in rows] for key, rows in found.items()}
 
 
@@ -186,17 +188,14 @@ def summary(result: dict[str, list[dict[str, Any]]]) -> dict[str, pd.DataFrame]:
     """Means over sections and patients."""
     by = {
         "depth": ["trained", "tested", "exposure"], "same patient": ["model"], "scales": ["steps"],
-        "other patients": ["model", "spots"],
+        "other patients": ["model"], "adapted": ["spots"],
     }  # fmt: skip
     tables = {
         key: pd.DataFrame(result[key]).groupby(columns, sort=False).mean(numeric_only=True).reset_index()
         for key, columns in by.items()
     }
-    first = pd.DataFrame(result["other patients"])
-    first = first[first["spots"].isin([0, 20])]
-    tables["by patient"] = (
-        first.groupby(["patient", "model", "spots"], sort=False)[["coverage", "width"]].mean().reset_index()
-    )
+    each = pd.DataFrame(result["other patients"]).groupby(["patient", "model"], sort=False)
+    tables["by patient"] = each[["coverage", "width", "nll"]].mean().reset_index()
     density = pd.DataFrame(result["histograms"])
     tables["histograms"] = pd.DataFrame(
         {name: np.mean(rows["density"].tolist(), axis=0) for name, rows in density.groupby("group", sort=False)}

@@ -190,3 +190,14 @@ def test_the_histogram_is_flat_for_true_distributions_alone() -> None:
     np.testing.assert_allclose(pit_histogram(upto, below), 1, atol=0.06)
     narrow = [predictive.cdf(values, mean, mean + 0.05 * mean**2, 0 * sd) for values in (counts, counts - 1)]
     assert pit_histogram(*narrow)[[0, -1]].min() > 1.3
+
+
+def test_the_common_factor_of_a_spot_is_recovered() -> None:
+    random = np.random.default_rng(2)
+    sections = np.repeat(["a", "b", "c"], 400)
+    expected = random.uniform(500, 2000, 1200) * np.repeat([1.0, 0.5, 2.0], 400)  # exposures differ
+    seen = random.poisson(expected * np.exp(0.4 * random.normal(size=1200)) * np.repeat([1.0, 3.0, 1.0], 400))
+    totals = shifts.HeldOutSums(seen, expected, expected)
+    assert shifts.spot_sd(totals, sections) == pytest.approx(0.4, rel=0.06)
+    exact = shifts.HeldOutSums(random.poisson(expected), expected, expected)
+    assert shifts.spot_sd(exact, sections) < 0.03

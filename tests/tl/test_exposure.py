@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +379,26 @@ def test_neighborhoods_agree_better_than_tiles_and_are_covered(cohort: Any, mode
         tl.evaluate(test, scale=0)
     with pytest.raises(KeyError, match="Expected `scale` to name a column of the spots"):
         tl.evaluate(test, scale="nowhere")
+
+
+def test_what_all_genes_of_a_spot_share_is_in_the_samples(planted: Callable) -> None:
+    made = planted(("a", "b", "c", "test"), n_side=14, n_features=5, n_genes=20, strength=0.5, seed=5, depth=0.6)
+    for sdata in made.sections.values():
+        contract.remember(sdata, patient="p")
+    model = tl.fit_nb({name: made.sections[name] for name in "abc"}, genes=made.genes, **FIT)
+    assert model.spot_sd == pytest.approx(0.6, abs=0.12)
+    assert 0.5 < model.r_scale < 2
+    test = made.sections["test"]
+    tl.predict(test, model)
+    exposure = float(np.median(np.asarray(contract.counts(test).X.sum(axis=1))) / model.total)
+    measured = np.log1p(contract.counts(test).X.toarray()).mean(axis=1)
+    covered = {}
+    for name, one in (("shared", model), ("independent", replace(model, spot_sd=0.0))):
+        draws = tl.sample(test, one, 300, exposure=exposure).compute()
+        signature = np.log1p(draws).mean(axis=2)
+        low, high = np.quantile(signature, [0.05, 0.95], axis=0)
+        covered[name] = ((measured >= low) & (measured <= high)).mean()
+        variance = contract.predictions(test).layers["total_variance"] * exposure**2
+        assert np.median(draws.var(axis=0) / variance) == pytest.approx(1, abs=0.2)
+    assert covered["shared"] == pytest.approx(0.9, abs=0.06)
+    assert covered["independent"] < 0.7

@@ -223,6 +223,23 @@ def strata(sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return first, np.maximum(second / first**2 - 1, 0)
 
 
+def spot_sd(totals: HeldOutSums, sections: np.ndarray) -> float:
+    """Return the standard deviation of the log of what all genes of a spot share, given the image.
+
+    Parameters
+    ----------
+    totals
+        Sums over genes instead of tiles: observed, expected and variance if genes were independent, ``(n_tiles,)``.
+    sections
+        Section of each tile. What all tiles of a section share is its exposure and is left out.
+    """
+    ratio, noise = totals.log_ratio()
+    names, of_tile = np.unique(sections, return_inverse=True)
+    means = np.bincount(of_tile, ratio) / np.bincount(of_tile)
+    free = max(len(ratio) - len(names), 1)
+    return float(np.sqrt(max(((ratio - means[of_tile]) ** 2).sum() / free - noise.mean(), 0.0)))
+
+
 def patients_of(sections: Sequence[str], patients: Mapping[str, str]) -> list[str] | None:
     """Return the patient of each section, or `None` if one is unknown."""
     return [patients[name] for name in sections] if all(name in patients for name in sections) else None

@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 
 from stimage_sd._files import scratch
 from stimage_sd.models._files import kind, model_from, read_model, write_model
-from stimage_sd.models._predictor import OpenedSection, Predictor
+from stimage_sd.models._predictor import OpenedSection, Predictor, spot_sd
 
 
 @kind("adapted")
@@ -57,6 +57,11 @@ class AdaptedModel:
         """Mean and dispersion of the mean-only fit, at the depth and with the gene factors of the section."""
         mean, dispersion = self.base.floor
         return np.stack([mean * self.factors, dispersion]).astype(np.float32)
+
+    @property
+    def spot_sd(self) -> float:
+        """Standard deviation of the log of what all genes of a spot share."""
+        return spot_sd(self.base)
 
     @property
     def member_weights(self) -> np.ndarray:

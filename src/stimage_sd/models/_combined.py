@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 
 from stimage_sd._files import scratch
 from stimage_sd.models._files import kind, model_from, read_model, write_model
-from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts
+from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
@@ -60,6 +60,11 @@ class CombinedModel:
         each = [gene_shifts(part) for part in self.parts]
         known = [one[:, chosen] for one, chosen in zip(each, self._columns(), strict=True) if one is not None]
         return np.sqrt(np.tensordot(self.weights, np.square(known), axes=1)) if len(known) == len(each) else None
+
+    @property
+    def spot_sd(self) -> float:
+        """Standard deviation of the log of what all genes of a spot share: the models' weighted mean variance."""
+        return float(np.sqrt(np.dot(self.weights, [spot_sd(part) ** 2 for part in self.parts])))
 
     @property
     def member_weights(self) -> np.ndarray:

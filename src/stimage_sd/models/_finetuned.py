@@ -60,6 +60,8 @@ class FinetunedModel:
         Record of the fit: sections, validation, seed, options, package versions, history.
     shifts
         Standard deviation of each gene's shift, as in `stimage_sd.models.NBModel`.
+    r_scale, spot_sd
+        Factor on r, and standard deviation of what all genes of a spot share, as in `stimage_sd.models.NBModel`.
     """
 
     genes: tuple[str, ...]
@@ -73,6 +75,8 @@ class FinetunedModel:
     interval_level: float = 0.9
     training: dict[str, Any] = field(default_factory=dict)
     shifts: np.ndarray | None = None
+    r_scale: float = 1.0
+    spot_sd: float = 0.0
 
     @property
     def embeddings(self) -> tuple[TileSpecification, ...]:
@@ -161,7 +165,8 @@ class FinetunedModel:
         )[:, 0]
 
     def _heads(self) -> NBModel:
-        return NBModel(self.genes, self.tiles, self.features, self.head, self.parameters, self.floor, self.total)
+        shared = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "network"}
+        return NBModel(**shared)
 
     def save(self, path: str | Path) -> Path:
         """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
@@ -175,9 +180,7 @@ class FinetunedModel:
         -------
         The path.
         """
-        config, arrays = replace(
-            self._heads(), interval_level=self.interval_level, training=self.training, shifts=self.shifts
-        ).parts()
+        config, arrays = self._heads().parts()
         config["network"] = {"extractor": self.tiles.extractor, **_plain(settings(self.tiles.extractor))}
         weights = {_PREFIX + name: array for name, array in network_arrays(self.network).items()}
         return write_model(path, kind="finetuned", config=config, arrays={**arrays, **weights})

@@ -62,6 +62,10 @@ class NBModel:
     shifts
         ``float32 (2, n_genes)``: standard deviation of the log of each gene's shift in another section of a training
         patient, and in another patient. `None` if the model was fitted without exposure.
+    r_scale
+        Factor on r, by which held-out counts are likeliest. The mean stays.
+    spot_sd
+        Standard deviation of the log of the factor that all genes of a spot share, given the image.
     """
 
     genes: tuple[str, ...]
@@ -76,6 +80,8 @@ class NBModel:
     patterns: SharedPatterns | None = None
     beside: tuple[TileSpecification, ...] = ()
     shifts: np.ndarray | None = None
+    r_scale: float = 1.0
+    spot_sd: float = 0.0
 
     @property
     def n_members(self) -> int:
@@ -174,7 +180,7 @@ class NBModel:
             chosen = {name: array[list(members)] for name, array in chosen.items()}
         seen = reduced if self.patterns is None else self.patterns.project(reduced, members=members)
         r, p = _r_and_p(self.head)(shard_members(chosen), seen)
-        return r, p
+        return (r, p) if self.r_scale == 1 else (self.r_scale * r, self.r_scale * p / (1 + (self.r_scale - 1) * p))
 
     def save(self, path: str | Path) -> Path:
         """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
@@ -201,6 +207,8 @@ class NBModel:
             "standardize": self.features.standardize,
             "total": self.total,
             "interval_level": self.interval_level,
+            "r_scale": self.r_scale,
+            "spot_sd": self.spot_sd,
             "training": self.training,
         }
         arrays = {f"head.{name}": np.asarray(array) for name, array in self.parameters.items()}
@@ -248,6 +256,8 @@ class NBModel:
             training=dict(config["training"]),
             patterns=patterns,
             shifts=shifts,
+            r_scale=config.get("r_scale", 1.0),
+            spot_sd=config.get("spot_sd", 0.0),
         )
 
     def __repr__(self) -> str:

@@ -22,6 +22,11 @@ def gene_shifts(model: Predictor) -> np.ndarray | None:
     return shifts
 
 
+def spot_sd(model: Predictor) -> float:
+    """Return the standard deviation of the log of the factor that all genes of a spot share; 0 if none was learned."""
+    return float(getattr(model, "spot_sd", 0.0))
+
+
 class OpenedSection(Protocol):
     """A section that a model has checked and read.
 

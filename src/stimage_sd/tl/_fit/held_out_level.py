@@ -8,12 +8,13 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import scipy.optimize
 
 from stimage_sd.likelihood import depth
 from stimage_sd.likelihood.intervals import mixture_interval
 from stimage_sd.likelihood.mixture_moments import MixtureMoments, mixture_moments
-from stimage_sd.likelihood.predictive import nearest_interval, predictive
-from stimage_sd.likelihood.shifts import HeldOutSums, learn_shifts, patients_of, shift_of
+from stimage_sd.likelihood.predictive import log_prob, nearest_interval, predictive
+from stimage_sd.likelihood.shifts import HeldOutSums, learn_shifts, patients_of, shift_of, spot_sd
 from stimage_sd.models._nb import NBModel
 from stimage_sd.tl._fit.training import TrainingData
 
@@ -21,6 +22,8 @@ from stimage_sd.tl._fit.training import TrainingData
 COVERAGE = 0.9
 #: number of held-out tiles used (more tiles hardly change the level)
 _MOST_TILES = 1_000
+#: number of held-out tiles used to scale r
+_FEW_TILES = 200
 #: number of tiles per block of computed distributions
 _BLOCK = 256
 
@@ -36,7 +39,9 @@ class _Block(NamedTuple):
 def with_interval_level(
     model: NBModel, reduced: np.ndarray, data: TrainingData, sections: np.ndarray, patients: Mapping[str, str]
 ) -> NBModel:
-    """Set the level at which intervals cover `COVERAGE` of the held-out counts, and for exposures the shifts of genes.
+    """Set the level at which intervals cover `COVERAGE` of the held-out counts.
+
+    With exposure, also learn the shifts of genes, the scale of r, and how much all genes of a spot vary together.
 
     Parameters
     ----------
@@ -55,21 +60,47 @@ def with_interval_level(
     if model.training["options"]["exposure"] is None:
         return replace(model, interval_level=_level(lambda level: _covered(blocks, data, level)))
     shifts = _shifts(blocks, data, sections, patients)
-    model = replace(model, shifts=shifts)
     # held-out patients show how intervals cover another patient, held-out sections of one patient another section
     sd = shift_of(shifts, known=len(set(patients.values())) < 2)
-    distributions = [(rows, predictive(_moments(r, p), sd)) for rows, r, p in blocks]
-    mean, variance, counts = (
-        np.concatenate(parts)
-        for parts in zip(*((one.mean, one.variance, data.counts[rows].toarray()) for rows, one in distributions),
-                         strict=True)
-    )  # fmt: skip
+    rows = np.concatenate([block.rows for block in blocks])
+    counts = data.counts[rows].toarray().astype(np.float64)
+    moments = MixtureMoments(
+        *(
+            np.concatenate(parts).astype(np.float64)
+            for parts in zip(*(_moments(r, p) for _, r, p in blocks), strict=True)
+        )
+    )
+    r_scale = _r_scale(counts, moments, sd)
+    made = predictive(_scaled(moments, r_scale), sd)
+    totals = HeldOutSums(*(part.sum(axis=1) for part in (counts, moments.mean, made.variance)))
 
     def covered(level: float) -> float:
-        lower, upper = nearest_interval(mean, variance, sd, coverage=level)
+        lower, upper = nearest_interval(made.mean, made.variance, sd, coverage=level)
         return float(((counts >= lower) & (counts <= upper)).mean())
 
-    return replace(model, interval_level=_level(covered))
+    return replace(
+        model, shifts=shifts, r_scale=r_scale, spot_sd=spot_sd(totals, sections[rows]), interval_level=_level(covered)
+    )
+
+
+def _scaled(moments: MixtureMoments, r_scale: float) -> MixtureMoments:
+    """Return the moments with every r multiplied by a factor."""
+    return moments._replace(aleatoric=moments.mean + (moments.aleatoric - moments.mean) / r_scale)
+
+
+def _r_scale(counts: np.ndarray, moments: MixtureMoments, sd: np.ndarray) -> float:
+    """Return the factor on r at which the held-out counts are likeliest, between a half and twice."""
+    few = slice(None, None, max(1, len(counts) // _FEW_TILES))
+    part = MixtureMoments(*(moment[few] for moment in moments))
+
+    def loss(log_scale: float) -> float:
+        made = predictive(_scaled(part, float(np.exp(log_scale))), sd)
+        return -float(log_prob(counts[few], made.mean, made.variance, sd).mean())
+
+    found = scipy.optimize.minimize_scalar(
+        loss, bounds=(-np.log(2), np.log(2)), method="bounded", options={"xatol": 0.03}
+    )
+    return float(np.exp(found.x))
 
 
 def _level(covered: Callable[[float], float]) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models._predictor import OpenedSection, Predictor
+from stimage_sd.models._predictor import OpenedSection, Predictor, spot_sd
 from stimage_sd.models._resolve import as_model
 from stimage_sd.tl._fit.seen import shift_sd
 from stimage_sd.tl._predict.predict import check_depth
@@ -29,9 +29,9 @@ def sample(
     """Draw counts of a section from the joint predictive distribution.
 
     Each draw is a section that could have been measured. It has one member of the ensemble, one shift per gene for all
-    tiles, and counts drawn on every tile. Whatever is computed on every draw (a signature, a pseudobulk, clusters) has
-    an interval between the quantiles of its results. Intervals of sums over tiles or genes cannot be had from the
-    intervals of single counts.
+    tiles, one factor per tile for all genes (the depth of a spot, which the image shows in part), and counts. Whatever
+    is computed on every draw (a signature, a pseudobulk, clusters) has an interval between the quantiles of its
+    results. Intervals of sums over tiles or genes cannot be had from the intervals of single counts.
 
     Parameters
     ----------
@@ -82,11 +82,13 @@ def sample(
     # a power of two, since blocks of tiles are padded to one
     step = 1 << max((_CHUNK // n_genes).bit_length() - 1, 0)
     starts = list(range(0, n_tiles, step))
+    shared = spot_sd(fitted)
     weights, depth = np.asarray(fitted.member_weights), 1.0 if exposure is None else float(exposure)
 
     def draw(block_info: dict[int | None, dict[str, list[tuple[int, int]]]]) -> np.ndarray:
         (number, _), (start, stop), _ = block_info[None]["array-location"]
-        return _draw(opened, slice(start, stop), weights, sd, depth, n_genes, seed=[seed, number])[None]
+        rows, key = slice(start, stop), [seed, number]
+        return _draw(opened, rows, weights, sd, depth, n_genes, shared=shared, seed=key)[None]
 
     chunks = ((1,) * n, tuple(min(step, n_tiles - start) for start in starts), (n_genes,))
     return da.map_blocks(draw, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0, 0), np.float32))
@@ -94,14 +96,21 @@ def sample(
 
 def _draw(
     opened: OpenedSection, rows: slice, weights: np.ndarray, sd: np.ndarray | None, depth: float, n_genes: int,
-    *, seed: list[int],
+    *, shared: float, seed: list[int],
 ) -> np.ndarray:  # fmt: skip
-    """Draw the counts of some tiles. Member and shifts depend on the draw only, counts also on the tiles."""
+    """Draw the counts of some tiles. Member and shifts depend on the draw only, counts also on the tiles.
+
+    What the genes of a spot share is a part of each gene's dispersion, so the distribution of single counts keeps its
+    mean and its variance.
+    """
     whole, tiles = np.random.default_rng(seed), np.random.default_rng([*seed, 1 + rows.start])
     member = whole.choice(len(weights), p=weights)
     factors = np.full(n_genes, depth)
     if sd is not None:
         factors *= np.exp(sd * whole.standard_normal(n_genes) - sd**2 / 2)
     r, p = (part[member].astype(np.float64) for part in opened.r_and_p(rows))
-    rate = tiles.standard_gamma(r) * (factors * (1 - p) / p)
+    common = np.minimum(shared, np.sqrt(np.log1p(1 / r)))
+    rest = 1 / np.maximum((1 + 1 / r) * np.exp(-(common**2)) - 1, 1e-9)
+    rate = tiles.standard_gamma(rest) / rest * (factors * r * (1 - p) / p)
+    rate *= np.exp(common * tiles.standard_normal((len(r), 1)) - common**2 / 2)
     return tiles.poisson(rate).astype(np.float32)
