@@ -91,8 +91,10 @@ def models(n_members: int) -> dict[str, dict[str, Fit]]:
         }
         for name, (recipe, options, extractors) in recipes.items()
     }
-    found["NB, every gene by itself"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, rank=None)}
-    found["STImage NB"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members)}
+    found["NB, every gene by itself"] = {
+        "log1p": partial(sti.tl.fit_nb, n_members=n_members, extractor=EXTRACTORS[0], rank=None)
+    }
+    found["STImage NB"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, extractor=EXTRACTORS[0])}
     found["STImage NB, both"] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, extractor=EXTRACTORS)}
     found["STImage NB, combined"] = {"log1p": partial(fit_combined, n_members=n_members, extractors=EXTRACTORS)}
     found[OF_LITE2] = {"log1p": partial(sti.tl.fit_nb, n_members=n_members, extractor=NETWORKS[1])}

@@ -184,7 +184,7 @@ def tables(result: dict[str, Any]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--extractor", default="efficientnet_lite0")
+    parser.add_argument("--extractor", default="efficientnet_lite0_stages")
     parser.add_argument("--heads", nargs="+", default=["paper", "dispersion"])
     parser.add_argument("--members", type=int, default=10)
     parser.add_argument("--data", type=Path, help="folder with genes/her2st_785_hvg.txt, for the literature's genes")

@@ -94,9 +94,9 @@ def _section() -> tuple[Any, Any]:
 
     sdata = sti.io.visium(_bundle(), image=_bundle() / "image.tif")
     sti.pp.tile(sdata, target_px=PX)
-    sti.pp.embed(sdata, fields_of_view=(1.0,), context_rings=0)
+    sti.pp.embed(sdata, "efficientnet_lite0", fields_of_view=(1.0,), context_rings=0)
     genes = sti.pp.select_genes(sdata, n_top=5)
-    model = sti.tl.fit_nb(sdata, genes=genes, n_members=2, max_epochs=5)
+    model = sti.tl.fit_nb(sdata, genes=genes, extractor="efficientnet_lite0", n_members=2, max_epochs=5)
     table = sdata.tables["tiles"]
     x, y = np.asarray(table.obsm["spatial"])[table.obs["instance_id"].to_numpy().tolist().index(TILE)]
     side = float(table.uns["tiling"]["side_px"])

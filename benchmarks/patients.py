@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/patients.json"))
     options = parser.parse_args()
     sections = {name: sti.datasets.her2st(name) for name in SECTIONS}
-    prepare(sections, Steps(), extractor="efficientnet_lite0")
+    prepare(sections, Steps(), extractor="efficientnet_lite0_stages")
     result: dict[str, list[dict[str, Any]]] = {}
     for left_out in options.sections:
         print(f"{left_out} left out", flush=True)

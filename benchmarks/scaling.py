@@ -58,7 +58,7 @@ def embedding(slide: Path, n_tiles: int) -> dict[str, float]:
         "driver_and_scheduler_s_a_tile": driver / n_tiles,
         "bytes_between_workers_a_tile": sent / n_tiles,
         "bytes_of_file_a_tile": slide.stat().st_size / n_all,
-        "bytes_of_embedding_a_tile": sdata.tables["tiles"].obsm["X_efficientnet_lite0"][0].nbytes,
+        "bytes_of_embedding_a_tile": sdata.tables["tiles"].obsm["X_efficientnet_lite0_stages"][0].nbytes,
     }
 
 

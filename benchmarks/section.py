@@ -50,7 +50,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--section", default="C5")
-    parser.add_argument("--extractor", default="efficientnet_lite0")
+    parser.add_argument("--extractor", default="efficientnet_lite0_stages")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--once", action="store_true", help="run in this process and print the result")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/section.json"))

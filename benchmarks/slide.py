@@ -88,7 +88,7 @@ def run(path: Path, size_um: float, n_tiles: int) -> dict[str, Any]:
         "mpp": sdata.attrs["stimage_sd"]["mpp"],
         "tiles": n_all,
         "tiles_kept": n_kept,
-        "embedded": list(sdata.tables["tiles"].obsm["X_efficientnet_lite0"].shape),
+        "embedded": list(sdata.tables["tiles"].obsm["X_efficientnet_lite0_stages"].shape),
         "imports_mb": round(steps.start_megabytes),
         "peak_mb_above_imports": max(row["peak_mb_above_imports"] for row in steps.rows),
         "steps": steps.rows,

@@ -79,7 +79,7 @@ def _by_us(side: int, model: NBModel) -> Mapping[str, Any]:
     with clock("tile"):
         tile(sdata, layout="grid", size_um=PX * MPP, target_px=PX)
     with clock("embed"):
-        embed(sdata, fields_of_view=(1.0,), context_rings=0)
+        embed(sdata, NETWORK.name, fields_of_view=(1.0,), context_rings=0)
     with clock("predict"):
         predict(sdata, model)
     with clock("write"), tempfile.TemporaryDirectory() as folder:
@@ -213,9 +213,9 @@ def _write_model(path: Path) -> None:
         bundle = sti.datasets.synthetic_visium(Path(folder) / "bundle", n_spots=300, n_genes=1_000)
         section = sti.io.visium(bundle, image=bundle / "image.tif")
         sti.pp.tile(section, size_um=PX * MPP, target_px=PX)
-        sti.pp.embed(section, fields_of_view=(1.0,), context_rings=0)
+        sti.pp.embed(section, NETWORK.name, fields_of_view=(1.0,), context_rings=0)
         genes = list(section.tables["counts"].var_names)
-        sti.tl.fit_nb(section, genes=genes, n_members=10, max_epochs=1).save(path)
+        sti.tl.fit_nb(section, genes=genes, extractor=NETWORK.name, n_members=10, max_epochs=1).save(path)
 
 
 WORK = Comparison(

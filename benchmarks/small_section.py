@@ -59,7 +59,7 @@ def _write(path: Path) -> None:
         sdata.write(path / "raw.zarr")
         sti.pp.embed(sdata, EXTRACTOR, fields_of_view=(1.0,), context_rings=0)
         genes = sti.pp.select_genes(sdata, n_top=GENES)
-        model = sti.tl.fit_nb(sdata, genes=genes, n_members=10, max_epochs=20, exposure=None)
+        model = sti.tl.fit_nb(sdata, genes=genes, extractor=EXTRACTOR, n_members=10, max_epochs=20, exposure=None)
         model.save(path / "model.stimage")
         sti.tl.predict(sdata, model)
         sdata.write(path / "predicted.zarr")

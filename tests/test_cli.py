@@ -164,7 +164,7 @@ def test_train_runs_what_is_missing_and_leaves_the_stores(stores: Path, tmp_path
     arguments = ["--genes", genes, "--n-members", 2, "--max-epochs", 1, "--stain", "none", "--head", "dispersion"]
     outcome = run("train", stores / "first.zarr", *arguments, "--out", tmp_path / "model.stimage")
     assert outcome.exit_code == 0, outcome.output
-    assert "- first: tiling\n- first: embedding (efficientnet_lite0)\n" in outcome.stdout
+    assert "- first: tiling\n- first: embedding (efficientnet_lite0_stages)\n" in outcome.stdout
     assert "stain normalization" not in outcome.stdout
     model = models.load(tmp_path / "model.stimage")
     assert model.genes == ("SIGNAL002", "SIGNAL001", "NOISE001")
@@ -235,7 +235,7 @@ def test_predict_says_which_steps_it_ran(prediction: Result, stores: Path) -> No
     assert prediction.stdout.splitlines() == [
         "- test: stain normalization (vahadane, to the model's reference)",
         "- test: tiling",
-        "- test: embedding (efficientnet_lite0)",
+        "- test: embedding (efficientnet_lite0_stages)",
         "- test: predicting 6 genes",
         f"Predictions in {stores / 'predicted.zarr'}. Next: stimage-sd info {stores / 'predicted.zarr'}",
     ]
@@ -270,7 +270,7 @@ def test_predict_adds_the_context_that_is_missing(stores: Path, tmp_path: Path) 
     assert "context of the tiles (1 rings)" in outcome.output
     assert "embedding" not in outcome.stdout
     read = spatialdata.read_zarr(tmp_path / "new.zarr")
-    assert "X_efficientnet_lite0_context" in contract.tiles(read).obsm
+    assert "X_efficientnet_lite0_stages_context" in contract.tiles(read).obsm
 
 
 def test_predict_refuses(stores: Path, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def train(
     genes: Annotated[Path | None, typer.Option(help="Text file of genes to learn, one per line.")] = None,
     n_top: Annotated[int | None, typer.Option(min=1, help="Highly variable genes to learn [default: 1000].")] = None,
     include: Annotated[Path | None, typer.Option(help="Text file of additional genes to learn, one per line.")] = None,
-    extractor: Annotated[str, typer.Option(help="Network that embeds the tiles.")] = "efficientnet_lite0",
+    extractor: Annotated[str, typer.Option(help="Network that embeds the tiles.")] = "efficientnet_lite0_stages",
     weights: Weights = None,
     stain: Annotated[Stain, typer.Option(help="Stain normalization of sections without embeddings.")] = Stain.vahadane,
     head: Annotated[Head, typer.Option(help="Head of the model.")] = Head.paper,

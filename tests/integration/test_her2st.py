@@ -121,10 +121,12 @@ def test_a_tile_set_of_another_size_is_refused(job: tuple) -> None:
     try:
         with pytest.warns(UserWarning, match="has new tiles. .* are removed: .*predictions"):
             pp.tile(test, size_um=55.0)
-        with pytest.raises(KeyError, match="no embeddings by 'efficientnet_lite0'"):
+        with pytest.raises(KeyError, match="no embeddings by 'efficientnet_lite0_stages'"):
             tl.predict(test, model)
-        test.tables["tiles"].obsm["X_efficientnet_lite0"] = tiles.obsm["X_efficientnet_lite0"]
-        test.tables["tiles"].obsm["X_efficientnet_lite0_context"] = tiles.obsm["X_efficientnet_lite0_context"]
+        test.tables["tiles"].obsm["X_efficientnet_lite0_stages"] = tiles.obsm["X_efficientnet_lite0_stages"]
+        test.tables["tiles"].obsm["X_efficientnet_lite0_stages_context"] = tiles.obsm[
+            "X_efficientnet_lite0_stages_context"
+        ]
         test.tables["tiles"].uns["embeddings"] = tiles.uns["embeddings"]
         with pytest.raises(ValueError, match=r"tiles of 55.0 µm, expected 100.0 µm: run .*size_um=100"):
             tl.predict(test, model)

@@ -26,7 +26,8 @@ from stimage_sd.nn.resnet import ResNet50
 from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
 EFFICIENTNETS = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
-CONVOLUTIONAL = ("densenet121", *EFFICIENTNETS, "resnet50")
+STAGES = "efficientnet_lite0_stages"
+CONVOLUTIONAL = ("densenet121", *EFFICIENTNETS, STAGES, "resnet50")
 BUILT_IN = (*CONVOLUTIONAL, "vit_b_16", "vit_base_patch16_224")
 
 
@@ -114,9 +115,21 @@ def test_contract(name):
     assert extractor(random_tiles(1, 75)).shape == (1, extractor.embedding_size)
 
 
+def test_stages_are_the_channel_means_inside_the_network():
+    tiles = random_tiles(3, 96)
+    extractor = get_extractor("efficientnet_lite0")
+    value, means = extractor.normalize(tiles), []
+    for part in extractor.module().parts()[:-1]:
+        value = part.run(value)
+        means.append(np.asarray(value).mean(axis=(1, 2)))
+    expected = np.concatenate(means, axis=1)
+    np.testing.assert_allclose(get_extractor(STAGES)(tiles), expected, rtol=1e-3, atol=1e-4)
+    assert get_extractor(STAGES).weights_hash == extractor.weights_hash
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_weights_found")
-@pytest.mark.parametrize("name", [*EFFICIENTNETS, "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [*EFFICIENTNETS, STAGES, "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)])
 def test_module_is_the_same_network(name):
     extractor = get_extractor(name)
     tiles = random_tiles(2, 64)

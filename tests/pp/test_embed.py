@@ -94,14 +94,14 @@ def test_context_is_added_and_never_left_stale(make_spots: Callable[..., Spatial
 def test_the_default_extractor_and_an_object(make_spots: Callable[..., SpatialData]) -> None:
     sdata = make_spots(n_side=4)
     pp.embed(sdata, fields_of_view=(1.0,), context_rings=0)
-    by_name = contract.embeddings(sdata, "efficientnet_lite0").copy()
-    assert by_name.shape == (16, 1280)
+    by_name = contract.embeddings(sdata, "efficientnet_lite0_stages").copy()
+    assert by_name.shape == (16, 176)
     assert by_name.dtype == np.float32
     assert np.isfinite(by_name).all()
     # every tile is the same pink
     np.testing.assert_allclose(by_name, by_name[:1].repeat(16, axis=0), atol=1e-4)
-    pp.embed(sdata, models.get_extractor("efficientnet_lite0"), fields_of_view=(1.0,), context_rings=0)
-    np.testing.assert_array_equal(contract.embeddings(sdata, "efficientnet_lite0"), by_name)
+    pp.embed(sdata, models.get_extractor("efficientnet_lite0_stages"), fields_of_view=(1.0,), context_rings=0)
+    np.testing.assert_array_equal(contract.embeddings(sdata, "efficientnet_lite0_stages"), by_name)
 
 
 def test_refusals_leave_the_section_as_it_was(make_spots: Callable, make_slide: Callable) -> None:
@@ -188,7 +188,7 @@ def test_few_tiles_run_in_small_even_batches_and_give_the_same(make_slide: Calla
     results = []
     for batch_size in (None, 32):
         pp.embed(sdata, fields_of_view=(1.0,), context_rings=0, batch_size=batch_size)
-        results.append(contract.tiles(sdata).obsm["X_efficientnet_lite0"])
+        results.append(contract.tiles(sdata).obsm["X_efficientnet_lite0_stages"])
     np.testing.assert_array_equal(results[0], results[1])
     recorded, plain = models.get_extractor("efficientnet_lite0"), models.get_extractor("toy")
     sizes = [_batch_size(recorded, n_tiles) for n_tiles in (1, 49, 256, 2048, 100_000)]

@@ -134,7 +134,7 @@ def test_normalized_and_embedded_as_on_threads(files: list[Path], cluster: Local
         return {
             f"{sample}/{key}": contract.tiles(sdata).obsm[key]
             for sample, sdata in sections.items()
-            for key in ("X_efficientnet_lite0", "X_efficientnet_lite0_context")
+            for key in ("X_efficientnet_lite0_stages", "X_efficientnet_lite0_stages_context")
         }
 
     on_threads = embedded()

@@ -104,7 +104,7 @@ def test_refusals(cohort: dict[str, SpatialData], make_spots: Callable) -> None:
         tl.cluster(cohort, n_components=0)
     with pytest.raises(KeyError, match="has no predictions"):
         tl.cluster(make_spots(n_side=4))
-    with pytest.raises(KeyError, match="no embeddings by 'efficientnet_lite0'"):
+    with pytest.raises(KeyError, match="no embeddings by 'efficientnet_lite0_stages'"):
         tl.cluster(cohort, use="embeddings")
 
 

@@ -218,7 +218,7 @@ def test_missing_genes_are_named_with_their_section(cohort: object) -> None:
 
 
 def test_missing_steps_are_named(cohort: object, make_spots: Callable) -> None:
-    with pytest.raises(KeyError, match="no embeddings by 'efficientnet_lite0'"):
+    with pytest.raises(KeyError, match="no embeddings by 'efficientnet_lite0_stages'"):
         tl.fit_nb(train_of(cohort), genes=cohort.genes)
     with pytest.raises(KeyError, match="'bare' has no tiles"):
         tl.fit_nb(make_spots(n_side=4, tiled=False, sample="bare"), genes=["G0"], extractor="toy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,13 @@ from stimage_sd.models._foundation import FOUNDATION_MODELS, load_foundation
 from stimage_sd.models._pretrained import load_densenet121, load_vision_transformer
 from stimage_sd.models._weights import load_efficientnet_lite, load_resnet50
 from stimage_sd.nn.densenet import DenseNet121
-from stimage_sd.nn.efficientnet import EMBEDDING_SIZE, SCALINGS, EfficientNetLite
+from stimage_sd.nn.efficientnet import (
+    EMBEDDING_SIZE,
+    N_STAGE_CHANNELS,
+    SCALINGS,
+    EfficientNetLite,
+    StagesOfEfficientNetLite,
+)
 from stimage_sd.nn.resnet import ResNet50
 from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
@@ -34,8 +41,17 @@ _EFFICIENTNETS = tuple(
     )
     for scaling in SCALINGS
 )
+#: the stages of the network whose weights come with the installation, the default
+_STAGES = replace(
+    _EFFICIENTNETS[0],
+    name="efficientnet_lite0_stages",
+    load=partial(load_efficientnet_lite, scaling="lite0", network=StagesOfEfficientNetLite),
+    embedding_size=N_STAGE_CHANNELS,
+    architecture=partial(StagesOfEfficientNetLite, SCALINGS["lite0"]),
+)
 _NETWORKS = (
     *_EFFICIENTNETS,
+    _STAGES,
     Entry(
         name="resnet50",
         load=load_resnet50,

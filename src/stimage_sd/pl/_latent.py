@@ -39,7 +39,7 @@ def latent(
     basis: Basis = "umap",
     use: Use = "predictions",
     observed: bool = False,
-    extractor: str = "efficientnet_lite0",
+    extractor: str = "efficientnet_lite0_stages",
     standardize: Standardize = "section",
     n_components: int = 50,
     n_neighbors: int = 15,

@@ -14,7 +14,7 @@ from stimage_sd.stats.lattice import neighbor_graph
 
 def spatial_context(
     data: SpatialData | contract.Cohort,
-    extractor: str = "efficientnet_lite0",
+    extractor: str = "efficientnet_lite0_stages",
     *,
     n_rings: int = 1,
     aggregate: Literal["mean", "max"] = "mean",

@@ -18,7 +18,7 @@ from stimage_sd.stream.driver import TileJob, run_over_images
 
 def embed(
     data: SpatialData | contract.Cohort,
-    extractor: str | Extractor = "efficientnet_lite0",
+    extractor: str | Extractor = "efficientnet_lite0_stages",
     *,
     fields_of_view: Sequence[float] = (1.0, 2.0, 4.0),
     context_rings: int = 1,
@@ -73,8 +73,8 @@ def embed(
     >>> section = sti.io.visium(path, image=path / "image.tif")
     >>> sti.pp.tile(section)
     >>> sti.pp.embed(section, fields_of_view=(1.0,))
-    >>> section.tables["tiles"].obsm["X_efficientnet_lite0"].shape
-    (30, 1280)
+    >>> section.tables["tiles"].obsm["X_efficientnet_lite0_stages"].shape
+    (30, 176)
     """
     fields = [float(field) for field in fields_of_view]
     if not fields or min(fields) <= 0:

@@ -29,7 +29,7 @@ def fit_baseline(
     recipe: Recipe,
     *,
     genes: Sequence[str],
-    extractor: str | Sequence[str] = "efficientnet_lite0",
+    extractor: str | Sequence[str] = "efficientnet_lite0_stages",
     table_key: str | None = None,
     layer: str | None = None,
     seed: int = 0,

@@ -32,7 +32,7 @@ def fit_gene_classifier(
     data: SpatialData | contract.Cohort,
     *,
     genes: Sequence[str],
-    extractor: str = "efficientnet_lite0",
+    extractor: str = "efficientnet_lite0_stages",
     solver: Solver = "proximal",
     C: float = 0.1,
     l1_ratio: float = 0.5,

@@ -39,7 +39,7 @@ def fit_nb(
     data: SpatialData | contract.Cohort,
     *,
     genes: Sequence[str],
-    extractor: str | Sequence[str] = "efficientnet_lite0",
+    extractor: str | Sequence[str] = "efficientnet_lite0_stages",
     head: HeadName = "paper",
     n_members: int = 10,
     size_factors: Literal["total"] | None = None,

@@ -22,7 +22,7 @@ def cluster(
     n_components: int = 50,
     n_neighbors: int = 15,
     use: Literal["predictions", "embeddings"] = "predictions",
-    extractor: str = "efficientnet_lite0",
+    extractor: str = "efficientnet_lite0_stages",
     standardize: Standardize = "section",
     key: str = contract.PREDICTIONS,
     key_added: str = "leiden",
