@@ -321,6 +321,17 @@ def _(stage: Stage) -> Any:
     return sti.tl.calibrate(stage.section, stage.model).interval_level
 
 
+@step("tl.adapt")
+def _(stage: Stage) -> Any:
+    adapted = sti.tl.adapt(stage.model, stage.section, spots=list(contract.counts(stage.section).obs_names[:9]))
+    return adapted.factors, adapted.shifts
+
+
+@step("tl.sample")
+def _(stage: Stage) -> Any:
+    return sti.tl.sample(stage.section, stage.model, 2).mean(axis=1).compute()
+
+
 @step("tl.combine")
 def _(stage: Stage) -> Any:
     both = [stage.model, sti.tl.fit_nb(stage.other, genes=stage.genes, seed=1, **FIT)]
@@ -885,7 +896,7 @@ def assert_unchanged(section: SpatialData, before: dict[str, Any]) -> None:
 
 def test_a_crop_goes_on_and_the_whole_knows_nothing_of_it(finished: SpatialData, apart: NBModel) -> None:
     crop, before = cropped(finished), noted(finished)
-    scores = sti.tl.evaluate(crop).set_index("gene")
+    scores = sti.tl.evaluate(crop, exposure=1.0).set_index("gene")
     rows, counts = contract.align_to_spots(crop, contract.predictions(crop))
     for gene in apart.genes:
         mean = np.log1p(np.asarray(contract.predictions(crop)[rows, gene].X).ravel())
