@@ -2,7 +2,8 @@
 
 Leave one section out of her2st C2 to C5, one patient. Other patients are made from the left-out section: its counts are
 thinned to the depth of a section of another patient and by the difference of the genes' shares, both from published
-counts (`her2st_counts`). Run as ``python -m benchmarks.patients``. Prints Markdown tables, and writes
+counts (`her2st_counts`). The image stays that of the section, so only depth and gene shifts are those of the patient.
+Run as ``python -m benchmarks.patients``. Prints Markdown tables, and writes
 ``benchmarks/results/patients.json``.
 """
 
@@ -204,6 +205,30 @@ def summary(result: dict[str, list[dict[str, Any]]]) -> dict[str, pd.DataFrame]:
     return tables
 
 
+def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw what measured spots add, a line per patient and their mean."""
+    import matplotlib.pyplot as plt
+
+    frame = pd.DataFrame(result["adapted"])
+    shown = {
+        "nll": "negative log-likelihood per count",
+        "width": "mean interval width, counts",
+        "coverage": "share of counts inside",
+    }
+    figure, axes = plt.subplots(1, 3, figsize=(9.6, 2.9), layout="constrained")
+    for ax, (column, label) in zip(axes, shown.items(), strict=True):
+        for _, of_patient in frame.groupby("patient"):
+            ax.plot(of_patient.groupby("spots")[column].mean(), color="0.75", linewidth=1)
+        ax.plot(frame.groupby("spots")[column].mean(), "o-", color="black", linewidth=2, markersize=4)
+        ax.set(xlabel="measured spots", ylabel=label, xscale="symlog")
+        ax.set_xticks([0, *SPOTS], ["0", *map(str, SPOTS)])
+        ax.minorticks_off()
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[2].axhline(0.9, color="gray", linestyle="--", linewidth=1)
+    axes[2].set_ylim(0.8, 1)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -221,6 +246,7 @@ def main() -> None:
             result.setdefault(key, []).extend(rows)
     for name, table in summary(result).items():
         print(f"\n{name}\n\n{table.round(3).to_markdown(index=False)}", flush=True)
+    draw(result, Path(__file__).parent.parent / "docs" / "_static" / "adapted.png")
     report(options.out, {"machine": machine(), "n_members": options.members, "rows": result})
 
 
