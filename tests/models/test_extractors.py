@@ -129,7 +129,9 @@ def test_stages_are_the_channel_means_inside_the_network():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_weights_found")
-@pytest.mark.parametrize("name", [*EFFICIENTNETS, STAGES, "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", [*EFFICIENTNETS, STAGES, "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)]
+)
 def test_module_is_the_same_network(name):
     extractor = get_extractor(name)
     tiles = random_tiles(2, 64)
