@@ -55,9 +55,9 @@ def thinned(sdata: SpatialData, share: float | np.ndarray, *, seed: int, patient
 
 def other_patients(sdata: SpatialData, folder: Path) -> Iterator[tuple[str, SpatialData]]:
     """Thin a section to the depth and the gene shares of sections of other patients."""
-    own = contract.counts(sdata)
-    totals = pd.Series(np.asarray(own.X.sum(axis=0)).ravel(), own.var_names)
-    depth = float(np.median(np.asarray(own.X.sum(axis=1))))
+    measured = contract.counts(sdata)
+    totals = pd.Series(np.asarray(measured.X.sum(axis=0)).ravel(), measured.var_names)
+    depth = float(np.median(np.asarray(measured.X.sum(axis=1))))
     for number, name in enumerate(OTHERS):
         table = pd.read_csv(folder / f"{name}.tsv.gz", sep="\t", index_col=0)
         theirs = table.sum().reindex(totals.index).fillna(0)
@@ -158,14 +158,14 @@ def fold(
     flat = replace(model, shifts=np.zeros_like(model.shifts))
     test = sections[left_out]
     shallow = thinned(test, TESTED, seed=50)
-    found: dict[str, list[dict[str, Any]]] = {}
-    found["depth"] = [
+    rows_by_question: dict[str, list[dict[str, Any]]] = {}
+    rows_by_question["depth"] = [
         {"trained": trained, "tested": tested, "exposure": exposure, **scored(sdata, one, **given)}
         for trained, one in (("as measured", model), ("half thinned", of_half))
         for tested, sdata in (("as measured", test), ("thinned", shallow))
         for exposure, given in (("given", {}), ("1", {"exposure": 1.0}))
     ]
-    found["same patient"] = [
+    rows_by_question["same patient"] = [
         {"model": name, **scored(test, one)}
         for name, one in (
             ("without exposure", before),
@@ -174,15 +174,17 @@ def fold(
             ("with the shifts of a patient", replace(model, shifts=model.shifts[[1, 1]])),
         )
     ]
-    found["scales"] = [{"steps": scale or 0, **scored(test, model, scale=scale)} for scale in SCALES]
-    found["histograms"] = [{"group": name, "density": row} for name, row in histograms(test, model).items()]
-    found["signature"] = [signature(test, model)]
+    rows_by_question["scales"] = [{"steps": scale or 0, **scored(test, model, scale=scale)} for scale in SCALES]
+    rows_by_question["histograms"] = [{"group": name, "density": row} for name, row in histograms(test, model).items()]
+    rows_by_question["signature"] = [signature(test, model)]
     for name, section in other_patients(test, folder):
         models = (("without exposure", before), ("without shifts", flat), ("with shifts", model))
         rows = [{"model": kind, **scored(section, one)} for kind, one in models]
-        found.setdefault("other patients", []).extend({"patient": name[0], **row} for row in rows)
-        found.setdefault("adapted", []).extend({"patient": name[0], **row} for row in adapted(section, model))
-    return {key: [{"section": left_out, **row} for row in rows] for key, rows in found.items()}
+        rows_by_question.setdefault("other patients", []).extend({"patient": name[0], **row} for row in rows)
+        rows_by_question.setdefault("adapted", []).extend(
+            {"patient": name[0], **row} for row in adapted(section, model)
+        )
+    return {key: [{"section": left_out, **row} for row in rows] for key, rows in rows_by_question.items()}
 
 
 def summary(result: dict[str, list[dict[str, Any]]]) -> dict[str, pd.DataFrame]:
@@ -195,8 +197,8 @@ def summary(result: dict[str, list[dict[str, Any]]]) -> dict[str, pd.DataFrame]:
         key: pd.DataFrame(result[key]).groupby(columns, sort=False).mean(numeric_only=True).reset_index()
         for key, columns in by.items()
     }
-    each = pd.DataFrame(result["other patients"]).groupby(["patient", "model"], sort=False)
-    tables["by patient"] = each[["coverage", "width", "nll"]].mean().reset_index()
+    by_patient = pd.DataFrame(result["other patients"]).groupby(["patient", "model"], sort=False)
+    tables["by patient"] = by_patient[["coverage", "width", "nll"]].mean().reset_index()
     density = pd.DataFrame(result["histograms"])
     tables["histograms"] = pd.DataFrame(
         {name: np.mean(rows["density"].tolist(), axis=0) for name, rows in density.groupby("group", sort=False)}

@@ -201,3 +201,13 @@ def test_the_common_factor_of_a_spot_is_recovered() -> None:
     assert shifts.spot_sd(totals, sections) == pytest.approx(0.4, rel=0.06)
     exact = shifts.HeldOutSums(random.poisson(expected), expected, expected)
     assert shifts.spot_sd(exact, sections) < 0.03
+
+
+def test_genes_without_counts_do_not_hide_the_shifts_of_others() -> None:
+    sums, patients = simulated(12, 2, np.full(300, 0.6), 0.1)
+    few = shifts.HeldOutSums(*(np.concatenate([part, part[:, :60] / 5000], axis=1) for part in sums))
+    few.counts[:, 300:] = np.round(few.counts[:, 300:])
+    _, patient = shifts.learn_shifts(few, patients)
+    assert np.median(patient[:300]) == pytest.approx(0.6, rel=0.15)
+    # what counting hides is taken from the other genes
+    assert np.median(patient[300:]) == pytest.approx(0.6, rel=0.25)

@@ -11,11 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from anndata import AnnData
 from spatialdata import SpatialData
 
 from stimage_sd import contract, models, pl, tl
+from stimage_sd.likelihood import shifts
+from stimage_sd.tl._fit.seen import trained_patients
 from stimage_sd.tl._score.cross_validate import shallow_copy
 
+QUICK: dict[str, Any] = {"max_epochs": 5}
 FIT: dict[str, Any] = {"extractor": "toy", "n_members": 3, "max_epochs": 30, "head": "dispersion"}
 
 
@@ -178,7 +182,7 @@ def test_a_panel_has_the_depth_of_the_genes_it_measures(cohort: Any, model: mode
 def test_files_hold_the_shifts(cohort: Any, model: models.NBModel, tmp_path: Path) -> None:
     back = models.load(model.save(tmp_path / "m.stimage"))
     np.testing.assert_array_equal(back.shifts, model.shifts)
-    assert back.training["n_measured"] == 20
+    assert back.training["n_counted"] == 20
     lazy, plain = shallow_copy(cohort.sections["test"]), shallow_copy(cohort.sections["test"])
     tl.predict(lazy, back, out=tmp_path / "out")
     tl.predict(plain, model)
@@ -375,7 +379,7 @@ def test_neighborhoods_agree_better_than_tiles_and_are_covered(cohort: Any, mode
     assert tiles["pearson"].mean() + 0.05 < near["pearson"].mean()
     for scores in (near, far):
         assert scores["coverage"].mean() > 0.85
-    with pytest.raises(ValueError, match="Expected `scale` of at least one step"):
+    with pytest.raises(ValueError, match="Expected `scale` as a whole number of steps, at least 1"):
         tl.evaluate(test, scale=0)
     with pytest.raises(KeyError, match="Expected `scale` to name a column of the spots"):
         tl.evaluate(test, scale="nowhere")
@@ -402,3 +406,82 @@ def test_what_all_genes_of_a_spot_share_is_in_the_samples(planted: Callable) -> 
         assert np.median(draws.var(axis=0) / variance) == pytest.approx(1, abs=0.2)
     assert covered["shared"] == pytest.approx(0.9, abs=0.06)
     assert covered["independent"] < 0.7
+
+
+# --------------------------------------------------------------------------------------------------
+# panels, parts and guards
+
+
+def beside_others(sdata: SpatialData, n: int) -> SpatialData:
+    """The section among many more genes, which hold nine tenths of the counts."""
+    copy, table = shallow_copy(sdata), contract.counts(sdata)
+    counts = table.X.toarray()
+    others = np.repeat((counts.sum(axis=1, keepdims=True) * 9 / n).astype(np.int32), n, axis=1)
+    names = [*table.var_names, *(f"OTHER{index}" for index in range(n))]
+    wide = AnnData(sp.csr_matrix(np.hstack([counts, others])), obs=table.obs, var=pd.DataFrame(index=names))
+    wide.uns, wide.obsm = table.uns, table.obsm
+    copy.tables[contract.COUNTS] = wide
+    return copy
+
+
+def test_a_panel_beside_whole_transcriptomes_has_the_depth_of_shared_genes(cohort: Any) -> None:
+    sections = {name: beside_others(cohort.sections[name], 200) for name in "ab"} | {"c": cohort.sections["c"]}
+    mixed = tl.fit_nb(sections, genes=cohort.genes, **FIT)
+    assert mixed.training["n_counted"] == 20
+    alike = tl.fit_nb({name: cohort.sections[name] for name in "abc"}, genes=cohort.genes, **FIT)
+    assert mixed.total == pytest.approx(alike.total)
+    for name in mixed.parameters:
+        np.testing.assert_array_equal(mixed.parameters[name], alike.parameters[name])
+    # a whole transcriptome is compared by the genes that were counted
+    panel, whole = shallow_copy(cohort.sections["test"]), beside_others(cohort.sections["test"], 200)
+    exposures = []
+    for test in (panel, whole):
+        tl.predict(test, mixed)
+        exposures.append(tl.evaluate(test)["exposure"].iloc[0])
+    assert exposures[1] == pytest.approx(exposures[0], rel=0.1)
+
+
+def test_a_panel_calibrates_at_the_depth_that_it_is_scored_at(cohort: Any) -> None:
+    wide = tl.fit_nb({name: beside_others(cohort.sections[name], 200) for name in "abc"}, genes=cohort.genes, **FIT)
+    held = shallow_copy(cohort.sections["test"])
+    calibrated = tl.calibrate(held, wide)
+    assert calibrated.training["calibration"]["covered"]["test"] == pytest.approx(0.9, abs=0.02)
+    tl.predict(held, calibrated)
+    assert tl.evaluate(held)["coverage"].mean() == pytest.approx(0.9, abs=0.02)
+
+
+def test_an_adapted_combination_remembers_what_its_parts_saw(cohort: Any, moved: SpatialData) -> None:
+    parts = [
+        tl.fit_nb({name: cohort.sections[name] for name in "ab"}, genes=cohort.genes, seed=seed, **(FIT | QUICK))
+        for seed in (0, 1)
+    ]
+    adapted = tl.adapt(tl.combine(parts), moved)
+    with pytest.raises(ValueError, match="cannot show how it does"):
+        tl.calibrate({"renamed": cohort.sections["a"]}, adapted)
+    assert trained_patients(adapted) == {"p"}
+
+
+def test_sections_of_partly_known_patients_are_calibrated_as_sections(cohort: Any) -> None:
+    sections = {name: shallow_copy(cohort.sections[name]) for name in "abc"}
+    contract.remember(sections["a"], patient=None)
+    contract.remember(sections["b"], patient="q")
+    model = tl.fit_nb(sections, genes=cohort.genes, **(FIT | QUICK))
+    np.testing.assert_allclose(model.shifts[1], shifts.prior_sd(1, 3)[1], rtol=1e-6)
+    # with the shifts of another patient, far lower levels would cover these sections
+    assert model.interval_level > 0.8
+
+
+def test_intensities_of_proteins_have_no_depth(cohort: Any, model: models.NBModel) -> None:
+    test = shallow_copy(cohort.sections["test"])
+    tl.predict(test, model)
+    with pytest.raises(ValueError, match="have no depth, so `exposure` has no meaning"):
+        tl.evaluate(test, against="proteins", exposure=0.5)
+
+
+def test_stand_ins_of_an_adapted_model_predict_as_it_does(moved: SpatialData, model: models.NBModel) -> None:
+    adapted = tl.adapt(model, moved)
+    own = [contract.embeddings(moved, "toy")[[3, 7]].astype(np.float32)]
+    before, after = (one.stand_ins(moved, section="test").r_and_p(3, own) for one in (model, adapted))
+    np.testing.assert_allclose(after[0], before[0], rtol=1e-6)
+    odds = [(1 - np.asarray(p, np.float64)) / np.asarray(p, np.float64) for p in (before[1], after[1])]
+    np.testing.assert_allclose(odds[1], odds[0] * adapted.factors, rtol=1e-3)

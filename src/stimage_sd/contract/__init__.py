@@ -15,7 +15,15 @@ from __future__ import annotations
 from stimage_sd.contract._affine import affine, apply, scale_of
 from stimage_sd.contract._cells import cell_shapes, cell_types, check_cells_can_be_written, outlines, write_cells
 from stimage_sd.contract._counts import Source, align_to_spots, check_counts, count_type, counts, measured, proteins
-from stimage_sd.contract._depth import Compared, at_depth_of, depth_problem, measured_exposure
+from stimage_sd.contract._depth import (
+    Compared,
+    at_depth_of,
+    depth_change,
+    depth_problem,
+    exposure_of,
+    measured_exposure,
+    totals_compare,
+)
 from stimage_sd.contract._elements import (
     annotate,
     build_shapes,
@@ -207,11 +215,13 @@ __all__ = [
     "counts",
     "counts_name",
     "counts_problem",
+    "depth_change",
     "depth_problem",
     "derive_image",
     "embeddings",
     "explained",
     "explanations",
+    "exposure_of",
     "feature_key",
     "find_image",
     "find_units",
@@ -269,6 +279,7 @@ __all__ = [
     "tiling",
     "tissue",
     "tissue_name",
+    "totals_compare",
     "units_name",
     "units_of",
     "was_cropped",

@@ -14,9 +14,8 @@ from stimage_sd.likelihood.predictive import nearest_interval
 if TYPE_CHECKING:
     from anndata import AnnData
 
-#: a section that measured fewer than this share of the training sections' genes is a panel, whose totals compare with
-#: predicted genes only
-_PANEL = 0.5
+#: totals over more than so many times as many genes, or so many times fewer, do not compare
+_MOST_GENES = 2.0
 
 
 class Compared(NamedTuple):
@@ -75,18 +74,28 @@ def measured_exposure(table: AnnData, rows: np.ndarray, units: AnnData) -> float
 
     Returns
     -------
-    Median total count of the spots over the total of the model's median spot. For a panel, which measures fewer than
-    half as many genes as the training sections did, it is the sum of the counts of predicted genes over the sum of
-    their predicted means.
+    Median total count of the spots over the total of the model's median spot. If the section measured twice as many
+    genes as the totals of the model are of, or half as many, such as a panel, it is the sum of the counts of predicted
+    genes over the sum of their predicted means.
     """
     about = table.uns.get("prediction", {})
     if "exposure" not in about:
         return None
-    if units.n_vars >= _PANEL * about.get("n_measured", 0):
-        return max(float(np.median(np.asarray(units.X.sum(axis=1)))) / float(about["total"]), 1e-3)
+    if totals_compare(units.n_vars, about["n_counted"]):
+        return exposure_of(np.median(np.asarray(units.X.sum(axis=1))), about["total"])
     shared = [gene for gene in table.var_names if gene in units.var_names]
-    expected = np.asarray(table[rows, shared].X).sum() / float(about["exposure"])
-    return max(float(units[:, shared].X.sum() / expected), 1e-3)
+    expected = float(np.asarray(table[rows, shared].X).sum()) / float(about["exposure"])
+    return exposure_of(units[:, shared].X.sum(), expected)
+
+
+def totals_compare(n_genes: int, n_counted: int) -> bool:
+    """Return whether totals over so many genes have the meaning of the model's totals; 0 if the model does not say."""
+    return n_counted == 0 or 1 / _MOST_GENES <= n_genes / n_counted <= _MOST_GENES
+
+
+def exposure_of(counts: float, expected: float) -> float:
+    """Return the ratio of counts to expected counts, at least 0.001 as for size factors."""
+    return max(float(counts) / float(expected), 1e-3)
 
 
 def at_depth_of(table: AnnData, rows: np.ndarray, genes: Sequence[str], exposure: float | None = None) -> Compared:
@@ -101,19 +110,22 @@ def at_depth_of(table: AnnData, rows: np.ndarray, genes: Sequence[str], exposure
     exposure
         Depth of the section. `None`: as predicted.
     """
-    at = np.ix_(rows, table.var_names.get_indexer(list(genes)))
+    columns = table.var_names.get_indexer(list(genes))
     mean, aleatoric, epistemic, lower, upper = (
-        np.asarray(values)[at].astype(np.float64)
+        np.asarray(values[rows][:, columns], dtype=np.float64)
         for values in (table.X, *(table.layers[name] for name in ("aleatoric", "epistemic", "lower", "upper")))
     )
     factor = table.obs["size_factor"].to_numpy(dtype=np.float64)[rows]
-    sd = table.var["shift_sd"].to_numpy(dtype=np.float64)[at[1][0]] if "shift_sd" in table.var else None
-    about = table.uns["prediction"]
-    if exposure is not None and sd is not None and exposure != float(about["exposure"]):
+    sd = table.var["shift_sd"].to_numpy(dtype=np.float64)[columns] if "shift_sd" in table.var else None
+    if exposure is not None and sd is not None and (change := depth_change(table, exposure)) != 1:
         # depth multiplies means and keeps r, so every variance beyond the mean grows with the square
-        change = exposure / float(about["exposure"])
         aleatoric = change * mean + change**2 * (aleatoric - mean)
         mean, epistemic, factor = change * mean, change**2 * epistemic, np.full(len(rows), exposure)
-        level = float(about["interval_level"])
+        level = float(table.uns["prediction"]["interval_level"])
         lower, upper = nearest_interval(mean, aleatoric + epistemic, sd, coverage=level)
     return Compared(mean, aleatoric, epistemic, lower, upper, sd, factor)
+
+
+def depth_change(table: AnnData, exposure: float | None) -> float:
+    """Return the factor on predicted means from the exposure they were predicted at to another, 1 for `None`."""
+    return 1.0 if exposure is None else exposure / float(table.uns["prediction"]["exposure"])

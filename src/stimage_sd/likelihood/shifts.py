@@ -26,6 +26,8 @@ class Prior(NamedTuple):
 PATIENT, SECTION = Prior(0.47, 3.5), Prior(0.17, 7.4)
 #: number of held-out patients or sections that weigh as much as the prior in the typical standard deviation
 _PRIOR_WEIGHT = 4.0
+#: number of genes with enough counts below which a cohort does not show how genes shift
+_FEWEST_GENES = 2
 #: number of parts of equal probability that a shift's distribution is divided into
 N_STRATA = 5
 
@@ -116,15 +118,17 @@ def learn_shifts(sums: HeldOutSums, patients: Sequence[str] | None) -> np.ndarra
     if len(groups) > 1:
         means = np.stack([ratio[rows].mean(axis=0) for rows in groups])
         of_means = np.stack([noise[rows].mean(axis=0) / len(rows) for rows in groups])
-        other = _shrunken((means**2 - of_means).mean(axis=0), len(groups), typical[1], PATIENT.df)
+        other = _shrunken((means**2).mean(axis=0), of_means.mean(axis=0), len(groups), typical[1], PATIENT.df)
         spread = [((ratio[rows] - mean) ** 2).sum(axis=0) for rows, mean in zip(groups, means, strict=True)]
-        expected = [(len(rows) - 1) * noise[rows].mean(axis=0) for rows in groups]
+        counting = [(len(rows) - 1) * noise[rows].mean(axis=0) for rows in groups]
         df = n_sections - len(groups)
-        about = (np.sum(spread, axis=0) - np.sum(expected, axis=0)) / max(df, 1) * (1 + len(groups) / n_sections)
-        same = _shrunken(about, df, typical[0], SECTION.df)
+        # the mean of the training sections is uncertain too
+        about, from_counting = (np.sum(parts, axis=0) / max(df, 1) * (1 + len(groups) / n_sections)
+                                for parts in (spread, counting))  # fmt: skip
+        same = _shrunken(about, from_counting, df, typical[0], SECTION.df)
     else:
         df = n_sections if n_sections > 1 else 0  # a part of the only section is no other section
-        same = _shrunken((ratio**2 - noise).mean(axis=0), df, typical[0], SECTION.df)
+        same = _shrunken((ratio**2).mean(axis=0), noise.mean(axis=0), df, typical[0], SECTION.df)
         other = np.full(n_genes, typical[1])
     return np.stack([same, np.maximum(other, same)]).astype(np.float32)
 
@@ -136,14 +140,17 @@ def _groups(patients: Sequence[str] | None, n_sections: int) -> list[np.ndarray]
     return [np.flatnonzero(np.asarray(patients) == patient) for patient in dict.fromkeys(patients)]
 
 
-def _shrunken(variance: np.ndarray, df: int, prior: float, prior_df: float) -> np.ndarray:
-    """Shrink variances of `df` degrees of freedom, and return standard deviations."""
-    if df == 0:
-        return np.full(len(variance), prior)
+def _shrunken(total: np.ndarray, noise: np.ndarray, df: int, prior: float, prior_df: float) -> np.ndarray:
+    """Shrink variances of `df` degrees of freedom, noise of counting included, and return standard deviations."""
+    informative = noise < prior**2
+    if df == 0 or informative.sum() < _FEWEST_GENES:
+        return np.full(len(total), prior)
     # the median gene, since a few genes differ much more than the others
-    median = max(float(np.median(variance)), 0.0) / float(scipy.stats.f.median(df, prior_df))
+    median = max(float(np.median((total - noise)[informative])), 0.0) / float(scipy.stats.f.median(df, prior_df))
     typical = (_PRIOR_WEIGHT * prior**2 + df * median) / (_PRIOR_WEIGHT + df)
-    return np.asarray(np.sqrt((prior_df * typical + df * np.maximum(variance, 0)) / (prior_df + df)))
+    # the noise of counting leaves so many degrees of freedom, by the variance of the difference
+    weight = df * (typical / (typical + noise)) ** 2
+    return np.asarray(np.sqrt((prior_df * typical + weight * np.maximum(total - noise, 0)) / (prior_df + weight)))
 
 
 def shift_of(shifts: np.ndarray, known: bool | None) -> np.ndarray:

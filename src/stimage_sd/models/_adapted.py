@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from spatialdata import SpatialData
 from stimage_sd._files import scratch
 from stimage_sd.models._files import kind, model_from, read_model, write_model
 from stimage_sd.models._predictor import OpenedSection, Predictor, spot_sd
+from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
 @kind("adapted")
@@ -86,6 +87,25 @@ class AdaptedModel:
         opened = self.base.open(sdata, section=section)
         return AdaptedSection(opened, self.factors.astype(np.float64), opened.strangeness)
 
+    def stand_ins(self, sdata: SpatialData, *, section: str) -> MixtureStandIns:
+        """Open a section, as `open` does, so that other tiles can replace one of its tiles.
+
+        Raises
+        ------
+        TypeError
+            If the model before does not predict from embeddings.
+        """
+        base: Any = self.base
+        before = base.stand_ins(sdata, section=section) if isinstance(base, Explainable) else None
+        if not isinstance(before, MixtureStandIns):
+            raise TypeError(f"Expected a model that predicts by a tile's embeddings, found a {type(base).__name__}.")
+
+        def r_and_p(row: int, own: Sequence[Values]) -> tuple[Values, Values]:
+            r, p = before.r_and_p(row, own)
+            return r, _with_factors(p, self.factors)
+
+        return replace(before, r_and_p=r_and_p)
+
     def save(self, path: str | Path) -> Path:
         """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
@@ -146,6 +166,9 @@ class AdaptedSection:
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return r and p of some tiles at the adapted depth and shifts; p is ``float64``."""
         r, p = self.opened.r_and_p(rows)
-        # a factor on the mean multiplies the odds of failure and keeps r (`stimage_sd.likelihood.depth`)
-        p = p.astype(np.float64)
-        return r, p / (p + self.factors * (1 - p))
+        return r, np.asarray(_with_factors(p.astype(np.float64), self.factors))
+
+
+def _with_factors(p: Values, factors: np.ndarray) -> Values:
+    """Multiply the odds of failure by a factor per gene, which multiplies the mean and keeps r."""
+    return p / (p + factors * (1 - p))

@@ -111,7 +111,7 @@ class MixtureStandIns:
     r_and_p: Callable[[int, Sequence[Values]], tuple[Values, Values]] = field(repr=False)
 
     def outputs(self, row: int, own: Sequence[Values], columns: np.ndarray) -> dict[str, Values]:
-        """Compute the moments of the mixture that `stimage_sd.tl.predict` writes."""
+        """Compute the moments of the members' mixture. Shifts of genes, which no pixel changes, are left out."""
         r, p = self.r_and_p(row, own)
         return _moments(r[..., columns], p[..., columns], self.weights, numpy=_numpy_of(own))
 

@@ -34,10 +34,10 @@ from stimage_sd.tl._fit.training import TrainingData
 from stimage_sd.tl._fit.training_set import (
     check_measured,
     checked_genes,
+    counted_genes,
     depths,
     kept_centers,
     measured_counts,
-    n_measured,
     validation_sections,
     versions,
 )
@@ -199,7 +199,7 @@ def finetune_nb(
             "patients": known,
             "fingerprints": fingerprints(cohort, spots.genes, source),
             "n_tiles": len(spots.sections),
-            "n_measured": n_measured(cohort, source),
+            "n_counted": spots.n_counted,
             "validation": validation_sections(spots.sections, held_out),
             "seed": seed,
             "options": {
@@ -259,13 +259,15 @@ class _Spots:
     factors: np.ndarray
     floor: np.ndarray
     total: float | None
+    n_counted: int
 
     @classmethod
     def read(
         cls, cohort: Mapping[str, SpatialData], genes: list[str], size_factors: str | None, exposure: str | None,
         source: contract.Source,
     ) -> _Spots:  # fmt: skip
-        measured = {name: measured_counts(sdata, genes, source) for name, sdata in cohort.items()}
+        counted, n_counted = counted_genes(cohort, source) if exposure is not None else (None, 0)
+        measured = {name: measured_counts(sdata, genes, source, counted) for name, sdata in cohort.items()}
         check_measured({name: block for name, (_, block, _) in measured.items()})
         counts = sp.vstack([block for _, block, _ in measured.values()]).tocsr()
         median, factors = depths([total for _, _, total in measured.values()], size_factors, exposure)
@@ -278,6 +280,7 @@ class _Spots:
             factors=factors.astype(np.float32),
             floor=mean_only.floor(counts, factors),
             total=median,
+            n_counted=n_counted,
         )
 
 

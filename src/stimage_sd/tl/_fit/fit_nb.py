@@ -26,10 +26,10 @@ from stimage_sd.tl._fit.training import TrainingData, train
 from stimage_sd.tl._fit.training_set import (
     check_measured,
     checked_genes,
+    counted_genes,
     depths,
     kept_centers,
     measured_counts,
-    n_measured,
     validation_sections,
     versions,
 )
@@ -164,12 +164,13 @@ def fit_nb(
     embedded = {name: np.concatenate(each, axis=1) for name, each in blocks.items()}
     del blocks
     space = FeatureSpace.fit(embedded, n_components=n_components, standardize=standardize, seed=seed, widths=widths)
-    measured = {name: measured_counts(sdata, genes, source) for name, sdata in cohort.items()}
+    exposure = None if size_factors is not None else exposure
+    counted, n_counted = counted_genes(cohort, source) if exposure is not None else (None, 0)
+    measured = {name: measured_counts(sdata, genes, source, counted) for name, sdata in cohort.items()}
     check_measured({name: block for name, (_, block, _) in measured.items()})
     reduced = np.concatenate([space.reduce(embedded[name])[rows] for name, (rows, _, _) in measured.items()])
     del embedded
     counts = sp.vstack([block for _, block, _ in measured.values()]).tocsr()
-    exposure = None if size_factors is not None else exposure
     median, factors = depths([total for _, _, total in measured.values()], size_factors, exposure)
     floor = mean_only.floor(counts, factors)
     sections = np.repeat(list(measured), [len(rows) for rows, _, _ in measured.values()])
@@ -199,7 +200,7 @@ def fit_nb(
             "patients": known,
             "fingerprints": fingerprints(cohort, genes, source),
             "n_tiles": len(reduced),
-            "n_measured": n_measured(cohort, source),
+            "n_counted": n_counted,
             "validation": validation_sections(sections, held_out),
             "seed": seed,
             "options": {

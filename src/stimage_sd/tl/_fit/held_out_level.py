@@ -60,8 +60,9 @@ def with_interval_level(
     if model.training["options"]["exposure"] is None:
         return replace(model, interval_level=_level(lambda level: _covered(blocks, data, level)))
     shifts = _shifts(blocks, data, sections, patients)
-    # held-out patients show how intervals cover another patient, held-out sections of one patient another section
-    sd = shift_of(shifts, known=len(set(patients.values())) < 2)
+    # held-out patients show how intervals cover another patient, other held-out sections another section
+    known = patients_of(sorted(set(sections.tolist())), patients)
+    sd = shift_of(shifts, known=known is None or len(set(known)) < 2)
     rows = np.concatenate([block.rows for block in blocks])
     counts = data.counts[rows].toarray().astype(np.float64)
     moments = MixtureMoments(

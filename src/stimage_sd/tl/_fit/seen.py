@@ -11,6 +11,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.likelihood.shifts import shift_of
+from stimage_sd.models._adapted import AdaptedModel
 from stimage_sd.models._combined import CombinedModel
 from stimage_sd.models._predictor import Predictor, gene_shifts, known_patients
 
@@ -27,11 +28,17 @@ def remembered(model: Predictor) -> list[dict[str, Any]]:
 
     The list has one entry per model of a combination. Models of earlier versions store section names only.
     """
-    inner: Any = model
-    parts = inner.parts if isinstance(inner, CombinedModel) else ()
     named = [{"section": name} for name in model.training.get("sections", [])]
-    of_parts = [group for part in parts for group in remembered(part)]
+    of_parts = [group for part in _inner(model) for group in remembered(part)]
     return [*of_parts, {"genes": list(model.genes), "sections": model.training.get("fingerprints", named)}]
+
+
+def _inner(model: Predictor) -> tuple[Predictor, ...]:
+    """Return the models that a model was made of."""
+    made: Any = model
+    if isinstance(made, CombinedModel):
+        return made.parts
+    return (made.base,) if isinstance(made, AdaptedModel) else ()
 
 
 def seen_sections(
@@ -50,11 +57,11 @@ def seen_sections(
 
 def trained_patients(model: Predictor) -> set[str] | None:
     """Return the patients a model was trained on, or `None` if the patient of a training section is unknown."""
-    inner: Any = model
-    if not isinstance(inner, CombinedModel):
+    parts = _inner(model)
+    if not parts:
         return known_patients(model.training)
     found: set[str] = set()
-    for part in inner.parts:
+    for part in parts:
         known = trained_patients(part)
         if known is None:
             return None

@@ -33,12 +33,13 @@ def checked_genes(cohort: Mapping[str, SpatialData], genes: Sequence[str], sourc
 
 
 def measured_counts(
-    sdata: SpatialData, genes: list[str], source: contract.Source
+    sdata: SpatialData, genes: list[str], source: contract.Source, counted: list[str] | None = None
 ) -> tuple[np.ndarray, sp.csr_matrix, np.ndarray]:
-    """Return the rows of kept tiles on spots, their counts, and their totals over all genes."""
+    """Return the rows of kept tiles on spots, their counts, and their totals over all genes, or over `counted`."""
     table = contract.tiles(sdata)
     rows, counts = contract.align_to_spots(sdata, table[table.obs["keep"].to_numpy()], source)
-    totals = np.asarray(counts.X.sum(axis=1), dtype=np.float64).ravel()
+    of_total = counts.X if counted is None else counts[:, counted].X
+    totals = np.asarray(of_total.sum(axis=1), dtype=np.float64).ravel()
     return rows, sp.csr_matrix(counts[:, genes].X), totals
 
 
@@ -65,9 +66,17 @@ def depths(
     return median, depth.size_factors(spots, median)
 
 
-def n_measured(cohort: Mapping[str, SpatialData], source: contract.Source) -> int:
-    """Return the number of genes that a typical section measured, predicted or not."""
-    return int(np.median([contract.counts(sdata, source).n_vars for sdata in cohort.values()]))
+def counted_genes(cohort: Mapping[str, SpatialData], source: contract.Source) -> tuple[list[str] | None, int]:
+    """Return the genes over which totals of sections compare, `None` for all of each section, and their number.
+
+    Where a panel of a few hundred genes stands beside whole transcriptomes, only totals over shared genes compare.
+    """
+    tables = [contract.counts(sdata, source).var_names for sdata in cohort.values()]
+    numbers = [len(names) for names in tables]
+    if contract.totals_compare(min(numbers), max(numbers)):
+        return None, int(np.median(numbers))
+    shared = [gene for gene in tables[0] if all(gene in names for names in tables[1:])]
+    return shared, len(shared)
 
 
 def check_measured(counts: Mapping[str, sp.csr_matrix]) -> None:

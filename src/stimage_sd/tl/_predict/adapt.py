@@ -11,16 +11,13 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.likelihood.mixture_moments import MixtureMoments, mixture_moments
 from stimage_sd.likelihood.shifts import SECTION, posterior
 from stimage_sd.models._adapted import AdaptedModel
 from stimage_sd.models._predictor import Predictor
 from stimage_sd.models._resolve import as_model
 from stimage_sd.tl._fit.seen import fingerprints, shift_sd
 from stimage_sd.tl._fit.training_set import checked_genes
-
-#: number of elements (members x tiles x genes) computed at a time
-_BLOCK = 8_000_000
+from stimage_sd.tl._predict.held_out import expected_sums
 
 
 class _Sums(NamedTuple):
@@ -109,18 +106,17 @@ def adapt(
             "Expected a model fitted with exposure, which knows how far genes shift. Fit it again with "
             '`stimage_sd.tl.fit_nb(cohort, genes=genes, exposure="section")`.'
         )
+    if bulk is not None and spots is not None:
+        raise ValueError("Expected either `spots` or `bulk`, found both.")
     if bulk is None:
         sums, measured = _of_spots(fitted, sdata, spots, source)
-        exposure, extra = float(sums.counts.sum() / sums.expected.sum()), 0.0
     else:
-        if spots is not None:
-            raise ValueError("Expected either `spots` or `bulk`, found both.")
         sums, measured = _of_bulk(fitted, sdata, bulk)
-        # bulk counts have a depth of their own, which says nothing about the section's
-        exposure, extra = 1.0, float(bulk_sd)
     scale = float(sums.counts.sum() / sums.expected.sum())
     if not scale > 0:
         raise ValueError(f"The {measured} hold no counts of the model's genes, so there is nothing to learn from.")
+    # bulk counts have a depth of their own, which says nothing about the section's
+    exposure, extra = (scale, 0.0) if bulk is None else (1.0, float(bulk_sd))
     expected = scale * sums.expected
     noise = (expected + scale**2 * sums.excess) / (expected + 0.5) ** 2 + extra**2
     mean, left = posterior(np.log((sums.counts + 0.5) / (expected + 0.5)), noise, sd)
@@ -162,7 +158,7 @@ def _of_spots(
                 f"are {list(units.obs_names[:3])} and others."
             )
         rows, units = rows[chosen], units[chosen]
-    moments = _expected(model, sdata, rows, n_tiles=kept.n_obs)
+    moments = expected_sums(model, sdata, rows, n_tiles=kept.n_obs)
     counts = np.asarray(units[:, genes].X.sum(axis=0), dtype=np.float64).ravel()
     return _Sums(counts, *moments), f"{len(rows)} spots"
 
@@ -178,23 +174,5 @@ def _of_bulk(model: Predictor, sdata: SpatialData, bulk: pd.Series) -> tuple[_Su
     if not np.isfinite(counts).all() or (counts < 0).any():
         raise ValueError("Expected `bulk` as counts of zero or more per gene. Pass counts, not logs or z-scores.")
     n_tiles = int(contract.tiles(sdata).obs["keep"].sum())
-    expected, _ = _expected(model, sdata, np.arange(n_tiles), n_tiles=n_tiles)
+    expected, _ = expected_sums(model, sdata, np.arange(n_tiles), n_tiles=n_tiles)
     return _Sums(counts, expected, np.zeros_like(expected)), "bulk counts"
-
-
-def _expected(model: Predictor, sdata: SpatialData, rows: np.ndarray, *, n_tiles: int) -> tuple[np.ndarray, np.ndarray]:
-    """Add up the means of tiles, and their variances beyond the means."""
-    opened = model.open(sdata, section=contract.sample(sdata))
-    chosen, n_genes = np.zeros(n_tiles, bool), len(model.genes)
-    chosen[rows] = True
-    mean, excess = np.zeros(n_genes), np.zeros(n_genes)
-    step = max(1, _BLOCK // (len(model.member_weights) * n_genes))
-    for start in range(0, n_tiles, step):
-        inside = np.flatnonzero(chosen[start : start + step])
-        if len(inside):
-            r, p = opened.r_and_p(slice(start, min(start + step, n_tiles)))
-            weights = np.asarray(model.member_weights)
-            made = MixtureMoments(*(part[inside] for part in mixture_moments(r, p, weights=weights)))
-            mean += made.mean.sum(axis=0, dtype=np.float64)
-            excess += (made.aleatoric - made.mean + made.epistemic).sum(axis=0, dtype=np.float64)
-    return mean, excess

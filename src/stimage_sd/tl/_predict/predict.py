@@ -194,7 +194,7 @@ def predict(
         predictions.uns["prediction"] = {
             **fitted.description,
             **({} if fitted.total is None else {"total": fitted.total, "at_measured_depth": size_factors == "total"}),
-            **({} if sd is None else {"exposure": exposure or 1.0, "n_measured": fitted.training.get("n_measured", 0)}),
+            **({} if sd is None else {"exposure": exposure or 1.0, "n_counted": fitted.training.get("n_counted", 0)}),
             "coverage": fitted.training.get("calibration", {}).get("coverage", COVERAGE) if conformal else COVERAGE,
             "interval_level": level,
             "trained_on": list(fitted.training.get("sections", [])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from pathlib import Path
 
 import dask.array as da
@@ -86,12 +87,14 @@ def sample(
     weights, depth = np.asarray(fitted.member_weights), 1.0 if exposure is None else float(exposure)
 
     def draw(block_info: dict[int | None, dict[str, list[tuple[int, int]]]]) -> np.ndarray:
-        (number, _), (start, stop), _ = block_info[None]["array-location"]
-        rows, key = slice(start, stop), [seed, number]
+        (index, _), (start, stop), _ = block_info[None]["array-location"]
+        rows, key = slice(start, stop), [seed, index]
         return _draw(opened, rows, weights, sd, depth, n_genes, shared=shared, seed=key)[None]
 
     chunks = ((1,) * n, tuple(min(step, n_tiles - start) for start in starts), (n_genes,))
-    return da.map_blocks(draw, chunks=chunks, dtype=np.float32, meta=np.empty((0, 0, 0), np.float32))
+    # a name of its own, since dask would hash the whole section for one
+    name, meta = f"sample-{uuid.uuid4().hex}", np.empty((0, 0, 0), np.float32)
+    return da.map_blocks(draw, name=name, chunks=chunks, dtype=np.float32, meta=meta)
 
 
 def _draw(

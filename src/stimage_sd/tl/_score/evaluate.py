@@ -132,6 +132,8 @@ def evaluate(
         raise ValueError(f'Expected `transform` to be "log1p", "raw" or "lognorm", found {transform!r}.')
     if against not in ("counts", "proteins"):
         raise ValueError(f'Expected `against` to be "counts" or "proteins", found {against!r}.')
+    if against == "proteins" and exposure is not None:
+        raise ValueError("Intensities of proteins have no depth, so `exposure` has no meaning for them.")
     if against == "proteins" and transform == "lognorm":
         raise ValueError('Intensities of proteins have no total to scale to: use `transform="log1p"` or "raw".')
     tables = []
@@ -139,7 +141,7 @@ def evaluate(
         predictions = contract.predictions(sdata, key)
         rows, units = contract.align_to_spots(sdata, predictions, source, against=against)
         measured = measured_names(predictions, units, names or {}, section=name, against=against)
-        depth = _exposure(predictions, rows, units, exposure) if against == "counts" else None
+        depth = None if against == "proteins" else _exposure(predictions, rows, units, exposure)
         compared = _taken(sdata, predictions, rows, list(measured), depth)
         observed = dense(units[:, list(measured.values())])
         if scale is None:

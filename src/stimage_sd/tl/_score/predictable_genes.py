@@ -147,9 +147,9 @@ def _maps(sdata: SpatialData, name: str, transform: Transform, source: contract.
         )
     rows, counts = contract.align_to_spots(sdata, predictions, source)
     genes = predictions.var_names[predictions.var_names.isin(counts.var_names)]
-    exposure = contract.measured_exposure(predictions, rows, counts)
+    change = contract.depth_change(predictions, contract.measured_exposure(predictions, rows, counts))
     return _Maps(
-        transformed(contract.at_depth_of(predictions, rows, genes, exposure).mean, transform),
+        transformed(change * np.asarray(predictions[rows, genes].X, dtype=np.float64), transform),
         transformed(dense(counts[:, genes]), transform),
         contract.tile_geometry(sdata, predictions).centers[rows],
         pd.Index(genes.astype(str)),

@@ -46,11 +46,11 @@ def groups_of(
         if not len(inside):
             raise ValueError(f"No tile on a spot has a region in column {scale!r}.")
         return sp.csr_matrix((np.ones(len(inside)), (codes[inside], inside)), shape=(len(names), len(codes)))
-    if scale < 1:
-        raise ValueError(f"Expected `scale` of at least one step to neighbors, found {scale}.")
+    if scale != int(scale) or scale < 1:
+        raise ValueError(f"Expected `scale` as a whole number of steps, at least 1, or a column, found {scale}.")
     step = ((graph != 0) + sp.eye_array(graph.shape[0])).astype(np.float64)
     reached = step
-    for _ in range(scale - 1):
+    for _ in range(int(scale) - 1):
         reached = reached @ step
     return sp.csr_matrix(reached != 0, dtype=np.float64)
 
