@@ -96,7 +96,7 @@ class AdaptedModel:
             If the model before does not predict from embeddings.
         """
         base: Any = self.base
-        before = base.stand_ins(sdata, section=section) if isinstance(base, Explainable) else None
+        before: Any = base.stand_ins(sdata, section=section) if isinstance(base, Explainable) else None
         if not isinstance(before, MixtureStandIns):
             raise TypeError(f"Expected a model that predicts by a tile's embeddings, found a {type(base).__name__}.")
 
