@@ -112,7 +112,8 @@ def _sections(
         run = datasets.synthetic_visium(
             work / "runs" / name, n_spots=n_spots, n_genes=n_genes, seed=seed, stain_seed=seed, sample=name
         )
-        made[name] = io.visium(run, image=run / "image.tif", sample=name)
+        # one patient, since the law that makes the counts is the same in all sections
+        made[name] = io.visium(run, image=run / "image.tif", sample=name, patient="synthetic")
     test = made.pop("test")
     return made, test
 
