@@ -131,8 +131,8 @@ def predicting(n_tiles: int, n_genes: int = 1000, n_members: int = 10) -> dict[s
     seconds = []
     for _ in range(2):  # the first compiles
         start = time.process_time()
-        layers = _results((n_tiles, n_genes), (*LAYERS, SHIFT), None)
-        blocks = _blocks(model, section, n_tiles, label="random")
+        layers, done = _results((n_tiles, n_genes), (*LAYERS, SHIFT), None)
+        blocks = _blocks(model, section, n_tiles, done, label="random", unit="tile")
         _shifted(layers, model, blocks, np.full(n_genes, 0.5), exposure=1.0, level=0.9)
         seconds.append(time.process_time() - start)
     return {
