@@ -27,6 +27,8 @@ except ImportError:  # Windows has no locks here, so every process needs its own
 
 #: infix in the names of unfinished folders, after the name of the target
 UNFINISHED = ".unfinished-"
+#: infix in the names of folders that an interrupted run continues
+RESUMABLE = ".resumable-"
 LOCK = ".lock"
 #: age at which an unfinished folder without a lock file counts as left by a killed process, seconds
 ABANDONED = 600.0
@@ -55,6 +57,48 @@ def replacing(target: Path) -> Iterator[Path]:
     with scratch(target.parent, prefix=f".{target.name}") as folder:
         yield folder / target.name
         _put(folder / target.name, target)
+
+
+@contextmanager
+def resuming(target: Path, key: str) -> Iterator[Path]:
+    """Yield a path as `replacing` does, but keep what was written there if the run is killed or interrupted.
+
+    The next run of the same `key` finds it there. After an error it is deleted, as by `replacing`.
+
+    Parameters
+    ----------
+    target
+        Final path of the folder.
+    key
+        Identifies what is written. Remains of other keys are deleted.
+
+    Yields
+    ------
+    A path in a hidden folder beside the target. It exists already if an earlier run was interrupted.
+
+    Raises
+    ------
+    RuntimeError
+        If another process writes the same.
+    """
+    target = Path(os.path.realpath(restored(target)))
+    begun = target.with_name(f".{target.name}{RESUMABLE}{key}")
+    lock = take(begun / LOCK)
+    if lock is None:
+        raise RuntimeError(f"Another process is writing {target}. Wait for it, or choose another folder.")
+    for other in target.parent.glob(f".{glob.escape(target.name)}{RESUMABLE}*"):
+        if other != begun and (left := take(other / LOCK)) is not None:
+            discard(other, left)
+    try:
+        yield begun / target.name
+    except Exception:
+        discard(begun, lock)
+        raise
+    except BaseException:  # interrupted by the user
+        release(lock)
+        raise
+    _put(begun / target.name, target)
+    discard(begun, lock)
 
 
 def write_whole(path: Path, content: bytes | bytearray) -> None:

@@ -18,6 +18,7 @@ import squidpy as sq
 import zarr
 
 from stimage_sd import contract, models, pl, tl
+from stimage_sd.tl._predict import predict as predict_module
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,54 @@ def test_a_full_disk_leaves_no_folder_and_the_same_call_works_again(
     tl.predict(both, trained["paper"])
     for name, sdata in both.items():
         np.testing.assert_allclose(found[name], contract.predictions(sdata).X, rtol=1e-5)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    fitted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort, trained = fitted
+    test, model, out = copy.copy(cohort.sections["c"]), trained["paper"], tmp_path / "out"
+    monkeypatch.setattr(predict_module, "_BLOCK", 8 * len(model.genes) * model.n_members)
+    write, written = zarr.Array.__setitem__, []
+
+    def interrupted(self: zarr.Array, rows: slice, values: object) -> None:
+        if len(written) == 20:
+            raise KeyboardInterrupt
+        written.append(rows.start)
+        write(self, rows, values)
+
+    monkeypatch.setattr(zarr.Array, "__setitem__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tl.predict(test, model, out=out)
+    assert not [path for path in out.iterdir() if not path.name.startswith(".")]
+    again: list[int] = []
+    monkeypatch.setattr(
+        zarr.Array, "__setitem__", lambda self, rows, values: (again.append(rows.start), write(self, rows, values))
+    )
+    tl.predict(test, model, out=out)
+    assert max(written) in again
+    assert not set(again) & (set(written) - {max(written)})
+    assert [path.name for path in out.iterdir()] == ["c"]
+    found = contract.predictions(test).X.compute()
+    tl.predict(test, model)
+    np.testing.assert_array_equal(found, contract.predictions(test).X)
+
+
+def test_what_another_model_left_is_not_taken_over(
+    fitted: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort, trained = fitted
+    test, out = copy.copy(cohort.sections["c"]), tmp_path / "out"
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zarr.Array, "__setitem__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tl.predict(test, trained["paper"], out=out)
+    tl.predict(test, trained["dispersion"], out=out)
+    assert [path.name for path in out.iterdir()] == ["c"]
 
 
 def test_a_chunk_that_is_gone_is_an_error_and_not_zeros(fitted: tuple, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from spatialdata import SpatialData
 
+from stimage_sd.contract._elements import INSTANCES
 from stimage_sd.contract._section import sample
 from stimage_sd.likelihood.predictive import nearest_interval
 
@@ -75,13 +76,13 @@ def measured_exposure(table: AnnData, rows: np.ndarray, units: AnnData) -> float
     Returns
     -------
     Median total count of the spots over the total of the model's median spot. If the section measured twice as many
-    genes as the totals of the model are of, or half as many, such as a panel, it is the sum of the counts of predicted
-    genes over the sum of their predicted means.
+    genes as the totals of the model are of, or half as many, such as a panel, or if nuclei or squares are compared with
+    cells or bins, it is the sum of the counts of predicted genes over the sum of their predicted means.
     """
     about = table.uns.get("prediction", {})
     if "exposure" not in about:
         return None
-    if totals_compare(units.n_vars, about["n_counted"]):
+    if INSTANCES not in table.uns and totals_compare(units.n_vars, about["n_counted"]):
         return exposure_of(np.median(np.asarray(units.X.sum(axis=1))), about["total"])
     shared = [gene for gene in table.var_names if gene in units.var_names]
     expected = float(np.asarray(table[rows, shared].X).sum()) / float(about["exposure"])

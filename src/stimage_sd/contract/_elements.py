@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 #: key in ``uns`` that marks a table of predicted cells
 PREDICTED_CELLS = "predicted_cells"
+#: key in ``uns`` that marks tables of nuclei or squares within tiles, with embeddings or predictions
+INSTANCES = "instances"
 #: number of values that are checked to tell a table of counts from other tables
 _LOOKED_AT = 100_000
 
@@ -96,7 +98,7 @@ def regions_of(table: AnnData) -> list[str]:
 
 def is_result(name: str, table: AnnData) -> bool:
     """Return whether a table holds results of this package, such as predictions, and no measurements."""
-    if name == CELL_TYPES and PREDICTED_CELLS in table.uns:
+    if (name == CELL_TYPES and PREDICTED_CELLS in table.uns) or INSTANCES in table.uns:
         return True
     # spatialdata.concatenate renames the tiles to "tile_squares-<sample>"
     return any(region.startswith(TILE_SQUARES) for region in regions_of(table))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -127,6 +128,12 @@ def patients(cohort: Cohort, named: Mapping[str, str] | None = None) -> dict[str
     """
     found = {name: (named or {}).get(name, info(sdata).get("patient")) for name, sdata in cohort.items()}
     return {name: str(patient) for name, patient in found.items() if patient is not None}
+
+
+def stain_of(sdata: SpatialData, image: str) -> str:
+    """Return the stain normalization of an image as JSON, or an empty string for an image as it was read."""
+    about = info(sdata)
+    return json.dumps(about["stain"]) if about.get("normalized_image") == image else ""
 
 
 def record(sdata: SpatialData, step: str, **parameters: Any) -> None:

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_extractors": ["extractors", "get_extractor", "register_extractor"],
         "_finetuned": ["FinetunedModel"],
         "_gene_classifier": ["GeneClassifier"],
+        "_instance_model": ["InstanceModel"],
         "_load": ["load"],
         "_nb": ["NBModel"],
         "_recipe": ["Recipe", "SectionData", "TrainingSection"],

@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 
 from stimage_sd._files import scratch
 from stimage_sd.models._files import kind, model_from, read_model, write_model
-from stimage_sd.models._predictor import OpenedSection, Predictor, spot_sd
+from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
@@ -85,7 +85,8 @@ class AdaptedModel:
             If tiles, embeddings or staining differ from the model's. The error names the step to run again.
         """
         opened = self.base.open(sdata, section=section)
-        return AdaptedSection(opened, self.factors.astype(np.float64), opened.strangeness)
+        kind_of = AdaptedBags if isinstance(opened, OpenedBags) else AdaptedSection
+        return kind_of(opened, self.factors.astype(np.float64), opened.strangeness)
 
     def stand_ins(self, sdata: SpatialData, *, section: str) -> MixtureStandIns:
         """Open a section, as `open` does, so that other tiles can replace one of its tiles.
@@ -167,6 +168,22 @@ class AdaptedSection:
         """Return r and p of some tiles at the adapted depth and shifts; p is ``float64``."""
         r, p = self.opened.r_and_p(rows)
         return r, np.asarray(_with_factors(p.astype(np.float64), self.factors))
+
+
+@dataclass(frozen=True)
+class AdaptedBags(AdaptedSection):
+    """A section opened by an adapted model of nuclei or squares."""
+
+    opened: Any
+
+    def background(self) -> np.ndarray:
+        """Return the mean counts of the tiles' backgrounds."""
+        return np.asarray(self.opened.background() * self.factors, dtype=np.float32)
+
+    def of_instances(self) -> tuple[AdaptedSection, np.ndarray]:
+        """Return the nuclei or squares as an opened section, and their rows in the table."""
+        inner, rows = self.opened.of_instances()
+        return AdaptedSection(inner, self.factors, inner.strangeness), rows
 
 
 def _with_factors(p: Values, factors: np.ndarray) -> Values:

@@ -28,6 +28,8 @@ Run = Callable[[Tiles], Any]
 # Tiles per run of ONNX Runtime. From 8 tiles on, the activations no longer fit the CPU cache, which is slower.
 # They take 20 MB per tile of 299 px.
 ONNX_BATCH = 2
+# Pixels per run for smaller tiles, such as nuclei
+_ONNX_PX = ONNX_BATCH * 128 * 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +234,8 @@ def _recorded(entry: Entry, network: Callable[[Any], Any], *, embedding_size: in
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def run(tiles: Tiles) -> NDArray[np.float32]:
-        parts = [tiles[start : start + ONNX_BATCH] for start in range(0, len(tiles), ONNX_BATCH)]
+        step = max(ONNX_BATCH, _ONNX_PX // (tiles.shape[1] * tiles.shape[2]))
+        parts = [tiles[start : start + step] for start in range(0, len(tiles), step)]
         return np.concatenate([session.run(["embedding"], {"tiles": part})[0] for part in parts])
 
     return run

@@ -13,6 +13,7 @@ from stimage_sd.models import (  # noqa: F401
     _combined,
     _finetuned,
     _gene_classifier,
+    _instance_model,
     _nb,
 )
 from stimage_sd.models._files import model_from, read_model

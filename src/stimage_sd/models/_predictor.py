@@ -27,6 +27,18 @@ def spot_sd(model: Predictor) -> float:
     return float(getattr(model, "spot_sd", 0.0))
 
 
+def predicts_on(model: Predictor) -> str:
+    """Return what a model predicts beside tiles, ``"nuclei"`` or ``"grid"``, or ``"tiles"`` for tiles only."""
+    made: Any = model
+    return str(getattr(getattr(made, "base", made), "on", "tiles"))
+
+
+def n_per_unit(model: Predictor) -> float:
+    """Return the mean number of nuclei or squares of a training spot."""
+    made: Any = model
+    return float(getattr(made, "base", made).n_per_unit)
+
+
 class OpenedSection(Protocol):
     """A section that a model has checked and read.
 
@@ -45,6 +57,19 @@ class OpenedSection(Protocol):
         -------
         r and p, each ``float32 (n_members, n_rows, n_genes)``, with as many members as the model's `member_weights`.
         """
+        ...
+
+
+@runtime_checkable
+class OpenedBags(Protocol):
+    """A section opened by a model whose tiles are sums over nuclei or squares."""
+
+    def background(self) -> np.ndarray:
+        """Return the mean counts of the tiles' backgrounds, ``float32 (n_tiles, n_genes)``."""
+        ...
+
+    def of_instances(self) -> tuple[OpenedSection, np.ndarray]:
+        """Return the nuclei or squares as an opened section, and their rows in the table of embeddings."""
         ...
 
 

@@ -148,7 +148,7 @@ def calibration(
 def _measured(sdata: SpatialData, table: AnnData, genes: Sequence[str] | None, source: contract.Source) -> _Measured:
     if problem := contract.depth_problem(sdata, table):
         raise ValueError(problem)
-    rows, counts = contract.align_to_spots(sdata, table, source)
+    rows, counts = contract.align(sdata, table, source)
     chosen = list(genes) if genes is not None else [gene for gene in table.var_names if gene in counts.var_names]
     for gene in chosen:
         check_gene(table, gene)

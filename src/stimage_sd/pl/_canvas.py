@@ -28,6 +28,8 @@ from stimage_sd.stream.cutting import cut_tile, view_of
 THUMBNAIL = 1500
 #: largest magnification of spots, where neighbors leave room
 LARGEST = 1.6
+#: largest number of nuclei that are drawn in their outlines
+_MOST_OUTLINES = 20_000
 #: lengths of a scale bar, times a power of ten
 ROUND = (1, 2, 5)
 MEASURED, PREDICTED, WARNING = "#4c72b0", "#dd8452", "#c44e52"
@@ -189,6 +191,47 @@ def draw_tiles(
             width, width, np.zeros(len(positions)), units="xy", offsets=positions, offset_transform=ax.transData
         )
     drawn.set(array=values, cmap=colors.cmap, norm=colors.norm(values), linewidth=0, zorder=2)
+    if colors.alpha is not None:
+        drawn.set_alpha(colors.alpha)
+    ax.add_collection(drawn, autolim=False)
+    return drawn
+
+
+def draw_rows(
+    ax: Axes, sdata: SpatialData, table: AnnData, rows: np.ndarray, values: np.ndarray, *, colors: Colors
+) -> Collection:
+    """Draw colored rows of a table of predictions: tiles, or the visible nuclei or squares in their outlines.
+
+    Parameters
+    ----------
+    ax
+        Axes to draw on, with the limits of the map.
+    sdata
+        The section.
+    table, rows
+        Predictions, and the rows to draw.
+    values
+        One value per row, ``(n,)``.
+    colors
+        Color settings.
+    """
+    places = contract.places(sdata, table)[rows]
+    if contract.about_instances(table) is None:
+        return draw_tiles(ax, sdata, places, values, colors=colors)
+    low, high = np.sort([ax.get_xlim(), ax.get_ylim()], axis=1).T
+    seen = np.flatnonzero(((places >= low) & (places <= high)).all(axis=1))
+    shown = table[rows[seen]]
+    drawn: Collection
+    if len(seen) <= _MOST_OUTLINES:
+        rings = (np.asarray(shape.exterior.coords) for shape in contract.instance_outlines(sdata, shown))
+        drawn = PolyCollection(list(rings), alpha=0.9)
+    else:
+        width = np.sqrt(4 / np.pi * contract.instance_areas(sdata, shown))
+        drawn = EllipseCollection(
+            width, width, np.zeros(len(width)), units="xy", offsets=places[seen], offset_transform=ax.transData
+        )
+    values = values[seen]
+    drawn.set(array=values, cmap=colors.cmap, norm=colors.norm(values), linewidth=0, zorder=2, rasterized=True)
     if colors.alpha is not None:
         drawn.set_alpha(colors.alpha)
     ax.add_collection(drawn, autolim=False)

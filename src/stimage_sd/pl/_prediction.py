@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, column, draw_tiles
+from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, column, draw_rows
 from stimage_sd.pl._cells import Zoom
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.pl._maps import draw_background, draw_nothing, map_size, names_of
@@ -45,6 +45,8 @@ def prediction(
     return_fig: bool = False,
 ) -> np.ndarray | Figure:
     """Draw measured values and predicted means of genes over the H&E, as log1p.
+
+    Tables of predictions of nuclei or squares (`key`) are drawn in their outlines, which a `zoom` shows best.
 
     The measured values are the section's counts, or the gene's protein after
     ``stimage_sd.tl.evaluate(..., against="proteins")``.
@@ -113,13 +115,15 @@ def prediction(
     for name in genes:
         check_gene(table, name)
     measured = _measured(sdata, table, genes, contract.Source(table_key, layer))
-    positions = contract.tile_geometry(sdata, table).centers
+    positions = contract.places(sdata, table)
     size = map_size(sdata, positions, width=5.2 if len(genes) == 1 else 4.4, below=0.95, zoom=zoom)
     columns = 2 if measured else 1
     axes = sheet.panels(len(genes) * columns, size=size, columns=columns if measured else _IN_A_ROW)
     draw = partial(
-        _map, sdata=sdata, shown=positions, colors=colors, zoom=zoom, img_alpha=img_alpha, image_key=image_key
-    )
+        _map, sdata=sdata, table=table, shown=positions, colors=colors, zoom=zoom, img_alpha=img_alpha,
+        image_key=image_key,
+    )  # fmt: skip
+    every = np.arange(table.n_obs)
     grid = axes.reshape(len(genes), columns)
     for panels, name in zip(grid, genes, strict=True):
         predicted = np.log1p(column(table, name))
@@ -128,10 +132,10 @@ def prediction(
             rows, observed, unit = measured[name]
             correlation = float(pearson(predicted[rows, None], observed[:, None])[0])
             heading += f" (Pearson r = {correlation:.2f})" if np.isfinite(correlation) else " (r undefined: constant)"
-            draw(panels[0], positions[rows], observed, label=f"log(1 + {unit})", title=f"{name}, observed")
+            draw(panels[0], rows, observed, label=f"log(1 + {unit})", title=f"{name}, observed")
         elif measured:
             draw_nothing(panels[0], f"{name} was not measured")
-        draw(panels[-1], positions, predicted, label="log(1 + predicted mean count)", title=heading)
+        draw(panels[-1], every, predicted, label="log(1 + predicted mean count)", title=heading)
     return sheet.done(axes if isinstance(gene, str) else grid)
 
 
@@ -139,12 +143,15 @@ def _measured(
     sdata: SpatialData, table: AnnData, genes: Sequence[str], source: contract.Source
 ) -> dict[str, tuple[np.ndarray, np.ndarray, str]]:
     """Return for each gene the rows of tiles on spots, log1p of the measured values, and their unit."""
-    if "spot_id" not in table.obs or not (contract.has_units(sdata) or source.table is not None):
+    about = contract.about_instances(table)
+    on_spots = about is None and "spot_id" in table.obs
+    of_cells = about is not None and contract.has_cells(sdata, source.table)
+    if not (on_spots or of_cells) or not (contract.has_units(sdata) or source.table is not None):
         return {}
     against = table.uns.get("evaluation", {}).get("against")
     if against is None:
         against = "counts" if contract.has_counts(sdata) else "proteins"
-    rows, units = contract.align_to_spots(sdata, table, source, against=against)
+    rows, units = contract.align(sdata, table, source, against=against)
     measured = {}
     for gene in genes:
         name = str(table.var["measured"][gene]) if against == "proteins" and "measured" in table.var else gene
@@ -157,10 +164,11 @@ def _measured(
 
 def _map(
     ax: Axes,
-    positions: np.ndarray,
+    rows: np.ndarray,
     values: np.ndarray,
     *,
     sdata: SpatialData,
+    table: AnnData,
     shown: np.ndarray,
     colors: Colors,
     zoom: Zoom | None,
@@ -170,6 +178,6 @@ def _map(
     title: str,
 ) -> None:
     draw_background(ax, sdata, shown, image_key=image_key, img_alpha=img_alpha, zoom=zoom)
-    drawn = draw_tiles(ax, sdata, positions, values, colors=colors)
+    drawn = draw_rows(ax, sdata, table, rows, values, colors=colors)
     add_color_bar(ax, drawn, label)
     ax.set_title(title, fontsize=11)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, column, draw_tiles
+from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, column, draw_rows
 from stimage_sd.pl._cells import Zoom
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.pl._maps import draw_background, map_size, names_of
@@ -100,7 +100,7 @@ def uncertainty(
     genes = names_of(gene)
     for name in genes:
         check_gene(table, name)
-    positions = contract.tile_geometry(sdata, table).centers
+    positions, every = contract.places(sdata, table), np.arange(table.n_obs)
     size = map_size(sdata, positions, width=4.0, below=0.95, zoom=zoom)
     axes = sheet.panels(_MAPS * len(genes), size=size, columns=_MAPS)
     grid = axes.reshape(len(genes), _MAPS)
@@ -109,7 +109,7 @@ def uncertainty(
             zip(panels, _maps(table, name).items(), strict=True)
         ):
             draw_background(panel, sdata, positions, image_key=image_key, img_alpha=img_alpha, zoom=zoom)
-            drawn = draw_tiles(panel, sdata, positions, values, colors=colors if index else mean_colors)
+            drawn = draw_rows(panel, sdata, table, every, values, colors=colors if index else mean_colors)
             add_color_bar(panel, drawn, label)
             panel.set_title(heading, fontsize=11)
     return sheet.done(axes if isinstance(gene, str) else grid)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,21 +12,28 @@ from stimage_sd import contract
 from stimage_sd.models._extractor import ONNX_BATCH, Extractor
 from stimage_sd.models._extractors import get_extractor
 from stimage_sd.pp._context import spatial_context
+from stimage_sd.pp._embed_instances import FIELDS_UM, embed_instances
 from stimage_sd.stream.driver import TileJob, run_over_images
+
+#: default fields of view of tiles, as multiples of their side
+_FIELDS = (1.0, 2.0, 4.0)
 
 
 def embed(
     data: SpatialData | contract.Cohort,
     extractor: str | Extractor = "efficientnet_lite0_stages",
     *,
-    fields_of_view: Sequence[float] = (1.0, 2.0, 4.0),
+    on: contract.On = "tiles",
+    fields_of_view: Sequence[float] | None = None,
     context_rings: int = 1,
+    square_um: float = 16.0,
+    shapes_key: str | None = None,
     weights: str | Path | None = None,
     batch_size: int | None = None,
     image_key: str | None = None,
     n_jobs: int | None = None,
 ) -> None:
-    """Compute a feature vector per tile with a pretrained network.
+    """Compute a feature vector per tile, nucleus or square of a fine grid with a pretrained network.
 
     Parameters
     ----------
@@ -36,17 +42,25 @@ def embed(
         the last tiles of a section. A section is written when it is complete.
     extractor
         Name of a registered extractor (see `stimage_sd.models.extractors`), or an `Extractor`.
+    on
+        ``"tiles"``, ``"nuclei"`` (`segment_nuclei`, or other shapes) or ``"grid"`` (squares side by side over the
+        tissue). Nuclei and squares are embedded where there are tiles, whose embeddings models of nuclei need as well.
     fields_of_view
-        Sides of the squares that are embedded around a tile's center, as multiples of the tile's side. Their embeddings
-        are concatenated. The paper uses ``(1.0,)``. The wider squares show the surroundings and raise accuracy (docs,
-        "Design decisions").
+        Sides of the squares that are embedded around a center. Their embeddings are concatenated. Of tiles, they are
+        multiples of the tile's side, by default ``(1.0, 2.0, 4.0)``. The paper uses ``(1.0,)``. The wider squares show
+        the surroundings and raise accuracy (docs, "Design decisions"). Of nuclei and squares, they are micrometers, by
+        default 12 and 40.
     context_rings
-        Number of rings of neighboring tiles whose mean embedding is stored as well (see `spatial_context`). 0 stores
-        none.
+        For tiles: number of rings of neighboring tiles whose mean embedding is stored as well (see `spatial_context`).
+        0 stores none.
+    square_um
+        For ``on="grid"``: side of the squares, µm.
+    shapes_key
+        For ``on="nuclei"``: name of the nuclei's shapes, by default ``"nuclei"``.
     weights
         Weights file, if the weights are not found automatically.
     batch_size
-        Tiles per batch. By default 32, or fewer for few tiles.
+        Tiles per batch. By default 32, or fewer for few tiles, and 128 nuclei.
     image_key
         The image that tiles are cut from. By default the stain-normalized H&E if it exists, else the H&E.
     n_jobs
@@ -59,12 +73,16 @@ def embed(
     Nothing. Writes ``tables["tiles"].obsm["X_<extractor>"]``, ``float32 (n_tiles, n_fields * n_features)``, and the
     settings to ``uns["embeddings"]``. An interrupted run resumes where it stopped.
 
+    For nuclei and squares, the table is ``tables["nuclei_features"]`` or ``tables["grid_features"]``, which annotates
+    the nuclei, or the squares in ``shapes["grid_squares"]``.
+
     Raises
     ------
     KeyError
-        If a section was not tiled. No section is embedded then.
+        If a section was not tiled, or has no nuclei. No section is embedded then.
     ValueError
-        If a field of view is not positive, or `context_rings` is negative.
+        If a field of view is not positive, or `context_rings` is negative. For nuclei and squares, if the resolution is
+        unknown, or none lies near a tile.
 
     Examples
     --------
@@ -76,13 +94,25 @@ def embed(
     >>> section.tables["tiles"].obsm["X_efficientnet_lite0_stages"].shape
     (30, 176)
     """
-    fields = [float(field) for field in fields_of_view]
+    if on not in ("tiles", "nuclei", "grid"):
+        raise ValueError(f'Expected `on` to be "tiles", "nuclei" or "grid", found {on!r}.')
+    usual = _FIELDS if on == "tiles" else FIELDS_UM
+    fields = [float(field) for field in (usual if fields_of_view is None else fields_of_view)]
     if not fields or min(fields) <= 0:
-        raise ValueError(f"Expected `fields_of_view` as positive multiples of the tile's side, found {fields}.")
+        raise ValueError(f"Expected `fields_of_view` to be positive lengths, found {fields}.")
+    if not square_um > 0:
+        raise ValueError(f"Expected `square_um` to be positive, found {square_um}.")
     if context_rings < 0:
         raise ValueError(f"Expected `context_rings` of at least 0, found {context_rings}.")
     network = get_extractor(extractor, weights=weights) if isinstance(extractor, str) else extractor
-    sections = list(contract.sections(data).values())
+    cohort = contract.sections(data)
+    if on != "tiles":
+        embed_instances(
+            cohort, network, on=on, fields_um=fields, square_um=square_um, shapes_key=shapes_key,
+            batch_size=batch_size, image_key=image_key, n_jobs=n_jobs,
+        )  # fmt: skip
+        return
+    sections = list(cohort.values())
     jobs = [_job(sdata, network, fields, image_key=image_key, batch_size=batch_size) for sdata in sections]
     label = contract.sample(sections[0]) if len(sections) == 1 else f"{len(sections)} sections"
     results = run_over_images(jobs, n_jobs=n_jobs, description=f"{label}: {network.name}")
@@ -125,7 +155,7 @@ def _write(
         input_px=target,
         weights_hash=network.weights_hash,
         fields_of_view=fields,
-        stain=_stain(sdata, image),
+        stain=contract.stain_of(sdata, image),
     )
     contract.record(sdata, "pp.embed", extractor=network.name, fields_of_view=fields, image=image)
 
@@ -137,9 +167,3 @@ def _batch_size(network: Extractor, n_tiles: int) -> int:
     number does not depend on the machine, so that a run can be resumed on another machine.
     """
     return min(32, ONNX_BATCH * max(1, n_tiles // 128)) if network.is_recordable else 32
-
-
-def _stain(sdata: SpatialData, image: str) -> str:
-    """Return the stain normalization of the embedded image as JSON, or an empty string without one."""
-    section = contract.info(sdata)
-    return json.dumps(section["stain"]) if section.get("normalized_image") == image else ""

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd._cache import cache_dir, keep_compiled
 from stimage_sd._files import scratch
-from stimage_sd.likelihood import mean_only
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import get_extractor
 from stimage_sd.models._features import Standardize
@@ -27,20 +25,11 @@ from stimage_sd.tl._fit.finetune_run import Run
 from stimage_sd.tl._fit.finetuning import PixelData, Settings
 from stimage_sd.tl._fit.fit_nb import check_options
 from stimage_sd.tl._fit.held_out_level import with_interval_level
-from stimage_sd.tl._fit.seen import check_different, fingerprints
+from stimage_sd.tl._fit.seen import check_different
 from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.tile_store import TileStore
 from stimage_sd.tl._fit.training import TrainingData
-from stimage_sd.tl._fit.training_set import (
-    check_measured,
-    checked_genes,
-    counted_genes,
-    depths,
-    kept_centers,
-    measured_counts,
-    validation_sections,
-    versions,
-)
+from stimage_sd.tl._fit.training_set import Spots, checked_genes
 
 
 def finetune_nb(
@@ -174,7 +163,7 @@ def finetune_nb(
     check_different(cohort, source)
     known = contract.patients(cohort, patients)
     exposure = None if size_factors is not None else exposure
-    spots = _Spots.read(cohort, checked_genes(cohort, genes, source), size_factors, exposure, source)
+    spots = Spots.read(cohort, checked_genes(cohort, genes, source), size_factors, exposure, source)
     held_out = held_out_tiles(spots.sections, spots.positions, validation, n_members=1, seed=seed, patients=known)
     with scratch(cache_dir() / "finetune") as folder:
         pixels = PixelData(
@@ -194,26 +183,21 @@ def finetune_nb(
         genes=spots.genes, tiles=tiles, features=space, head=head,
         parameters={name: np.asarray(array) for name, array in run.best.head.items()}, floor=spots.floor,
         total=spots.total,
-        training={
-            "sections": list(spots.rows),
-            "patients": known,
-            "fingerprints": fingerprints(cohort, spots.genes, source),
-            "n_tiles": len(spots.sections),
-            "n_counted": spots.n_counted,
-            "validation": validation_sections(spots.sections, held_out),
-            "seed": seed,
-            "options": {
+        training=spots.record(
+            cohort, held_out, run.history, patients=known, source=source, seed=seed,
+            options={
                 **asdict(settings), "size_factors": size_factors, "exposure": exposure,
                 "n_components": n_components, "max_epochs": max_epochs, "patience": patience,
             },
-            "metrics": {"validation_nll": [run.best_loss], "best_epoch": [run.best_epoch]},
-            "versions": versions(),
-            "history": {key: [row[key] for row in run.history] for key in run.history[0]},
-        },
+        ),
     )  # fmt: skip
     data_again = TrainingData(reduced, spots.counts, spots.factors, np.zeros(0), held_out)
-    heads = with_interval_level(heads, reduced, data_again, spots.sections, known)
-    return FinetunedModel.of(heads, run.tuning.module(run.best.network))
+
+    def r_and_p(rows: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return heads.r_and_p(reduced[rows], members=members)
+
+    leveled = with_interval_level(heads, r_and_p, data_again, spots.sections, known)
+    return FinetunedModel.of(leveled, run.tuning.module(run.best.network))
 
 
 def _check_more(unfreeze: str | None, **rates: float) -> None:
@@ -247,44 +231,7 @@ def _common_tiles(cohort: Mapping[str, SpatialData], network: Extractor, input_p
     )
 
 
-@dataclass(frozen=True)
-class _Spots:
-    """Measurements on the tiles of a cohort, in the order of sections."""
-
-    genes: tuple[str, ...]
-    rows: dict[str, np.ndarray]
-    sections: np.ndarray
-    positions: np.ndarray
-    counts: sp.csr_matrix
-    factors: np.ndarray
-    floor: np.ndarray
-    total: float | None
-    n_counted: int
-
-    @classmethod
-    def read(
-        cls, cohort: Mapping[str, SpatialData], genes: list[str], size_factors: str | None, exposure: str | None,
-        source: contract.Source,
-    ) -> _Spots:  # fmt: skip
-        counted, n_counted = counted_genes(cohort, source) if exposure is not None else (None, 0)
-        measured = {name: measured_counts(sdata, genes, source, counted) for name, sdata in cohort.items()}
-        check_measured({name: block for name, (_, block, _) in measured.items()})
-        counts = sp.vstack([block for _, block, _ in measured.values()]).tocsr()
-        median, factors = depths([total for _, _, total in measured.values()], size_factors, exposure)
-        return cls(
-            genes=tuple(genes),
-            rows={name: rows for name, (rows, _, _) in measured.items()},
-            sections=np.repeat(list(measured), [len(rows) for rows, _, _ in measured.values()]),
-            positions=np.concatenate([kept_centers(cohort[name])[rows] for name, (rows, _, _) in measured.items()]),
-            counts=counts,
-            factors=factors.astype(np.float32),
-            floor=mean_only.floor(counts, factors),
-            total=median,
-            n_counted=n_counted,
-        )
-
-
-def _cut(cohort: Mapping[str, SpatialData], spots: _Spots, tiles: TileSpecification, path: Path) -> TileStore:
+def _cut(cohort: Mapping[str, SpatialData], spots: Spots, tiles: TileSpecification, path: Path) -> TileStore:
     store = TileStore(path, n_tiles=len(spots.sections), side_px=tiles.input_px)
     first = 0
     for name, sdata in cohort.items():
@@ -302,7 +249,7 @@ def _cut(cohort: Mapping[str, SpatialData], spots: _Spots, tiles: TileSpecificat
 
 
 def _fingerprint(
-    network: Extractor, tiles: TileSpecification, spots: _Spots, pixels: PixelData, settings: Settings,
+    network: Extractor, tiles: TileSpecification, spots: Spots, pixels: PixelData, settings: Settings,
     n_components: int, standardize: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Return the settings that a resumed run must share with the first."""

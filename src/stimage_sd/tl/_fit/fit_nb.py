@@ -7,38 +7,30 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd._cache import keep_compiled
-from stimage_sd.likelihood import mean_only
 from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._features import FeatureSpace, Standardize
+from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._nb import HeadName, NBModel
 from stimage_sd.models._specification import common_specification, extractor_names, features
 from stimage_sd.nn.sharding import shard_members
+from stimage_sd.tl._fit.fit_instances import fit_on_instances
 from stimage_sd.tl._fit.held_out_level import with_interval_level
-from stimage_sd.tl._fit.seen import check_different, fingerprints
+from stimage_sd.tl._fit.seen import check_different
 from stimage_sd.tl._fit.shared_patterns import find_patterns
 from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.training import TrainingData, train
-from stimage_sd.tl._fit.training_set import (
-    check_measured,
-    checked_genes,
-    counted_genes,
-    depths,
-    kept_centers,
-    measured_counts,
-    validation_sections,
-    versions,
-)
+from stimage_sd.tl._fit.training_set import Spots, bootstrap, checked_genes
 
 
 def fit_nb(
     data: SpatialData | contract.Cohort,
     *,
     genes: Sequence[str],
+    on: contract.On = "tiles",
     extractor: str | Sequence[str] = "efficientnet_lite0_stages",
     head: HeadName = "paper",
     n_members: int = 10,
@@ -57,8 +49,8 @@ def fit_nb(
     table_key: str | None = None,
     layer: str | None = None,
     seed: int = 0,
-) -> NBModel:
-    """Fit a negative binomial per gene to the embeddings of tiles on spots.
+) -> NBModel | InstanceModel:
+    """Fit a negative binomial per gene to the embeddings of tiles on spots, or of the nuclei in them.
 
     Each member of the ensemble trains on a bootstrap sample of the training tiles. Early stopping uses sections
     held out from that member. The held-out sections rotate among members, so the whole ensemble learns from all
@@ -70,6 +62,11 @@ def fit_nb(
         A section or a cohort of sections with counts. All sections must be tiled and embedded in the same way.
     genes
         Genes to learn. Every section must have measured all of them (`stimage_sd.pp.select_genes`).
+    on
+        ``"tiles"``: one distribution per tile. ``"nuclei"`` or ``"grid"``: one per nucleus, or square of a fine grid,
+        learned from spots: a spot's counts have the distribution of the sum over its nuclei, and of the background that
+        no nucleus covers. Both tiles and nuclei must be embedded (``pp.embed(on=)``). Where tiles are not on spots but
+        a grid, the counts of cells or bins are learned directly. A cohort may hold sections of both kinds.
     extractor
         Extractor whose embeddings are used. The embeddings of several extractors are concatenated with equal weight.
         Neighbor embeddings (`pp.spatial_context`) are used where they were computed.
@@ -118,19 +115,22 @@ def fit_nb(
 
     Returns
     -------
-    The fitted model.
+    The fitted model. With ``on="nuclei"`` or ``"grid"``, it predicts tiles as every model, and also nuclei or squares
+    (``tl.predict(on=)``), which add up to the tiles.
 
     Raises
     ------
     KeyError
         If a section was not embedded or lacks some of the genes.
     ValueError
-        If sections were prepared differently, or an option is out of range.
+        If sections were prepared differently, or an option is out of range. With nuclei or squares, also if `extractor`
+        is not one name, `rank` is `None`, `head` is not ``"paper"`` or size factors are given.
 
     Notes
     -----
-    Paper, sections 2.3 (Eq. 2 to 6) and 2.4. The docs ("Design decisions") list the defaults that were chosen on
-    held-out training sections, with the gain of each.
+    Paper, sections 2.3 (Eq. 2 to 6) and 2.4. The sum of independent NB(r_i, p) is NB(sum of r_i, p), so nuclei that
+    share the p of their spot are learned from spots by the exact likelihood. The docs ("Design decisions") list the
+    defaults that were chosen on held-out training sections, with the gain of each.
 
     Examples
     --------
@@ -155,32 +155,37 @@ def fit_nb(
             "Expected `learning_rate` to be positive and `weight_decay` to be no less than 0, found "
             f"{learning_rate} and {weight_decay}."
         )
-    embeddings = [common_specification(cohort, name) for name in extractor_names(extractor)]
     genes = checked_genes(cohort, genes, source)
     check_different(cohort, source)
     known = contract.patients(cohort, patients)
+    options: dict[str, Any] = {
+        "size_factors": size_factors, "exposure": None if size_factors is not None else exposure,
+        "n_components": n_components, "rank": rank, "max_epochs": max_epochs, "batch_size": batch_size,
+        "learning_rate": learning_rate, "weight_decay": weight_decay, "patience": patience,
+    }  # fmt: skip
+    if on != "tiles":
+        return fit_on_instances(
+            cohort, on=on, genes=genes, extractor=extractor, head=head, n_members=n_members, validation=validation,
+            patients=known, standardize=standardize, source=source, seed=seed, options=options,
+        )  # fmt: skip
+    embeddings = [common_specification(cohort, name) for name in extractor_names(extractor)]
     blocks = {name: [features(sdata, tiles) for tiles in embeddings] for name, sdata in cohort.items()}
     widths = [block.shape[1] for block in next(iter(blocks.values()))]
     embedded = {name: np.concatenate(each, axis=1) for name, each in blocks.items()}
     del blocks
     space = FeatureSpace.fit(embedded, n_components=n_components, standardize=standardize, seed=seed, widths=widths)
-    exposure = None if size_factors is not None else exposure
-    counted, n_counted = counted_genes(cohort, source) if exposure is not None else (None, 0)
-    measured = {name: measured_counts(sdata, genes, source, counted) for name, sdata in cohort.items()}
-    check_measured({name: block for name, (_, block, _) in measured.items()})
-    reduced = np.concatenate([space.reduce(embedded[name])[rows] for name, (rows, _, _) in measured.items()])
+    spots = Spots.read(cohort, genes, size_factors, options["exposure"], source)
+    reduced = np.concatenate([space.reduce(embedded[name])[rows] for name, rows in spots.rows.items()])
     del embedded
-    counts = sp.vstack([block for _, block, _ in measured.values()]).tocsr()
-    median, factors = depths([total for _, _, total in measured.values()], size_factors, exposure)
-    floor = mean_only.floor(counts, factors)
-    sections = np.repeat(list(measured), [len(rows) for rows, _, _ in measured.values()])
-    positions = np.concatenate([kept_centers(cohort[name])[rows] for name, (rows, _, _) in measured.items()])
-    held_out = held_out_tiles(sections, positions, validation, n_members=n_members, seed=seed, patients=known)
-    patterns = find_patterns(reduced, counts, factors, held_out, rank=rank) if rank is not None else None
+    held_out = held_out_tiles(
+        spots.sections, spots.positions, validation, n_members=n_members, seed=seed, patients=known
+    )
+    patterns = find_patterns(reduced, spots.counts, spots.factors, held_out, rank=rank) if rank is not None else None
+    options["rank"] = None if patterns is None else patterns.rank
     seen = reduced if patterns is None else patterns.project(reduced)
-    training_data = TrainingData(seen, counts, factors.astype(np.float32), _bootstrap(~held_out, seed=seed), held_out)
+    training_data = TrainingData(seen, spots.counts, spots.factors, bootstrap(~held_out, seed=seed), held_out)
     keep_compiled()
-    initial = HEADS[head].initial(jax.random.key(seed), floor[0], floor[1], n_members, seen.shape[-1])
+    initial = HEADS[head].initial(jax.random.key(seed), spots.floor[0], spots.floor[1], n_members, seen.shape[-1])
     parameters, history = train(
         head, shard_members(initial), training_data, max_epochs=max_epochs, batch_size=batch_size,
         learning_rate=learning_rate, weight_decay=weight_decay, patience=patience, seed=seed,
@@ -192,29 +197,16 @@ def fit_nb(
         features=space,
         head=head,
         parameters={name: np.asarray(array) for name, array in parameters.items()},
-        floor=floor,
-        total=median,
+        floor=spots.floor,
+        total=spots.total,
         patterns=patterns,
-        training={
-            "sections": list(measured),
-            "patients": known,
-            "fingerprints": fingerprints(cohort, genes, source),
-            "n_tiles": len(reduced),
-            "n_counted": n_counted,
-            "validation": validation_sections(sections, held_out),
-            "seed": seed,
-            "options": {
-                "size_factors": size_factors, "exposure": exposure,
-                "n_components": n_components, "rank": None if patterns is None else patterns.rank,
-                "max_epochs": max_epochs, "batch_size": batch_size, "learning_rate": learning_rate,
-                "weight_decay": weight_decay, "patience": patience,
-            },
-            "metrics": _metrics(history),
-            "versions": versions(),
-            "history": {key: [row[key] for row in history] for key in history[0]},
-        },
-    )  # fmt: skip
-    return with_interval_level(model, reduced, training_data, sections, known)
+        training=spots.record(cohort, held_out, history, patients=known, source=source, seed=seed, options=options),
+    )
+
+    def r_and_p(rows: np.ndarray, members: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        return model.r_and_p(reduced[rows], members=members)
+
+    return with_interval_level(model, r_and_p, training_data, spots.sections, known)
 
 
 def check_options(
@@ -232,19 +224,3 @@ def check_options(
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"Expected `{name}` of at least 1, found {value}.")
-
-
-def _bootstrap(seen: np.ndarray, *, seed: int) -> np.ndarray:
-    """Draw each member's training tiles with replacement and count the draws per tile."""
-    random = np.random.default_rng([seed, 1])
-    return np.stack([random.multinomial(member.sum(), member / member.sum()) for member in seen]).astype(np.float32)
-
-
-def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the best epoch and its validation loss per member."""
-    members = sorted({row["member"] for row in history})
-    best = [min((row for row in history if row["member"] == m), key=lambda row: row["validation_nll"]) for m in members]
-    return {
-        "validation_nll": [row["validation_nll"] for row in best],
-        "best_epoch": [row["epoch"] for row in best],
-    }

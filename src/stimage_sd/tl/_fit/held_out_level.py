@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import scipy.optimize
@@ -15,6 +15,7 @@ from stimage_sd.likelihood.intervals import mixture_interval
 from stimage_sd.likelihood.mixture_moments import MixtureMoments, mixture_moments
 from stimage_sd.likelihood.predictive import log_prob, nearest_interval, predictive
 from stimage_sd.likelihood.shifts import HeldOutSums, learn_shifts, patients_of, shift_of, spot_sd
+from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._nb import NBModel
 from stimage_sd.tl._fit.training import TrainingData
 
@@ -36,9 +37,14 @@ class _Block(NamedTuple):
     p: np.ndarray
 
 
+#: gives r and p of some rows of the training tiles by some members, each ``(n_members, n_rows, n_genes)``
+Distributions = Callable[[np.ndarray, list[int]], tuple[np.ndarray, np.ndarray]]
+Model = TypeVar("Model", NBModel, InstanceModel)
+
+
 def with_interval_level(
-    model: NBModel, reduced: np.ndarray, data: TrainingData, sections: np.ndarray, patients: Mapping[str, str]
-) -> NBModel:
+    model: Model, r_and_p: Distributions, data: TrainingData, sections: np.ndarray, patients: Mapping[str, str]
+) -> Model:
     """Set the level at which intervals cover `COVERAGE` of the held-out counts.
 
     With exposure, also learn the shifts of genes, the scale of r, and how much all genes of a spot vary together.
@@ -47,8 +53,8 @@ def with_interval_level(
     ----------
     model
         The fitted heads.
-    reduced
-        Components of the tiles, ``(n_tiles, n_components)``.
+    r_and_p
+        Distributions of tiles by members.
     data
         Counts, depths, and which tiles were held out from which member.
     sections
@@ -56,7 +62,7 @@ def with_interval_level(
     patients
         Patient by section, as far as known.
     """
-    blocks = _held_out(model, reduced, data)
+    blocks = _held_out(model.total is not None, r_and_p, data)
     if model.training["options"]["exposure"] is None:
         return replace(model, interval_level=_level(lambda level: _covered(blocks, data, level)))
     shifts = _shifts(blocks, data, sections, patients)
@@ -113,7 +119,7 @@ def _level(covered: Callable[[float], float]) -> float:
     return float(high)
 
 
-def _held_out(model: NBModel, reduced: np.ndarray, data: TrainingData) -> list[_Block]:
+def _held_out(has_depth: bool, r_and_p: Distributions, data: TrainingData) -> list[_Block]:
     """Return the distributions of held-out tiles, evenly drawn."""
     patterns, pattern_of = np.unique(data.held_out.T, axis=0, return_inverse=True)
     blocks = []
@@ -124,8 +130,8 @@ def _held_out(model: NBModel, reduced: np.ndarray, data: TrainingData) -> list[_
         chosen = np.flatnonzero(members).tolist()
         for start in range(0, len(rows) if chosen else 0, _BLOCK):
             block = rows[start : start + _BLOCK]
-            r, p = model.r_and_p(reduced[block], members=chosen)
-            blocks.append(_Block(block, r, p if model.total is None else depth.at_depth(p, data.size_factors[block])))
+            r, p = r_and_p(block, chosen)
+            blocks.append(_Block(block, r, depth.at_depth(p, data.size_factors[block]) if has_depth else p))
     return blocks
 
 

@@ -22,12 +22,21 @@ import scipy.sparse as sp
 from jax import Array
 from tqdm.auto import tqdm
 
+from stimage_sd.likelihood import instances
 from stimage_sd.likelihood.heads import HEADS, Parameters
+from stimage_sd.tl._fit.bags import BagFeatures
 
 #: number of minibatches per dense block passed to the compiled loop
 _STEPS_PER_BLOCK = 16
 #: number of members trained together on a thread
 _MEMBERS_PER_GROUP = 2
+#: name of the heads that add up nuclei
+INSTANCES = "instances"
+#: log-probabilities summed over genes, by name of the heads
+_LOG_PROB: dict[str, Any] = {
+    **{name: head.summed_log_prob for name, head in HEADS.items()},
+    INSTANCES: instances.summed_log_prob,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class TrainingData:
     ----------
     features
         Inputs of the heads, ``float32 (n_tiles, n_features)``. Or ``(n_members, n_tiles, n_features)`` if features
-        differ between members.
+        differ between members. Or `BagFeatures` for heads of nuclei.
     counts
         ``(n_tiles, n_genes)`` sparse rows.
     size_factors
@@ -49,7 +58,7 @@ class TrainingData:
         ``bool (n_members, n_tiles)``: tiles that a member is validated on.
     """
 
-    features: np.ndarray
+    features: np.ndarray | BagFeatures
     counts: sp.csr_matrix
     size_factors: np.ndarray
     weight: np.ndarray
@@ -60,7 +69,7 @@ class Block(NamedTuple):
     """A sequence of minibatches shared by all members, of which the first `n_steps` count."""
 
     n_steps: Array
-    features: Array
+    features: Any
     counts: Array
     size_factors: Array
     weight: Array
@@ -69,7 +78,7 @@ class Block(NamedTuple):
 class Minibatch(NamedTuple):
     """One minibatch of a block."""
 
-    features: Array
+    features: Any
     counts: Array
     size_factors: Array
     weight: Array
@@ -181,8 +190,7 @@ class _Group:
 
     def judge(self, *, head: str, data: TrainingData, batch_size: int) -> np.ndarray:
         """Return the validation loss per member."""
-        features = data.features if data.features.ndim == 2 else data.features[self.members]
-        own = replace(data, features=features, held_out=data.held_out[self.members])
+        own = replace(data, features=_of_members(data.features, self.members), held_out=data.held_out[self.members])
         return validation_loss(head, self._parameters, own, batch_size=batch_size)
 
     def keep(self, improved: np.ndarray) -> None:
@@ -229,28 +237,36 @@ def _block(data: TrainingData, rows: _Rows, weight: np.ndarray, members: np.ndar
     own = weight[members][:, rows.tiles] * rows.counting
     return Block(
         n_steps=jnp.asarray(rows.n_steps),
-        features=jnp.asarray(_minibatches(data.features, rows.tiles, members)),
+        features=jax.tree.map(jnp.asarray, _minibatches(data.features, rows, members)),
         counts=counts,
         size_factors=jnp.asarray(data.size_factors[rows.tiles]),
         weight=jnp.asarray(np.moveaxis(own, 0, 1).astype(np.float32)),
     )
 
 
-def _minibatches(features: np.ndarray, tiles: np.ndarray, members: np.ndarray | slice) -> np.ndarray:
-    """``(n_steps, [n_members,] n_batch, n_features)``."""
+def _minibatches(features: np.ndarray | BagFeatures, rows: _Rows, members: np.ndarray | slice) -> Any:
+    """``(n_steps, [n_members,] n_batch, n_features)``, or bags with the steps as leading axis."""
+    if isinstance(features, BagFeatures):
+        return features.minibatches(rows.tiles, rows.counting, members)
     if features.ndim == 2:
-        return features[tiles]
-    return np.moveaxis(features[members][:, tiles], 0, 1)
+        return features[rows.tiles]
+    return np.moveaxis(features[members][:, rows.tiles], 0, 1)
+
+
+def _of_members(features: np.ndarray | BagFeatures, members: np.ndarray) -> np.ndarray | BagFeatures:
+    if isinstance(features, BagFeatures):
+        return features.of_members(members)
+    return features if features.ndim == 2 else features[members]
 
 
 def _nll(parameters: Parameters, batch: Minibatch, head: str) -> Array:
     """Return the negative log-likelihood per member, summed over genes and weighted tiles."""
-    log_prob = HEADS[head].summed_log_prob(parameters, batch.features, batch.counts, batch.size_factors)
+    log_prob = _LOG_PROB[head](parameters, batch.features, batch.counts, batch.size_factors)
     return -(log_prob * batch.weight).sum(axis=-1)
 
 
 def _at(block: Block, step: Array) -> Minibatch:
-    return Minibatch(*(array[step] for array in block[1:]))
+    return Minibatch(*jax.tree.map(lambda array: array[step], tuple(block[1:])))
 
 
 @partial(jax.jit, static_argnames=("head", "learning_rate"), donate_argnums=(1,))
@@ -262,7 +278,8 @@ def _run_block(
     def objective(parameters: Parameters, batch: Minibatch) -> tuple[Array, Array]:
         nll = _nll(parameters, batch, head)
         tiles = jnp.maximum(batch.weight.sum(axis=-1), 1.0)
-        prior = 0.5 * decay * (parameters["weight"] ** 2).sum(axis=(1, 2))
+        weights = [array for name, array in parameters.items() if name.startswith("weight")]
+        prior = 0.5 * decay * sum((weight**2).sum(axis=(1, 2)) for weight in weights)
         # members share no parameters, so the gradient of the sum is the gradient of each member
         return (nll / tiles + prior).sum(), nll
 

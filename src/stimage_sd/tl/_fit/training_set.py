@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,8 @@ import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract
-from stimage_sd.likelihood import depth
+from stimage_sd.likelihood import depth, mean_only
+from stimage_sd.tl._fit.seen import fingerprints
 
 
 def checked_genes(cohort: Mapping[str, SpatialData], genes: Sequence[str], source: contract.Source) -> list[str]:
@@ -92,6 +95,110 @@ def check_measured(counts: Mapping[str, sp.csr_matrix]) -> None:
             f"Expected counts of the genes to learn, found zeros only in the sections {list(counts)}. Choose genes "
             "with counts by `stimage_sd.pp.select_genes(cohort)`."
         )
+
+
+@dataclass(frozen=True)
+class Spots:
+    """Measurements on the tiles of a cohort, in the order of sections.
+
+    Attributes
+    ----------
+    genes
+        Names of the genes.
+    rows
+        For each section, rows of its kept tiles.
+    sections
+        Section of each measurement, ``(n,)``.
+    positions
+        Centers, ``float64 (n, 2)`` in pixels.
+    counts
+        ``(n, n_genes)`` sparse.
+    factors
+        Depth of each measurement, ``float32 (n,)``.
+    floor
+        Mean-only fit of each gene, ``(2, n_genes)``.
+    total
+        Median total count, which has depth 1; `None` without depth.
+    n_counted
+        Number of genes that totals are of; 0 without exposure.
+    """
+
+    genes: tuple[str, ...]
+    rows: dict[str, np.ndarray]
+    sections: np.ndarray
+    positions: np.ndarray
+    counts: sp.csr_matrix
+    factors: np.ndarray
+    floor: np.ndarray
+    total: float | None
+    n_counted: int
+
+    @classmethod
+    def read(
+        cls, cohort: Mapping[str, SpatialData], genes: list[str], size_factors: str | None, exposure: str | None,
+        source: contract.Source,
+    ) -> Spots:  # fmt: skip
+        """Read the counts of the kept tiles on spots.
+
+        Raises
+        ------
+        ValueError
+            If there are fewer than two tiles on spots, or only zero counts.
+        """
+        counted, n_counted = counted_genes(cohort, source) if exposure is not None else (None, 0)
+        measured = {name: measured_counts(sdata, genes, source, counted) for name, sdata in cohort.items()}
+        check_measured({name: block for name, (_, block, _) in measured.items()})
+        counts = sp.vstack([block for _, block, _ in measured.values()]).tocsr()
+        median, factors = depths([total for _, _, total in measured.values()], size_factors, exposure)
+        return cls(
+            genes=tuple(genes),
+            rows={name: rows for name, (rows, _, _) in measured.items()},
+            sections=np.repeat(list(measured), [len(rows) for rows, _, _ in measured.values()]),
+            positions=np.concatenate([kept_centers(cohort[name])[rows] for name, (rows, _, _) in measured.items()]),
+            counts=counts,
+            factors=factors.astype(np.float32),
+            floor=mean_only.floor(counts, factors),
+            total=median,
+            n_counted=n_counted,
+        )
+
+    def record(
+        self, cohort: Mapping[str, SpatialData], held_out: np.ndarray, history: list[dict[str, Any]],
+        *, patients: Mapping[str, str], source: contract.Source, seed: int, options: Mapping[str, Any],
+    ) -> dict[str, Any]:  # fmt: skip
+        """Return the record of a fit that a model keeps."""
+        return {
+            "sections": list(self.rows),
+            "patients": dict(patients),
+            "fingerprints": fingerprints(cohort, self.genes, source),
+            "n_tiles": len(self.sections),
+            "n_counted": self.n_counted,
+            "validation": validation_sections(self.sections, held_out),
+            "seed": seed,
+            "options": dict(options),
+            "metrics": _metrics(history),
+            "versions": versions(),
+            "history": {key: [row[key] for row in history] for key in history[0]},
+        }
+
+
+def bootstrap(seen: np.ndarray, *, seed: int) -> np.ndarray:
+    """Draw each member's training tiles with replacement and count the draws per tile."""
+    random = np.random.default_rng([seed, 1])
+    return np.stack([random.multinomial(member.sum(), member / member.sum()) for member in seen]).astype(np.float32)
+
+
+def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the best epoch and its validation loss per member."""
+    members = sorted({row.get("member", 0) for row in history})
+    best = [
+        min((row for row in history if row.get("member", 0) == member), key=lambda row: row["validation_nll"])
+        for member in members
+    ]
+    return {
+        "validation_nll": [row["validation_nll"] for row in best],
+        "best_epoch": [row["epoch"] for row in best],
+    }
 
 
 def kept_centers(sdata: SpatialData) -> np.ndarray:

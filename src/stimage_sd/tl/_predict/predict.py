@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 from urllib.parse import quote
@@ -12,15 +14,13 @@ from urllib.parse import quote
 import anndata as ad
 import dask.array as da
 import numpy as np
-import pandas as pd
 import zarr
 from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
 from stimage_sd import contract
 from stimage_sd._cache import keep_compiled
-from stimage_sd._files import replacing
-from stimage_sd._squidpy import spatial_uns
+from stimage_sd._files import resuming, write_whole
 from stimage_sd._zarr_chunks import WholeStore
 from stimage_sd.likelihood import depth
 from stimage_sd.likelihood.intervals import mixture_interval
@@ -34,18 +34,22 @@ from stimage_sd.tl._cells.predict_cells import predict_cells
 from stimage_sd.tl._fit.held_out_level import COVERAGE
 from stimage_sd.tl._fit.seen import remembered, shift_sd, warn_of_other_patients
 from stimage_sd.tl._predict.predict_classes import predict_classes
+from stimage_sd.tl._predict.targets import open_target
 
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
 #: layer of models fitted with exposure
 SHIFT = "shift"
 #: elements computed at a time (members x tiles x genes), and elements of a chunk on disk (tiles x genes)
 _BLOCK, _CHUNK = 8_000_000, 1_000_000
+#: number of rows at each end that tell models apart
+_ENDS = 4
 
 
 def predict(
     data: SpatialData | contract.Cohort,
     model: Predictor | GeneClassifier | CellClassifier | str | Path,
     *,
+    on: contract.On = "tiles",
     size_factors: Literal["total"] | None = None,
     exposure: float | None = None,
     conformal: bool = True,
@@ -54,7 +58,7 @@ def predict(
     table_key: str | None = None,
     layer: str | None = None,
 ) -> None:
-    """Predict genes on all kept tiles, or nuclei with their cell types, with uncertainty.
+    """Predict genes on all kept tiles, nuclei or squares, or nuclei with their cell types, with uncertainty.
 
     Parameters
     ----------
@@ -63,6 +67,8 @@ def predict(
         classifier, sections need tissue or tiles, but no embeddings.
     model
         A fitted model, or the path of a saved model.
+    on
+        ``"tiles"``, or for a model of nuclei or squares (``fit_nb(on=)``) ``"nuclei"`` or ``"grid"``.
     size_factors
         For a model fitted with size factors. ``"total"`` predicts for the measured depth of each spot, `None` for a
         tile of median depth. Depth multiplies the mean and keeps r. Measured counts can be compared only with
@@ -77,10 +83,11 @@ def predict(
     out
         Folder for gene predictions larger than memory. ``X`` and the layers are then dask arrays over zarr arrays in
         this folder, written one block of tiles at a time, with one subfolder per section. The subfolders must not
-        exist before. They appear once all sections are predicted, and must not be moved afterwards.
+        exist before. They appear once all sections are predicted, and must not be moved afterwards. An interrupted run
+        that is started again computes no block twice.
     key_added
-        Name of the table to write. Default: ``"predictions"`` or ``"gene_classes"``. For cells, the name of the
-        shapes, by default ``"nuclei"``.
+        Name of the table to write. Default: ``"predictions"``, ``"nuclei_predictions"``, ``"grid_predictions"`` or
+        ``"gene_classes"``. For cells, the name of the shapes, by default ``"nuclei"``.
     table_key
         Name of the count table, for `size_factors`.
     layer
@@ -97,6 +104,10 @@ def predict(
     of ``epistemic``. ``var["shift_sd"]`` is the standard deviation of the log of the shift. Intervals are the intervals
     of whole counts whose probability is nearest to 90 %.
 
+    With ``on="nuclei"`` or ``"grid"``, the table annotates the nuclei or squares that lie near a tile. Those with
+    ``obs["in_tile"]`` add up to the mean of their tile ``obs["tile"]``: for nuclei, together with the background that
+    no nucleus covers, which is the layer ``background`` of the tiles' predictions.
+
     ``obs["ood_score"]`` is above 1 for tiles farther from the training tiles than 95 % of the training tiles.
 
     A gene classifier writes ``tables["gene_classes"]`` with ``X`` = probability of High, layer ``high`` = above one
@@ -110,7 +121,8 @@ def predict(
     KeyError
         If a section was not tiled or embedded.
     ValueError
-        If tiles, embeddings or staining differ from the training data. The error names the step to run again.
+        If tiles, embeddings or staining differ from the training data. The error names the step to run again. Also if
+        the model does not predict `on`.
 
     Warns
     -----
@@ -138,6 +150,8 @@ def predict(
     if isinstance(fitted, CellClassifier | GeneClassifier) and (size_factors, exposure) != (None, None):
         option = "exposure" if size_factors is None else "size_factors"
         raise ValueError(f"A classifier predicts no counts, so `{option}` has no meaning for it.")
+    if isinstance(fitted, CellClassifier | GeneClassifier) and on != "tiles":
+        raise ValueError(f"`on={on!r}` is for models of `stimage_sd.tl.fit_nb(..., on={on!r})`.")
     if isinstance(fitted, CellClassifier):
         if out is not None:
             raise ValueError("`out` is for gene predictions. Cells are written to the section only.")
@@ -150,47 +164,42 @@ def predict(
     keep_compiled()
     cohort = contract.sections(data)
     # check all sections before writing any
-    key = key_added or contract.PREDICTIONS
+    key = key_added or contract.predictions_key(on)
+    check_key = contract.check_prediction_key if on == "tiles" else contract.check_instance_key
     for sdata in cohort.values():
-        contract.check_prediction_key(sdata, key)
-    opened = {name: fitted.open(sdata, section=name) for name, sdata in cohort.items()}
+        check_key(sdata, key)
+    targets = {name: open_target(fitted, sdata, on=on, section=name) for name, sdata in cohort.items()}
     folders = {name: _new_folder(out, name) for name in cohort}
     warn_of_other_patients(fitted, cohort)
     level = fitted.interval_level if conformal else COVERAGE
-    kept, factors, found = {}, {}, {}
+    factors, found = {}, {}
     shifts = {name: shift_sd(fitted, sdata) for name, sdata in cohort.items()}
     with ExitStack() as unfinished:  # folders appear once all sections are predicted
         for name, sdata in cohort.items():
-            table = contract.tiles(sdata)
-            kept[name] = table[table.obs["keep"].to_numpy()]
-            spots = size_factors_of(sdata, kept[name], fitted, size_factors, source)
+            target = targets[name]
+            spots = size_factors_of(sdata, target.table, fitted, size_factors, source)
             factors[name] = spots if exposure is None else np.full_like(spots, exposure)
             folder, sd = folders[name], shifts[name]
-            made = None if folder is None else unfinished.enter_context(replacing(folder))
             written = LAYERS if sd is None else (*LAYERS, SHIFT)
-            found[name] = _results((kept[name].n_obs, len(fitted.genes)), written, made)
-            blocks = _blocks(fitted, opened[name], kept[name].n_obs, label=contract.sample(sdata))
+            shape, made = (target.table.n_obs, len(fitted.genes)), None
+            if folder is not None:
+                key_of_run = _fingerprint(fitted, target.opened, shape, written, factors[name], sd, level)
+                made = unfinished.enter_context(resuming(folder, key_of_run))
+            found[name], done = _results(shape, written, made)
+            blocks = _blocks(fitted, target.opened, shape[0], done, label=contract.sample(sdata), unit=target.unit)
             if sd is None:
                 _mixtures(found[name], fitted, blocks, factors[name], level=level)
             else:
                 _shifted(found[name], fitted, blocks, sd, exposure=exposure or 1.0, level=level)
     for name, sdata in cohort.items():
-        folder = folders[name]
+        folder, target, sd = folders[name], targets[name], shifts[name]
         layers = found[name] if folder is None else _lazily(folder, list(found[name]))
-        predictions = ad.AnnData(
-            X=layers.pop("mean"),
-            obs=kept[name].obs.drop(columns=contract.REGION_KEY).copy(),
-            var=pd.DataFrame(
-                {"floor_mean": fitted.floor[0], "floor_dispersion": fitted.floor[1]}, index=list(fitted.genes)
-            ),
-            layers=layers,
-            obsm={"spatial": contract.tile_geometry(sdata, kept[name]).centers.copy()},
-        )
-        if (sd := shifts[name]) is not None:
+        predictions = target.results(sdata, layers, fitted.genes)
+        if sd is not None:
             predictions.var["shift_sd"] = sd
-        predictions.obs["ood_score"] = opened[name].strangeness
+        if target.background is not None:
+            predictions.layers["background"] = np.float32(exposure or 1.0) * target.background
         predictions.obs["size_factor"] = factors[name]
-        predictions.uns["spatial"] = spatial_uns(sdata, spot_diameter_px=contract.tiling(sdata)["side_px"])
         predictions.uns["prediction"] = {
             **fitted.description,
             **({} if fitted.total is None else {"total": fitted.total, "at_measured_depth": size_factors == "total"}),
@@ -201,10 +210,12 @@ def predict(
             # stored as JSON text, since section names may hold characters that store keys may not
             "trained_on_content": json.dumps(remembered(fitted)),
         }
-        contract.write_predictions(sdata, predictions, key=key)
+        write = contract.write_predictions if on == "tiles" else contract.write_instance_predictions
+        write(sdata, predictions, key=key)
         contract.record(
-            sdata, "tl.predict", n_genes=len(fitted.genes), n_members=len(fitted.member_weights), conformal=conformal
-        )
+            sdata, "tl.predict", on=on, n_genes=len(fitted.genes), n_members=len(fitted.member_weights),
+            conformal=conformal,
+        )  # fmt: skip
 
 
 def size_factors_of(
@@ -239,11 +250,52 @@ def check_depth(model: Predictor, size_factors: str | None, exposure: float | No
         raise ValueError(f"Expected `exposure` to be a positive number, found {exposure}.")
 
 
-def _results(shape: tuple[int, int], layers: Sequence[str], folder: Path | None) -> dict[str, Any]:
-    """Allocate the result arrays, in memory or on disk."""
+def _fingerprint(
+    model: Predictor, opened: OpenedSection, shape: tuple[int, int], layers: Sequence[str], factors: np.ndarray,
+    sd: np.ndarray | None, level: float,
+) -> str:  # fmt: skip
+    """Return a hash of what predictions on disk depend on. The first and the last rows stand for the model."""
+    digest = hashlib.sha256(json.dumps([shape, list(layers), list(model.genes), float(level)]).encode())
+    ends = (opened.r_and_p(rows) for rows in (slice(0, _ENDS), slice(max(shape[0] - _ENDS, 0), shape[0])))
+    for array in (*(part for end in ends for part in end), opened.strangeness, factors, *([] if sd is None else [sd])):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Done:
+    """Blocks of rows that are already on disk.
+
+    Attributes
+    ----------
+    path
+        File with their first rows. `None` for results in memory.
+    starts
+        First rows of the blocks.
+    """
+
+    path: Path | None
+    starts: list[int]
+
+    def add(self, start: int) -> None:
+        """Note that a block is on disk."""
+        self.starts.append(start)
+        if self.path is not None:
+            write_whole(self.path, json.dumps(self.starts).encode())
+
+
+def _results(shape: tuple[int, int], layers: Sequence[str], folder: Path | None) -> tuple[dict[str, Any], _Done]:
+    """Allocate the result arrays in memory or on disk, or open those of an interrupted run."""
     names = ("mean", *layers)
     if folder is None:
-        return {name: np.empty(shape, dtype=np.float32) for name in names}
+        return {name: np.empty(shape, dtype=np.float32) for name in names}, _Done(None, [])
+    done = folder.with_name("done.json")
+    try:
+        starts = [int(start) for start in json.loads(done.read_bytes())]
+        group = zarr.open_group(folder, mode="r+")
+        return {name: group[name] for name in names}, _Done(done, starts)
+    except (OSError, ValueError, TypeError, KeyError):  # nothing there, or damaged
+        done.unlink(missing_ok=True)
     group = zarr.open_group(folder, mode="w")
     chunks = (max(1, min(shape[0], _CHUNK // shape[1])), shape[1])
     return {
@@ -251,7 +303,7 @@ def _results(shape: tuple[int, int], layers: Sequence[str], folder: Path | None)
             name, shape=shape, chunks=chunks, dtype=np.float32, config={"write_empty_chunks": True}
         )
         for name in names
-    }
+    }, _Done(done, [])
 
 
 def _lazily(folder: Path, names: Sequence[str]) -> dict[str, da.Array]:
@@ -261,15 +313,17 @@ def _lazily(folder: Path, names: Sequence[str]) -> dict[str, da.Array]:
 
 
 def _blocks(
-    model: Predictor, section: OpenedSection, n_tiles: int, *, label: str
+    model: Predictor, section: OpenedSection, n_rows: int, done: _Done, *, label: str, unit: str
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """Yield blocks of tiles with the r and p of their mixtures."""
+    """Yield blocks of rows that are not done yet with the r and p of their mixtures."""
     # round down to a power of two, since blocks of tiles are padded to one
     step = 1 << max((_BLOCK // (len(model.member_weights) * len(model.genes))).bit_length() - 1, 0)
-    with tqdm(total=n_tiles, desc=f"{label}: predicting", unit="tile") as bar:
-        for start in range(0, n_tiles, step):
-            rows = slice(start, min(start + step, n_tiles))
-            yield rows, *section.r_and_p(rows)
+    with tqdm(total=n_rows, desc=f"{label}: predicting", unit=unit) as bar:
+        for start in range(0, n_rows, step):
+            rows = slice(start, min(start + step, n_rows))
+            if start not in done.starts:
+                yield rows, *section.r_and_p(rows)
+                done.add(start)  # the caller has written the block when it asks for the next
             bar.update(rows.stop - start)
 
 

@@ -22,6 +22,8 @@ from stimage_sd.stats.spatial import morans_i, pattern_iou, pearson, spearman
 from stimage_sd.tl._score.scales import calibration_of_sums, groups_of, sums
 
 Transform = Literal["log1p", "raw", "lognorm"]
+#: nearest nuclei that are neighbors, squidpy's default
+_NEIGHBORS = 6
 METRICS = (
     "pearson",
     "spearman",
@@ -53,7 +55,8 @@ def evaluate(
     Parameters
     ----------
     data
-        A section or a cohort of sections with predictions and counts (or proteins).
+        A section or a cohort of sections with predictions and counts (or proteins). Predictions of nuclei or squares
+        (`key`) are compared with the counts of measured cells or bins on them.
     against
         ``"counts"``: RNA counts of any platform. ``"proteins"``: intensities of the gene's protein, such as from CODEX.
         Coverage and likelihood apply to counts only and are NaN for proteins.
@@ -67,7 +70,7 @@ def evaluate(
         the predicted distribution (`stimage_sd.likelihood.expectation`).
     graph
         Spatial weights, sparse ``(n, n)`` over the predicted tiles on a measured spot. Default: the eight neighbors on
-        a square lattice, or the six neighbors on a hexagonal lattice. Rows are standardized.
+        a square lattice, or the six neighbors on a hexagonal lattice, or the six nearest nuclei. Rows are standardized.
     scale
         `None`: single tiles. A number: every tile together with its neighbors up to so many steps on the graph. A name:
         regions, from this column of the spots' or the tiles' ``obs``. Correlations are then of means over these tiles,
@@ -91,7 +94,7 @@ def evaluate(
     - ``pearson``, ``spearman``: correlation of predicted mean and measurement over tiles;
     - ``morans_i_observed``, ``morans_i_predicted``, ``bivariate_morans_i`` (predicted against neighbors' observed);
     - ``iou``: overlap of the smoothed patterns of high expression (paper, 2.8), NaN with a warning if the tiles are
-      not on a lattice;
+      not on a lattice, and NaN for nuclei;
     - ``coverage``: share of counts inside the 90 % interval;
     - ``nll``: negative log-likelihood per count, under the predictive distribution with its shifts, or without shifts
       under the negative binomial with the predicted mean and total variance;
@@ -139,7 +142,7 @@ def evaluate(
     tables = []
     for name, sdata in contract.sections(data).items():
         predictions = contract.predictions(sdata, key)
-        rows, units = contract.align_to_spots(sdata, predictions, source, against=against)
+        rows, units = contract.align(sdata, predictions, source, against=against)
         measured = measured_names(predictions, units, names or {}, section=name, against=against)
         depth = None if against == "proteins" else _exposure(predictions, rows, units, exposure)
         compared = _taken(sdata, predictions, rows, list(measured), depth)
@@ -221,6 +224,8 @@ class _Predicted(NamedTuple):
         Distributions at the depth of the spots.
     floor_mean, floor_dispersion
         ``float64 (n_genes,)``.
+    on_lattice
+        Whether the rows are tiles or squares, which may lie on a lattice, and not nuclei.
     """
 
     genes: list[str]
@@ -228,17 +233,22 @@ class _Predicted(NamedTuple):
     at_depth: contract.Compared
     floor_mean: np.ndarray
     floor_dispersion: np.ndarray
+    on_lattice: bool
 
 
 def _taken(
     sdata: SpatialData, predictions: ad.AnnData, rows: np.ndarray, genes: list[str], exposure: float | None
 ) -> _Predicted:
-    floors = (predictions.var.loc[genes, name].to_numpy(np.float64) for name in ("floor_mean", "floor_dispersion"))
+    mean, dispersion = (
+        predictions.var.loc[genes, name].to_numpy(np.float64) for name in ("floor_mean", "floor_dispersion")
+    )
     return _Predicted(
         genes,
-        contract.tile_geometry(sdata, predictions).centers[rows],
+        contract.places(sdata, predictions)[rows],
         contract.at_depth_of(predictions, rows, genes, exposure),
-        *floors,
+        mean,
+        dispersion,
+        (contract.about_instances(predictions) or {}).get("on") != "nuclei",
     )
 
 
@@ -260,14 +270,18 @@ def _agreement(
             "morans_i_observed": morans_i(measured, weights),
             "morans_i_predicted": morans_i(predicted, weights),
             "bivariate_morans_i": morans_i(predicted, weights, measured),
-            "iou": pattern_ious(predicted, measured, coordinates),
+            "iou": pattern_ious(predicted, measured, coordinates) if predictions.on_lattice else np.nan,
         },
         index=predictions.genes,
     )
 
 
 def _weights(predictions: _Predicted, graph: sp.spmatrix | None) -> sp.csr_matrix:
-    return neighbor_graph(predictions.coordinates) if graph is None else sp.csr_matrix(graph)
+    if graph is not None:
+        return sp.csr_matrix(graph)
+    if predictions.on_lattice:
+        return neighbor_graph(predictions.coordinates)
+    return neighbor_graph(predictions.coordinates, n_neighbors=min(_NEIGHBORS, len(predictions.coordinates) - 1))
 
 
 def _agreement_of_means(
@@ -296,7 +310,7 @@ def _calibration_of_sums(
 def depth_scores(sdata: SpatialData, source: contract.Source) -> pd.DataFrame:
     """Compute coverage and likelihood of the predictions of a section per gene."""
     predictions = contract.predictions(sdata)
-    rows, units = contract.align_to_spots(sdata, predictions, source)
+    rows, units = contract.align(sdata, predictions, source)
     genes = list(measured_names(predictions, units, {}, section=contract.sample(sdata), against="counts"))
     exposure = contract.measured_exposure(predictions, rows, units)
     return _calibration(_taken(sdata, predictions, rows, genes, exposure), dense(units[:, genes]))

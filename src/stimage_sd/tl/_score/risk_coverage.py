@@ -97,7 +97,7 @@ def risk_coverage(
         predictions = contract.predictions(sdata, key)
         if problem := contract.depth_problem(sdata, predictions):
             raise ValueError(problem)
-        rows, units = contract.align_to_spots(sdata, predictions, source)
+        rows, units = contract.align(sdata, predictions, source)
         genes = list(measured_names(predictions, units, {}, section=name, against="counts"))
         exposure = contract.measured_exposure(predictions, rows, units)
         counts, compared = dense(units[:, genes]), contract.at_depth_of(predictions, rows, genes, exposure)

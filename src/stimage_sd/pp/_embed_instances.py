@@ -1,0 +1,127 @@
+"""Embed nuclei, or the squares of a fine grid, with an extractor, through the tile stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import geopandas as gpd
+import numpy as np
+import pandas as pd
+import shapely
+from numpy.typing import NDArray
+from spatialdata import SpatialData
+
+from stimage_sd import contract
+from stimage_sd.models._extractor import Extractor
+from stimage_sd.stream.driver import TileJob, run_over_images
+
+#: sides of the squares that are embedded around a nucleus, µm: the nucleus, and the cells next to it
+FIELDS_UM = (12.0, 40.0)
+#: side that these squares are resampled to for networks that take any size, px
+_TARGET_PX = 64
+#: nuclei per batch
+_BATCH = 128
+
+
+def embed_instances(
+    cohort: dict[str, SpatialData],
+    network: Extractor,
+    *,
+    on: contract.On,
+    fields_um: Sequence[float],
+    square_um: float,
+    shapes_key: str | None,
+    batch_size: int | None,
+    image_key: str | None,
+    n_jobs: int | None,
+) -> None:
+    """Embed the nuclei or squares of sections; see `stimage_sd.pp.embed`."""
+    target = _TARGET_PX if network.input_size is None else network.input_size
+    names = {name: contract.working_image_name(sdata, image_key) for name, sdata in cohort.items()}
+    mpps = {
+        name: contract.require_mpp(sdata, purpose="fields of view in micrometers", image_key=names[name])
+        for name, sdata in cohort.items()
+    }
+    tables = {}
+    for name, sdata in cohort.items():
+        contract.check_rgb(sdata, names[name])
+        tables[name] = (
+            _nuclei(sdata, shapes_key) if on == "nuclei" else _grid(sdata, square_um, names[name], mpps[name])
+        )
+    jobs = [
+        TileJob(
+            pyramid=contract.levels(sdata, names[name]),
+            centers=contract.places(sdata, tables[name], names[name]),
+            function=network,
+            sides=[field / mpps[name] for field in fields_um],
+            target=target,
+            key=f"{network.name}-{network.weights_hash}",
+            shape=(network.embedding_size,),
+            batch_size=_BATCH if batch_size is None else batch_size,
+        )
+        for name, sdata in cohort.items()
+    ]
+    label = next(iter(cohort)) if len(cohort) == 1 else f"{len(cohort)} sections"
+    results = run_over_images(jobs, n_jobs=n_jobs, description=f"{label}: {network.name} of {on}")
+    for (name, sdata), values in zip(cohort.items(), results, strict=True):
+        about: dict[str, Any] = {
+            "image": names[name],
+            "weights_hash": network.weights_hash,
+            "fields_um": [float(field) for field in fields_um],
+            "input_px": target,
+            "stain": contract.stain_of(sdata, names[name]),
+        }
+        tables[name].obsm[contract.feature_key(network.name)] = values.reshape(len(values), -1)
+        tables[name].uns.setdefault("embeddings", {})[network.name] = about
+        contract.record(
+            sdata, "pp.embed", on=on, extractor=network.name, fields_um=about["fields_um"], image=names[name]
+        )
+
+
+def _nuclei(sdata: SpatialData, shapes_key: str | None) -> Any:
+    """Make the table of the nuclei that lie near a tile."""
+    name = contract.default_nuclei(shapes_key)
+    frame = contract.nuclei(sdata, shapes_key)
+    return _near_tiles(sdata, "nuclei", name, frame.index, shapely.centroid(contract.outlines(frame)), {})
+
+
+def _grid(sdata: SpatialData, square_um: float, image: str, mpp: float) -> Any:
+    """Lay squares side by side over the tissue near tiles, and make their table."""
+    side = square_um / mpp
+    about = {"size_um": float(square_um), "image": image}
+    width, height = contract.image_size(sdata, image)
+    columns, rows = (np.arange(int(extent // side)) for extent in (width, height))
+    if not len(columns) or not len(rows):
+        raise ValueError(f"Squares of {square_um:g} µm are larger than section {contract.sample(sdata)!r}.")
+    centers = (np.stack(np.meshgrid(columns, rows), axis=-1).reshape(-1, 2) + 0.5) * side
+    if contract.has_tissue(sdata):
+        mask, (down_y, down_x) = contract.tissue(sdata, image)
+        at_row, at_column = (
+            np.minimum((centers[:, axis] / down).astype(int), mask.shape[1 - axis] - 1)
+            for axis, down in ((1, down_y), (0, down_x))
+        )
+        centers = centers[mask[at_row, at_column]]
+    squares = shapely.box(*(centers - side / 2).T, *(centers + side / 2).T)
+    frame = gpd.GeoDataFrame(geometry=squares)
+    contract.write_shapes(sdata, frame, name=contract.GRID_SQUARES, image_key=image)
+    points = shapely.centroid(contract.shapes_in_pixels(sdata, contract.GRID_SQUARES).geometry.to_numpy())
+    table = _near_tiles(sdata, "grid", contract.GRID_SQUARES, frame.index, points, about)
+    kept = sdata.shapes[contract.GRID_SQUARES].loc[table.obs[contract.INSTANCE_KEY]]
+    sdata.shapes[contract.GRID_SQUARES] = kept
+    return table
+
+
+def _near_tiles(
+    sdata: SpatialData, on: str, shapes: str, ids: pd.Index, points: NDArray[np.object_], about: dict[str, Any]
+) -> Any:
+    """Write the table of those near a tile."""
+    centers = shapely.get_coordinates(points)
+    inside = ((centers >= 0) & (centers < contract.image_size(sdata))).all(axis=1)
+    inside &= contract.near_tiles(sdata, centers)
+    if not inside.any():
+        raise ValueError(
+            f"None of the {len(centers)} {'nuclei' if on == 'nuclei' else 'squares'} of section "
+            f"{contract.sample(sdata)!r} lies near one of its tiles. Do shapes and tiles lie on the same tissue?"
+        )
+    return contract.write_instances(sdata, on, shapes=shapes, ids=ids[inside], centers=centers[inside], about=about)

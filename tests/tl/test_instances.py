@@ -1,0 +1,204 @@
+"""Nuclei and squares: embedded, learned from spots or cells, predicted, and scored."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import spatialdata as sd
+from spatialdata import SpatialData
+
+import stimage_sd as sti
+from stimage_sd import contract
+from stimage_sd.models import get_extractor
+from stimage_sd.stream.cutting import cut_tile
+from stimage_sd.tl._score.cross_validate import shallow_copy
+
+EXTRACTOR = "efficientnet_lite0_stages"
+
+
+@pytest.fixture(scope="module")
+def section(tmp_path_factory: pytest.TempPathFactory) -> SpatialData:
+    """Xenium cells of four types, with spots over them, tiles and nuclei embedded."""
+    path = tmp_path_factory.mktemp("xenium") / "run"
+    sti.datasets.synthetic_xenium(path, size_um=700, n_genes=6, n_markers=2, pixel_um=0.85)
+    sdata = sti.io.xenium(path, he_image=path / "he_image.ome.tif", sample="one")
+    sti.pp.aggregate(sdata, pitch_um=80)
+    sti.pp.tile(sdata)
+    sti.pp.embed(sdata, fields_of_view=(1.0,))
+    sti.pp.embed(sdata, on="nuclei")
+    sti.pp.embed(sdata, on="grid", square_um=20)
+    return sdata
+
+
+@pytest.fixture(scope="module")
+def genes(section: SpatialData) -> list[str]:
+    return ["IMMUNE_01", "CANCER_EPITHELIAL_01", "STROMAL_01", "SIGNAL001"]
+
+
+@pytest.fixture(scope="module")
+def fits(section: SpatialData, genes: list[str]) -> dict[str, sti.models.InstanceModel]:
+    return {
+        on: sti.tl.fit_nb(section, genes=genes, on=on, n_members=2, max_epochs=20, rank=4) for on in ("nuclei", "grid")
+    }
+
+
+def test_a_nucleus_is_embedded_as_its_square_of_the_image(section: SpatialData):
+    table = section.tables["nuclei_features"]
+    extractor = get_extractor(EXTRACTOR)
+    image = contract.levels(section, contract.image_name(section))[0].to_numpy()
+    centers = contract.places(section, table)
+    inside = np.flatnonzero(((centers > 50) & (centers < np.array(image.shape[:0:-1]) - 50)).all(axis=1))[:5]
+    for row in inside:
+        parts = []
+        for field in (12, 40):
+            side = round(field / 0.5)
+            left, top = np.floor(centers[row] - side / 2 + 0.5 + 1e-6).astype(int)
+            tile = cut_tile(image, top=int(top), left=int(left), side=side, target=64)
+            parts.append(extractor(tile[None])[0])
+        np.testing.assert_allclose(table.obsm[f"X_{EXTRACTOR}"][row], np.concatenate(parts), rtol=1e-3, atol=1e-3)
+
+
+def test_embeddings_do_not_depend_on_workers(section: SpatialData):
+    copy = shallow_copy(section)
+    del copy.tables["nuclei_features"]
+    sti.pp.embed(copy, on="nuclei", n_jobs=1, batch_size=32)
+    np.testing.assert_array_equal(
+        copy.tables["nuclei_features"].obsm[f"X_{EXTRACTOR}"],
+        section.tables["nuclei_features"].obsm[f"X_{EXTRACTOR}"],
+    )
+
+
+@pytest.mark.parametrize("on", ["nuclei", "grid"])
+def test_nuclei_add_up_to_their_spots(section: SpatialData, fits, on: str):
+    sdata = shallow_copy(section)
+    for exposure in (None, 0.3):
+        sti.tl.predict(sdata, fits[on], exposure=exposure)
+        sti.tl.predict(sdata, fits[on], on=on, exposure=exposure)
+        tiles, parts = sdata.tables["predictions"], sdata.tables[f"{on}_predictions"]
+        inside = parts[parts.obs["in_tile"].to_numpy()]
+        summed = np.zeros(tiles.shape)
+        np.add.at(summed, tiles.obs_names.get_indexer(inside.obs["tile"]), np.asarray(inside.X, np.float64))
+        if on == "nuclei":
+            summed += tiles.layers["background"]
+        np.testing.assert_allclose(summed, tiles.X, rtol=2e-5)
+
+
+def test_variances_of_nuclei_add_up_too(section: SpatialData, genes):
+    sdata = shallow_copy(section)
+    model = sti.tl.fit_nb(sdata, genes=genes, on="grid", n_members=2, max_epochs=2, rank=4, exposure=None)
+    sti.tl.predict(sdata, model)
+    sti.tl.predict(sdata, model, on="grid")
+    tiles, parts = sdata.tables["predictions"], sdata.tables["grid_predictions"]
+    inside = parts[parts.obs["in_tile"].to_numpy()]
+    summed = np.zeros(tiles.shape)
+    np.add.at(
+        summed, tiles.obs_names.get_indexer(inside.obs["tile"]), np.asarray(inside.layers["aleatoric"], np.float64)
+    )
+    np.testing.assert_allclose(summed, tiles.layers["aleatoric"], rtol=2e-5)
+
+
+def test_the_table_annotates_the_nuclei_and_survives_the_disk(section: SpatialData, fits, tmp_path: Path):
+    sdata = shallow_copy(section)
+    sti.tl.predict(sdata, fits["nuclei"], on="nuclei")
+    shapes, table = sd.match_element_to_table(sdata, "nuclei", "nuclei_predictions")
+    assert len(shapes["nuclei"]) == table.n_obs == sdata.tables["nuclei_predictions"].n_obs
+    sdata.write(tmp_path / "section.zarr")
+    again = sd.read_zarr(tmp_path / "section.zarr")
+    before = sdata.tables["nuclei_predictions"].X
+    sti.tl.predict(again, fits["nuclei"].save(tmp_path / "nuclei.stimage"), on="nuclei")
+    np.testing.assert_array_equal(again.tables["nuclei_predictions"].X, before)
+
+
+def test_predictions_larger_than_memory(section: SpatialData, fits, tmp_path: Path):
+    sdata, lazy = shallow_copy(section), shallow_copy(section)
+    sti.tl.predict(sdata, fits["nuclei"], on="nuclei")
+    sti.tl.predict(lazy, fits["nuclei"], on="nuclei", out=tmp_path / "out")
+    np.testing.assert_array_equal(lazy.tables["nuclei_predictions"].X.compute(), sdata.tables["nuclei_predictions"].X)
+
+
+def test_cells_are_told_apart_within_spots(section: SpatialData, fits):
+    """Learned from spots alone, a marker is higher in the nuclei of its type."""
+    sdata = shallow_copy(section)
+    contract.activate(sdata, "counts", "counts")
+    sti.tl.predict(sdata, fits["nuclei"], on="nuclei")
+    scores = sti.tl.evaluate(sdata, key="nuclei_predictions", table_key="counts").set_index("gene")
+    assert scores.loc["CANCER_EPITHELIAL_01", "pearson"] > 0.3
+    assert scores["iou"].isna().all()
+    assert scores["coverage"].between(0.6, 1).all()
+    assert scores["morans_i_observed"].notna().all()
+
+
+def test_scores_at_the_spot_and_downstream_steps(section: SpatialData, fits, genes):
+    sdata = shallow_copy(section)
+    sti.tl.predict(sdata, fits["nuclei"])
+    assert sti.tl.evaluate(sdata)["pearson"].notna().all()
+    tiles = sti.tl.fit_nb(sdata, genes=genes, n_members=2, max_epochs=2)
+    both = sti.tl.combine([tiles, fits["nuclei"]])
+    sti.tl.predict(sdata, both)
+    assert sdata.tables["predictions"].uns["prediction"]["n_members"] == 4
+    adapted = sti.tl.adapt(fits["nuclei"], sdata)
+    sti.tl.predict(sdata, adapted)
+    assert sti.tl.sample(sdata, fits["nuclei"], 3).shape == (3, sdata.tables["predictions"].n_obs, len(genes))
+
+
+def test_cells_are_learned_directly_on_a_grid_of_tiles(section: SpatialData, genes):
+    sdata = shallow_copy(section)
+    del sdata.tables["spot_counts"]
+    contract.activate(sdata, "counts", "counts")
+    sti.pp.tile(sdata, layout="grid", size_um=55)
+    sti.pp.embed(sdata, fields_of_view=(1.0,))
+    model = sti.tl.fit_nb(sdata, genes=genes, on="nuclei", n_members=2, max_epochs=10, rank=4)
+    assert model.n_per_unit == 1
+    sti.tl.predict(sdata, model, on="nuclei")
+    scores = sti.tl.evaluate(sdata, key="nuclei_predictions").set_index("gene")
+    assert scores.loc["CANCER_EPITHELIAL_01", "pearson"] > 0.4
+    assert scores["coverage"].between(0.8, 1).all()
+    # sections of spots and of cells learn together
+    mixed = sti.tl.fit_nb(
+        {"spots": section, "cells": sdata}, genes=genes, on="nuclei", n_members=2, max_epochs=2, rank=4
+    )
+    assert mixed.n_per_unit > 1
+
+
+def test_nuclei_are_drawn(section: SpatialData, fits, genes):
+    sdata = shallow_copy(section)
+    sti.tl.predict(sdata, fits["nuclei"], on="nuclei")
+    axes = sti.pl.prediction(sdata, genes[0], key="nuclei_predictions", table_key="counts", zoom=(200, 200, 700, 700))
+    drawn = [panel.collections[-1] for panel in np.ravel(axes)]
+    assert all(0 < len(collection.get_array()) < sdata.tables["nuclei_predictions"].n_obs for collection in drawn)
+    sti.pl.uncertainty(sdata, genes[0], key="nuclei_predictions", zoom=(200, 200, 700, 700))
+    plt.close("all")
+
+
+def test_what_does_not_fit_is_refused(section: SpatialData, fits, genes):
+    sdata = shallow_copy(section)
+    with pytest.raises(ValueError, match=r"fit_nb\(\.\.\., on='grid'\)"):
+        sti.tl.predict(sdata, fits["nuclei"], on="grid")
+    with pytest.raises(ValueError, match="rank"):
+        sti.tl.fit_nb(sdata, genes=genes, on="nuclei", rank=None)
+    with pytest.raises(ValueError, match="paper"):
+        sti.tl.fit_nb(sdata, genes=genes, on="nuclei", head="dispersion")
+    with pytest.raises(ValueError, match="size_factors"):
+        sti.tl.fit_nb(sdata, genes=genes, on="nuclei", size_factors="total")
+    bare = shallow_copy(section)
+    del bare.tables["nuclei_features"]
+    with pytest.raises(KeyError, match=r'pp\.embed\(sdata, on="nuclei"\)'):
+        sti.tl.fit_nb(bare, genes=genes, on="nuclei")
+    del bare.shapes["nuclei"]
+    with pytest.raises(KeyError, match="segment_nuclei"):
+        sti.pp.embed(bare, on="nuclei")
+    other = shallow_copy(section)
+    other.tables["nuclei_features"] = other.tables["nuclei_features"].copy()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sti.pp.embed(other, on="nuclei", fields_of_view=(15.0,))
+    with pytest.raises(ValueError, match=r"fields_of_view=\(12\.0, 40\.0\)"):
+        sti.tl.predict(other, fits["nuclei"], on="nuclei")
+    moved = shallow_copy(section)
+    moved.shapes["nuclei"] = moved.shapes["nuclei"].iloc[:10]
+    with pytest.raises(ValueError, match="have no shape"):
+        sti.tl.predict(moved, fits["nuclei"], on="nuclei")
