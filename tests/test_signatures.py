@@ -170,4 +170,4 @@ def test_the_page_of_signatures_has_every_function() -> None:
     rows = {f"{part}.{row.name}": row for part in SUBPACKAGES for row in module.signature_rows(part)}
     assert set(rows) == set(FUNCTIONS)
     assert rows["tl.predict"].positional == ["data", "model"]
-    assert rows["tl.predict"].options[0] == "size_factors=None"
+    assert rows["tl.predict"].options[0] == "on='tiles'"

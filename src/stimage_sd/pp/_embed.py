@@ -27,10 +27,10 @@ def embed(
     fields_of_view: Sequence[float] | None = None,
     context_rings: int = 1,
     square_um: float = 16.0,
-    shapes_key: str | None = None,
     weights: str | Path | None = None,
     batch_size: int | None = None,
     image_key: str | None = None,
+    shapes_key: str | None = None,
     n_jobs: int | None = None,
 ) -> None:
     """Compute a feature vector per tile, nucleus or square of a fine grid with a pretrained network.
@@ -55,14 +55,14 @@ def embed(
         0 stores none.
     square_um
         For ``on="grid"``: side of the squares, µm.
-    shapes_key
-        For ``on="nuclei"``: name of the nuclei's shapes, by default ``"nuclei"``.
     weights
         Weights file, if the weights are not found automatically.
     batch_size
         Tiles per batch. By default 32, or fewer for few tiles, and 128 nuclei.
     image_key
         The image that tiles are cut from. By default the stain-normalized H&E if it exists, else the H&E.
+    shapes_key
+        For ``on="nuclei"``: name of the nuclei's shapes, by default ``"nuclei"``.
     n_jobs
         Number of threads; all cores by default. An active `dask.distributed` client is used instead. Its workers must
         see the images and the cache folder (``$STIMAGE_SD_CACHE``). The folder keeps results until all sections are
