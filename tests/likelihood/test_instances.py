@@ -85,7 +85,7 @@ def test_a_spot_of_one_nucleus_is_the_papers_head():
     zeros = jnp.zeros((N_MEMBERS, 2, N_GENES)), jnp.zeros((N_MEMBERS, 3, N_GENES))
     weight = jnp.concatenate(
         [
-            jnp.concatenate([parameters["weight"], zeros[0]], axis=1),
+            jnp.concatenate([parameters["weight_nuclei"], zeros[0]], axis=1),
             jnp.concatenate([zeros[1], parameters["weight_p"]], axis=1),
         ],
         axis=-1,

@@ -86,7 +86,7 @@ def initial(
         return jnp.tile(jnp.asarray(values, dtype=jnp.float32), (n_members, 1))
 
     return {
-        "weight": weights(keys[0], n_features),
+        "weight_nuclei": weights(keys[0], n_features),
         "hidden": jax.random.normal(keys[4], (n_members, n_features, N_HIDDEN)) / np.sqrt(n_features),
         "hidden_bias": jnp.zeros((n_members, N_HIDDEN)),
         "weight_hidden": weights(keys[5], N_HIDDEN),
@@ -132,7 +132,7 @@ def r_of_nuclei(parameters: Parameters, features: Array, of_spot: Array) -> Arra
         What the context of each nucleus adds to the logits, ``(n_members, n_nuclei, n_genes)``.
     """
     hidden = jax.nn.relu(_linear(features, parameters["hidden"]) + parameters["hidden_bias"][:, None])
-    logits = _linear(features, parameters["weight"]) + _linear(hidden, parameters["weight_hidden"]) + of_spot
+    logits = _linear(features, parameters["weight_nuclei"]) + _linear(hidden, parameters["weight_hidden"]) + of_spot
     return softplus(jnp.clip(logits, *R_LOGITS))
 
 

@@ -29,7 +29,7 @@ _BLOCK = 8_000_000
 _TILES = 1024
 #: names of the heads' arrays
 _PARAMETERS = (
-    "weight", "hidden", "hidden_bias", "weight_hidden", "weight_context", "crowding", "bias", "weight_background",
+    "weight_nuclei", "hidden", "hidden_bias", "weight_hidden", "weight_context", "crowding", "bias", "weight_background",
     "bias_background", "weight_p", "bias_p",
 )  # fmt: skip
 #: least number of nuclei of a tile, for tiles without any
@@ -238,7 +238,7 @@ class InstanceModel:
         }
         of_genes = {name: array for name, array in parameters.items() if not name.startswith("hidden")}
         wrong = [name for name, array in of_genes.items() if array.shape[-1] != n_genes]
-        for name, of in (("weight", "patterns"), ("weight_context", "context_patterns")):
+        for name, of in (("weight_nuclei", "patterns"), ("weight_context", "context_patterns")):
             wrong += [name] if parameters[name].shape[1] != patterns[of].rank else []
         if wrong or arrays["floor"].shape != (2, n_genes):
             raise KeyError(f"arrays {wrong or ['floor']} do not fit {n_genes} genes and the patterns")

@@ -30,6 +30,8 @@ from stimage_sd.tl._fit.bags import BagFeatures
 _STEPS_PER_BLOCK = 16
 #: number of members trained together on a thread
 _MEMBERS_PER_GROUP = 2
+#: precision of the prior on weights relative to others; single nuclei vary more than the spots that are learned from
+_PRECISION = {"weight_nuclei": 3.0, "weight_hidden": 3.0}
 #: name of the heads that add up nuclei
 INSTANCES = "instances"
 #: log-probabilities summed over genes, by name of the heads
@@ -278,8 +280,8 @@ def _run_block(
     def objective(parameters: Parameters, batch: Minibatch) -> tuple[Array, Array]:
         nll = _nll(parameters, batch, head)
         tiles = jnp.maximum(batch.weight.sum(axis=-1), 1.0)
-        weights = [array for name, array in parameters.items() if name.startswith("weight")]
-        prior = 0.5 * decay * sum((weight**2).sum(axis=(1, 2)) for weight in weights)
+        squares = {name: (array**2).sum(axis=(1, 2)) for name, array in parameters.items() if name.startswith("weight")}
+        prior = 0.5 * decay * sum(_PRECISION.get(name, 1.0) * square for name, square in squares.items())
         # members share no parameters, so the gradient of the sum is the gradient of each member
         return (nll / tiles + prior).sum(), nll
 
