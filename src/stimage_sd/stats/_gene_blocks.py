@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse
+
+from stimage_sd._settings import n_threads
 
 Matrix: TypeAlias = np.ndarray | scipy.sparse.csc_array
 #: maximum number of genes and of values per block; 16 MB of float64
@@ -95,7 +96,7 @@ def each_block(shape: tuple[int, int], work: Callable[[int, int], None], *, widt
         with np.errstate(divide="ignore", invalid="ignore"):
             work(start, stop)
 
-    workers = min(8, os.cpu_count() or 1, len(edges) - 1)
+    workers = min(8, n_threads(), len(edges) - 1)
     if workers < 2 or n_obs * n_genes < FEW:
         for start, stop in itertools.pairwise(edges):
             run(start, stop)
