@@ -149,8 +149,11 @@ def without_some_links(graph):
     return scipy.sparse.csr_matrix(scipy.sparse.diags(mask) @ graph @ scipy.sparse.diags(mask))
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("isolate", [False, True])
-def test_morans_i_equals_squidpy(section, expression, isolate):
+def test_morans_i_equals_squidpy(section, expression, isolate, many, monkeypatch):
+    if many:
+        monkeypatch.setattr(spatial, "WIDTH", 4)
     graph = scipy.sparse.csr_matrix(lattice.neighbor_graph(section[3]))
     graph = without_some_links(graph) if isolate else graph
     adata = ad.AnnData(expression[0][:, :-1], obsp={"spatial_connectivities": graph})
@@ -199,7 +202,10 @@ def test_scores_keep_their_digits_far_from_zero(section, expression):
     np.testing.assert_allclose(found, expected, atol=1e-8)
 
 
-def test_weights_need_not_be_canonical(section, expression):
+@pytest.mark.parametrize("many", [False, True])
+def test_weights_need_not_be_canonical(section, expression, many, monkeypatch):
+    if many:
+        monkeypatch.setattr(spatial, "WIDTH", 4)
     graph = scipy.sparse.csr_array(lattice.neighbor_graph(section[3]))
     # Every link twice, in no order, with rows that are stored as empty between others.
     halves = scipy.sparse.csr_array(

@@ -13,7 +13,7 @@ import scipy.sparse
 import scipy.stats
 from numpy.typing import ArrayLike
 
-from stimage_sd.stats._gene_blocks import above_mean, centered, correlations, each_block, products, root, shifted
+from stimage_sd.stats._gene_blocks import WIDTH, above_mean, centered, correlations, each_block, products, root, shifted
 from stimage_sd.stats._smooth_patterns import Smoother, overlaps, smoothed_patterns, smoother
 from stimage_sd.stats.lattice import check_coordinates, find_lattice
 
@@ -75,10 +75,11 @@ def morans_i(
         raise ValueError(f"Expected `other` of the shape of `values`, {left.shape}, found {right.shape}.")
     graph = _row_standardized(weights, left.shape[0])
     # Isolated spots lower the sum of weights. Only the univariate I is scaled by this sum.
-    total_weight = graph.sum()
+    total_weight = graph.data.sum()
     scale = left.shape[0] / total_weight if other is None and total_weight > 0 else 1.0
-    # The univariate I needs the sum of the weights of each pair of spots, so half the entries.
-    pairs = (scipy.sparse.triu(graph) + scipy.sparse.tril(graph, -1).T).tocsr() if other is None else graph
+    if other is None and left.shape[1] > WIDTH:
+        # The univariate I needs the sum of the weights of each pair of spots, so half the entries.
+        graph = (scipy.sparse.triu(graph) + scipy.sparse.tril(graph, -1).T).tocsr()
     result = np.full(left.shape[1], np.nan)
 
     def score(start: int, stop: int) -> None:
@@ -87,7 +88,7 @@ def morans_i(
         if other is not None:
             first = centered(left, start, stop)
             squares = root(squares, products(first, first))
-        result[start:stop] = products(first, pairs @ second) / squares
+        result[start:stop] = products(first, graph @ second) / squares
 
     each_block(left.shape, score)
     return scale * result
@@ -107,8 +108,9 @@ def _row_standardized(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_o
     matrix = scipy.sparse.csr_array(weights, dtype=np.float64)
     if matrix.data.min(initial=0) < 0:
         raise ValueError(f"Expected `weights` of zero or more, found {matrix.data.min()}.")
-    sums = matrix.sum(axis=1)
-    return scipy.sparse.diags_array(1 / np.where(sums > 0, sums, 1)) @ matrix
+    sums = matrix @ np.ones(n_obs)
+    shares = np.repeat(1 / np.where(sums > 0, sums, 1), np.diff(matrix.indptr))
+    return scipy.sparse.csr_array((matrix.data * shares, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def binary_pattern(values: Matrix, coordinates: ArrayLike, *, sigma: float = 1.0) -> np.ndarray:
