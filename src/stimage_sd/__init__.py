@@ -10,6 +10,7 @@ import os
 import lazy_loader
 
 from stimage_sd._cache import keep_kernels
+from stimage_sd._settings import settings
 
 # Without this variable, ONNX Runtime writes a device id to the home folder and sends usage data. ONNX Runtime reads the
 # variable on import. All modules that import ONNX Runtime load after this line, in workers and subprocesses too.
@@ -21,6 +22,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["baselines", "contract", "datasets", "io", "likelihood", "models", "pl", "pp", "stats", "tl"],
 )
-__all__ += ["__version__"]
+__all__ += ["__version__", "settings"]
 
 keep_kernels()

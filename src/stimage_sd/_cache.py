@@ -13,14 +13,16 @@ from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 
+from stimage_sd._settings import settings
+
 _INSTEAD: ContextVar[Path | None] = ContextVar("stimage_sd_cache", default=None)
 
 
 def cache_dir() -> Path:
     """Return the cache folder, which may not exist yet.
 
-    The folder is that of `caching_in`, else ``$STIMAGE_SD_CACHE``, else the operating system's cache folder. If the
-    latter is not writable, a temporary folder of the user is used.
+    The folder is that of `caching_in`, else ``stimage_sd.settings.cache``, else ``$STIMAGE_SD_CACHE``, else the
+    operating system's cache folder. If the latter is not writable, a temporary folder of the user is used.
 
     Everything in the folder can be deleted while no section that was read through it is in use.
 
@@ -34,7 +36,7 @@ def cache_dir() -> Path:
 
 
 def _common_dir() -> Path:
-    chosen = os.environ.get("STIMAGE_SD_CACHE")
+    chosen = settings.cache or os.environ.get("STIMAGE_SD_CACHE")
     if chosen:
         return Path(chosen).expanduser().resolve()
     usual = _users_cache("stimage-sd")

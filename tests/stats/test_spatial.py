@@ -149,8 +149,11 @@ def without_some_links(graph):
     return scipy.sparse.csr_matrix(scipy.sparse.diags(mask) @ graph @ scipy.sparse.diags(mask))
 
 
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("isolate", [False, True])
-def test_morans_i_equals_squidpy(section, expression, isolate):
+def test_morans_i_equals_squidpy(section, expression, isolate, many, monkeypatch):
+    if many:
+        monkeypatch.setattr(spatial, "WIDTH", 4)
     graph = scipy.sparse.csr_matrix(lattice.neighbor_graph(section[3]))
     graph = without_some_links(graph) if isolate else graph
     adata = ad.AnnData(expression[0][:, :-1], obsp={"spatial_connectivities": graph})
@@ -185,7 +188,7 @@ def test_morans_i_takes_sparse_and_float32_and_blocks(section, expression, monke
     sparse = spatial.morans_i(scipy.sparse.csr_matrix(predicted), graph.tocoo(), observed.astype(np.float32))
     np.testing.assert_allclose(sparse, dense, atol=1e-6)
     # Two blocks of genes, on threads.
-    monkeypatch.setattr(_gene_blocks, "COPIED", 1)
+    monkeypatch.setattr(_gene_blocks, "VALUES", 1)
     monkeypatch.setattr(_gene_blocks, "FEW", 0)
     for one, other in ((predicted, observed), (np.asfortranarray(predicted), scipy.sparse.coo_array(observed))):
         np.testing.assert_allclose(spatial.morans_i(one, graph, other), dense, atol=1e-12)
@@ -199,7 +202,10 @@ def test_scores_keep_their_digits_far_from_zero(section, expression):
     np.testing.assert_allclose(found, expected, atol=1e-8)
 
 
-def test_weights_need_not_be_canonical(section, expression):
+@pytest.mark.parametrize("many", [False, True])
+def test_weights_need_not_be_canonical(section, expression, many, monkeypatch):
+    if many:
+        monkeypatch.setattr(spatial, "WIDTH", 4)
     graph = scipy.sparse.csr_array(lattice.neighbor_graph(section[3]))
     # Every link twice, in no order, with rows that are stored as empty between others.
     halves = scipy.sparse.csr_array(
@@ -269,7 +275,7 @@ def test_pattern_iou_equals_a_loop_over_images(section, expression, sigma, monke
     found = spatial.pattern_iou(predicted, scipy.sparse.csr_matrix(observed), points, sigma=sigma)
     np.testing.assert_allclose(found[:-1], expected, atol=1e-12)
     assert np.isnan(found[-1])
-    monkeypatch.setattr(spatial, "block_width", lambda spots: 1)
+    monkeypatch.setattr(_gene_blocks, "VALUES", 1)
     np.testing.assert_array_equal(spatial.pattern_iou(predicted, observed, points, sigma=sigma), found)
 
 

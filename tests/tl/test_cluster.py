@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +107,13 @@ def test_refusals(cohort: dict[str, SpatialData], make_spots: Callable) -> None:
         tl.cluster(make_spots(n_side=4))
     with pytest.raises(KeyError, match="no embeddings by 'efficientnet_lite0_stages'"):
         tl.cluster(cohort, use="embeddings")
+
+
+def test_a_missing_package_says_which_extra(cohort: dict[str, SpatialData], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "igraph", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "stimage-sd\[cluster\]"'):
+        tl.cluster(cohort)
+    assert all("leiden" not in contract.predictions(sdata).obs for sdata in cohort.values())
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
 from stimage_sd.image.augmentation import augment
 from stimage_sd.likelihood.heads import Parameters
 from stimage_sd.models._extractor import Extractor

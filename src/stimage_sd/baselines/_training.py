@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
 from stimage_sd.models._recipe import Arrays
 
 #: prefix of a network's arrays in the arrays that a recipe keeps

@@ -13,6 +13,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from stimage_sd import __version__
+from stimage_sd._settings import logger
 from stimage_sd.contract._affine import affine, scale_of
 from stimage_sd.contract._elements import add_microns
 from stimage_sd.contract._names import ATTRIBUTE, Cohort
@@ -145,6 +146,8 @@ def record(sdata: SpatialData, step: str, **parameters: Any) -> None:
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     remember(sdata, history=[*info(sdata)["history"], entry])
+    logger.info("%s: %s", sample(sdata), step)
+    logger.debug("%s: %s with %s", sample(sdata), step, entry["parameters"])
 
 
 def plain(value: Any) -> Any:

@@ -17,12 +17,12 @@ import cv2
 import dask.array as da
 import numpy as np
 import zarr
-from tqdm.auto import tqdm
 from zarr.codecs import BloscCodec
 
 from stimage_sd._cache import cache_dir
 from stimage_sd._cache_size import mark_used, trim
 from stimage_sd._files import remove_abandoned, replacing
+from stimage_sd._progress import tqdm
 from stimage_sd._zarr_chunks import WholeStore, is_whole
 from stimage_sd.contract import CHUNK
 

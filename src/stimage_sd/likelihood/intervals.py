@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -12,6 +11,8 @@ from typing import Any
 import numpy as np
 import scipy.special
 from numpy.typing import ArrayLike
+
+from stimage_sd._settings import n_threads
 
 #: values per thread and step, so that their logarithms stay in the cache
 _PART = 1 << 16
@@ -70,10 +71,10 @@ def mixture_interval(
     bounds = np.empty((2, successes.shape[1]), dtype=np.float32)
 
     kernel = _interval_kernel()
-    n_threads = min(8, os.cpu_count() or 1)
-    n_parts = max(8 * n_threads, -(-successes.size // _PART))
+    workers = min(8, n_threads())
+    n_parts = max(8 * workers, -(-successes.size // _PART))
     edges = np.linspace(0, bounds.shape[1], n_parts + 1).astype(int)
-    with ThreadPoolExecutor(n_threads) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         runs = [
             pool.submit(
                 _part, kernel, successes[:, start:stop], probability[:, start:stop], share, tail, bounds[:, start:stop]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numba
 import numpy as np
+
+from stimage_sd._settings import n_threads
 
 #: cells per block, for which the means of all members are held
 _WIDTH = 128
@@ -66,9 +67,9 @@ def mixture_moments(r: np.ndarray, p: np.ndarray, *, weights: np.ndarray) -> Mix
     successes, probability = r.reshape(len(r), -1), p.reshape(len(p), -1)
     found = np.empty((3, successes.shape[1]), dtype=np.float32)
     share = np.asarray(weights, dtype=np.float64)
-    n_threads = min(8, os.cpu_count() or 1) if successes.size > _FEW else 1
-    edges = np.linspace(0, found.shape[1], n_threads + 1).astype(int)
-    with ThreadPoolExecutor(n_threads) as pool:
+    workers = min(8, n_threads()) if successes.size > _FEW else 1
+    edges = np.linspace(0, found.shape[1], workers + 1).astype(int)
+    with ThreadPoolExecutor(workers) as pool:
         parts = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
         for run in [pool.submit(_moments, successes[:, i], probability[:, i], share, found[:, i]) for i in parts]:
             run.result()

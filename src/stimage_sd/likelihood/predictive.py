@@ -8,7 +8,6 @@ the mean and variance of the whole exactly.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.special
 
+from stimage_sd._settings import n_threads
 from stimage_sd.likelihood.intervals import mixture_quantile
 from stimage_sd.likelihood.mixture_moments import MixtureMoments
 from stimage_sd.likelihood.shifts import N_STRATA, strata
@@ -193,7 +193,7 @@ def nearest_interval(
     centers, without = _without_shift(mean, variance, sd)
     means, spread = strata(np.broadcast_to(np.asarray(sd, np.float64), centers.shape[1:]))
     bounds = np.empty((2, *centers.shape), dtype=np.float32)
-    kernel, n_threads = _nearest_kernel(), min(8, os.cpu_count() or 1)
+    kernel, workers = _nearest_kernel(), min(8, n_threads())
     step = max(1, _PART // max(1, means.size))
 
     def part(start: int) -> None:
@@ -205,7 +205,7 @@ def nearest_interval(
         log_zero /= -inverse
         kernel(inverse, ratio, log_zero, np.exp(log_zero), coverage, bounds[:, rows])
 
-    with ThreadPoolExecutor(n_threads) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         for run in [pool.submit(part, start) for start in range(0, len(centers), step)]:
             run.result()
     tiles, genes = np.nonzero(np.isnan(bounds[1]))

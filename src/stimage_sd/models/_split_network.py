@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import cpu_count
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
+from stimage_sd._settings import n_threads
 from stimage_sd.likelihood.heads import Parameters
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import derived_extractor
@@ -106,7 +106,7 @@ class SplitNetwork:
         self.unfrozen = Unfrozen(graph, first)
         # frozen parts never change, so they run like the extractor, on a CPU several times as fast as XLA's code
         self._frozen = extractor.first_parts(first)
-        self._pool = ThreadPoolExecutor(cpu_count())
+        self._pool = ThreadPoolExecutor(n_threads())
         self._embed = jax.jit(self.unfrozen.features)
 
     def module(self, trained: Any) -> nnx.Module:
@@ -115,7 +115,7 @@ class SplitNetwork:
 
     def frozen_parts(self, tiles: np.ndarray) -> Array:
         """Run the frozen parts on a micro-batch, split over the cores."""
-        n_pieces = min(len(tiles), cpu_count() or 1) if self._extractor.is_recordable and self.unfrozen.first else 1
+        n_pieces = min(len(tiles), n_threads()) if self._extractor.is_recordable and self.unfrozen.first else 1
         pieces = self._pool.map(self._frozen, np.array_split(tiles, n_pieces))
         return jnp.concatenate([jnp.asarray(piece) for piece in pieces])
 
@@ -149,7 +149,7 @@ def _first_trained(name: str, n_parts: int, unfreeze: Unfreeze) -> int:
 def features_by(extractor: Extractor, read: Read, rows: np.ndarray, *, label: str) -> np.ndarray:
     """Compute features of some tiles with an extractor on all cores, ``float32 (n_rows, n_features)``."""
     batches = [rows[start : start + _EXTRACTOR_BATCH] for start in range(0, len(rows), _EXTRACTOR_BATCH)]
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         parts = pool.map(lambda batch: extractor(read(batch)), batches)
         return np.concatenate(list(tqdm(parts, total=len(batches), desc=label, leave=False)))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +11,9 @@ import numpy as np
 import pandas as pd
 import scipy.sparse as sp
 from dask.delayed import Delayed
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
+from stimage_sd._settings import n_threads, settings
 from stimage_sd.stream.driver import active_client
 
 
@@ -44,8 +44,8 @@ def in_batches(tasks: list[Delayed], *, description: str, n_jobs: int | None) ->
 
     Tasks run on threads, or on the active `dask.distributed` client.
     """
-    size = max(16, 4 * (n_jobs or os.cpu_count() or 1))
-    how = {} if active_client() is not None else {"scheduler": "threads", "num_workers": n_jobs}
+    size = max(16, 4 * n_threads(n_jobs))
+    how = {} if active_client() is not None else {"scheduler": "threads", "num_workers": n_jobs or settings.n_jobs}
     with tqdm(total=len(tasks), desc=description) as bar:
         for start in range(0, len(tasks), size):
             results = dask.compute(*tasks[start : start + size], **how)

@@ -13,9 +13,9 @@ import dask
 import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
-from tqdm.auto import tqdm
 
 from stimage_sd import contract
+from stimage_sd._progress import tqdm
 from stimage_sd.image import quality
 from stimage_sd.pp._qc_image import light_and_stain
 from stimage_sd.pp._tissue import grabcut_mask

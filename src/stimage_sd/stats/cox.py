@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm
 
-from stimage_sd.stats._gene_blocks import compiled, each_block
-from stimage_sd.stats.firth_cox import firth_regression
+from stimage_sd.stats._gene_blocks import each_block
+from stimage_sd.stats.firth_cox import compiled, firth_regression
 
 #: maximum number of Newton steps; relative change of the log-likelihood and gain of the next step that end them
 _STEPS, _TOLERANCE, _FLAT = 30, 1e-13, 1e-20

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numba
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import chi2
 
-from stimage_sd.stats._gene_blocks import compiled
-
+#: compile loops over patients, whose sums may be reordered; NaN and infinity keep their meaning
+compiled = numba.njit(nogil=True, cache=True, fastmath={"reassoc", "contract"}, error_model="numpy")
 #: maximum number of doublings of a step to bracket the root
 _DOUBLINGS = 60
 

@@ -13,9 +13,9 @@ import scipy.sparse
 import scipy.stats
 from numpy.typing import ArrayLike
 
-from stimage_sd.stats._gene_blocks import Graph, block_of, correlations, each_block, neighbor_sums
-from stimage_sd.stats._smooth_patterns import Raster, block_width, overlaps, raster, smoothed_patterns
-from stimage_sd.stats.lattice import Lattice, check_coordinates, find_lattice
+from stimage_sd.stats._gene_blocks import WIDTH, above_mean, centered, correlations, each_block, products, root, shifted
+from stimage_sd.stats._smooth_patterns import Smoother, overlaps, smoothed_patterns, smoother
+from stimage_sd.stats.lattice import check_coordinates, find_lattice
 
 __all__ = [
     "binary_pattern",
@@ -73,17 +73,22 @@ def morans_i(
     right = left if other is None else _as_matrix(other)
     if left.shape != right.shape:
         raise ValueError(f"Expected `other` of the shape of `values`, {left.shape}, found {right.shape}.")
-    n_obs, n_genes = left.shape
-    graph = _row_standardized(weights, n_obs)
+    graph = _row_standardized(weights, left.shape[0])
     # Isolated spots lower the sum of weights. Only the univariate I is scaled by this sum.
-    total_weight = graph[3].sum()
-    scale = n_obs / total_weight if other is None and total_weight > 0 else 1.0
-    result = np.empty(n_genes)
+    total_weight = graph.data.sum()
+    scale = left.shape[0] / total_weight if other is None and total_weight > 0 else 1.0
+    if other is None and left.shape[1] > WIDTH:
+        # The univariate I needs the sum of the weights of each pair of spots, so half the entries.
+        graph = (scipy.sparse.triu(graph) + scipy.sparse.tril(graph, -1).T).tocsr()
+    result = np.full(left.shape[1], np.nan)
 
     def score(start: int, stop: int) -> None:
-        first = block_of(left, start, stop)
-        second = first if other is None else block_of(right, start, stop)
-        neighbor_sums(*first, *second, graph, other is None, result[start:stop])
+        first = second = centered(right, start, stop)
+        squares = products(second, second)
+        if other is not None:
+            first = centered(left, start, stop)
+            squares = root(squares, products(first, first))
+        result[start:stop] = products(first, graph @ second) / squares
 
     each_block(left.shape, score)
     return scale * result
@@ -96,27 +101,16 @@ def _as_matrix(values: Matrix) -> np.ndarray | scipy.sparse.csc_array:
     return matrix
 
 
-def _dense(block: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
-    """Return a dense float64 matrix, because sums over thousands of spots need the digits."""
-    dense = block if isinstance(block, np.ndarray) else block.toarray()
-    return np.asarray(dense, dtype=np.float64, order="C")
-
-
-def _row_standardized(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_obs: int) -> Graph:
+def _row_standardized(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_obs: int) -> scipy.sparse.csr_array:
     if not scipy.sparse.issparse(weights) or weights.shape != (n_obs, n_obs):
         given = f"{type(weights).__name__} of shape {np.shape(weights)}"
         raise ValueError(f"Expected sparse `weights` of shape ({n_obs}, {n_obs}), found {given}.")
-    matrix = weights if weights.format == "csr" else weights.tocsr()
-    data = matrix.data.astype(np.float64)
-    if data.min(initial=0) < 0:
-        raise ValueError(f"Expected `weights` of zero or more, found {data.min()}.")
-    sums = np.zeros(n_obs)
-    occupied = np.flatnonzero(np.diff(matrix.indptr))
-    # Empty rows hold no entries, so each occupied row ends where the next occupied row starts.
-    sums[occupied] = np.add.reduceat(data, matrix.indptr[occupied]) if len(occupied) else 0
-    shares = 1 / np.where(sums > 0, sums, 1)
-    data *= np.repeat(shares, np.diff(matrix.indptr))
-    return matrix.indptr, matrix.indices, data, sums * shares
+    matrix = scipy.sparse.csr_array(weights, dtype=np.float64)
+    if matrix.data.min(initial=0) < 0:
+        raise ValueError(f"Expected `weights` of zero or more, found {matrix.data.min()}.")
+    sums = matrix @ np.ones(n_obs)
+    shares = np.repeat(1 / np.where(sums > 0, sums, 1), np.diff(matrix.indptr))
+    return scipy.sparse.csr_array((matrix.data * shares, matrix.indices, matrix.indptr), shape=matrix.shape)
 
 
 def binary_pattern(values: Matrix, coordinates: ArrayLike, *, sigma: float = 1.0) -> np.ndarray:
@@ -153,13 +147,13 @@ def binary_pattern(values: Matrix, coordinates: ArrayLike, *, sigma: float = 1.0
     [0, 0, 1, 1]
     """
     matrix = _as_matrix(values)
-    spots = _raster(find_lattice(_matching(coordinates, matrix)), sigma)
+    smooth = _smoother(_matching(coordinates, matrix), sigma)
     pattern = np.empty(matrix.shape, dtype=bool)
 
-    def smooth(start: int, stop: int) -> None:
-        smoothed_patterns(*block_of(matrix, start, stop), spots, pattern[:, start:stop])
+    def mark(start: int, stop: int) -> None:
+        pattern[:, start:stop] = smoothed_patterns(above_mean(matrix, start, stop), smooth)
 
-    each_block(matrix.shape, smooth, width=block_width(spots))
+    each_block(matrix.shape, mark)
     return pattern
 
 
@@ -170,10 +164,11 @@ def _matching(coordinates: ArrayLike, matrix: np.ndarray | scipy.sparse.csc_arra
     return points
 
 
-def _raster(spots: Lattice, sigma: float) -> Raster:
+def _smoother(coordinates: np.ndarray, sigma: float) -> Smoother:
     if not sigma > 0:
         raise ValueError(f"Expected `sigma` to be positive, found {sigma}.")
-    return raster(spots.row, spots.column, (sigma / spots.spacing[0], sigma / spots.spacing[1]))
+    spots = find_lattice(coordinates)
+    return smoother(spots.row, spots.column, (sigma / spots.spacing[0], sigma / spots.spacing[1]))
 
 
 def pattern_iou(predicted: Matrix, observed: Matrix, coordinates: ArrayLike, *, sigma: float = 1.0) -> np.ndarray:
@@ -209,16 +204,16 @@ def pattern_iou(predicted: Matrix, observed: Matrix, coordinates: ArrayLike, *, 
     [0.333, 0.333]
     """
     first, second = _same_shape(predicted, observed)
-    spots = _raster(find_lattice(_matching(coordinates, first)), sigma)
-    result = np.empty(first.shape[1])
+    smooth = _smoother(_matching(coordinates, first), sigma)
+    result = np.full(first.shape[1], np.nan)
 
     def score(start: int, stop: int) -> None:
-        one, two = np.empty((2, first.shape[0], stop - start), dtype=bool)
-        varies = smoothed_patterns(*block_of(first, start, stop), spots, one)
-        varies &= smoothed_patterns(*block_of(second, start, stop), spots, two)
-        overlaps(one, two, varies, result[start:stop])
+        high = [above_mean(matrix, start, stop) for matrix in (first, second)]
+        varies = high[0].any(axis=0) & high[1].any(axis=0)
+        found = overlaps(*(smoothed_patterns(pattern, smooth) for pattern in high))
+        result[start:stop] = np.where(varies, found, np.nan)
 
-    each_block(first.shape, score, width=block_width(spots))
+    each_block(first.shape, score)
     return result
 
 
@@ -260,10 +255,9 @@ def pearson(a: Matrix, b: Matrix) -> np.ndarray:
     result = np.full(first.shape[1], np.nan)
 
     def correlate(start: int, stop: int) -> None:
-        correlations(*block_of(first, start, stop), *block_of(second, start, stop), result[start:stop])
+        result[start:stop] = correlations(shifted(first, start, stop), shifted(second, start, stop))
 
-    if first.shape[0]:
-        each_block(first.shape, correlate)
+    each_block(first.shape, correlate)
     return result
 
 
@@ -296,12 +290,14 @@ def spearman(a: Matrix, b: Matrix) -> np.ndarray:
     result = np.full(first.shape[1], np.nan)
 
     def correlate(start: int, stop: int) -> None:
-        correlations(_ranks(first[:, start:stop]), 0, _ranks(second[:, start:stop]), 0, result[start:stop])
+        result[start:stop] = correlations(*(_ranks(matrix[:, start:stop]) for matrix in (first, second)))
 
-    if first.shape[0]:
-        each_block(first.shape, correlate)
+    each_block(first.shape, correlate)
     return result
 
 
 def _ranks(block: np.ndarray | scipy.sparse.csc_array) -> np.ndarray:
-    return np.ascontiguousarray(scipy.stats.rankdata(_dense(block), axis=0, nan_policy="propagate"))
+    """Return ranks per gene, relative to the first spot."""
+    dense = block if isinstance(block, np.ndarray) else block.toarray()
+    ranks = scipy.stats.rankdata(dense, axis=0, nan_policy="propagate")
+    return shifted(ranks, 0, ranks.shape[1])

@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from tqdm.auto import tqdm
 
 from stimage_sd._cache import cache_dir
 from stimage_sd._files import discard, release, remove_abandoned
+from stimage_sd._progress import tqdm
+from stimage_sd._settings import logger
 from stimage_sd.stream.cutting import Cutting, view_of, visit_order
 from stimage_sd.stream.graph import Batch, Recipe, TileFunction, batches, run_on_cluster, run_on_threads
 from stimage_sd.stream.results import Results, fingerprint, folder_of_run
@@ -293,6 +294,8 @@ def _pending(jobs: Sequence[TileJob], opened: deque[_Opened], bar: Any) -> Itera
         if not bar.disable:
             bar.initial += before
         bar.update(before)
+        if before:
+            logger.info("%d of %d tiles are in the cache.", before, len(order))
         opened.append(_Opened(owner, order, results, lock, len(numbers)))
         recipe = Recipe(job.function, Cutting.of(job.pyramid, job.sides, job.target), results)
         # a unique name, because other runs on the cluster may use the same image

@@ -19,6 +19,7 @@ from dask.core import get_dependencies
 from dask.highlevelgraph import HighLevelGraph
 from dask.task_spec import DataNode, List, Task, TaskRef
 
+from stimage_sd._settings import settings
 from stimage_sd._zarr_chunks import ChunkReader
 from stimage_sd.stream.cutting import Chunk, Cutting
 from stimage_sd.stream.results import Results
@@ -154,7 +155,7 @@ def run_on_threads(pending: Iterator[Batch], *, bar: Any, n_jobs: int | None) ->
     for span in _spans(pending):
         by_key = {batch.key: batch for batch in span}
         with _InTurn(by_key, bar):
-            dask.threaded.get(_graph(span), list(by_key), num_workers=n_jobs)
+            dask.threaded.get(_graph(span), list(by_key), num_workers=n_jobs or settings.n_jobs)
         yield from span
 
 

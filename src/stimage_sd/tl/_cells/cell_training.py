@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
 from stimage_sd.nn.hovernet import HoVerNet, HoVerNetSize, as_trained
 from stimage_sd.nn.hovernet_loss import CellTargets, cell_losses
 from stimage_sd.tl._cells.cell_tiles import CellTiles

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import shapely
 from spatialdata import SpatialData
-from tqdm.auto import tqdm
 
 from stimage_sd import __version__, contract
+from stimage_sd._progress import tqdm
 from stimage_sd.models._cell_classifier import CellFinder
 from stimage_sd.tl._cells.cell_tiles import CELL_TYPE
 from stimage_sd.tl._cells.evaluate_cells import Match, evaluate_cells

@@ -14,8 +14,8 @@ from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
 from stimage_sd.tl._cohort.patients import patients_of
 
 Scale = Literal["log1p", "cpm", "none"]

@@ -19,9 +19,9 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
-from tqdm.auto import tqdm
 
 from stimage_sd import __version__, contract, io
+from stimage_sd._progress import tqdm
 from stimage_sd._steps import prepare_for_model
 from stimage_sd._store import staged
 from stimage_sd.models._predictor import Predictor

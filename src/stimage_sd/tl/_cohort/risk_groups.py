@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from sklearn.model_selection import StratifiedKFold
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
 from stimage_sd.stats.cox import concordances, cox_regressions, directions, varying
 from stimage_sd.stats.survival import log_rank_p, ridge_cox
 from stimage_sd.tl._cohort.patients import Patients, groups_of, patients_of, survival_of

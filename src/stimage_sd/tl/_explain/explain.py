@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from os import cpu_count
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 from spatialdata import SpatialData
-from tqdm.auto import tqdm
 
 from stimage_sd import contract
+from stimage_sd._progress import tqdm
+from stimage_sd._settings import n_threads
 from stimage_sd.image import lime
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._resolve import as_model
@@ -172,7 +172,7 @@ def explain(
         _check_of(options.of, section.stand_ins)
         results = []
         bar = tqdm(section.read(), total=len(section.rows), desc=f"{name}: explaining", unit="tile")
-        with ThreadPoolExecutor(n_jobs or cpu_count()) as pool:
+        with ThreadPoolExecutor(n_threads(n_jobs)) as pool:
             for (row, views, area), tile in zip(bar, section.tiles, strict=True):
                 segmented = segment_tile(section.sdata, area, segments, nuclei[name])
                 result = TileResult(int(tile), segmented)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
-from tqdm.auto import tqdm
 
 from stimage_sd import contract
+from stimage_sd._progress import tqdm
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._resolve import as_model
 from stimage_sd.models._stand_ins import Explainable

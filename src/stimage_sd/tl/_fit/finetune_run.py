@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
 from stimage_sd.likelihood import mean_only
 from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._extractor import Extractor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,10 +14,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.utils.parallel import Parallel, delayed
 from spatialdata import SpatialData
-from tqdm.auto import tqdm
 
 from stimage_sd import contract
 from stimage_sd._cache import keep_compiled
+from stimage_sd._progress import tqdm
+from stimage_sd._settings import n_threads
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._gene_classifier import GeneClassifier, brought, is_high
 from stimage_sd.models._specification import common_specification, features
@@ -197,7 +197,7 @@ def _solve(
                 for labels in high.T
             )
             # the scikit-learn solver releases the GIL, so threads can share the embeddings
-            workers = Parallel(n_jobs=n_jobs or os.cpu_count(), prefer="threads", return_as="generator")
+            workers = Parallel(n_jobs=n_threads(n_jobs), prefer="threads", return_as="generator")
             found = []
             with warnings.catch_warnings():
                 # one warning for all genes follows below, and filters apply to all threads of the process

@@ -7,7 +7,6 @@ held-out tiles, so results do not depend on the number of threads.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,8 +19,9 @@ import numpy as np
 import optax
 import scipy.sparse as sp
 from jax import Array
-from tqdm.auto import tqdm
 
+from stimage_sd._progress import tqdm
+from stimage_sd._settings import n_threads
 from stimage_sd.likelihood import instances
 from stimage_sd.likelihood.heads import HEADS, Parameters
 from stimage_sd.tl._fit.bags import BagFeatures
@@ -127,7 +127,7 @@ def train(
     random = np.random.default_rng(seed)
     seen = np.flatnonzero(data.weight.any(axis=0))
     with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
+        ThreadPoolExecutor(n_threads()) as pool,
         tqdm(total=max_epochs, desc=f"fitting {n_members} members", unit="epoch") as bar,
     ):
         for epoch in range(1, max_epochs + 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Literal
 
 import anndata as ad
@@ -63,6 +64,8 @@ def cluster(
 
     Raises
     ------
+    ModuleNotFoundError
+        If the extra ``cluster`` is not installed.
     KeyError
         If a section has no predictions or embeddings.
     ValueError
@@ -93,6 +96,10 @@ def cluster(
         )
     if use not in ("predictions", "embeddings"):
         raise ValueError(f'Expected `use` to be "predictions" or "embeddings", found {use!r}.')
+    if find_spec("igraph") is None:
+        raise ModuleNotFoundError(
+            'Found no igraph, which `tl.cluster` needs. Install it with `pip install "stimage-sd[cluster]"`.'
+        )
     placed = components(
         cohort, use=use, extractor=extractor, n_components=n_components, standardize=standardize, seed=seed,
         key=key,

@@ -16,11 +16,11 @@ import dask.array as da
 import numpy as np
 import zarr
 from spatialdata import SpatialData
-from tqdm.auto import tqdm
 
 from stimage_sd import contract
 from stimage_sd._cache import keep_compiled
 from stimage_sd._files import resuming, write_whole
+from stimage_sd._progress import tqdm
 from stimage_sd._zarr_chunks import WholeStore
 from stimage_sd.likelihood import depth
 from stimage_sd.likelihood.intervals import mixture_interval

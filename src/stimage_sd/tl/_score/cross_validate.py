@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import psutil
 from spatialdata import SpatialData
-from tqdm.auto import tqdm
 
 from stimage_sd import __version__, contract
+from stimage_sd._progress import tqdm
 from stimage_sd.models._genes import most_variable, shared_genes
 from stimage_sd.models._predictor import Predictor, gene_shifts
 from stimage_sd.tl._fit.fit_nb import fit_nb
