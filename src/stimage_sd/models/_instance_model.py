@@ -29,8 +29,8 @@ _BLOCK = 8_000_000
 _TILES = 1024
 #: names of the heads' arrays
 _PARAMETERS = (
-    "weight_nuclei", "hidden", "hidden_bias", "weight_hidden", "weight_context", "crowding", "bias", "weight_background",
-    "bias_background", "weight_p", "bias_p",
+    "weight_nuclei", "hidden", "hidden_bias", "weight_hidden", "weight_context", "crowding", "bias",
+    "weight_background", "bias_background", "weight_p", "bias_p",
 )  # fmt: skip
 #: least number of nuclei of a tile, for tiles without any
 _LEAST_CROWDED = 0.5
