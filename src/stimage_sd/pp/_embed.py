@@ -49,7 +49,7 @@ def embed(
         Sides of the squares that are embedded around a center. Their embeddings are concatenated. Of tiles, they are
         multiples of the tile's side, by default ``(1.0, 2.0, 4.0)``. The paper uses ``(1.0,)``. The wider squares show
         the surroundings and raise accuracy (docs, "Design decisions"). Of nuclei and squares, they are micrometers, by
-        default 12 and 40.
+        default 8 and 25.
     context_rings
         For tiles: number of rings of neighboring tiles whose mean embedding is stored as well (see `spatial_context`).
         0 stores none.

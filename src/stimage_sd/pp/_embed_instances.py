@@ -16,8 +16,8 @@ from stimage_sd import contract
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.stream.driver import TileJob, run_over_images
 
-#: sides of the squares that are embedded around a nucleus, µm: the nucleus, and the cells next to it
-FIELDS_UM = (12.0, 40.0)
+#: sides of the squares that are embedded around a nucleus, µm: the nucleus, and its surroundings
+FIELDS_UM = (8.0, 25.0)
 #: side that these squares are resampled to for networks that take any size, px
 _TARGET_PX = 64
 #: nuclei per batch
