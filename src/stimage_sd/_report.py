@@ -8,7 +8,7 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models import NBModel
+from stimage_sd.models import InstanceModel, NBModel
 
 #: number of best genes with their own mean score
 TOP = 50
@@ -124,7 +124,7 @@ def _next(sdata: SpatialData, path: Path) -> str:
     return f"stimage-sd train {path} ... --out MODEL, or {predict}" if has_counts else predict
 
 
-def model_report(model: NBModel) -> str:
+def model_report(model: NBModel | InstanceModel) -> str:
     """Describe what a model predicts, its inputs, and its training.
 
     Parameters
@@ -149,6 +149,7 @@ def model_report(model: NBModel) -> str:
             f"{', '.join(map('{:g}'.format, embedding.fields_of_view))}, context rings {embedding.context_rings}"
             for embedding in model.embeddings
         ),
+        *_instances(model),
         f"intervals    central {model.interval_level:.1%}, which covered 90% of held-out counts",
     ]
     if "sections" in training:
@@ -159,3 +160,11 @@ def model_report(model: NBModel) -> str:
     if "versions" in training:
         lines.append("versions     " + ", ".join(f"{name} {text}" for name, text in training["versions"].items()))
     return "\n".join([*lines, "next         stimage-sd predict SECTION.zarr --model MODEL --out NEW.zarr"])
+
+
+def _instances(model: NBModel | InstanceModel) -> list[str]:
+    """Describe what a model predicts below the tile."""
+    if not isinstance(model, InstanceModel):
+        return []
+    sides = ", ".join(map("{:g}".format, model.instances.fields_um))
+    return [f"{model.on:<12} {model.instances.extractor}, squares of {sides} µm; predict with --on {model.on}"]

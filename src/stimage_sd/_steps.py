@@ -9,7 +9,7 @@ from typing import Any
 from spatialdata import SpatialData
 
 from stimage_sd import contract, pp
-from stimage_sd.models import NBModel
+from stimage_sd.models import InstanceModel, NBModel
 from stimage_sd.models._specification import TileSpecification
 
 Say = Callable[[str], None]
@@ -58,10 +58,13 @@ def prepare_cohort(
         pp.embed(sdata, extractor, weights=weights, image_key=None if stain else contract.image_name(sdata))
 
 
-def prepare_for_model(sdata: SpatialData, model: NBModel, *, weights: Path | None, say: Say) -> list[str]:
+def prepare_for_model(
+    sdata: SpatialData, model: NBModel | InstanceModel, *, weights: Path | None, say: Say
+) -> list[str]:
     """Run the missing stain normalization, tiling and embedding of a section with a model's settings.
 
-    Steps that were run with other settings are not repeated. `stimage_sd.tl.predict` reports which to run again.
+    For a model of nuclei, nuclei are found and embedded as well. Steps that were run with other settings are not
+    repeated. `stimage_sd.tl.predict` reports which to run again.
 
     Parameters
     ----------
@@ -101,8 +104,33 @@ def prepare_for_model(sdata: SpatialData, model: NBModel, *, weights: Path | Non
             say(f"{name}: context of the tiles ({embedding.context_rings} rings)")
             pp.spatial_context(sdata, embedding.extractor, n_rings=embedding.context_rings)
             changed.append(contract.TILES)
+    if isinstance(model, InstanceModel):
+        changed += _embed_instances(sdata, model, weights=weights, say=say)
     changed = list(dict.fromkeys(changed))
     return changed if had_tissue or not contract.has_tissue(sdata) else [contract.tissue_name(sdata), *changed]
+
+
+def _embed_instances(sdata: SpatialData, model: InstanceModel, *, weights: Path | None, say: Say) -> list[str]:
+    """Find and embed the nuclei, or lay and embed the squares, that a model needs; return what was written."""
+    name, how = contract.sample(sdata), model.instances
+    key, changed = contract.features_key(how.on), []
+    if key in sdata.tables and contract.feature_key(how.extractor) in sdata.tables[key].obsm:
+        return []
+    if how.on == "nuclei" and contract.NUCLEI not in sdata.shapes:
+        say(f"{name}: nuclei")
+        pp.segment_nuclei(sdata)
+        changed.append(contract.NUCLEI)
+    say(f"{name}: embedding of {how.on} ({how.extractor})")
+    pp.embed(
+        sdata,
+        how.extractor,
+        on=how.on,
+        fields_of_view=how.fields_um,
+        square_um=how.size_um or 16.0,
+        weights=weights,
+        image_key=None if how.stain else contract.image_name(sdata),
+    )
+    return [*changed, key, *([contract.GRID_SQUARES] if how.on == "grid" else [])]
 
 
 def _make_tiles(sdata: SpatialData, tiles: TileSpecification, changed: list[str], *, say: Say) -> None:

@@ -6,64 +6,18 @@ Heavy imports are inside the commands, so that ``--help`` is quick.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stimage_sd import __version__
+from stimage_sd._cli_choices import Against, Dataset, Head, Of, On, Stain, Standardize
 from stimage_sd._cli_messages import OneLineErrors
 from stimage_sd._damaged_files import reading
 
 if TYPE_CHECKING:
     from spatialdata import SpatialData
-
-
-class Dataset(StrEnum):
-    """Dataset of the demo."""
-
-    synthetic = "synthetic"
-    her2st = "her2st"
-
-
-class Stain(StrEnum):
-    """Method of stain normalization."""
-
-    vahadane = "vahadane"
-    macenko = "macenko"
-    reinhard = "reinhard"
-    none = "none"
-
-
-class Head(StrEnum):
-    """Head of the model."""
-
-    paper = "paper"
-    dispersion = "dispersion"
-
-
-class Against(StrEnum):
-    """Measurements to compare predictions with."""
-
-    counts = "counts"
-    proteins = "proteins"
-
-
-class Of(StrEnum):
-    """Part of a prediction to explain."""
-
-    mean = "mean"
-    epistemic = "epistemic"
-    aleatoric = "aleatoric"
-    total_variance = "total_variance"
-
-
-class Standardize(StrEnum):
-    """Scope of the standardization of embeddings."""
-
-    section = "section"
-    cohort = "cohort"
 
 
 app = typer.Typer(
@@ -182,6 +136,7 @@ def train(
 def predict(
     section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store of a section. Counts are not needed.")],
     model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
+    on: Annotated[On, typer.Option(help="What to predict; nuclei and grid need a model of these.")] = On.tiles,
     out: Annotated[Path | None, typer.Option(help="Zarr store to write. By default ZARR itself.")] = None,
     weights: Weights = None,
     overwrite: Overwrite = False,
@@ -204,10 +159,12 @@ def predict(
     on_disk = set(sdata.images)
     changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
     _say(f"{contract.sample(sdata)}: predicting {len(fitted.genes)} genes")
-    tl.predict(sdata, fitted)
+    tl.predict(sdata, fitted, on=on.value)
     for name in set(sdata.images) - on_disk:
         del sdata.images[name]
-    write_changed(sdata, source=section, target=target, changed=[*changed, contract.PREDICTIONS], overwrite=overwrite)
+    write_changed(
+        sdata, source=section, target=target, changed=[*changed, contract.predictions_key(on)], overwrite=overwrite
+    )
     typer.echo(f"Predictions in {target}. Next: stimage-sd info {target}")
 
 

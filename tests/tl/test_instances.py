@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import spatialdata as sd
 from spatialdata import SpatialData
+from typer.testing import CliRunner
 
 import stimage_sd as sti
 from stimage_sd import contract
+from stimage_sd.cli import app
 from stimage_sd.models import get_extractor
 from stimage_sd.stream.cutting import cut_tile
 from stimage_sd.tl._score.cross_validate import shallow_copy
@@ -202,3 +204,23 @@ def test_what_does_not_fit_is_refused(section: SpatialData, fits, genes):
     moved.shapes["nuclei"] = moved.shapes["nuclei"].iloc[:10]
     with pytest.raises(ValueError, match="have no shape"):
         sti.tl.predict(moved, fits["nuclei"], on="nuclei")
+
+
+@pytest.mark.slow
+def test_slides_and_the_command_line_find_the_nuclei_themselves(section: SpatialData, genes: list[str], tmp_path: Path):
+    sdata = shallow_copy(section)
+    model = sti.tl.fit_nb(sdata, genes=genes, on="nuclei", n_members=2, max_epochs=2, rank=4, standardize="cohort")
+    path = model.save(tmp_path / "nuclei.stimage")
+    slide = sti.datasets.synthetic_slide(tmp_path / "slide", size=1024)
+    cohort = sti.tl.predict_cohort([next(slide.glob("*.svs"))], path, out=tmp_path / "cohort")
+    assert cohort.shape == (1, len(genes))
+    sti.io.slide(next(slide.glob("*.svs"))).write(tmp_path / "slide.zarr")
+    done = CliRunner().invoke(
+        app, ["predict", str(tmp_path / "slide.zarr"), "--model", str(path), "--on", "nuclei", "--out",
+              str(tmp_path / "out.zarr")],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    written = sd.read_zarr(tmp_path / "out.zarr").tables["nuclei_predictions"]
+    assert written.n_obs > 20
+    assert written.layers["upper"].min() >= 0
+    assert "predict with --on nuclei" in CliRunner().invoke(app, ["info", str(path)]).output

@@ -113,6 +113,16 @@ class InstanceModel:
         return np.full(self.n_members, 1.0 / self.n_members)
 
     @property
+    def head(self) -> str:
+        """Name of the heads."""
+        return "instances"
+
+    @property
+    def embeddings(self) -> tuple[TileSpecification, ...]:
+        """Tiling and embedding of tiles that a section must have."""
+        return (self.tiles,)
+
+    @property
     def description(self) -> dict[str, Any]:
         """Description of the model, stored with its predictions."""
         return {
@@ -206,6 +216,11 @@ class InstanceModel:
         -------
         The path.
         """
+        config, arrays = self.parts()
+        return write_model(path, kind="instances", config=config, arrays=arrays)
+
+    def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the model's config and arrays, from which `from_parts` builds it again."""
         config = {
             "genes": list(self.genes),
             "tiles": asdict(self.tiles),
@@ -226,7 +241,7 @@ class InstanceModel:
             arrays |= {f"{name}.{array}": values for array, values in space.arrays().items()}
         if self.shifts is not None:
             arrays["shifts"] = self.shifts
-        return write_model(path, kind="instances", config=config, arrays={**arrays, "floor": self.floor})
+        return config, {**arrays, "floor": self.floor}
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> InstanceModel:

@@ -1,0 +1,59 @@
+"""Choices of options of the command line."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class On(StrEnum):
+    """What is predicted."""
+
+    tiles = "tiles"
+    nuclei = "nuclei"
+    grid = "grid"
+
+
+class Dataset(StrEnum):
+    """Dataset of the demo."""
+
+    synthetic = "synthetic"
+    her2st = "her2st"
+
+
+class Stain(StrEnum):
+    """Method of stain normalization."""
+
+    vahadane = "vahadane"
+    macenko = "macenko"
+    reinhard = "reinhard"
+    none = "none"
+
+
+class Head(StrEnum):
+    """Head of the model."""
+
+    paper = "paper"
+    dispersion = "dispersion"
+
+
+class Against(StrEnum):
+    """Measurements to compare predictions with."""
+
+    counts = "counts"
+    proteins = "proteins"
+
+
+class Of(StrEnum):
+    """Part of a prediction to explain."""
+
+    mean = "mean"
+    epistemic = "epistemic"
+    aleatoric = "aleatoric"
+    total_variance = "total_variance"
+
+
+class Standardize(StrEnum):
+    """Scope of the standardization of embeddings."""
+
+    section = "section"
+    cohort = "cohort"
