@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import spatialdata as sd
 from spatialdata import SpatialData
+from spatialdata.transformations import Sequence, Translation, get_transformation, set_transformation
 from typer.testing import CliRunner
 
 import stimage_sd as sti
@@ -164,6 +165,40 @@ def test_cells_are_learned_directly_on_a_grid_of_tiles(section: SpatialData, gen
         {"spots": section, "cells": sdata}, genes=genes, on="nuclei", n_members=2, max_epochs=2, rank=4
     )
     assert mixed.n_per_unit > 1
+
+
+def test_a_cropped_and_shifted_section_gives_the_same_nuclei(section: SpatialData, genes: list[str]):
+    model = sti.tl.fit_nb(section, genes=genes, on="nuclei", n_members=2, max_epochs=2, rank=4, standardize="cohort")
+    whole = shallow_copy(section)
+    sti.tl.predict(whole, model, on="nuclei")
+    crop = sti.io.from_spatialdata(
+        section.query.bounding_box(
+            axes=("x", "y"), min_coordinate=[200, 150], max_coordinate=[1100, 1200], target_coordinate_system="global"
+        )
+    )
+    for _, _, element in crop.gen_spatial_elements():
+        placed = get_transformation(element, "global")
+        set_transformation(element, Sequence([placed, Translation([1000, -300], axes=("x", "y"))]), "global")
+    sti.tl.predict(crop, model, on="nuclei")
+    expected, found = whole.tables["nuclei_predictions"], crop.tables["nuclei_predictions"]
+    x, y = contract.places(whole, expected).T
+    # spots at the border lose nuclei, and nuclei there their nearest tile
+    far = (x > 320) & (x < 980) & (y > 270) & (y < 1080)
+    names = expected.obs_names[far]
+    assert len(names) > 100
+    assert set(names) <= set(found.obs_names)
+    np.testing.assert_allclose(found[names].X, expected[names].X, rtol=1e-5)
+    np.testing.assert_allclose(
+        contract.places(crop, found[names]) + np.array([200, 150]), contract.places(whole, expected[names]), atol=1
+    )
+    # embedded anew, pixels are cut at the same places
+    sti.pp.embed(crop, on="nuclei")
+    ids = expected.obs["instance_id"][far]
+    embedded = [
+        table[table.obs.set_index("instance_id").index.get_indexer(ids)].obsm[f"X_{EXTRACTOR}"]
+        for table in (crop.tables["nuclei_features"], section.tables["nuclei_features"])
+    ]
+    np.testing.assert_allclose(*embedded, atol=1e-3)
 
 
 def test_nuclei_are_drawn(section: SpatialData, fits, genes):
