@@ -148,6 +148,7 @@ def test_scores_at_the_spot_and_downstream_steps(section: SpatialData, fits, gen
     assert sti.tl.sample(sdata, fits["nuclei"], 3).shape == (3, sdata.tables["predictions"].n_obs, len(genes))
 
 
+@pytest.mark.slow
 def test_cells_are_learned_directly_on_a_grid_of_tiles(section: SpatialData, genes):
     sdata = shallow_copy(section)
     del sdata.tables["spot_counts"]
@@ -199,6 +200,20 @@ def test_a_cropped_and_shifted_section_gives_the_same_nuclei(section: SpatialDat
         for table in (crop.tables["nuclei_features"], section.tables["nuclei_features"])
     ]
     np.testing.assert_allclose(*embedded, atol=1e-3)
+
+
+def test_new_squares_remove_what_was_predicted_of_the_earlier_ones(section: SpatialData, fits):
+    sdata = shallow_copy(section)
+    sti.tl.predict(sdata, fits["grid"], on="grid")
+    sti.pp.embed(sdata, on="grid", square_um=20)  # the same squares
+    assert "grid_predictions" in sdata.tables
+    with pytest.warns(UserWarning, match="grid_predictions"):
+        sti.pp.embed(sdata, on="grid", square_um=40, fields_of_view=(40.0,))
+    assert "grid_predictions" not in sdata.tables
+    assert len(sdata.shapes["grid_squares"]) == sdata.tables["grid_features"].n_obs
+    with pytest.raises(ValueError, match="larger than section"):
+        sti.pp.embed(sdata, on="grid", square_um=1e5)
+    assert len(sdata.shapes["grid_squares"]) == sdata.tables["grid_features"].n_obs
 
 
 def test_nuclei_are_drawn(section: SpatialData, fits, genes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -76,6 +77,8 @@ def write_instances(
 ) -> AnnData:
     """Write a table of nuclei or squares without embeddings, or return the existing one if it is of the same.
 
+    Predictions of earlier nuclei or squares in the same shapes are removed, with a warning.
+
     Parameters
     ----------
     sdata
@@ -102,8 +105,27 @@ def write_instances(
     table.uns[INSTANCES] = how
     parsed = annotate(table, region=shapes)
     sdata.tables.pop(name, None)
+    _remove_stale(sdata, shapes)
     sdata.tables[name] = parsed
     return parsed
+
+
+def _remove_stale(sdata: SpatialData, shapes: str) -> None:
+    """Remove predictions of nuclei or squares that are about to be replaced, and warn."""
+    stale = [
+        name
+        for name, table in sdata.tables.items()
+        if "prediction" in table.uns and (about_instances(table) or {}).get("shapes") == shapes
+    ]
+    for name in stale:
+        del sdata.tables[name]
+    if stale:
+        warnings.warn(
+            f"Section {sample(sdata)!r} has other nuclei or squares in {shapes!r} now. Predictions of the earlier ones "
+            f"are removed: {', '.join(stale)}.",
+            UserWarning,
+            stacklevel=5,
+        )
 
 
 def write_instance_predictions(sdata: SpatialData, table: AnnData, *, key: str) -> None:

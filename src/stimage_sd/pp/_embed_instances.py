@@ -7,8 +7,8 @@ from typing import Any
 
 import geopandas as gpd
 import numpy as np
-import pandas as pd
 import shapely
+from anndata import AnnData
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
@@ -79,17 +79,20 @@ def embed_instances(
         )
 
 
-def _nuclei(sdata: SpatialData, shapes_key: str | None) -> Any:
+def _nuclei(sdata: SpatialData, shapes_key: str | None) -> AnnData:
     """Make the table of the nuclei that lie near a tile."""
-    name = contract.default_nuclei(shapes_key)
     frame = contract.nuclei(sdata, shapes_key)
-    return _near_tiles(sdata, "nuclei", name, frame.index, shapely.centroid(contract.outlines(frame)), {})
+    centers = shapely.get_coordinates(shapely.centroid(contract.outlines(frame)))
+    near = _near_tiles(sdata, centers, "nuclei")
+    name = contract.default_nuclei(shapes_key)
+    return contract.write_instances(
+        sdata, "nuclei", shapes=name, ids=frame.index[near], centers=centers[near], about={}
+    )
 
 
-def _grid(sdata: SpatialData, square_um: float, image: str, mpp: float) -> Any:
+def _grid(sdata: SpatialData, square_um: float, image: str, mpp: float) -> AnnData:
     """Lay squares side by side over the tissue near tiles, and make their table."""
     side = square_um / mpp
-    about = {"size_um": float(square_um), "image": image}
     width, height = contract.image_size(sdata, image)
     columns, rows = (np.arange(int(extent // side)) for extent in (width, height))
     if not len(columns) or not len(rows):
@@ -102,26 +105,26 @@ def _grid(sdata: SpatialData, square_um: float, image: str, mpp: float) -> Any:
             for axis, down in ((1, down_y), (0, down_x))
         )
         centers = centers[mask[at_row, at_column]]
-    squares = shapely.box(*(centers - side / 2).T, *(centers + side / 2).T)
-    frame = gpd.GeoDataFrame(geometry=squares)
+    frame = gpd.GeoDataFrame(geometry=shapely.box(*(centers - side / 2).T, *(centers + side / 2).T))
+    placed = contract.pixel_frame(sdata, image).shapes(frame.iloc[:1].copy())
+    to_home = contract.pixel_frame(sdata).matrix(placed, contract.GRID_SQUARES)
+    at_home = contract.apply(to_home, np.asarray(centers, dtype=np.float64))
+    near = _near_tiles(sdata, at_home, "squares")
+    frame = frame[near].reset_index(drop=True)
+    about = {"size_um": float(square_um), "image": image}
+    table = contract.write_instances(
+        sdata, "grid", shapes=contract.GRID_SQUARES, ids=frame.index, centers=at_home[near], about=about
+    )
     contract.write_shapes(sdata, frame, name=contract.GRID_SQUARES, image_key=image)
-    points = shapely.centroid(contract.shapes_in_pixels(sdata, contract.GRID_SQUARES).geometry.to_numpy())
-    table = _near_tiles(sdata, "grid", contract.GRID_SQUARES, frame.index, points, about)
-    kept = sdata.shapes[contract.GRID_SQUARES].loc[table.obs[contract.INSTANCE_KEY]]
-    sdata.shapes[contract.GRID_SQUARES] = kept
     return table
 
 
-def _near_tiles(
-    sdata: SpatialData, on: str, shapes: str, ids: pd.Index, points: NDArray[np.object_], about: dict[str, Any]
-) -> Any:
-    """Write the table of those near a tile."""
-    centers = shapely.get_coordinates(points)
-    inside = ((centers >= 0) & (centers < contract.image_size(sdata))).all(axis=1)
-    inside &= contract.near_tiles(sdata, centers)
-    if not inside.any():
+def _near_tiles(sdata: SpatialData, centers: NDArray[np.float64], what: str) -> NDArray[np.bool_]:
+    """Return which centers, px of the H&E, lie on the image and near a tile."""
+    near = ((centers >= 0) & (centers < contract.image_size(sdata))).all(axis=1) & contract.near_tiles(sdata, centers)
+    if not near.any():
         raise ValueError(
-            f"None of the {len(centers)} {'nuclei' if on == 'nuclei' else 'squares'} of section "
-            f"{contract.sample(sdata)!r} lies near one of its tiles. Do shapes and tiles lie on the same tissue?"
+            f"None of the {len(centers)} {what} of section {contract.sample(sdata)!r} lies near one of its tiles. Do "
+            "shapes and tiles lie on the same tissue?"
         )
-    return contract.write_instances(sdata, on, shapes=shapes, ids=ids[inside], centers=centers[inside], about=about)
+    return np.asarray(near)
