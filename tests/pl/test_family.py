@@ -113,7 +113,7 @@ def test_several_genes_have_one_row_of_maps_each(result: Any) -> None:
 def test_genes_of_which_some_were_not_measured(result: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = contract.counts(result.section)
     some = counts[:, [name != "G1" for name in counts.var_names]].copy()
-    monkeypatch.setattr("stimage_sd.contract.align_to_spots", lambda *_, **__: (np.arange(some.n_obs), some))
+    monkeypatch.setattr("stimage_sd.contract.align", lambda *_, **__: (np.arange(some.n_obs), some))
     axes = pl.prediction(result.section, ["G0", "G1"])
     assert axes[1, 0].texts[0].get_text() == "G1 was not measured"
     assert not axes[1, 0].collections

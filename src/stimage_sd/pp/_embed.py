@@ -99,7 +99,7 @@ def embed(
     usual = _FIELDS if on == "tiles" else FIELDS_UM
     fields = [float(field) for field in (usual if fields_of_view is None else fields_of_view)]
     if not fields or min(fields) <= 0:
-        raise ValueError(f"Expected `fields_of_view` to be positive lengths, found {fields}.")
+        raise ValueError(f"Expected `fields_of_view` as positive lengths, found {fields}.")
     if not square_um > 0:
         raise ValueError(f"Expected `square_um` to be positive, found {square_um}.")
     if context_rings < 0:
