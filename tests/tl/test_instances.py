@@ -216,6 +216,25 @@ def test_new_squares_remove_what_was_predicted_of_the_earlier_ones(section: Spat
     assert len(sdata.shapes["grid_squares"]) == sdata.tables["grid_features"].n_obs
 
 
+def test_spots_keep_their_size_where_counts_are_of_cells_by_now(section: SpatialData):
+    sdata = shallow_copy(section)
+    before = contract.within_tiles(sdata, sdata.tables["nuclei_features"])
+    contract.activate(sdata, "counts", "counts")
+    after = contract.within_tiles(sdata, sdata.tables["nuclei_features"])
+    np.testing.assert_array_equal(after.inside, before.inside)
+    np.testing.assert_array_equal(after.uncovered, before.uncovered)
+
+
+def test_a_section_of_which_a_few_tiles_were_segmented(section: SpatialData, fits, genes):
+    sdata = shallow_copy(section)
+    within = contract.within_tiles(sdata, sdata.tables["nuclei_features"])
+    sdata.tables["nuclei_features"] = sdata.tables["nuclei_features"][within.tile < 3].copy()
+    with pytest.raises(ValueError, match="hold none of its nuclei"):
+        sti.tl.fit_nb(sdata, genes=genes, on="nuclei", n_members=2, max_epochs=1)
+    with pytest.warns(UserWarning, match="hold no nucleus"):
+        sti.tl.predict(sdata, fits["nuclei"])
+
+
 def test_nuclei_are_drawn(section: SpatialData, fits, genes):
     sdata = shallow_copy(section)
     sti.tl.predict(sdata, fits["nuclei"], on="nuclei")

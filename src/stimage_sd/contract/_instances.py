@@ -20,11 +20,11 @@ from stimage_sd.contract._cells import outlines
 from stimage_sd.contract._counts import Source, align_to_spots, counts
 from stimage_sd.contract._elements import INSTANCES, annotate
 from stimage_sd.contract._frame import centers_in_pixels, shapes_in_pixels
-from stimage_sd.contract._names import INSTANCE_KEY, NUCLEI, REGION_KEY
+from stimage_sd.contract._names import INSTANCE_KEY, REGION_KEY, SPOT_COUNTS, SPOT_PROTEINS
 from stimage_sd.contract._section import sample
 from stimage_sd.contract._tables import Against, has_counts
 from stimage_sd.contract._tiles import check_free, tile_geometry, tiles, tiling
-from stimage_sd.contract._units import find_units, has_places, stands_on_spots
+from stimage_sd.contract._units import find_units, has_places, stands_on_spots, units_of
 
 if TYPE_CHECKING:
     from geopandas import GeoDataFrame
@@ -211,7 +211,7 @@ def within_tiles(sdata: SpatialData, table: AnnData) -> Within:
     where = places(sdata, table)
     centers, side, away, nearest, reach = _nearest_tiles(sdata, where)
     if tiling(sdata)["layout"] == "spots":
-        diameter = find_units(sdata).diameter(sdata) if has_places(sdata) else side
+        diameter = _spot_diameter(sdata, side)
         inside, area = np.asarray(away <= diameter / 2), np.pi * diameter**2 / 4
     else:
         offset = where - centers[nearest]
@@ -224,6 +224,20 @@ def within_tiles(sdata: SpatialData, table: AnnData) -> Within:
         return Within(tile, inside, np.zeros(len(centers)), per_tile)
     covered = np.bincount(tile[inside], weights=instance_areas(sdata, table)[inside], minlength=len(centers))
     return Within(tile, inside, np.clip(1 - covered / area, 0.0, 1.0), per_tile)
+
+
+def _spot_diameter(sdata: SpatialData, side: float) -> float:
+    """Return the diameter of the spots that tiles sit on, px; the side of a tile if these spots are gone.
+
+    The section's own counts may be of cells by now, so units are recognized by the names that the tiles have.
+    """
+    spots = set(tiles(sdata).obs["spot_id"].astype(str)) if "spot_id" in tiles(sdata).obs else set()
+    own = [None] if has_places(sdata) else []
+    for table in (*own, *(name for name in (SPOT_COUNTS, SPOT_PROTEINS) if name in sdata.tables)):
+        units = find_units(sdata) if table is None else units_of(sdata, table)
+        if spots & set(units.names.astype(str)):
+            return units.diameter(sdata)
+    return side
 
 
 def near_tiles(sdata: SpatialData, points: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -294,9 +308,12 @@ def align_to_instances(
             )
     where = units.positions(sdata)
     known = np.flatnonzero(np.isfinite(where).all(axis=1))
-    unit, row = shapely.STRtree(inside).query(shapely.points(where[known]), predicate="within")
+    # a center on the edge of two squares belongs to the first, and is not lost
+    unit, row = shapely.STRtree(inside).query(shapely.points(where[known]), predicate="intersects")
+    order = np.lexsort((row, unit))
+    first = order[np.unique(unit[order], return_index=True)[1]]
     owner = np.full(len(where), -1)
-    owner[known[unit]] = row
+    owner[known[unit[first]]] = row[first]
     if on == "nuclei" and units.shapes in sdata.shapes:
         _own_by_cells(sdata, table, units, where, owner)
     mine = np.flatnonzero(owner >= 0)
@@ -363,8 +380,3 @@ def _polygons(frame: GeoDataFrame) -> NDArray[np.object_]:
     if "radius" in frame and len(frame) and frame.geometry.iloc[0].geom_type == "Point":
         return np.asarray(frame.geometry.buffer(frame["radius"]).to_numpy(), dtype=object)
     return np.asarray(frame.geometry.to_numpy(), dtype=object)
-
-
-def default_nuclei(shapes_key: str | None) -> str:
-    """Return the name of the nuclei's shapes."""
-    return NUCLEI if shapes_key is None else shapes_key

@@ -37,6 +37,8 @@ from stimage_sd.tl._fit.training_set import (
 
 #: leading components of nuclei beside the patterns, and the deviation of the first (patterns: 1 over spots)
 _LEADING, _DEVIATION = 24, 0.25
+#: largest share of spots without nuclei
+_MOST_EMPTY = 0.5
 
 
 def fit_on_instances(
@@ -195,8 +197,8 @@ def _measure(
     check_measured({name: bag.counts for name, bag in bags.items()})
     on_spots = [bag for bag in bags.values() if not bag.is_direct]
     n_nuclei = sum(len(bag.rows) for bag in on_spots) / max(sum(len(bag.totals) for bag in on_spots), 1)
-    if on_spots and n_nuclei == 0:
-        raise ValueError(f"No {on} lie in the spots of {list(bags)}. Do shapes and spots lie on the same tissue?")
+    for name, bag in bags.items():
+        _check_filled(name, on, bag)
     n_per_unit = n_nuclei if on_spots else 1.0
     counts = sp.vstack([bag.counts for bag in bags.values()]).tocsr()
     # a cell counts as much as a spot of as many such cells, so that sections of cells and of spots have one depth
@@ -216,6 +218,17 @@ def _measure(
         n_counted=n_counted,
     )
     return bags, spots, float(n_per_unit)
+
+
+def _check_filled(name: str, on: str, bag: _Measured) -> None:
+    """Raise `ValueError` if most spots hold no nucleus, as if only some tiles were segmented."""
+    empty = float((np.diff(bag.starts) == 0).mean())
+    if not bag.is_direct and empty > _MOST_EMPTY:
+        raise ValueError(
+            f"{empty:.0%} of the spots of section {name!r} hold none of its {on}, so their counts would be taken for "
+            "background. Do shapes and spots lie on the same tissue, and were all tiles segmented? Run "
+            "`stimage_sd.pp.segment_nuclei(sdata)` without `tiles=`, and embed again."
+        )
 
 
 def _of_spots(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,9 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd._squidpy import spatial_uns
 from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, n_per_unit, predicts_on
+
+#: share of tiles without nuclei above which a section was hardly segmented as a whole
+_MOST_EMPTY = 0.5
 
 
 class Target(NamedTuple):
@@ -75,6 +79,8 @@ def open_target(model: Predictor, sdata: SpatialData, *, on: str, section: str) 
     every = contract.tiles(sdata)
     kept = every[every.obs["keep"].to_numpy()]
     if on == "tiles":
+        if able == "nuclei":
+            _warn_of_empty_tiles(sdata, able)
         background = opened.background() if able == "nuclei" and isinstance(opened, OpenedBags) else None
         return Target(opened, kept, model.floor, background, "tile")
     assert isinstance(opened, OpenedBags)
@@ -85,6 +91,19 @@ def open_target(model: Predictor, sdata: SpatialData, *, on: str, section: str) 
     table.obs["tile"] = kept.obs_names[within.tile[rows]]
     table.obs["in_tile"] = within.inside[rows]
     return Target(inner, table, model.floor / n_per_unit(model), None, "nucleus" if on == "nuclei" else "square")
+
+
+def _warn_of_empty_tiles(sdata: SpatialData, on: str) -> None:
+    """Warn if most tiles hold no nucleus: they are predicted as background only."""
+    within = contract.within_tiles(sdata, contract.instances(sdata, on))
+    empty = float((within.per_tile == 0).mean())
+    if empty > _MOST_EMPTY:
+        warnings.warn(
+            f"{empty:.0%} of the tiles of section {contract.sample(sdata)!r} hold no nucleus and are predicted as "
+            "background. Find the nuclei of all tiles with `stimage_sd.pp.segment_nuclei(sdata)`, and embed them.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _diameter(sdata: SpatialData, table: ad.AnnData) -> float:
