@@ -63,14 +63,14 @@ def fit_on_instances(
     first = next(iter(specifications.values()))
     for section, found in specifications.items():
         first.check(found, section=section)
-    context, nuclei = (
-        _space({section: features(sdata, tiles) for section, sdata in cohort.items()}, standardize, seed, options),
-        _space(
-            {section: instance_features(sdata, first) for section, sdata in cohort.items()}, standardize, seed, options
-        ),
+    embedded = (
+        {section: features(sdata, tiles) for section, sdata in cohort.items()},
+        {section: instance_features(sdata, first) for section, sdata in cohort.items()},
     )
+    context, nuclei = (_space(values, standardize, seed, options) for values in embedded)
     bags, spots, n_per_unit = _measure(cohort, on, genes, options["exposure"], source)
-    reduced = _Reduced.of(cohort, tiles, first, context, nuclei, bags)
+    reduced = _Reduced.of(*embedded, context, nuclei, bags)
+    del embedded
     per_tile = max(float(reduced.per_tile.mean()), 1.0)
     held_out = held_out_tiles(
         spots.sections, spots.positions, validation, n_members=n_members, seed=seed, patients=patients
@@ -278,15 +278,15 @@ class _Reduced(NamedTuple):
 
     @classmethod
     def of(
-        cls, cohort: Mapping[str, SpatialData], tiles: Any, instances: InstanceSpecification, context: FeatureSpace,
+        cls, tiles: Mapping[str, np.ndarray], instances: Mapping[str, np.ndarray], context: FeatureSpace,
         nuclei: FeatureSpace, bags: Mapping[str, _Measured],
     ) -> _Reduced:  # fmt: skip
         """Project the embeddings of the measured spots and their nuclei."""
         of_spots, of_nuclei = [], []
         for name, bag in bags.items():
-            of_tiles, embedded = features(cohort[name], tiles), instance_features(cohort[name], instances)
-            of_spots.append(context.reduce(of_tiles, context.scale(of_tiles, section=name))[bag.tile])
-            of_nuclei.append(nuclei.reduce(embedded[bag.rows], nuclei.scale(embedded, section=name)))
+            of_spots.append(context.reduce(tiles[name], context.scale(tiles[name], section=name))[bag.tile])
+            scale = nuclei.scale(instances[name], section=name)
+            of_nuclei.append(nuclei.reduce(instances[name][bag.rows], scale))
         sizes = np.concatenate([np.diff(bag.starts) for bag in bags.values()])
         return cls(
             np.concatenate(of_spots),

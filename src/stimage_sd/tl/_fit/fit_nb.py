@@ -124,7 +124,8 @@ def fit_nb(
         If a section was not embedded or lacks some of the genes.
     ValueError
         If sections were prepared differently, or an option is out of range. With nuclei or squares, also if `extractor`
-        is not one name, `rank` is `None`, `head` is not ``"paper"`` or size factors are given.
+        is not one name, `rank` is `None`, `head` is not ``"paper"``, size factors are given, or most spots of a section
+        hold no nucleus.
 
     Notes
     -----

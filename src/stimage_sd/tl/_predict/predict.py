@@ -127,7 +127,8 @@ def predict(
     Warns
     -----
     UserWarning
-        If the model was trained on one patient and a section is known to be of another.
+        If the model was trained on one patient and a section is known to be of another. Or if a model of nuclei
+        predicts tiles most of which hold no nucleus.
 
     Notes
     -----
