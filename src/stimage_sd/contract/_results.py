@@ -13,6 +13,7 @@ from stimage_sd.contract._labels import mask_in_pixels
 from stimage_sd.contract._names import (
     EXPLANATIONS,
     GENE_CLASSES,
+    INSTANCE_KEY,
     NUCLEI,
     NUCLEI_EXPLAINED,
     PREDICTIONS,
@@ -219,6 +220,45 @@ def explanations(sdata: SpatialData) -> AnnData:
             f"Section {sample(sdata)!r} has no explained tiles. Run `stimage_sd.tl.explain(sdata, model, gene)` first."
         )
     return sdata.tables[EXPLANATIONS]
+
+
+def unstable_tiles(
+    sdata: SpatialData, gene: str, *, method: str = "lime", min_stability: float, min_r2: float
+) -> dict[int, str]:
+    """Say why the scores of explained tiles are not to be read, such as ``"stability 0.41"``, keyed by tile.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    gene
+        The gene.
+    method
+        Method of the scores. Only scores by ``"lime"`` have a stability.
+    min_stability
+        Lowest stability of scores that can be read. Tiles with fewer than three segments have no stability.
+    min_r2
+        Lowest held-out R² of the linear model.
+
+    Returns
+    -------
+    Only tiles that fail. It is empty if nothing is known of the tiles.
+    """
+    if method != "lime" or EXPLANATIONS not in sdata.tables:
+        return {}
+    table = sdata.tables[EXPLANATIONS]
+    if gene not in table.var_names or not {"stability", "r2"} <= set(table.layers):
+        return {}
+    column = table.var_names.get_loc(gene)
+    stability, r2 = (np.asarray(table.layers[name])[:, column] for name in ("stability", "r2"))
+    reasons = {}
+    for row, tile in enumerate(table.obs[INSTANCE_KEY]):
+        n_segments = table.obs["n_segments"].iloc[row]
+        if n_segments > 2 and not stability[row] >= min_stability:
+            reasons[int(tile)] = f"stability {stability[row]:.2f}"
+        elif n_segments and not r2[row] >= min_r2:
+            reasons[int(tile)] = f"R² {r2[row]:.2f}"
+    return reasons
 
 
 def write_explained(sdata: SpatialData, frame: GeoDataFrame, *, of_nuclei: bool = True) -> None:
