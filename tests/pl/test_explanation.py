@@ -63,8 +63,8 @@ def test_nuclei_have_the_colors_of_their_scores(explained: SpatialData) -> None:
 def test_nuclei_whose_scores_cannot_be_read_are_gray_and_say_why(explained: SpatialData) -> None:
     first, second, third = pl.explanation(explained, "A")
     assert first.get_title() == "A, tile 3\nstability 0.95, R² 0.25"
-    assert second.get_title() == "A, tile 7\nnot readable: stability 0.40"
-    assert third.get_title() == "A, tile 11\nnot readable: R² 0.10"
+    assert second.get_title() == "A, tile 7\nnot readable: stability 0.40 < 0.9"
+    assert third.get_title() == "A, tile 11\nnot readable: R² 0.10 < 0.2"
     frame = explained.shapes["nuclei_explained"].query("tile == 3")
     np.testing.assert_array_equal(first.collections[0].get_array(), frame["lime_A"])
     # colors span the scores that can be read, here those of the first tile alone
@@ -72,7 +72,10 @@ def test_nuclei_whose_scores_cannot_be_read_are_gray_and_say_why(explained: Spat
     for ax in (second, third):
         assert ax.collections[0].get_array() is None
         np.testing.assert_allclose(ax.collections[0].get_facecolor()[:, :3], 0.6)
-    assert pl.explanation(explained, "A", tiles=[7])[0].get_title().endswith("not readable: stability 0.40")
+    table = contract.explanations(explained)
+    table.layers["stability"][2] = np.nan
+    assert pl.explanation(explained, "A", tiles=[11])[0].get_title().endswith("hidden segments change nothing")
+    assert pl.explanation(explained, "A", tiles=[7])[0].get_title().endswith("stability 0.40 < 0.9")
 
 
 def test_summaries_leave_out_what_cannot_be_read(explained: SpatialData) -> None:
@@ -85,7 +88,7 @@ def test_summaries_leave_out_what_cannot_be_read(explained: SpatialData) -> None
     axes = pl.explanation_scores(nuclei[nuclei["gene"] == "A"])
     assert [len(drawn.get_offsets()) for drawn in axes[0].collections] == [30, 60]
     assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["not readable", "median"]
-    every = tl.explained_nuclei(explained, "A", min_stability=0.4, min_r2=0)
+    every = tl.explained_nuclei(explained, "A", min_stability=None, min_r2=None)
     assert every["readable"].all()
     with pytest.raises(ValueError, match="lower `min_stability`"):
         tl.compare_explanations(explained, "A", "B", min_stability=0.99)

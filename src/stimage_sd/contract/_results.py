@@ -223,9 +223,9 @@ def explanations(sdata: SpatialData) -> AnnData:
 
 
 def unstable_tiles(
-    sdata: SpatialData, gene: str, *, method: str = "lime", min_stability: float, min_r2: float
+    sdata: SpatialData, gene: str, *, method: str = "lime", min_stability: float | None, min_r2: float | None
 ) -> dict[int, str]:
-    """Say why the scores of explained tiles are not to be read, such as ``"stability 0.41"``, keyed by tile.
+    """Say why the scores of explained tiles are not to be read, such as ``"stability 0.41 < 0.9"``, keyed by tile.
 
     Parameters
     ----------
@@ -236,9 +236,10 @@ def unstable_tiles(
     method
         Method of the scores. Only scores by ``"lime"`` have a stability.
     min_stability
-        Lowest stability of scores that can be read. Tiles with fewer than three segments have no stability.
+        Lowest stability of scores that can be read. Tiles with fewer than three segments have no stability. `None`:
+        any.
     min_r2
-        Lowest held-out R² of the linear model.
+        Lowest held-out R² of the linear model. `None`: any.
 
     Returns
     -------
@@ -252,13 +253,18 @@ def unstable_tiles(
     column = table.var_names.get_loc(gene)
     stability, r2 = (np.asarray(table.layers[name])[:, column] for name in ("stability", "r2"))
     reasons = {}
-    for row, tile in enumerate(table.obs[INSTANCE_KEY]):
-        n_segments = table.obs["n_segments"].iloc[row]
-        if n_segments > 2 and not stability[row] >= min_stability:
-            reasons[int(tile)] = f"stability {stability[row]:.2f}"
-        elif n_segments and not r2[row] >= min_r2:
-            reasons[int(tile)] = f"R² {r2[row]:.2f}"
+    for row, (tile, n_segments) in enumerate(table.obs[[INSTANCE_KEY, "n_segments"]].itertuples(index=False)):
+        if n_segments > 2 and min_stability is not None and not stability[row] >= min_stability:
+            reasons[int(tile)] = _below("stability", stability[row], min_stability)
+        elif n_segments and min_r2 is not None and not r2[row] >= min_r2:
+            reasons[int(tile)] = _below("R²", r2[row], min_r2)
     return reasons
+
+
+def _below(name: str, value: float, limit: float) -> str:
+    if np.isnan(value):
+        return "hidden segments change nothing"
+    return f"{name} {np.floor(100 * value + 1e-4) / 100:.2f} < {limit:g}"  # rounded down, so that it is below the limit
 
 
 def write_explained(sdata: SpatialData, frame: GeoDataFrame, *, of_nuclei: bool = True) -> None:

@@ -37,8 +37,8 @@ def explanation(
     *,
     tiles: Sequence[int] | None = None,
     method: str = "lime",
-    min_stability: float = contract.MIN_STABILITY,
-    min_r2: float = contract.MIN_R2,
+    min_stability: float | None = contract.MIN_STABILITY,
+    min_r2: float | None = contract.MIN_R2,
     cmap: str | Colormap = "RdBu_r",
     vmin: float | None = None,
     vmax: float | None = None,
@@ -66,7 +66,7 @@ def explanation(
         Method of the scores, ``"lime"`` or ``"saliency"``.
     min_stability, min_r2
         Lowest stability and held-out R² of scores in color, as in ``tables["explanations"]``. Scores by other methods
-        than LIME have neither and are always in color. ``min_stability=-1, min_r2=-np.inf`` colors all scores.
+        than LIME have neither and are always in color. `None`: no limit.
     cmap, vmin, vmax, alpha
         Colormap. Ends of the color range, shared by all tiles of a gene and symmetric around 0 unless both are given.
         Opacity of the nuclei.

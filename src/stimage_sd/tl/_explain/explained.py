@@ -116,8 +116,8 @@ def explained_nuclei(
     *,
     method: str = "lime",
     by: str | None = None,
-    min_stability: float = contract.MIN_STABILITY,
-    min_r2: float = contract.MIN_R2,
+    min_stability: float | None = contract.MIN_STABILITY,
+    min_r2: float | None = contract.MIN_R2,
 ) -> pd.DataFrame:
     """List explained nuclei with their scores, one row per nucleus and gene.
 
@@ -133,7 +133,8 @@ def explained_nuclei(
         Column with a class. It is looked up in the explained nuclei (such as a cell type), then in the tiles' ``obs``
         (such as a pathologist's annotation).
     min_stability, min_r2
-        Lowest stability and held-out R² of readable scores. Scores by other methods than LIME are always readable.
+        Lowest stability and held-out R² of readable scores. `None`: no limit. Scores by other methods than LIME are
+        always readable.
 
     Returns
     -------
@@ -186,8 +187,8 @@ def compare_explanations(
     *,
     method: str = "lime",
     by: str | None = None,
-    min_stability: float = contract.MIN_STABILITY,
-    min_r2: float = contract.MIN_R2,
+    min_stability: float | None = contract.MIN_STABILITY,
+    min_r2: float | None = contract.MIN_R2,
 ) -> pd.DataFrame:
     """Compare the nuclei that raise the prediction of two genes.
 
