@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from stimage_sd.likelihood import predictive, shifts
 from stimage_sd.likelihood.mixture_moments import MixtureMoments
-from stimage_sd.pl._calibration import pit_histogram
+from stimage_sd.likelihood.pit import pit_histogram
 
 SD = st.floats(0.0, 1.2)
 MEAN = st.floats(1e-3, 200.0)

@@ -12,6 +12,7 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd._files import scratch
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._files import kind, model_from, read_model, write_model
 from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
@@ -19,7 +20,7 @@ from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 @kind("adapted")
 @dataclass(frozen=True)
-class AdaptedModel:
+class AdaptedModel(Certified):
     """A model whose depth and gene shifts were updated by measurements of one section or patient.
 
     Made by `stimage_sd.tl.adapt`, loaded by `stimage_sd.models.load`.

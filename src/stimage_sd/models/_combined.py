@@ -13,6 +13,7 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd._files import scratch
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._files import kind, model_from, read_model, write_model
 from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
@@ -20,7 +21,7 @@ from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 @kind("combined")
 @dataclass(frozen=True)
-class CombinedModel:
+class CombinedModel(Certified):
     """A mixture of fitted models, such as one model per extractor.
 
     Made by `stimage_sd.tl.combine`, loaded by `stimage_sd.models.load`.

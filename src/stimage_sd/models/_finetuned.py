@@ -14,6 +14,7 @@ from flax import nnx
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import blank_module, derived_extractor, settings
 from stimage_sd.models._features import FeatureSpace
@@ -30,7 +31,7 @@ _PREFIX = "network/"
 
 @kind("finetuned")
 @dataclass(frozen=True, eq=False)
-class FinetunedModel:
+class FinetunedModel(Certified):
     """A network and a head that predict a negative binomial for every gene from a tile's pixels.
 
     Made by `stimage_sd.tl.finetune_nb`, loaded by `stimage_sd.models.load`. Sections need no embeddings. In

@@ -15,6 +15,7 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd.likelihood.heads import HEADS
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import kind, write_model
 from stimage_sd.models._predictor import known_patients
@@ -30,7 +31,7 @@ _BLOCK = 1 << 16
 
 @kind("nb")
 @dataclass(frozen=True)
-class NBModel:
+class NBModel(Certified):
     """An ensemble that predicts a negative binomial for every gene and tile.
 
     Made by `stimage_sd.tl.fit_nb`, loaded by `stimage_sd.models.load`.

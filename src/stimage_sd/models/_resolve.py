@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from stimage_sd.models._load import load
+from stimage_sd.models._wrapped import Wrapped
 
 Model = TypeVar("Model")
 
@@ -18,7 +19,8 @@ def as_model(model: Model | str | Path) -> Model:
     FileNotFoundError
         If the path does not exist.
     ValueError
-        If the file is not a model, is damaged, or has a newer version.
+        If the file is not a model, is damaged, or has a newer version. Or if the model is a wrapped predictor whose
+        values are not linked to counts.
 
     Examples
     --------
@@ -26,4 +28,9 @@ def as_model(model: Model | str | Path) -> Model:
     Traceback (most recent call last):
     FileNotFoundError: No model at no-such.stimage.
     """
+    if isinstance(model, Wrapped):
+        raise ValueError(
+            "The values of a wrapped predictor are no counts yet. Link them to counts on sections that have some: "
+            "`model = stimage_sd.tl.calibrate(sections, wrapped)`."
+        )
     return cast(Model, load(model) if isinstance(model, str | Path) else cast(Any, model))

@@ -108,7 +108,8 @@ def predict(
     ``obs["in_tile"]`` add up to the mean of their tile ``obs["tile"]``: for nuclei, together with the background that
     no nucleus covers, which is the layer ``background`` of the tiles' predictions.
 
-    ``obs["ood_score"]`` is above 1 for tiles farther from the training tiles than 95 % of the training tiles.
+    ``obs["ood_score"]`` is above 1 for tiles farther from the training tiles than 95 % of the training tiles. With a
+    certified model (`stimage_sd.tl.certify`), ``var["predictable"]`` marks the genes that it predicted in new sections.
 
     A gene classifier writes ``tables["gene_classes"]`` with ``X`` = probability of High, layer ``high`` = above one
     half, and the same ``obs``. A cell classifier writes ``shapes["nuclei"]`` and ``tables["cell_types"]``, as
@@ -173,6 +174,7 @@ def predict(
     folders = {name: _new_folder(out, name) for name in cohort}
     warn_of_other_patients(fitted, cohort)
     level = fitted.interval_level if conformal else COVERAGE
+    certificate = getattr(fitted, "certificate", None)
     factors, found = {}, {}
     shifts = {name: shift_sd(fitted, sdata) for name, sdata in cohort.items()}
     with ExitStack() as unfinished:  # folders appear once all sections are predicted
@@ -198,6 +200,8 @@ def predict(
         predictions = target.results(sdata, layers, fitted.genes)
         if sd is not None:
             predictions.var["shift_sd"] = sd
+        if certificate is not None:
+            predictions.var["predictable"] = predictions.var_names.isin(certificate.predictable)
         if target.background is not None:
             predictions.layers["background"] = np.float32(exposure or 1.0) * target.background
         predictions.obs["size_factor"] = factors[name]
