@@ -53,7 +53,7 @@ def test_an_oracle_passes_on_every_gene_with_signal(of_oracle) -> None:
     # the prior on shifts widens intervals, since the patients of two sections are unknown
     assert genes["coverage"].between(0.88, 0.985).all()
     assert (genes.loc[GENES[:N_SIGNAL], "nll"] < genes.loc[GENES[:N_SIGNAL], "nll_floor"]).all()
-    assert genes["calibration"].max() < 0.12
+    assert genes["calibration"].max() < 0.15
     assert np.abs(of_oracle.certificate.pit - 1).max() < 0.2
 
 
