@@ -20,6 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_instance_model": ["InstanceModel"],
         "_load": ["load"],
         "_nb": ["NBModel"],
+        "_ready": ["pretrained"],
         "_recipe": ["Recipe", "SectionData", "TrainingSection"],
         "_wrapped": ["Wrapped", "WrappedModel", "wrap"],
     },

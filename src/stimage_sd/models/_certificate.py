@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from stimage_sd._files import replacing
+from stimage_sd._page import Block, as_text, write_page
 
 #: key of a model's record of training
 KEY = "certificate"
@@ -68,7 +67,7 @@ class Certificate:
 
     def card(self) -> str:
         """Return the card as Markdown text, without its figure."""
-        return "\n\n".join(block.markdown() for block in _blocks(self) if not block.is_figure) + "\n"
+        return as_text(_blocks(self))
 
     def write(self, path: str | Path) -> Path:
         """Write the card with its figure to one file.
@@ -77,7 +76,7 @@ class Certificate:
         ----------
         path
             File to write. ``.html``: one page with the figure inside. ``.md``: Markdown, with the figure in a PNG
-            file of the same name. Existing files are replaced.
+            file beside it. Existing files are replaced.
 
         Returns
         -------
@@ -88,22 +87,10 @@ class Certificate:
         ValueError
             If the path has another suffix.
         """
-        path = Path(path)
-        if path.suffix not in (".html", ".md"):
-            raise ValueError(f"Expected a path ending in .html or .md for the card, found {path.name!r}.")
-        if path.suffix == ".md":
-            picture = path.with_suffix(".png")
-            with replacing(picture) as staged:
-                staged.write_bytes(_picture(self))
-            text = "\n\n".join(block.markdown(picture.name) for block in _blocks(self)) + "\n"
-        else:
-            text = _PAGE.format(body=self._repr_html_())
-        with replacing(path) as staged:
-            staged.write_text(text, encoding="utf-8")
-        return path
+        return write_page(path, _blocks(self))
 
     def _repr_html_(self) -> str:
-        return "\n".join(block.html(self) for block in _blocks(self))
+        return "\n".join(block.html() for block in _blocks(self))
 
     def __repr__(self) -> str:
         return f"Certificate: {_verdict(self)}"
@@ -156,49 +143,23 @@ def _plain(value: Any) -> Any:
 # the card
 
 
-class _Block(NamedTuple):
-    """A part of the card: a heading, a paragraph, a table or the figure."""
-
-    text: str = ""
-    is_heading: bool = False
-    table: pd.DataFrame | None = None
-    is_figure: bool = False
-
-    def markdown(self, picture: str = "") -> str:
-        if self.is_figure:
-            return f"![Correlation, calibration and scale of the genes]({picture})"
-        if self.table is not None:
-            rows = [list(self.table.columns), ["---"] * self.table.shape[1], *self.table.to_numpy().tolist()]
-            return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-        return f"# {self.text}" if self.is_heading else self.text
-
-    def html(self, certificate: Certificate) -> str:
-        if self.is_figure:
-            picture = base64.b64encode(_picture(certificate)).decode()
-            return f'<img alt="Correlation, calibration and scale" src="data:image/png;base64,{picture}" width="900">'
-        if self.table is not None:
-            return self.table.to_html(index=False, border=0)
-        tag = "h1" if self.is_heading else "p"
-        return f"<{tag}>{html.escape(self.text)}</{tag}>"
-
-
-def _blocks(certificate: Certificate) -> Iterator[_Block]:
+def _blocks(certificate: Certificate) -> Iterator[Block]:
     about, sections = certificate.about, certificate.sections
-    yield _Block(f"Certificate of a model of {len(certificate.genes):,} genes", is_heading=True)
+    yield Block(f"Certificate of a model of {len(certificate.genes):,} genes", is_heading=True)
     model = ", ".join(f"{name} {value}" for name, value in about["model"].items() if isinstance(value, str | int))
-    yield _Block(
+    yield Block(
         f"Model: {model}. Trained on {_named(about['trained_on'], about['trained_patients'])}. Tested on "
         f"{_named(sections['section'].tolist(), sections['patient'].tolist())}, not used for training."
     )
-    yield _Block(f"{_verdict(certificate)}.")
-    yield from (_Block(text) for text in _limits(certificate))
-    yield _Block(is_figure=True)
-    yield _Block(table=_formatted(sections))
+    yield Block(f"{_verdict(certificate)}.")
+    yield from (Block(text) for text in _limits(certificate))
+    yield Block("Correlation, calibration and scale of the genes", figure=partial(_picture, certificate))
+    yield Block(table=_formatted(sections))
     best = certificate.genes.sort_values("pearson", ascending=False).head(_N_BEST)
-    yield _Block(f"The {len(best)} genes of highest correlation:")
+    yield Block(f"The {len(best)} genes of highest correlation:")
     columns = ["gene", "pearson", "q_value", "steps", "coverage", "calibration", "nll", "nll_floor", "shift"]
-    yield _Block(table=_formatted(best[columns]))
-    yield _Block(
+    yield Block(table=_formatted(best[columns]))
+    yield Block(
         f"Pearson correlation of log1p. The q-value is of up to {about['n_permutations']:,} permuted maps "
         f"({about['method']}), by Benjamini and Hochberg. Steps: radius of the smallest neighborhood at which the "
         f"correlation is {about['reliable']:g} or more{_step(about)}. PIT distance: 0 for correct distributions. Log2 "
@@ -253,16 +214,6 @@ def _formatted(frame: pd.DataFrame) -> pd.DataFrame:
         elif pd.api.types.is_float_dtype(shown[name]):
             shown[name] = [f"{value:.3g}" if pd.notna(value) else "-" for value in shown[name]]
     return shown.rename(columns=_LABELS)
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Certificate</title>
-<style>body {{ font: 15px/1.45 sans-serif; max-width: 940px; margin: 2em auto; }}
-table {{ border-collapse: collapse; }} th, td {{ padding: 3px 12px 3px 0; text-align: left; }}
-th {{ border-bottom: 1px solid #999; }} img {{ max-width: 100%; }}</style></head><body>
-{body}
-</body></html>
-"""
 
 
 def _picture(certificate: Certificate) -> bytes:

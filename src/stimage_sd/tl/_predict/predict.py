@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -128,8 +129,8 @@ def predict(
     Warns
     -----
     UserWarning
-        If the model was trained on one patient and a section is known to be of another. Or if a model of nuclei
-        predicts tiles most of which hold no nucleus.
+        If the model was trained on one patient and a section is known to be of another. If most tiles of a section are
+        unlike the training tiles. Or if a model of nuclei predicts tiles most of which hold no nucleus.
 
     Notes
     -----
@@ -215,12 +216,26 @@ def predict(
             # stored as JSON text, since section names may hold characters that store keys may not
             "trained_on_content": json.dumps(remembered(fitted)),
         }
+        _warn_of_strange_tiles(predictions, name)
         write = contract.write_predictions if on == "tiles" else contract.write_instance_predictions
         write(sdata, predictions, key=key)
         contract.record(
             sdata, "tl.predict", on=on, n_genes=len(fitted.genes), n_members=len(fitted.member_weights),
             conformal=conformal,
         )  # fmt: skip
+
+
+def _warn_of_strange_tiles(predictions: ad.AnnData, section: str) -> None:
+    """Warn if most tiles of a section are unlike the training tiles."""
+    scores = predictions.obs["ood_score"].to_numpy()
+    outside = int((scores > 1).sum())
+    if outside > len(scores) / 2:
+        warnings.warn(
+            f"{outside:,} of {len(scores):,} tiles of section {section!r} are unlike the training tiles (`ood_score` "
+            f"{scores.min():.1f} to {scores.max():.1f}, above 1). The model was not tested on such tissue, staining or "
+            "scanners, so its predictions cannot be relied on there.",
+            stacklevel=3,
+        )
 
 
 def size_factors_of(
