@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stimage_sd.likelihood import predictive, shifts
-from stimage_sd.likelihood.mixture_moments import MixtureMoments
+from stimage_sd.likelihood.predictive import MixtureMoments
 from stimage_sd.pl._calibration import pit_histogram
 
 SD = st.floats(0.0, 1.2)

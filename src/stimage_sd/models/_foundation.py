@@ -177,17 +177,6 @@ def load_foundation(name: str, weights: Path | None) -> tuple[TorchNetwork, str]
     Returns
     -------
     The network and a hash of its weights.
-
-    Raises
-    ------
-    ImportError
-        If the extra is not installed.
-    FileNotFoundError
-        If the weights are not found.
-    PermissionError
-        If the hub requires access that was not granted.
-    ValueError
-        If the weights are damaged or belong to another network.
     """
     model = FOUNDATION_MODELS[name]
     try:
@@ -277,11 +266,6 @@ def build_transformer(model: FoundationModel, state: Mapping[str, Any], *, where
     Returns
     -------
     The module, in evaluation mode.
-
-    Raises
-    ------
-    ValueError
-        If the names or shapes do not fit the network.
     """
     import torch
     from timm.layers import SwiGLUPacked

@@ -11,13 +11,7 @@ import scanpy as sc
 
 
 def shared_genes(tables: Mapping[str, ad.AnnData]) -> list[str]:
-    """Return the genes that every section measured, in the first section's order.
-
-    Raises
-    ------
-    ValueError
-        If the sections share no gene.
-    """
+    """Return the genes that every section measured, in the first section's order."""
     first, *others = tables.values()
     shared = [str(gene) for gene in first.var_names if all(gene in table.var_names for table in others)]
     if not shared:
@@ -45,11 +39,6 @@ def most_variable(
     Returns
     -------
     Names of the genes, most variable first.
-
-    Raises
-    ------
-    ValueError
-        If no gene is expressed in that share of the spots.
     """
     joint = ad.concat(
         {

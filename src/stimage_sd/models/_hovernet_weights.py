@@ -33,13 +33,6 @@ def load_hovernet(network: HoVerNet, path: Path) -> str:
     Returns
     -------
     The file's sha256.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If its arrays belong to another network or to a network of another size.
     """
     arrays = {_unwrapped(name): array for name, array in read_safetensors(path).items()}
     try:

@@ -65,14 +65,6 @@ def components(
     Returns
     -------
     Components of each section, ``float32 (n_tiles, n_components)``, by section name.
-
-    Raises
-    ------
-    KeyError
-        If a section has no predictions or embeddings.
-    ValueError
-        If `use` or `standardize` is not an allowed value, `n_components` is not positive, or the sections share fewer
-        than two genes.
     """
     if use not in get_args(Use):
         raise ValueError(f"Expected `use` to be one of {list(get_args(Use))}, found {use!r}.")

@@ -111,15 +111,7 @@ class Predictor(Protocol):
         ...
 
     def open(self, sdata: SpatialData, *, section: str) -> OpenedSection:
-        """Check that a section matches the model, and read the model's inputs from it.
-
-        Raises
-        ------
-        KeyError
-            If the section was not tiled or embedded.
-        ValueError
-            If tiles, embeddings or staining differ from the model's. The error names the step to run again.
-        """
+        """Check that a section matches the model, and read the model's inputs from it."""
         ...
 
     def save(self, path: str | Path) -> Path:

@@ -13,13 +13,6 @@ Model = TypeVar("Model")
 def as_model(model: Model | str | Path) -> Model:
     """Return a model unchanged, or load it if a path is given.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the path does not exist.
-    ValueError
-        If the file is not a model, is damaged, or has a newer version.
-
     Examples
     --------
     >>> as_model("no-such.stimage")

@@ -85,13 +85,6 @@ def sha256_of_file(path: Path) -> str:
 def read_safetensors(path: str | Path) -> Arrays:
     """Read the arrays of a safetensors file by name.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is not a safetensors file, or ends early.
-
     Examples
     --------
     >>> import tempfile
@@ -199,11 +192,6 @@ def fill_variables(wanted: Mapping[str, nnx.Variable], arrays: Mapping[str, NDAr
         Variables by the name of their array.
     arrays
         Kernels (out, in, height, width) or (out, in). Arrays of another rank keep their layout.
-
-    Raises
-    ------
-    ValueError
-        If an array is missing, unexpected, of another shape or not finite.
     """
     used = {name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(CLASSIFIERS)}
     missing, superfluous = sorted(wanted.keys() - used), sorted(used - wanted.keys())
@@ -275,13 +263,6 @@ def load_efficientnet_lite(
     network
         Class of the network, which decides what an embedding is.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file, or the package is not installed.
-    ValueError
-        If the file is damaged or belongs to another network.
-
     Examples
     --------
     >>> load_efficientnet_lite(None, scaling="lite0").network.stem.kernel.shape
@@ -323,11 +304,6 @@ def find_weights(name: str, *, hub: str | None) -> Path:
     Path
         A safetensors file.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the weights are not found. The message lists the searched places and what to do.
-
     Examples
     --------
     >>> path = find_weights("resnet50", hub=RESNET50_HUB)  # doctest: +SKIP
@@ -366,13 +342,6 @@ def load_resnet50(weights: Path | None) -> Pretrained:
     ----------
     weights
         A safetensors file, or `None` to search for one (`find_weights`).
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file, or none was found.
-    ValueError
-        If the file is damaged or belongs to another network.
     """
     file = find_weights("resnet50", hub=RESNET50_HUB) if weights is None else weights
     arrays = read_safetensors(file)

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm
 
-from stimage_sd.stats._gene_blocks import each_block
 from stimage_sd.stats.firth_cox import compiled, firth_regression
+from stimage_sd.stats.spatial import each_block
 
 #: maximum number of Newton steps; relative change of the log-likelihood and gain of the next step that end them
 _STEPS, _TOLERANCE, _FLAT = 30, 1e-13, 1e-20
@@ -71,11 +71,6 @@ def cox_regressions(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> 
     -------
     The regressions.
 
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, a number is not finite, or no event was observed.
-
     Notes
     -----
     Ties use Efron's approximation, the default of ``survival::coxph`` in R. If each death has the highest value of all
@@ -131,11 +126,6 @@ def directions(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.nd
     ``float64 (n_genes,)``: 1 if the hazard rises with the gene, -1 if it falls. The partial log-likelihood is concave,
     so its slope at zero has the sign of the coefficient.
 
-    Raises
-    ------
-    ValueError
-        As in `cox_regressions`.
-
     Examples
     --------
     >>> import numpy as np
@@ -180,11 +170,6 @@ def concordances(risk: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.nd
     -------
     ``float64 (n_genes,)``: share of comparable pairs in which the patient with the earlier event has the higher risk.
     Pairs of equal risk count one half. NaN if there are no comparable pairs.
-
-    Raises
-    ------
-    ValueError
-        As in `cox_regressions`.
 
     Notes
     -----

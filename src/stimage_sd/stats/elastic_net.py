@@ -163,11 +163,6 @@ def fit(
     The fit. Targets with one class only get coefficients of zero and an infinite intercept, for a probability of 0
     or 1.
 
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, numbers are not finite, or an option is out of range.
-
     Notes
     -----
     Accelerated steps follow Beck and Teboulle 2009, with the restart of O'Donoghue and Candès 2015. The bound on the

@@ -45,11 +45,6 @@ class ShiftedMaps:
     n_shifts
         Number of shifts, without the identity.
 
-    Raises
-    ------
-    ValueError
-        If the coordinates fit no lattice.
-
     Examples
     --------
     >>> import numpy as np

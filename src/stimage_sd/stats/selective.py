@@ -47,11 +47,6 @@ def risk_coverage(error: ArrayLike, uncertainty: ArrayLike) -> RiskCoverage:
     -------
     The curve.
 
-    Raises
-    ------
-    ValueError
-        If the arrays differ in length, are empty or are not finite.
-
     Notes
     -----
     Source: Geifman and El-Yaniv 2017, "Selective classification for deep neural networks". Predictions of equal

@@ -49,11 +49,6 @@ def kaplan_meier(time: ArrayLike, event: ArrayLike, *, confidence: float = 0.95)
     -------
     The curve. Its limits are Greenwood's on the scale of ``log(-log(share))``, which keeps them within 0 and 1.
 
-    Raises
-    ------
-    ValueError
-        If there are no patients, a time is negative or not finite, or an event is neither 0 nor 1.
-
     Examples
     --------
     >>> from stimage_sd.stats.survival import kaplan_meier
@@ -91,11 +86,6 @@ def log_rank_p(time: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
     Returns
     -------
     The p-value, accurate for very small values as well. NaN if the groups cannot be compared, such as without an event.
-
-    Raises
-    ------
-    ValueError
-        As `kaplan_meier`.
 
     Examples
     --------

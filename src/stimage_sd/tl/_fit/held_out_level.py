@@ -12,8 +12,7 @@ import scipy.optimize
 
 from stimage_sd.likelihood import depth
 from stimage_sd.likelihood.intervals import mixture_interval
-from stimage_sd.likelihood.mixture_moments import MixtureMoments, mixture_moments
-from stimage_sd.likelihood.predictive import log_prob, nearest_interval, predictive
+from stimage_sd.likelihood.predictive import MixtureMoments, log_prob, mixture_moments, nearest_interval, predictive
 from stimage_sd.likelihood.shifts import HeldOutSums, learn_shifts, patients_of, shift_of, spot_sd
 from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._nb import NBModel

@@ -12,8 +12,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.likelihood import negative_binomial
-from stimage_sd.likelihood.mixture_moments import mixture_moments
-from stimage_sd.likelihood.predictive import nearest_interval, predictive
+from stimage_sd.likelihood.predictive import mixture_moments, nearest_interval, predictive
 from stimage_sd.models._predictor import Predictor, gene_shifts
 from stimage_sd.models._resolve import as_model
 from stimage_sd.tl._fit.seen import check_unseen
@@ -205,11 +204,6 @@ def conformal_level(scores: list[np.ndarray], coverage: float) -> float:
     Returns
     -------
     The level, clipped to the range that intervals accept.
-
-    Raises
-    ------
-    ValueError
-        If there are too few counts for the coverage, or a score is not finite.
     """
     values = np.concatenate(scores)
     n = len(values)
