@@ -30,11 +30,6 @@ def reading(path: str | Path, *, what: str) -> Iterator[None]:
     what
         The expected content, such as "a matrix of counts".
 
-    Raises
-    ------
-    ValueError
-        If the library raises an error that does not name the file.
-
     Examples
     --------
     >>> with reading("a.csv", what="a number"):

@@ -62,11 +62,6 @@ def run_demo(
     Returns
     -------
     The scores, as from `stimage_sd.tl.evaluate`.
-
-    Raises
-    ------
-    FileExistsError
-        If products exist and must not be replaced, or if `out` is a file.
     """
     _check_out(out, overwrite=overwrite)
     with scratch(out.parent, prefix=f".{out.name}") as work:

@@ -75,11 +75,6 @@ def resuming(target: Path, key: str) -> Iterator[Path]:
     Yields
     ------
     A path in a hidden folder beside the target. It exists already if an earlier run was interrupted.
-
-    Raises
-    ------
-    RuntimeError
-        If another process writes the same.
     """
     target = Path(os.path.realpath(restored(target)))
     begun = target.with_name(f".{target.name}{RESUMABLE}{key}")

@@ -42,13 +42,6 @@ def read_section(path: Path) -> SpatialData:
     -------
     The section.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the path does not exist.
-    ValueError
-        If the path is not a store of `spatialdata`, or is damaged.
-
     Examples
     --------
     >>> read_section(Path("no-such.zarr"))

@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 
 def cell_types(sdata: SpatialData) -> AnnData:
-    """Return the table of predicted cells: ``obs`` are nuclei, ``var`` are cell types.
-
-    Raises
-    ------
-    KeyError
-        If the section has no predicted cells.
-    """
+    """Return the table of predicted cells: ``obs`` are nuclei, ``var`` are cell types."""
     if CELL_TYPES not in sdata.tables:
         raise KeyError(
             f"Section {sample(sdata)!r} has no predicted cells. Run `stimage_sd.tl.predict(sdata, model)` with a cell "
@@ -37,13 +31,7 @@ def cell_types(sdata: SpatialData) -> AnnData:
 
 
 def cell_shapes(sdata: SpatialData) -> str:
-    """Return the name of the predicted cells' shapes.
-
-    Raises
-    ------
-    KeyError
-        If the section has no predicted cells.
-    """
+    """Return the name of the predicted cells' shapes."""
     return str(cell_types(sdata).obs[REGION_KEY].iloc[0])
 
 

@@ -41,13 +41,6 @@ def counts(sdata: SpatialData, source: Source | None = None) -> AnnData:
     source
         Table and layer. The default table is the section's own. The default layer is the one passed to
         `stimage_sd.io.from_spatialdata`, else ``X``.
-
-    Raises
-    ------
-    KeyError
-        If the table or layer does not exist, or if there are several tables and `source` names none of them.
-    ValueError
-        If the values are not counts, or a gene name is repeated.
     """
     table_key, layer = source or Source()
     name = counts_name(sdata, table_key)
@@ -82,13 +75,7 @@ def _check_genes(names: pd.Index, where: str) -> None:
 
 
 def proteins(sdata: SpatialData, table_key: str | None = None) -> AnnData:
-    """Return the table of protein intensities: ``obs`` are measured units, ``var`` are channels.
-
-    Raises
-    ------
-    KeyError
-        If there is no such table, or if there are several and `table_key` names none of them.
-    """
+    """Return the table of protein intensities: ``obs`` are measured units, ``var`` are channels."""
     units = find_units(sdata, table_key=table_key, against="proteins")
     return _taken(sdata.tables[str(units.table)], units.rows, None)
 
@@ -138,13 +125,7 @@ def check_counts(values: Any, *, where: str, table: AnnData | None = None) -> No
 
 
 def count_type(values: Any) -> type[np.int32] | type[np.int64]:
-    """Return the dtype that holds counts exactly: int32 if all counts fit, else int64.
-
-    Raises
-    ------
-    ValueError
-        If a count fits neither.
-    """
+    """Return the dtype that holds counts exactly: int32 if all counts fit, else int64."""
     data = values.data if hasattr(values, "tocsr") else np.asarray(values)
     largest = data.max() if data.size else 0
     if largest > np.iinfo(np.int64).max:
@@ -175,11 +156,6 @@ def align_to_spots(
     Returns
     -------
     Row numbers of `table` that have a measured spot, and the measured table in the same order.
-
-    Raises
-    ------
-    KeyError
-        If the tiles do not sit on spots, as in a grid layout.
     """
     units = measured(sdata, against, source)
     if "spot_id" not in table.obs:

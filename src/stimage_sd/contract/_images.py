@@ -33,11 +33,6 @@ def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
 
     In an object from other software, the H&E is the only RGB image, or the first RGB image that `image_key` names. The
     name is then stored in the section.
-
-    Raises
-    ------
-    KeyError
-        If there is no such image, or if there are several candidates for the H&E.
     """
     name = find_image(sdata, image_key)
     about = info(sdata)

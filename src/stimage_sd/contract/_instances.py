@@ -50,13 +50,7 @@ def predictions_key(on: str) -> str:
 
 
 def instances(sdata: SpatialData, on: str) -> AnnData:
-    """Return the table of the section's nuclei or squares with their embeddings.
-
-    Raises
-    ------
-    KeyError
-        If they were not embedded.
-    """
+    """Return the table of the section's nuclei or squares with their embeddings."""
     name = features_key(on)
     if name not in sdata.tables or INSTANCES not in sdata.tables[name].uns:
         raise KeyError(
@@ -147,13 +141,7 @@ def check_instance_key(sdata: SpatialData, key: str) -> None:
 
 
 def instance_shapes(sdata: SpatialData, table: AnnData, image_key: str | None = None) -> GeoDataFrame:
-    """Return the shapes of a table's nuclei or squares, in its order, in px of an image.
-
-    Raises
-    ------
-    ValueError
-        If the shapes of some are missing.
-    """
+    """Return the shapes of a table's nuclei or squares, in its order, in px of an image."""
     name = str(table.uns[INSTANCES]["shapes"])
     frame = shapes_in_pixels(sdata, name, image_key=image_key)
     return frame.iloc[_rows_of(sdata, table, name)]
@@ -286,13 +274,6 @@ def align_to_instances(
     Returns
     -------
     Row numbers of `table` that have measured units, and their counts in the same order.
-
-    Raises
-    ------
-    KeyError
-        If none has a measured unit.
-    ValueError
-        If the squares are smaller than the measured bins.
     """
     measured = counts(sdata, source)
     units = find_units(sdata, table_key=(source or Source()).table, against="counts")
@@ -333,15 +314,7 @@ def align_to_instances(
 def align(
     sdata: SpatialData, table: AnnData, source: Source | None = None, *, against: Against | None = "counts"
 ) -> tuple[NDArray[np.int64], AnnData]:
-    """Match the rows of a table of tiles with spots, or of nuclei or squares with cells or bins.
-
-    Raises
-    ------
-    KeyError
-        If nothing matches.
-    ValueError
-        If proteins are asked for on nuclei or squares.
-    """
+    """Match the rows of a table of tiles with spots, or of nuclei or squares with cells or bins."""
     if about_instances(table) is None:
         return align_to_spots(sdata, table, source, against=against)
     if against == "proteins":

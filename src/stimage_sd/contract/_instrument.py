@@ -38,11 +38,6 @@ def build_multichannel(pyramid: list[da.Array], *, channels: list[str], pixel_um
     Returns
     -------
     A `DataTree` that `spatialdata` accepts as a multiscale image, with a transformation to ``"instrument"``.
-
-    Raises
-    ------
-    ValueError
-        If the number of names differs from the number of channels, or a name is repeated.
     """
     if len(channels) != pyramid[0].shape[0] or len(set(channels)) != len(channels):
         raise ValueError(f"Expected {pyramid[0].shape[0]} different channel names, found {len(channels)}: {channels}.")
@@ -81,13 +76,6 @@ def place_instrument(sdata: SpatialData, matrix: np.ndarray) -> None:
     Nothing. Every element with a transformation to ``"instrument"`` gets one to each coordinate system of the H&E.
     Every table with ``obsm["spatial_um"]`` gets ``obsm["spatial"]`` in pixels of the H&E. If the section's resolution
     was unknown, it is set from the scale of the matrix.
-
-    Raises
-    ------
-    ValueError
-        If the matrix is not finite, affine and invertible.
-    KeyError
-        If the section has no element measured by an instrument.
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or not np.allclose(matrix[2], [0.0, 0.0, 1.0]):

@@ -44,13 +44,7 @@ class LabelWindow(NamedTuple):
 
 
 def finest_labels(sdata: SpatialData, name: str) -> xr.DataArray:
-    """Return labels at their finest resolution, ``(y, x)``.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such labels.
-    """
+    """Return labels at their finest resolution, ``(y, x)``."""
     if name not in sdata.labels:
         raise KeyError(f"No labels {name!r} in section {sample(sdata)!r}; its labels: {sorted(sdata.labels)}.")
     element = sdata.labels[name]
@@ -70,13 +64,6 @@ def label_window(sdata: SpatialData, name: str, box: tuple[float, float, float, 
         Name of the labels.
     box
         Left, top, right and bottom, px of the H&E.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such labels.
-    ValueError
-        If the labels are rotated or mirrored relative to the H&E.
     """
     array = finest_labels(sdata, name)
     matrix = pixel_frame(sdata).matrix(sdata.labels[name], name)

@@ -107,13 +107,6 @@ def nuclei(sdata: SpatialData, shapes_key: str | None = None, image_key: str | N
         Name of the nuclei's shapes. ``"nuclei"`` by default.
     image_key
         The image whose pixels are used, if not the H&E.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such shapes.
-    ValueError
-        If the shapes are not placed on the H&E.
     """
     name = NUCLEI if shapes_key is None else shapes_key
     if name not in sdata.shapes:
@@ -128,13 +121,7 @@ def nuclei(sdata: SpatialData, shapes_key: str | None = None, image_key: str | N
 
 
 def predictions(sdata: SpatialData, key: str = PREDICTIONS) -> AnnData:
-    """Return a table of predictions.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such predictions.
-    """
+    """Return a table of predictions."""
     if key not in sdata.tables:
         others = [name for name, table in sdata.tables.items() if "prediction" in table.uns]
         hint = f" It has {others}: name one with `key=`." if others else ""
@@ -162,13 +149,7 @@ def check_prediction_key(sdata: SpatialData, key: str) -> None:
 
 
 def gene_classes(sdata: SpatialData, key: str = GENE_CLASSES) -> AnnData:
-    """Return the table of predicted gene classes.
-
-    Raises
-    ------
-    KeyError
-        If the section has no predicted gene classes.
-    """
+    """Return the table of predicted gene classes."""
     if key not in sdata.tables:
         raise KeyError(
             f"Section {sample(sdata)!r} has no predicted classes of genes. Run "
@@ -191,13 +172,7 @@ def _write_over_tiles(sdata: SpatialData, name: str, table: AnnData) -> None:
 
 
 def explained(sdata: SpatialData) -> GeoDataFrame:
-    """Return the explained nuclei, or else the explained segments of another kind, in H&E pixels.
-
-    Raises
-    ------
-    KeyError
-        If the section has no explained nuclei or segments.
-    """
+    """Return the explained nuclei, or else the explained segments of another kind, in H&E pixels."""
     for name in (NUCLEI_EXPLAINED, SEGMENTS_EXPLAINED):
         if name in sdata.shapes:
             return shapes_in_pixels(sdata, name)
@@ -207,13 +182,7 @@ def explained(sdata: SpatialData) -> GeoDataFrame:
 
 
 def explanations(sdata: SpatialData) -> AnnData:
-    """Return the table of explained tiles: ``obs`` are tiles, ``var`` are genes.
-
-    Raises
-    ------
-    KeyError
-        If the section has no explained tiles.
-    """
+    """Return the table of explained tiles: ``obs`` are tiles, ``var`` are genes."""
     if EXPLANATIONS not in sdata.tables:
         raise KeyError(
             f"Section {sample(sdata)!r} has no explained tiles. Run `stimage_sd.tl.explain(sdata, model, gene)` first."

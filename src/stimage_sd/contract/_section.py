@@ -44,11 +44,6 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str | Non
     Returns
     -------
     The same object.
-
-    Raises
-    ------
-    ValueError
-        If `mpp` is not a positive number, if `sample` is empty or has a slash, or if `sdata` has no image `image`.
     """
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"Expected `mpp` to be a positive number of micrometers per pixel, found {mpp!r}.")
@@ -78,11 +73,6 @@ def info(sdata: SpatialData) -> dict[str, Any]:
 
     Nothing is guessed for an object from other software. It has no resolution and no history, and its image is `None`
     until `image_name` finds it or the user names it. Use `remember` to write metadata.
-
-    Raises
-    ------
-    TypeError
-        If `sdata` is not a `SpatialData`.
     """
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"Expected a SpatialData section, found {type(sdata).__name__}.")
@@ -166,15 +156,7 @@ def plain(value: Any) -> Any:
 
 
 def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
-    """Return `data` as a cohort. A single section becomes a cohort of one, under its sample id.
-
-    Raises
-    ------
-    TypeError
-        If `data` is neither a section nor a mapping of sections.
-    ValueError
-        If the cohort is empty.
-    """
+    """Return `data` as a cohort. A single section becomes a cohort of one, under its sample id."""
     if isinstance(data, SpatialData):
         return {sample(data): data}
     if not isinstance(data, Mapping):
@@ -188,15 +170,7 @@ def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
 
 
 def section(data: SpatialData | Cohort) -> SpatialData:
-    """Return `data` as a single section.
-
-    Raises
-    ------
-    TypeError
-        If `data` is neither a section nor a mapping of sections.
-    ValueError
-        If `data` is an empty cohort or has several sections.
-    """
+    """Return `data` as a single section."""
     if isinstance(data, SpatialData):
         return data
     cohort = sections(data)

@@ -38,13 +38,7 @@ _ZEROS = 128
 
 
 def tiles(sdata: SpatialData) -> AnnData:
-    """Return the table of tiles.
-
-    Raises
-    ------
-    KeyError
-        If the section is not tiled.
-    """
+    """Return the table of tiles."""
     if TILES not in sdata.tables or TILE_SQUARES not in sdata.shapes:
         raise KeyError(f"Section {sample(sdata)!r} has no tiles. Run `stimage_sd.pp.tile(sdata)` first.")
     table = sdata.tables[TILES]
@@ -89,11 +83,6 @@ def tile_geometry(sdata: SpatialData, table: AnnData | None = None, image_key: s
         A table with one row per tile, or some of its rows. The table of all tiles by default.
     image_key
         The image. The section's H&E by default.
-
-    Raises
-    ------
-    ValueError
-        If the tiles are rotated or stretched on the image, or not placed on it.
     """
     every = tiles(sdata)
     table = every if table is None else table
@@ -161,11 +150,6 @@ def tile_squares(
     Returns
     -------
     ``float64 (n, 4)``: left, top, right, bottom, px of the image.
-
-    Raises
-    ------
-    KeyError
-        If the section is not tiled, or has no such tile.
     """
     table = tiles(sdata)
     rows = np.arange(table.n_obs)
@@ -199,11 +183,6 @@ def write_tiles(sdata: SpatialData, obs: pd.DataFrame, tiling: dict[str, Any], i
         The layout of the tiles: ``layout``, ``side_px``, ``target_px`` and, if the resolution is known, ``size_um``.
     image_key
         The image that was tiled, if not the section's H&E.
-
-    Warns
-    -----
-    UserWarning
-        If predictions, classes or explanations of earlier tiles were removed.
     """
     frame = pixel_frame(sdata, image_key)
     centers, half = obs[["x", "y"]].to_numpy(dtype=np.float64), tiling["side_px"] / 2
@@ -320,15 +299,7 @@ def write_embeddings(
 
 
 def embeddings(sdata: SpatialData, extractor: str) -> np.ndarray:
-    """Return an extractor's embeddings, ``float32 (n_tiles, n_features)``.
-
-    Raises
-    ------
-    KeyError
-        If the embeddings were not computed.
-    ValueError
-        If the embeddings of some kept tiles, or of their neighbors, are zeros because a part of the store is missing.
-    """
+    """Return an extractor's embeddings, ``float32 (n_tiles, n_features)``."""
     table = tiles(sdata)
     key = feature_key(extractor)
     if key not in table.obsm:

@@ -131,13 +131,6 @@ def find_units(
         Names of the shapes and of the table, if not the section's own.
     against
         ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
-
-    Raises
-    ------
-    KeyError
-        If the shapes or the table are missing or ambiguous, as in an object of several sections.
-    ValueError
-        If the table annotates no element, or two units have the same name.
     """
     if shapes_key is None and table_key is None and info(sdata).get("unit_shapes") in sdata.shapes:
         shapes_key = str(info(sdata)["unit_shapes"])

@@ -76,11 +76,6 @@ def circles(centers: ArrayLike, radii: ArrayLike) -> Regions:
     -------
     The regions.
 
-    Raises
-    ------
-    ValueError
-        If there is no circle, a center is not finite, or a radius is not positive.
-
     Examples
     --------
     >>> two = circles([[0.0, 0.0], [10.0, 0.0]], 1.0)
@@ -110,11 +105,6 @@ def polygons(rings: Sequence[Sequence[ArrayLike]]) -> Regions:
     Returns
     -------
     The regions.
-
-    Raises
-    ------
-    ValueError
-        If there is no polygon, or a ring has fewer than three vertices or a vertex that is not finite.
 
     Examples
     --------
@@ -247,11 +237,6 @@ def count(
     Returns
     -------
     Sparse counts, ``int32 (n_regions, n_labels)``, with sorted column numbers.
-
-    Raises
-    ------
-    ValueError
-        If `x`, `y` and `labels` differ in length, or a label is not below `n_labels`.
 
     Examples
     --------

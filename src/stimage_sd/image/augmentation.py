@@ -28,11 +28,6 @@ def augment(
     -------
     ``uint8``, of the same shape.
 
-    Raises
-    ------
-    ValueError
-        If `tiles` is not such an array, or an option is out of range.
-
     Examples
     --------
     >>> tiles = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)

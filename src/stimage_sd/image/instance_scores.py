@@ -120,11 +120,6 @@ def overlaps(truth: NDArray[np.integer], found: NDArray[np.integer]) -> Overlaps
     -------
     The objects, their areas, and every pair that shares a pixel.
 
-    Raises
-    ------
-    ValueError
-        If the maps differ in shape, are not integer, or contain negative labels.
-
     Examples
     --------
     >>> import numpy as np
@@ -174,11 +169,6 @@ def matches(pairs: Overlaps, *, threshold: float = 0.5) -> Matches:
     The matched pairs, ordered by row of the true object. Where polygons of one side overlap, an object may have several
     candidates. The assignment then has as many pairs as possible, with the highest total IoU.
 
-    Raises
-    ------
-    ValueError
-        If the threshold is not between 0.5 and 1.
-
     Examples
     --------
     >>> import numpy as np
@@ -208,11 +198,6 @@ def instance_scores(
     Returns
     -------
     The scores.
-
-    Raises
-    ------
-    ValueError
-        If the maps differ in shape or are not label maps, or the threshold is not between 0.5 and 1.
 
     Examples
     --------

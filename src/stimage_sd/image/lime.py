@@ -37,11 +37,6 @@ def perturbations(n_samples: int, n_segments: int, *, seed: int) -> np.ndarray:
     -------
     ``int (n_samples, n_segments)``: 1 for shown, 0 for hidden. The first image shows all segments.
 
-    Raises
-    ------
-    ValueError
-        If there are no samples or no segments.
-
     Examples
     --------
     >>> perturbations(3, 4, seed=0)[0]

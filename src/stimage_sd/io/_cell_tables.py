@@ -163,14 +163,6 @@ def read_cells(path: Path, wanted: Collection[str] = ()) -> CellTable:
         A ``.csv``, ``.tsv`` or ``.txt`` (tabs) file, plain or gzipped (``.gz``), or an ``.fcs`` file.
     wanted
         Numeric columns to read as intensities, whatever their names.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If the file is empty, truncated or of another kind, lacks positions or intensities, has repeated ids or cells of
-        several images, or if positions, areas or intensities are not finite numbers.
     """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"

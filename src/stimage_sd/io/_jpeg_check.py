@@ -52,11 +52,6 @@ def check_jpeg(data: bytes | memoryview, tables: bytes | None = None) -> None:
         Image data, from the first marker to the last.
     tables
         Tables that are stored outside `data`, as for a TIFF page.
-
-    Raises
-    ------
-    ValueError
-        If the data are damaged.
     """
     said = _Markers()
     try:

@@ -74,19 +74,6 @@ def open_multichannel(
     QPTIFF page, ImageJ's labels, or the page names. A repeated name gets a suffix. Levels that the file lacks are
     computed lazily from finer levels.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the file, or a file that it refers to, does not exist.
-    ValueError
-        If a file is truncated, empty, damaged, not TIFF, or exceeds the limits; if it refers to other files that may
-        not be read; or if the image is a stack of focal planes.
-
-    Warns
-    -----
-    UserWarning
-        If the image is the largest of several, states an orientation, or ends in rows or tiles of zeros.
-
     Examples
     --------
     >>> import tempfile

@@ -27,11 +27,6 @@ def stated_mpp(sdata: SpatialData, units: contract.Units | None) -> float | None
 
     Sources are the pitch of the Visium array, the side of Visium HD bins, elements that the reader wrote in
     micrometers, and elements with a coordinate system ``"microns"``.
-
-    Raises
-    ------
-    ValueError
-        If the stated resolution is not plausible.
     """
     mpp = None if units is None else _of_units(sdata, units)
     if mpp is None:

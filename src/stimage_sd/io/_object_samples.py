@@ -37,11 +37,6 @@ def split_samples(
     -------
     One object per sample, sharing its elements with `sdata`. Tables hold the rows that annotate elements of the sample.
     The sample suffix is removed from names. `None` for an object of one sample.
-
-    Raises
-    ------
-    KeyError
-        If neither coordinate systems nor names assign elements to one of several images.
     """
     normalized = contract.info(sdata).get("normalized_image")
     candidates = [

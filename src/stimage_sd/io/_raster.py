@@ -66,19 +66,6 @@ def open_raster(path: str | Path, *, series: int | str | None = None) -> tuple[l
     1,024 px. The longer side of the coarsest level is at most 1,024 px. The resolution is the micrometers per pixel
     stated in the file, or `None` if the file states none.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If the file is not an image, is truncated or damaged, refers to another file, or is not 8-bit RGB.
-
-    Warns
-    -----
-    UserWarning
-        If the image has an alpha channel (it is blended with white and dropped), states an orientation, or is the
-        largest of several. Also if three separate planes are read as colors because they are bright.
-
     Examples
     --------
     >>> import cv2, numpy as np, tempfile
@@ -134,16 +121,6 @@ def raster_from_array(array: np.ndarray | da.Array) -> list[da.Array]:
     Returns
     -------
     Lazy levels ``uint8 (3, y, x)``, finest first. Coarser levels of a lazy array are computed on access.
-
-    Raises
-    ------
-    ValueError
-        If the array is not RGB, or has values outside 0 to 255.
-
-    Warns
-    -----
-    UserWarning
-        If the image has an alpha channel. It is blended with white and dropped.
 
     Examples
     --------

@@ -82,13 +82,7 @@ def on_image(
     image: str = "its image",
     mend: str = "Pass the image these positions were measured on, at full resolution.",
 ) -> NDArray[np.bool_]:
-    """Return which centers ``(x, y)`` lie on an image of ``(y, x)`` pixels, and warn about centers outside.
-
-    Raises
-    ------
-    ValueError
-        If there are no centers, a center is not finite, or most centers lie outside the image.
-    """
+    """Return which centers ``(x, y)`` lie on an image of ``(y, x)`` pixels, and warn about centers outside."""
     if not len(centers):
         raise ValueError(f"Expected {what} in {where}, found none. Pass the files of a section that has some.")
     unknown = ~np.isfinite(centers).all(axis=1)

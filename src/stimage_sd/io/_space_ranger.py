@@ -87,15 +87,6 @@ def open_he(
     stacklevel
         Level of the warnings, as seen from the caller.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is neither image.
-
-    Warns
-    -----
-    UserWarning
-        If no image is given, or the image does not have the size that the scale factors imply.
     """
     if image is None:
         if hires is None:

@@ -74,15 +74,6 @@ def choose_image(path: Path, tiff: tifffile.TiffFile, series: int | str | None, 
     in_color
         Whether color pages of the same size are separate images. Otherwise they are channels of one image.
 
-    Raises
-    ------
-    NoSuchImage
-        If the file does not have the image.
-
-    Warns
-    -----
-    UserWarning
-        If no image was requested, and the file has other images than a label, macro image or thumbnail.
     """
     images = [image for one in tiff.series for image in _images(one, in_color=in_color)]
     if not images:

@@ -57,11 +57,6 @@ def read_region(page: tifffile.TiffPage, samples: slice, rows: slice, columns: s
         The page. Its file is open and has a lock.
     samples, rows, columns
         The region, as slices with step 1.
-
-    Raises
-    ------
-    ValueError
-        If a strip or tile of the region is missing or damaged.
     """
     planes = range(*samples.indices(page.samplesperpixel))
     top, bottom, _ = rows.indices(page.imagelength)

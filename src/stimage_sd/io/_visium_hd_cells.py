@@ -29,11 +29,6 @@ def read_cells(
         Counts of the cells, and the file of the counts.
     scale
         Pixels of the section per full-resolution pixel.
-
-    Raises
-    ------
-    ValueError
-        If a file is not GeoJSON of Space Ranger, or outlines and matrix share no cell.
     """
     names, polygons = _read_outlines(outlines, scale)
     check_unique(names, what="cell", where=str(outlines), mend="Copy it again.")

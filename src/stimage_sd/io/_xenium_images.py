@@ -50,11 +50,6 @@ def open_morphology(files: list[Path]) -> Morphology:
     ----------
     files
         One file, or one file per stain. Either the first file describes all stains, or each file only its own stain.
-
-    Raises
-    ------
-    ValueError
-        If the stains are of different sizes.
     """
     # The instrument writes one file per stain, and each file describes all stains.
     whole = open_multichannel(files[0], several_files=True)
@@ -82,13 +77,7 @@ def _name_dapi(image: MultichannelImage) -> MultichannelImage:
 
 
 def pixel_size(given: float | None, experiment: Mapping[str, Any], morphology: Morphology | None) -> tuple[float, str]:
-    """Return the micrometers per pixel of the morphology image, and their source.
-
-    Raises
-    ------
-    ValueError
-        If ``experiment.xenium`` and the image disagree.
-    """
+    """Return the micrometers per pixel of the morphology image, and their source."""
     if given is not None:
         return float(given), "given"
     stated = None if morphology is None else morphology.image.pixel_um
@@ -211,13 +200,7 @@ def open_he(
 
 
 def find_alignment(he_image: Path, bundle: Path) -> Path | None:
-    """Return the alignment file in the folder of the H&E or in the bundle, or `None` if there is none.
-
-    Raises
-    ------
-    ValueError
-        If several files match.
-    """
+    """Return the alignment file in the folder of the H&E or in the bundle, or `None` if there is none."""
     stem = he_image.name
     for ending in (".tif", ".tiff", ".btf", ".ome"):
         stem = stem.removesuffix(ending)
@@ -234,16 +217,7 @@ def find_alignment(he_image: Path, bundle: Path) -> Path | None:
 
 
 def read_alignment(alignment: str | Path | np.ndarray) -> np.ndarray:
-    """Read and check the ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If the file is not 3 × 3 numbers, the array is not 3 × 3 or 2 × 3, or the matrix is not an invertible affine
-        map.
-    """
+    """Read and check the ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image."""
     if isinstance(alignment, str | Path):
         path = require_file(alignment, what="an alignment (a CSV file of 3 x 3 numbers)")
         # A file of two rows may be truncated, so only 3 × 3 is accepted.

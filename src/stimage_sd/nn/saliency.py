@@ -110,11 +110,6 @@ def integrated_gradients(
     -------
     Attributions per network, ``float32 (n_outputs, n_fields, y, x)``, summed over colors. Their sum over all networks
     approximates the difference between the outputs of tile and baseline, better with more steps.
-
-    Raises
-    ------
-    ValueError
-        If `n_steps` or `batch_size` is below 1.
     """
     if n_steps < 1 or batch_size < 1:
         raise ValueError(
@@ -168,11 +163,6 @@ def grad_cam(networks: Sequence[Differentiable], tiles: Sequence[np.ndarray], pr
     Returns
     -------
     Maps per network, ``float32 (n_outputs, n_fields, y, x)``, not negative, bilinearly resized to the tile.
-
-    Raises
-    ------
-    ValueError
-        If a network has a single part, or the input of its last part is not a map.
     """
     for network in networks:
         if len(parts_of(network.module)) < 2:

@@ -65,13 +65,6 @@ def read_nuclei(
     Returns
     -------
     The image at the working resolution.
-
-    Raises
-    ------
-    KeyError
-        If the channel does not exist, or no nuclear channel is found.
-    ValueError
-        If the image shows no contrast.
     """
     levels = contract.levels(sdata, name)
     height, width = levels[0].shape[1:]

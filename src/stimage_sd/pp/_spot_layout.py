@@ -59,11 +59,6 @@ def lay_lattice(field: shapely.Polygon, *, onto: Literal["hex", "grid"], pitch: 
     -------
     The spots. Ids are built from the centers, so that spots with the same id lie at the same place.
 
-    Raises
-    ------
-    ValueError
-        If no circle fits, or the pitch is below two pixels.
-
     Examples
     --------
     >>> spots = lay_lattice(shapely.box(0, 0, 100, 100), onto="grid", pitch=50.0, diameter=40.0)
@@ -105,11 +100,6 @@ def existing_spots(sdata: SpatialData, name: str) -> Spots:
 
     Spots have the ids of the table that annotates the shapes, so that the result matches tiles laid on them. Without a
     table the ids are the index of the shapes.
-
-    Raises
-    ------
-    ValueError
-        If the shapes are neither circles nor polygons, or their transformation turns circles into ellipses.
     """
     element = sdata.shapes[name]
     if len(element) == 0:

@@ -191,11 +191,6 @@ def fit_thumbnail(thumbnail: np.ndarray, mask: np.ndarray, *, method: StainMetho
     Returns
     -------
     The fitted reference.
-
-    Raises
-    ------
-    ValueError
-        If the mask is empty or the stains cannot be told apart.
     """
     if not mask.any():
         raise ValueError("Expected tissue to fit the stains on, found none. Is it an H&E image?")

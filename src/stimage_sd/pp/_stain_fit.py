@@ -28,11 +28,6 @@ def fit_stain_matrix(thumbnail: np.ndarray, mask: np.ndarray, *, method: str, wh
     Returns
     -------
     Unit optical densities of hematoxylin, eosin and the residual as columns, ``float64 (3, 3)``.
-
-    Raises
-    ------
-    ValueError
-        If the two stains cannot be told apart or are far from hematoxylin and eosin.
     """
     pixels = thumbnail[mask]
     if len(pixels) > _MOST_PIXELS:

@@ -57,11 +57,6 @@ class TileJob:
         Shape of the result for one tile. If `None`, the function is tried on a blank tile.
     batch_size
         Tiles per batch, the unit of work and of resumption.
-
-    Raises
-    ------
-    ValueError
-        If there are no tiles, a center is not finite, or a side, the target or `batch_size` is not positive.
     """
 
     pyramid: Sequence[xr.DataArray]
@@ -143,12 +138,6 @@ def run_over_tiles(
     Returns
     -------
     ``float32 (n_tiles, n_sides, ...)``: the function's result per tile and field of view.
-
-    Raises
-    ------
-    ValueError
-        If there are no tiles, a center is not finite, a side, the target or `batch_size` is not positive, or results
-        do not have the given `shape`.
     """
     job = TileJob(
         pyramid=pyramid, centers=centers, function=function, sides=sides, target=target, key=key, shape=shape,
@@ -179,11 +168,6 @@ def run_over_images(
     ------
     ``float32 (n_tiles, n_sides, ...)`` per job, in order, as soon as the job is complete. The results stay on disk
     until all jobs are complete, so an interrupted cohort that is run again computes nothing twice.
-
-    Raises
-    ------
-    ValueError
-        If results do not have the given `shape`.
     """
     for job in _completed(jobs, n_jobs=n_jobs, description=description, keep_store=keep_store):
         yield job.results.read(job.order)
@@ -207,11 +191,6 @@ def iterate_over_tiles(
     ------
     Row numbers of a batch's tiles, ``int64 (n,)``, and their results, ``float32 (n, n_sides, ...)``. The first batch
     is yielded when all tiles are done.
-
-    Raises
-    ------
-    ValueError
-        If results do not have the given `shape`.
     """
     for complete in _completed([job], n_jobs=n_jobs, description=description, keep_store=False):
         for batch, start in enumerate(range(0, len(complete.order), job.batch_size)):

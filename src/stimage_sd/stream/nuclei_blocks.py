@@ -168,11 +168,6 @@ def find_in_blocks(
     Yields
     ------
     The nuclei with centers in a block's core, block by block.
-
-    Raises
-    ------
-    ValueError
-        If the function's labels do not have the expected shape and dtype, or a block has too many nuclei.
     """
     # values need room for at most one nucleus per 60 pixels
     room = int(_ROOM * blocks.side**2) + 1 + n_values * (blocks.side**2 // 60)

@@ -44,11 +44,6 @@ class Region:
             Name of the H&E image.
         tiles
             Names or numbers of the tiles to search. `None` for all of the tissue.
-
-        Raises
-        ------
-        KeyError
-            If the section has neither tissue nor tiles, or lacks a tile.
         """
         squares = None if tiles is None else contract.tile_squares(sdata, tiles, name)
         height, width = contract.levels(sdata, name)[0].shape[1:]

@@ -74,13 +74,6 @@ def typed_nuclei(
     Returns
     -------
     The nuclei whose centers lie on the image.
-
-    Raises
-    ------
-    KeyError
-        If the section has no nuclei, or the nuclei have no types.
-    ValueError
-        If the nuclei are not placed on the H&E, or most of them lie outside the H&E.
     """
     frame = contract.nuclei(sdata, shapes_key, image_key)
     types = labels_of(sdata, frame, label_key, shapes_key or contract.NUCLEI)
@@ -236,13 +229,7 @@ class CellTiles:
 
 
 def tile_side(sdata: SpatialData, *, mpp: float, tile_px: int, image_key: str | None = None) -> float:
-    """Return the side of a tile, H&E px.
-
-    Raises
-    ------
-    ValueError
-        If the section's resolution is unknown or coarser than that of the tiles, or the section is smaller than a tile.
-    """
+    """Return the side of a tile, H&E px."""
     section_mpp = contract.require_mpp(sdata, purpose="finding nuclei", image_key=image_key)
     if section_mpp > MOST_COARSE * mpp:
         raise ValueError(

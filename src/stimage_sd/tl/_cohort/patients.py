@@ -62,13 +62,6 @@ def patients_of(
     Returns
     -------
     The patients, in the order of their first slide.
-
-    Raises
-    ------
-    KeyError
-        If a column, layer or gene is missing.
-    ValueError
-        If a value is missing or not finite, a gene name is duplicated, or a patient's slides differ in a column.
     """
     wanted = [*columns, *([patient] if patient is not None else [])]
     missing = [name for name in wanted if name not in table.obs]
@@ -121,11 +114,6 @@ def survival_of(patients: Patients, time: str, event: str) -> tuple[np.ndarray, 
     Returns
     -------
     Times, ``float64 (n_patients,)``, and events, ``bool (n_patients,)``, `True` for an observed event.
-
-    Raises
-    ------
-    ValueError
-        If a time is not positive, an event is not 0 or 1, or no event was observed.
     """
     times = patients.obs[time].to_numpy(dtype=np.float64)
     if not (times > 0).all():
