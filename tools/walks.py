@@ -1,0 +1,107 @@
+"""Count the files that a reader opens to follow a call: ``python tools/walks.py``.
+
+Three calls run on sections of the package's own example data, with their defaults: an image to embeddings, counts to a
+model, and predictions to scores. Every function of the package that is entered is noted, on all threads. A function's
+lines are its statements, without its docstring and without the functions inside it. Lines that import or declare do not
+count.
+
+Two figures per walk:
+
+- *main path*: the fewest files that together hold four fifths of all lines that ran;
+- *all*: the files of which more than 20 lines ran. Less is a helper that its name and docstring explain at the call.
+
+The files of ``contract`` count as one in both, since walks read sections through its front page. The embedding starts
+with the extractor in hand. Loading the network and its weights is a walk of its own, listed last.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import stimage_sd as sti
+
+PACKAGE = Path(sti.__file__).parent
+#: share of the lines that make the main path, and lines of a file that are few
+MAIN, FEW = 0.8, 20
+#: flag of the code of functions, in contrast to modules and classes
+_OPTIMIZED = 2
+
+
+def _file(code: CodeType) -> str:
+    """Return the file of a function within the package, or an empty text."""
+    path = Path(code.co_filename)
+    if PACKAGE not in path.parents or not code.co_flags & _OPTIMIZED:
+        return ""
+    name = path.relative_to(PACKAGE).as_posix()
+    return "contract" if name.startswith("contract/") else name
+
+
+def walk(call: Callable[[], Any]) -> Counter[str]:
+    """Run a call and return the lines of the functions that it entered, per file."""
+    entered: set[CodeType] = set()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            entered.add(frame.f_code)
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    lines: Counter[str] = Counter()
+    for code in entered:
+        if file := _file(code):
+            lines[file] += len({line for *_, line in code.co_lines() if line and line != code.co_firstlineno})
+    return lines
+
+
+def main_path(lines: Counter[str]) -> list[str]:
+    """Return the fewest files that hold `MAIN` of the lines."""
+    files: list[str] = []
+    for file, _ in lines.most_common():
+        files.append(file)
+        if sum(lines[name] for name in files) >= MAIN * lines.total():
+            break
+    return files
+
+
+def walks() -> dict[str, Counter[str]]:
+    """Run the walks."""
+    path = sti.datasets.synthetic_visium("walk", n_spots=120, n_genes=60)
+    section = sti.io.visium(path, image=path / "image.tif")
+    sti.pp.stain_normalize(section, reference=section)
+    sti.pp.tile(section)
+    found = {}
+    loaded: list[Any] = []
+    name = "efficientnet_lite0_stages"
+    found["weights -> models.get_extractor"] = walk(lambda: loaded.append(sti.models.get_extractor(name)))
+    found["an image -> pp.embed"] = walk(lambda: sti.pp.embed(section, loaded[0]))
+    genes = sti.pp.select_genes(section, n_top=20)
+    found["counts -> tl.fit_nb"] = walk(lambda: loaded.append(sti.tl.fit_nb(section, genes=genes)))
+    sti.tl.predict(section, loaded[1])
+    found["predictions -> tl.evaluate"] = walk(lambda: sti.tl.evaluate(section))
+    return dict(reversed(found.items()))
+
+
+def main() -> None:
+    """Print the figures and the files with their lines."""
+    sys.stdout.write("| walk | main path | all |\n|---|---|---|\n")
+    found = walks()
+    for name, lines in found.items():
+        n_all = sum(count > FEW for count in lines.values())
+        sys.stdout.write(f"| {name} | {len(main_path(lines))} | {n_all} |\n")
+    for name, lines in found.items():
+        sys.stdout.write(f"\n{name}: " + ", ".join(f"{file} ({count})" for file, count in lines.most_common()) + "\n")
+
+
+if __name__ == "__main__":
+    main()
