@@ -38,8 +38,6 @@ def cell_shapes(sdata: SpatialData) -> str:
 def outlines(frame: GeoDataFrame) -> NDArray[np.object_]:
     """Return shapes as polygons. A multipolygon is replaced by its largest part.
 
-    Examples
-    --------
     >>> import geopandas, shapely
     >>> apart = shapely.MultiPolygon([shapely.box(0, 0, 1, 1), shapely.box(5, 0, 9, 4)])
     >>> outlines(geopandas.GeoDataFrame(geometry=[apart]))[0].area

@@ -34,13 +34,9 @@ def counts(sdata: SpatialData, source: Source | None = None) -> AnnData:
 
     Antibodies and controls are left out by ``var["feature_types"]``. The result may be a copy, so do not write to it.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    source
-        Table and layer. The default table is the section's own. The default layer is the one passed to
-        `stimage_sd.io.from_spatialdata`, else ``X``.
+    - `sdata`: the section.
+    - `source`: table and layer. The default table is the section's own. The default layer is the one passed to
+      `stimage_sd.io.from_spatialdata`, else ``X``.
     """
     table_key, layer = source or Source()
     name = counts_name(sdata, table_key)
@@ -142,20 +138,11 @@ def align_to_spots(
 ) -> tuple[NDArray[np.int64], AnnData]:
     """Match the rows of a tile table with the spots that the tiles sit on.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    table
-        A table with one row per tile and ``obs["spot_id"]``.
-    source
-        Table of counts or proteins, and layer.
-    against
-        ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
-
-    Returns
-    -------
-    Row numbers of `table` that have a measured spot, and the measured table in the same order.
+    - `sdata`: the section.
+    - `table`: a table with one row per tile and ``obs["spot_id"]``.
+    - `source`: table of counts or proteins, and layer.
+    - `against`: ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
+    - returns: row numbers of `table` that have a measured spot, and the measured table in the same order.
     """
     units = measured(sdata, against, source)
     if "spot_id" not in table.obs:

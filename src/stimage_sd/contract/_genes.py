@@ -16,8 +16,6 @@ _VERSIONED = r"^(ENS[A-Z]*\d{11})\.\d+$"
 def without_versions(names: pd.Index) -> pd.Index:
     """Return gene names with the version of Ensembl ids removed, as it differs between releases.
 
-    Examples
-    --------
     >>> without_versions(pd.Index(["ENSG00000141736.14", "ENSMUSG00000062312.8", "RP11-34P13.7"])).tolist()
     ['ENSG00000141736', 'ENSMUSG00000062312', 'RP11-34P13.7']
     """
@@ -31,8 +29,6 @@ def are_genes(var: pd.DataFrame) -> NDArray[np.bool_]:
 
     Without that column all features are genes.
 
-    Examples
-    --------
     >>> are_genes(pd.DataFrame({"feature_types": ["Gene Expression", "Antibody Capture"]})).tolist()
     [True, False]
     """

@@ -73,18 +73,11 @@ def write_instances(
 
     Predictions of earlier nuclei or squares in the same shapes are removed, with a warning.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    on
-        ``"nuclei"`` or ``"grid"``.
-    shapes, ids
-        Name of their shapes, and their index.
-    centers
-        ``(n, 2)``, px of the H&E.
-    about
-        How they were laid, stored in ``uns``.
+    - `sdata`: the section.
+    - `on`: ``"nuclei"`` or ``"grid"``.
+    - `shapes`, `ids`: name of their shapes, and their index.
+    - `centers`: ``(n, 2)``, px of the H&E.
+    - `about`: how they were laid, stored in ``uns``.
     """
     name = features_key(on)
     check_free(sdata, name, of="tables")
@@ -262,18 +255,10 @@ def align_to_instances(
     A cell or bin belongs to the nucleus or square that its center lies in, else to the nucleus whose center lies in
     the cell. Of several nuclei in a cell, the one nearest to the center of the cell is taken.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    table
-        Nuclei or squares.
-    source
-        Table and layer of the counts.
-
-    Returns
-    -------
-    Row numbers of `table` that have measured units, and their counts in the same order.
+    - `sdata`: the section.
+    - `table`: nuclei or squares.
+    - `source`: table and layer of the counts.
+    - returns: row numbers of `table` that have measured units, and their counts in the same order.
     """
     measured = counts(sdata, source)
     units = find_units(sdata, table_key=(source or Source()).table, against="counts")

@@ -39,18 +39,11 @@ def write_tissue(
 ) -> None:
     """Write the tissue labels and store their name in the section.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    mask
-        ``(y, x)`` bool, `True` on tissue, at low resolution.
-    downsample
-        Full-resolution pixels per mask pixel, along y and x.
-    image_key
-        The image that the tissue was found on, if not the section's H&E.
-    key_added
-        Name of the labels. By default ``"tissue"``, or ``"tissue_mask"`` if another element has that name.
+    - `sdata`: the section.
+    - `mask`: ``(y, x)`` bool, `True` on tissue, at low resolution.
+    - `downsample`: Full-resolution pixels per mask pixel, along y and x.
+    - `image_key`: the image that the tissue was found on, if not the section's H&E.
+    - `key_added`: name of the labels. By default ``"tissue"``, or ``"tissue_mask"`` if another element has that name.
     """
     name = key_added
     if name is None:
@@ -99,14 +92,9 @@ def write_shapes(sdata: SpatialData, frame: GeoDataFrame, *, name: str, image_ke
 def nuclei(sdata: SpatialData, shapes_key: str | None = None, image_key: str | None = None) -> GeoDataFrame:
     """Return the nuclei as polygons in H&E pixels.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    shapes_key
-        Name of the nuclei's shapes. ``"nuclei"`` by default.
-    image_key
-        The image whose pixels are used, if not the H&E.
+    - `sdata`: the section.
+    - `shapes_key`: name of the nuclei's shapes. ``"nuclei"`` by default.
+    - `image_key`: the image whose pixels are used, if not the H&E.
     """
     name = NUCLEI if shapes_key is None else shapes_key
     if name not in sdata.shapes:

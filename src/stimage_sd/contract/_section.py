@@ -27,23 +27,13 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str | Non
 
     Elements with the coordinate system ``"global"`` get ``"microns"`` if `mpp` is known.
 
-    Parameters
-    ----------
-    sdata
-        The object to turn into a section.
-    sample
-        Sample id.
-    platform
-        Name of the measuring platform, such as ``"visium"``.
-    image
-        Name of the H&E image element. `None` for a section without an H&E.
-    mpp
-        Micrometers per pixel of the H&E at full resolution. `None` if unknown. Without an H&E, the micrometers per
-        pixel of the instrument's image, whose pixels are then ``"global"``.
-
-    Returns
-    -------
-    The same object.
+    - `sdata`: the object to turn into a section.
+    - `sample`: sample id.
+    - `platform`: name of the measuring platform, such as ``"visium"``.
+    - `image`: name of the H&E image element. `None` for a section without an H&E.
+    - `mpp`: micrometers per pixel of the H&E at full resolution. `None` if unknown. Without an H&E, the micrometers per
+      pixel of the instrument's image, whose pixels are then ``"global"``.
+    - returns: the same object.
     """
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"Expected `mpp` to be a positive number of micrometers per pixel, found {mpp!r}.")
@@ -110,12 +100,8 @@ def sample(sdata: SpatialData) -> str:
 def patients(cohort: Cohort, named: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the patient of each section of a cohort, as far as known.
 
-    Parameters
-    ----------
-    cohort
-        Sections by sample id. The patient of a section is ``sdata.attrs["stimage_sd"]["patient"]``.
-    named
-        Patient by section, instead of what sections know. Sections that are not in the cohort are ignored.
+    - `cohort`: sections by sample id. The patient of a section is ``sdata.attrs["stimage_sd"]["patient"]``.
+    - `named`: patient by section, instead of what sections know. Sections that are not in the cohort are ignored.
     """
     found = {name: (named or {}).get(name, info(sdata).get("patient")) for name, sdata in cohort.items()}
     return {name: str(patient) for name, patient in found.items() if patient is not None}

@@ -75,14 +75,9 @@ class TileGeometry(NamedTuple):
 def tile_geometry(sdata: SpatialData, table: AnnData | None = None, image_key: str | None = None) -> TileGeometry:
     """Return the centers and side of tiles on an image, through the transformations of both.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    table
-        A table with one row per tile, or some of its rows. The table of all tiles by default.
-    image_key
-        The image. The section's H&E by default.
+    - `sdata`: the section.
+    - `table`: a table with one row per tile, or some of its rows. The table of all tiles by default.
+    - `image_key`: the image. The section's H&E by default.
     """
     every = tiles(sdata)
     table = every if table is None else table
@@ -138,18 +133,10 @@ def tile_squares(
 ) -> NDArray[np.float64]:
     """Return the extents of tiles on an image.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    names
-        ``obs_names`` or ``instance_id`` of the wanted tiles, from the table of tiles. All tiles by default.
-    image_key
-        The image. The section's H&E by default.
-
-    Returns
-    -------
-    ``float64 (n, 4)``: left, top, right, bottom, px of the image.
+    - `sdata`: the section.
+    - `names`: ``obs_names`` or ``instance_id`` of the wanted tiles, from the table of tiles. All tiles by default.
+    - `image_key`: the image. The section's H&E by default.
+    - returns: ``float64 (n, 4)``: left, top, right, bottom, px of the image.
     """
     table = tiles(sdata)
     rows = np.arange(table.n_obs)
@@ -173,16 +160,11 @@ def tile_squares(
 def write_tiles(sdata: SpatialData, obs: pd.DataFrame, tiling: dict[str, Any], image_key: str | None = None) -> None:
     """Write the table and squares of tiles, and remove the results of earlier tiles.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    obs
-        One row per tile, with ``x`` and ``y``, the center in pixels of the image.
-    tiling
-        The layout of the tiles: ``layout``, ``side_px``, ``target_px`` and, if the resolution is known, ``size_um``.
-    image_key
-        The image that was tiled, if not the section's H&E.
+    - `sdata`: the section.
+    - `obs`: one row per tile, with ``x`` and ``y``, the center in pixels of the image.
+    - `tiling`: the layout of the tiles: ``layout``, ``side_px``, ``target_px`` and, if the resolution is known,
+      ``size_um``.
+    - `image_key`: the image that was tiled, if not the section's H&E.
     """
     frame = pixel_frame(sdata, image_key)
     centers, half = obs[["x", "y"]].to_numpy(dtype=np.float64), tiling["side_px"] / 2
@@ -261,26 +243,15 @@ def write_embeddings(
 ) -> None:
     """Write the embeddings of all tiles and their settings, and remove outdated embeddings of neighbors.
 
-    Parameters
-    ----------
-    sdata
-        The section, tiled.
-    extractor
-        Name of the network.
-    values
-        ``float32 (n_tiles, n_fields * n_features)``.
-    image
-        The image that the tiles were cut from.
-    input_px
-        Side that the tiles were resampled to, px.
-    weights_hash
-        Hash of the network's weights. Empty if unknown.
-    fields_of_view
-        Sides of the squares around a tile, in tile sides.
-    stain
-        Settings of the stain normalization, as JSON. Empty without normalization.
-    source
-        The other software that computed the embeddings, if any.
+    - `sdata`: the section, tiled.
+    - `extractor`: name of the network.
+    - `values`: ``float32 (n_tiles, n_fields * n_features)``.
+    - `image`: the image that the tiles were cut from.
+    - `input_px`: side that the tiles were resampled to, px.
+    - `weights_hash`: hash of the network's weights. Empty if unknown.
+    - `fields_of_view`: sides of the squares around a tile, in tile sides.
+    - `stain`: settings of the stain normalization, as JSON. Empty without normalization.
+    - `source`: the other software that computed the embeddings, if any.
     """
     table = tiles(sdata)
     table.obsm[feature_key(extractor)] = values
@@ -323,14 +294,9 @@ def embeddings(sdata: SpatialData, extractor: str) -> np.ndarray:
 def check_finite(sdata: SpatialData, values: NDArray[Any], extractor: str) -> None:
     """Raise `ValueError` if embeddings of kept tiles are not finite.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    values
-        ``(n_tiles, n_features)``, of all tiles or of the kept tiles.
-    extractor
-        Name of the extractor, for the error message.
+    - `sdata`: the section.
+    - `values`: ``(n_tiles, n_features)``, of all tiles or of the kept tiles.
+    - `extractor`: name of the extractor, for the error message.
     """
     keep, names = tiles(sdata).obs["keep"].to_numpy(), tiles(sdata).obs_names
     # finite float32 values have a finite float64 sum, so no boolean copy of all values is needed

@@ -157,12 +157,8 @@ class CellTable:
 def read_cells(path: Path, wanted: Collection[str] = ()) -> CellTable:
     """Read a table of segmented cells.
 
-    Parameters
-    ----------
-    path
-        A ``.csv``, ``.tsv`` or ``.txt`` (tabs) file, plain or gzipped (``.gz``), or an ``.fcs`` file.
-    wanted
-        Numeric columns to read as intensities, whatever their names.
+    - `path`: a ``.csv``, ``.tsv`` or ``.txt`` (tabs) file, plain or gzipped (``.gz``), or an ``.fcs`` file.
+    - `wanted`: numeric columns to read as intensities, whatever their names.
     """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"

@@ -132,12 +132,8 @@ def _areas_of(geometry: shapely.Geometry) -> shapely.Geometry:
 def features_of(frame: gpd.GeoDataFrame, *, ellipses: bool = False) -> Iterator[Feature]:
     """Convert shapes with the columns `COLUMNS` to features. Other numeric columns become measurements.
 
-    Parameters
-    ----------
-    frame
-        Shapes in pixels of the image.
-    ellipses
-        Whether QuPath should read the polygons as circles.
+    - `frame`: shapes in pixels of the image.
+    - `ellipses`: whether QuPath should read the polygons as circles.
     """
     names, values = _measurements(frame)
     columns = [frame[name].astype(object).to_list() for name in COLUMNS]

@@ -56,26 +56,16 @@ def open_multichannel(
 ) -> MultichannelImage:
     """Open a TIFF with one or more channels as a lazy pyramid.
 
-    Parameters
-    ----------
-    path
-        An OME-TIFF, QPTIFF, ImageJ or multi-page TIFF. For an OME-TIFF in several files, the file that describes
-        all of them.
-    series
-        Image to read from a file with several images: its number in the file, from 0, or its name. Default: the
-        largest.
-    several_files
-        Whether to read the other files of an OME-TIFF in several files, from the same folder. By default such an image
-        is refused, since a file would decide which other files are read.
+    - `path`: an OME-TIFF, QPTIFF, ImageJ or multi-page TIFF. For an OME-TIFF in several files, the file that describes
+      all of them.
+    - `series`: image to read from a file with several images: its number in the file, from 0, or its name. Default: the
+      largest.
+    - `several_files`: whether to read the other files of an OME-TIFF in several files, from the same folder. By default
+      such an image is refused, since a file would decide which other files are read.
+    - returns: the pyramid, the channel names and the pixel size. Names are from the OME-XML, the ``Biomarker`` or
+      ``Name`` of each QPTIFF page, ImageJ's labels, or the page names. A repeated name gets a suffix. Levels that the
+      file lacks are computed lazily from finer levels.
 
-    Returns
-    -------
-    The pyramid, the channel names and the pixel size. Names are from the OME-XML, the ``Biomarker`` or ``Name`` of each
-    QPTIFF page, ImageJ's labels, or the page names. A repeated name gets a suffix. Levels that the file lacks are
-    computed lazily from finer levels.
-
-    Examples
-    --------
     >>> import tempfile
     >>> import numpy as np
     >>> path = Path(tempfile.mkdtemp()) / "two.ome.tif"

@@ -18,17 +18,10 @@ from stimage_sd import contract
 def gathered_cells(sdata: SpatialData, table: AnnData) -> tuple[GeoDataFrame, AnnData] | None:
     """Gather the cells of a table that annotates labels of several fields of view, as in CosMx.
 
-    Parameters
-    ----------
-    sdata
-        The object.
-    table
-        Table of the object. Cell ids are unique only within a field of view.
-
-    Returns
-    -------
-    Circles at the cell centers with the cell areas, in the coordinate system that all fields share, and a copy of the
-    table that annotates the circles. `None` where the table does not annotate labels of several fields.
+    - `sdata`: the object.
+    - `table`: table of the object. Cell ids are unique only within a field of view.
+    - returns: circles at the cell centers with the cell areas, in the coordinate system that all fields share, and a
+      copy of the table that annotates the circles. `None` where the table does not annotate labels of several fields.
     """
     regions = contract.regions_of(table)
     if len(regions) < 2 or not set(regions) <= set(sdata.labels):

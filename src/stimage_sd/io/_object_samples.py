@@ -26,17 +26,10 @@ def split_samples(
     Each H&E image is one sample. Its elements are found by coordinate system, if no two H&E images share one, or else
     by name: ``"a"`` and ``"b"`` are the samples of ``"he-a"`` and ``"he-b"``.
 
-    Parameters
-    ----------
-    sdata
-        The object.
-    image, shapes
-        Elements that the caller named. Only the sample with this element is returned.
-
-    Returns
-    -------
-    One object per sample, sharing its elements with `sdata`. Tables hold the rows that annotate elements of the sample.
-    The sample suffix is removed from names. `None` for an object of one sample.
+    - `sdata`: the object.
+    - `image`, `shapes`: elements that the caller named. Only the sample with this element is returned.
+    - returns: one object per sample, sharing its elements with `sdata`. Tables hold the rows that annotate elements of
+      the sample. The sample suffix is removed from names. `None` for an object of one sample.
     """
     normalized = contract.info(sdata).get("normalized_image")
     candidates = [

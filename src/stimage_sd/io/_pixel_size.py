@@ -59,8 +59,6 @@ def square(sizes: Sequence[float]) -> float | None:
 
     If width and height differ, the function warns and returns `None`. Pixels that are not square are not supported.
 
-    Examples
-    --------
     >>> square([0.25, 0.2501])
     0.25005
     """

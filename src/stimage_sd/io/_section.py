@@ -36,19 +36,12 @@ def assemble(
 ) -> SpatialData:
     """Build a section from the levels of an H&E and a table of spots.
 
-    Parameters
-    ----------
-    levels
-        Levels of the H&E, ``uint8 (3, y, x)``, finest first.
-    table
-        Raw counts, one row per spot. ``obsm["spatial"]`` holds the centers of the spots, px of the finest level.
-        The table is stored in the section, without spots outside the image.
-    diameter_px
-        Diameter of a spot, px of the finest level.
-    sample, platform, mpp
-        As in `contract.register`.
-    proteins
-        Antibody counts of the same spots in the same order.
+    - `levels`: levels of the H&E, ``uint8 (3, y, x)``, finest first.
+    - `table`: raw counts, one row per spot. ``obsm["spatial"]`` holds the centers of the spots, px of the finest level.
+      The table is stored in the section, without spots outside the image.
+    - `diameter_px`: diameter of a spot, px of the finest level.
+    - `sample`, `platform`, `mpp`: as in `contract.register`.
+    - `proteins`: antibody counts of the same spots in the same order.
     """
     centers = np.asarray(table.obsm["spatial"], dtype=np.float64)
     table.obsm["spatial"] = centers

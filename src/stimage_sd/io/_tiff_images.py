@@ -63,17 +63,10 @@ class TiffImage:
 def choose_image(path: Path, tiff: tifffile.TiffFile, series: int | str | None, *, in_color: bool) -> TiffImage:
     """Return the requested image, or the largest one.
 
-    Parameters
-    ----------
-    path
-        The file.
-    tiff
-        The open file.
-    series
-        Number of the image in file order, from 0, or its name.
-    in_color
-        Whether color pages of the same size are separate images. Otherwise they are channels of one image.
-
+    - `path`: the file.
+    - `tiff`: the open file.
+    - `series`: number of the image in file order, from 0, or its name.
+    - `in_color`: whether color pages of the same size are separate images. Otherwise they are channels of one image.
     """
     images = [image for one in tiff.series for image in _images(one, in_color=in_color)]
     if not images:

@@ -66,12 +66,8 @@ class DamagedFile(ValueError):
 def open_tiff(path: Path, *, several_files: bool = False) -> Iterator[tifffile.TiffFile]:
     """Open a TIFF after checking that it is complete and within the limits.
 
-    Parameters
-    ----------
-    path
-        The file.
-    several_files
-        Whether an OME-TIFF may keep planes in other files of the same folder.
+    - `path`: the file.
+    - `several_files`: whether an OME-TIFF may keep planes in other files of the same folder.
     """
     with _reports_of_damage() as reports, _open(path, several_files=several_files) as tiff:
         try:

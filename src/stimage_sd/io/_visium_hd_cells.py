@@ -21,14 +21,9 @@ def read_cells(
 ) -> tuple[np.ndarray, geopandas.GeoDataFrame, geopandas.GeoDataFrame | None]:
     """Return the matrix rows of cells with an outline, the outlines, and the nuclei with their ``cell_id``.
 
-    Parameters
-    ----------
-    outlines, nuclei
-        GeoJSON files, full-resolution px.
-    matrix, matrix_path
-        Counts of the cells, and the file of the counts.
-    scale
-        Pixels of the section per full-resolution pixel.
+    - `outlines`, `nuclei`: GeoJSON files, full-resolution px.
+    - `matrix`, `matrix_path`: counts of the cells, and the file of the counts.
+    - `scale`: pixels of the section per full-resolution pixel.
     """
     names, polygons = _read_outlines(outlines, scale)
     check_unique(names, what="cell", where=str(outlines), mend="Copy it again.")

@@ -46,10 +46,8 @@ class Morphology:
 def open_morphology(files: list[Path]) -> Morphology:
     """Open the morphology image.
 
-    Parameters
-    ----------
-    files
-        One file, or one file per stain. Either the first file describes all stains, or each file only its own stain.
+    - `files`: one file, or one file per stain. Either the first file describes all stains, or each file only its own
+      stain.
     """
     # The instrument writes one file per stain, and each file describes all stains.
     whole = open_multichannel(files[0], several_files=True)
@@ -161,18 +159,11 @@ def open_he(
 ) -> HE:
     """Open the H&E, and find and check its alignment.
 
-    Parameters
-    ----------
-    file
-        File of the H&E.
-    alignment
-        Alignment of the H&E. By default searched in the folder of the H&E and in the bundle.
-    bundle
-        Folder of the bundle.
-    to_um
-        ``(3, 3)`` matrix from pixels of the morphology image to instrument micrometers.
-    centers
-        ``(n_cells, 2)`` x, y of the cells, instrument micrometers.
+    - `file`: file of the H&E.
+    - `alignment`: alignment of the H&E. By default searched in the folder of the H&E and in the bundle.
+    - `bundle`: folder of the bundle.
+    - `to_um`: ``(3, 3)`` matrix from pixels of the morphology image to instrument micrometers.
+    - `centers`: ``(n_cells, 2)`` x, y of the cells, instrument micrometers.
     """
     levels, stated = open_raster(file)
     given = alignment if alignment is not None else find_alignment(file, bundle)

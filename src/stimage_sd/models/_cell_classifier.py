@@ -68,14 +68,8 @@ class CellFinder(Protocol):
     def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Find the nuclei in images.
 
-        Parameters
-        ----------
-        images
-            ``uint8 (batch, y, x, 3)``.
-
-        Returns
-        -------
-        Labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``.
+        - `images`: ``uint8 (batch, y, x, 3)``.
+        - returns: labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``.
         """
         ...
 

@@ -80,22 +80,12 @@ class FeatureSpace:
     ) -> FeatureSpace:
         """Fit the space on a cohort.
 
-        Parameters
-        ----------
-        sections
-            Embeddings of each section, ``float32 (n_tiles, n_features)``.
-        n_components
-            Number of components to keep, at most the number of tiles minus one.
-        standardize
-            ``"section"`` or ``"cohort"``: source of the mean and deviation of a section.
-        seed
-            Seed of the randomized decomposition.
-        widths
-            Number of features of each extractor, if there are several.
-
-        Returns
-        -------
-        The space.
+        - `sections`: embeddings of each section, ``float32 (n_tiles, n_features)``.
+        - `n_components`: number of components to keep, at most the number of tiles minus one.
+        - `standardize`: ``"section"`` or ``"cohort"``: source of the mean and deviation of a section.
+        - `seed`: seed of the randomized decomposition.
+        - `widths`: number of features of each extractor, if there are several.
+        - returns: the space.
         """
         n_tiles = sum(map(len, sections.values()))
         if n_tiles < 2:
@@ -142,12 +132,8 @@ class FeatureSpace:
     def scale(self, values: np.ndarray, *, section: str | None = None) -> SectionScale:
         """Return the mean and deviation that standardize a section.
 
-        Parameters
-        ----------
-        values
-            Embeddings of the whole section, ``float32 (n_tiles, n_features)``.
-        section
-            Name of the section, for error messages.
+        - `values`: embeddings of the whole section, ``float32 (n_tiles, n_features)``.
+        - `section`: name of the section, for error messages.
         """
         if self.standardize == "cohort":
             return _without_constants(self.mean, self.deviation)
@@ -166,12 +152,8 @@ class FeatureSpace:
     def standardized(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
         """Standardize embeddings, ``float32 (n_tiles, n_features)``.
 
-        Parameters
-        ----------
-        values
-            Embeddings of a whole section, or of any tiles if `scale` is given. Numpy or JAX arrays.
-        scale
-            Mean and deviation of the section. By default, computed from `values`.
+        - `values`: embeddings of a whole section, or of any tiles if `scale` is given. Numpy or JAX arrays.
+        - `scale`: mean and deviation of the section. By default, computed from `values`.
         """
         mean, deviation = self.scale(values) if scale is None else scale
         return ((values - mean) / deviation * self.weight).astype(np.float32)
@@ -189,18 +171,10 @@ class FeatureSpace:
     def strangeness(self, values: np.ndarray) -> np.ndarray:
         """Compute how far tiles lie from the training tiles. Above 1 is farther than 95 % of the training tiles.
 
-        Parameters
-        ----------
-        values
-            Embeddings, ``float32 (n_tiles, n_features)``.
+        - `values`: embeddings, ``float32 (n_tiles, n_features)``.
+        - returns: ``float32 (n_tiles,)``: Mahalanobis distance of the embeddings from the mean of the training tiles,
+          in units of `usual_distance`.
 
-        Returns
-        -------
-        ``float32 (n_tiles,)``: Mahalanobis distance of the embeddings from the mean of the training tiles, in units of
-        `usual_distance`.
-
-        Notes
-        -----
         Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples", without classes.
         Embeddings are always standardized by the cohort here, so that a section that is strange as a whole gets high
         values.
@@ -269,19 +243,12 @@ class Covariance(NamedTuple):
 def shrunk_covariance(standardized: np.ndarray, *, seed: int, as_of: int | None = None) -> Covariance:
     """Estimate the covariance of embeddings, shrunk toward a multiple of the identity matrix.
 
-    Parameters
-    ----------
-    standardized
-        ``(n_tiles, n_features)``, of mean 0.
-    seed
-        Seed of the randomized decomposition.
-    as_of
-        Number of tiles in the formula for the shrinkage. Default: the number of tiles given.
-
-    Returns
-    -------
-    The covariance. With all components it is the estimate of Ledoit and Wolf (2004, "A well-conditioned estimator for
-    large-dimensional covariance matrices"). With fewer components, their formula uses equal variances for the rest.
+    - `standardized`: ``(n_tiles, n_features)``, of mean 0.
+    - `seed`: seed of the randomized decomposition.
+    - `as_of`: number of tiles in the formula for the shrinkage. Default: the number of tiles given.
+    - returns: the covariance. With all components it is the estimate of Ledoit and Wolf (2004, "A well-conditioned
+      estimator for large-dimensional covariance matrices"). With fewer components, their formula uses equal variances
+      for the rest.
     """
     n_tiles, n_features = standardized.shape
     rank = max(1, min(_MOST_COMPONENTS, n_tiles // _TILES_A_COMPONENT, n_features))
@@ -306,16 +273,9 @@ def _shrinkage(lengths: np.ndarray, squares: float, n_features: int, as_of: int)
 def distances(standardized: np.ndarray, covariance: Covariance) -> np.ndarray:
     """Compute the Mahalanobis distance of embeddings from 0.
 
-    Parameters
-    ----------
-    standardized
-        ``(n_tiles, n_features)``.
-    covariance
-        The covariance.
-
-    Returns
-    -------
-    ``float64 (n_tiles,)``.
+    - `standardized`: ``(n_tiles, n_features)``.
+    - `covariance`: the covariance.
+    - returns: ``float64 (n_tiles,)``.
     """
     n_features, n_components = covariance.directions.shape
     along = (standardized @ covariance.directions).astype(np.float64)

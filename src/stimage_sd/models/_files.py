@@ -37,20 +37,11 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, KeyE
 def write_model(path: str | Path, *, kind: str, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
     """Write a model to one zip if the path ends in ``.stimage`` or ``.zip``, otherwise to a directory.
 
-    Parameters
-    ----------
-    path
-        File or directory to write. An existing model is replaced as a whole.
-    kind
-        Kind of model, such as ``"nb"``. It decides which class reads the file.
-    config
-        Values that JSON can hold.
-    arrays
-        Arrays by name.
-
-    Returns
-    -------
-    The path.
+    - `path`: file or directory to write. An existing model is replaced as a whole.
+    - `kind`: kind of model, such as ``"nb"``. It decides which class reads the file.
+    - `config`: values that JSON can hold.
+    - `arrays`: arrays by name.
+    - returns: the path.
     """
     path = Path(path)
     if restored(path).exists() and not _is_model(path):
@@ -88,14 +79,8 @@ class SavedModel(ABC):
     def save(self, path: str | Path) -> Path:
         """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
+        - `path`: file or directory to write.
+        - returns: the path.
         """
         config, arrays = self.to_parts()
         return write_model(path, kind=self.kind, config=config, arrays=arrays)

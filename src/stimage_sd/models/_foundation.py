@@ -167,16 +167,10 @@ class TorchNetwork:
 def load_foundation(name: str, weights: Path | None) -> tuple[TorchNetwork, str]:
     """Load a foundation model from a local file or folder, or from the Hugging Face hub.
 
-    Parameters
-    ----------
-    name
-        Name in `FOUNDATION_MODELS`.
-    weights
-        A local file or folder in the format of `FoundationModel.kind`. `None`: the Hugging Face hub or its local cache.
-
-    Returns
-    -------
-    The network and a hash of its weights.
+    - `name`: name in `FOUNDATION_MODELS`.
+    - `weights`: a local file or folder in the format of `FoundationModel.kind`. `None`: the Hugging Face hub or its
+      local cache.
+    - returns: the network and a hash of its weights.
     """
     model = FOUNDATION_MODELS[name]
     try:
@@ -254,18 +248,10 @@ def _from_disk(name: str, model: FoundationModel, weights: Path) -> tuple[Any, C
 def build_transformer(model: FoundationModel, state: Mapping[str, Any], *, where: str) -> Any:
     """Build timm's vision transformer for a state dict, and fill it.
 
-    Parameters
-    ----------
-    model
-        Settings of the foundation model.
-    state
-        Tensors by their names in timm.
-    where
-        Description of the model and its weights for error messages.
-
-    Returns
-    -------
-    The module, in evaluation mode.
+    - `model`: settings of the foundation model.
+    - `state`: tensors by their names in timm.
+    - `where`: description of the model and its weights for error messages.
+    - returns: the module, in evaluation mode.
     """
     import torch
     from timm.layers import SwiGLUPacked

@@ -159,16 +159,9 @@ def brought(space: FeatureSpace, values: Values, scale: SectionScale | None = No
 def is_high(counts: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:
     """Return where genes are High: log1p counts above thresholds, or above their means (z-score above zero).
 
-    Parameters
-    ----------
-    counts
-        ``(n_tiles, n_genes)``.
-    thresholds
-        ``(n_genes,)`` of log1p counts. `None`: the mean of each gene, and constant genes are never High.
-
-    Returns
-    -------
-    ``bool (n_tiles, n_genes)``.
+    - `counts`: ``(n_tiles, n_genes)``.
+    - `thresholds`: ``(n_genes,)`` of log1p counts. `None`: the mean of each gene, and constant genes are never High.
+    - returns: ``bool (n_tiles, n_genes)``.
     """
     logged = np.log1p(np.asarray(counts, dtype=np.float64))
     if thresholds is not None:

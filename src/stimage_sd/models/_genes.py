@@ -25,20 +25,11 @@ def most_variable(
 ) -> list[str]:
     """Rank genes by the variance of their Pearson residuals, with sections as batches.
 
-    Parameters
-    ----------
-    tables
-        Raw counts of each section.
-    shared
-        Candidate genes, which every table must have.
-    n_top
-        Maximum number of genes.
-    min_spots
-        Minimum share of all spots that express a gene.
-
-    Returns
-    -------
-    Names of the genes, most variable first.
+    - `tables`: raw counts of each section.
+    - `shared`: candidate genes, which every table must have.
+    - `n_top`: maximum number of genes.
+    - `min_spots`: minimum share of all spots that express a gene.
+    - returns: names of the genes, most variable first.
     """
     joint = ad.concat(
         {

@@ -53,9 +53,8 @@ class OpenedSection(Protocol):
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the negative binomial parameters of some kept tiles, in their order.
 
-        Returns
-        -------
-        r and p, each ``float32 (n_members, n_rows, n_genes)``, with as many members as the model's `member_weights`.
+        - returns: r and p, each ``float32 (n_members, n_rows, n_genes)``, with as many members as the model's
+          `member_weights`.
         """
         ...
 

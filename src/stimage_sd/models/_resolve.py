@@ -13,8 +13,6 @@ Model = TypeVar("Model")
 def as_model(model: Model | str | Path) -> Model:
     """Return a model unchanged, or load it if a path is given.
 
-    Examples
-    --------
     >>> as_model("no-such.stimage")
     Traceback (most recent call last):
     FileNotFoundError: No model at no-such.stimage.

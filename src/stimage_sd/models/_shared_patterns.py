@@ -37,16 +37,9 @@ class SharedPatterns:
     def project(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> np.ndarray:
         """Project components to the patterns of each member.
 
-        Parameters
-        ----------
-        reduced
-            ``float32 (n_tiles, n_components)``.
-        members
-            Indices of the members. Default: all.
-
-        Returns
-        -------
-        ``float32 (n_members, n_tiles, rank)``.
+        - `reduced`: ``float32 (n_tiles, n_components)``.
+        - `members`: indices of the members. Default: all.
+        - returns: ``float32 (n_members, n_tiles, rank)``.
         """
         chosen = slice(None) if members is None else list(members)
         basis, center = self.basis[chosen], self.center[chosen]
@@ -66,23 +59,13 @@ def find_patterns(
 ) -> SharedPatterns:
     """Find the expression patterns that genes share on the training tiles of each member.
 
-    Parameters
-    ----------
-    features
-        ``float32 (n_tiles, n_components)``.
-    counts
-        ``(n_tiles, n_genes)`` sparse.
-    size_factors
-        ``(n_tiles,)``, ones if size factors are not used.
-    held_out
-        ``bool (n_members, n_tiles)``: tiles that a member does not learn from.
-    rank
-        Number of patterns, limited to the number of genes and of components.
-
-    Returns
-    -------
-    The patterns, scaled so that the largest has unit standard deviation. The ridge penalty is the one with the highest
-    mean Pearson correlation on held-out tiles.
+    - `features`: ``float32 (n_tiles, n_components)``.
+    - `counts`: ``(n_tiles, n_genes)`` sparse.
+    - `size_factors`: ``(n_tiles,)``, ones if size factors are not used.
+    - `held_out`: ``bool (n_members, n_tiles)``: tiles that a member does not learn from.
+    - `rank`: number of patterns, limited to the number of genes and of components.
+    - returns: the patterns, scaled so that the largest has unit standard deviation. The ridge penalty is the one with
+      the highest mean Pearson correlation on held-out tiles.
     """
     splits, split_of = np.unique(held_out, axis=0, return_inverse=True)
     paths = _paths(features, counts, size_factors, splits)

@@ -54,18 +54,10 @@ class TileSpecification:
 def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -> TileSpecification:
     """Read the tiling, staining and embedding of a section.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    extractor
-        Name of the extractor.
-    context
-        Whether to include the rings of neighbors.
-
-    Returns
-    -------
-    The specification.
+    - `sdata`: the section.
+    - `extractor`: name of the extractor.
+    - `context`: whether to include the rings of neighbors.
+    - returns: the specification.
     """
     contract.embeddings(sdata, extractor)
     tiling = contract.tiling(sdata)

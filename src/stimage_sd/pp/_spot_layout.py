@@ -45,22 +45,12 @@ class Spots:
 def lay_lattice(field: shapely.Polygon, *, onto: Literal["hex", "grid"], pitch: float, diameter: float) -> Spots:
     """Lay a lattice of circles over a field, centered along x and y.
 
-    Parameters
-    ----------
-    field
-        The measured area. Circles that do not lie wholly within it are left out.
-    onto
-        ``"hex"``: six neighbors at one pitch, with rows along x. Rows and columns are numbered like those of Visium:
-        neighbors in a row are two columns apart, and odd rows hold odd columns. ``"grid"``: four neighbors.
-    pitch, diameter
-        Distance between neighbors and diameter of a circle, H&E px.
+    - `field`: the measured area. Circles that do not lie wholly within it are left out.
+    - `onto`: ``"hex"``: six neighbors at one pitch, with rows along x. Rows and columns are numbered like those of
+      Visium: neighbors in a row are two columns apart, and odd rows hold odd columns. ``"grid"``: four neighbors.
+    - `pitch`, `diameter`: distance between neighbors and diameter of a circle, H&E px.
+    - returns: the spots. Ids are built from the centers, so that spots with the same id lie at the same place.
 
-    Returns
-    -------
-    The spots. Ids are built from the centers, so that spots with the same id lie at the same place.
-
-    Examples
-    --------
     >>> spots = lay_lattice(shapely.box(0, 0, 100, 100), onto="grid", pitch=50.0, diameter=40.0)
     >>> spots.obs.index.tolist()
     ['x25y25', 'x75y25', 'x25y75', 'x75y75']

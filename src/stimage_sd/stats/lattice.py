@@ -46,17 +46,10 @@ def find_lattice(coordinates: ArrayLike) -> Lattice:
     neighbors. Spots may therefore be displaced by a quarter of the pitch, and drift over the section may exceed that.
     Separate parts of the tissue are placed by the fit to the largest part.
 
-    Parameters
-    ----------
-    coordinates
-        Spot centers, x and y, (n_obs, 2), in any unit. Visium's ``array_col, array_row`` are recognized directly.
+    - `coordinates`: spot centers, x and y, (n_obs, 2), in any unit. Visium's ``array_col, array_row`` are recognized
+      directly.
+    - returns: the lattice, with row and column of each spot.
 
-    Returns
-    -------
-    The lattice, with row and column of each spot.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats import lattice
     >>> spots = lattice.find_lattice(np.array([[0.0, 0.0], [101.0, 2.0], [1.0, 99.0], [99.0, 100.0]]))
@@ -189,23 +182,12 @@ def neighbor_graph(
     By default, spots are connected with their lattice neighbors: eight on a square lattice (Queen contiguity, as in
     the paper), six on a hexagonal lattice. Spots may have no neighbor.
 
-    Parameters
-    ----------
-    coordinates
-        Spot centers, x and y, (n_obs, 2), in any unit.
-    n_rings
-        Connect lattice neighbors up to this many rings away. The default is 1 unless another option is given.
-    n_neighbors
-        Connect each spot with this many nearest spots instead. The graph may be asymmetric.
-    radius
-        Connect all pairs within this distance instead, in the unit of the coordinates.
+    - `coordinates`: spot centers, x and y, (n_obs, 2), in any unit.
+    - `n_rings`: connect lattice neighbors up to this many rings away. The default is 1 unless another option is given.
+    - `n_neighbors`: connect each spot with this many nearest spots instead. The graph may be asymmetric.
+    - `radius`: connect all pairs within this distance instead, in the unit of the coordinates.
+    - returns: binary adjacency, float32 (n_obs, n_obs), without self-loops. Row `i` holds the neighbors of spot `i`.
 
-    Returns
-    -------
-    Binary adjacency, float32 (n_obs, n_obs), without self-loops. Row `i` holds the neighbors of spot `i`.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats import lattice
     >>> grid = np.array([[x, y] for x in range(3) for y in range(3)], dtype=float)
@@ -281,19 +263,11 @@ _MOST_UNEQUAL = 1.2
 def pitch_px(centers: np.ndarray, lattice: np.ndarray, steps: list[tuple[int, int]]) -> float | None:
     """Measure the distance between neighboring spots of an array, in pixels.
 
-    Parameters
-    ----------
-    centers
-        ``(n, 2)`` positions, px.
-    lattice
-        ``(n, 2)`` integer positions in the array.
-    steps
-        Lattice offsets of neighbors one pitch away, one per pair of opposite directions.
-
-    Returns
-    -------
-    The median distance over all pairs of neighbors, robust to a few misplaced spots. `None` if no two spots are
-    neighbors.
+    - `centers`: ``(n, 2)`` positions, px.
+    - `lattice`: ``(n, 2)`` integer positions in the array.
+    - `steps`: lattice offsets of neighbors one pitch away, one per pair of opposite directions.
+    - returns: the median distance over all pairs of neighbors, robust to a few misplaced spots. `None` if no two spots
+      are neighbors.
     """
     where = {position: spot for spot, position in enumerate(map(tuple, lattice.tolist()))}
     pairs = [
@@ -311,19 +285,11 @@ def pitch_px(centers: np.ndarray, lattice: np.ndarray, steps: list[tuple[int, in
 def visium_pitch_px(centers: np.ndarray, lattice: np.ndarray) -> float | None:
     """Measure the pitch of Visium's hexagonal array, in pixels.
 
-    Parameters
-    ----------
-    centers
-        ``(n, 2)`` positions, px.
-    lattice
-        ``(n, 2)``: `array_row` and `array_col` of each spot.
+    - `centers`: ``(n, 2)`` positions, px.
+    - `lattice`: ``(n, 2)``: `array_row` and `array_col` of each spot.
+    - returns: the median distance between neighbors. `None` if no two spots are neighbors or the array is not
+      hexagonal.
 
-    Returns
-    -------
-    The median distance between neighbors. `None` if no two spots are neighbors or the array is not hexagonal.
-
-    Examples
-    --------
     >>> lattice = np.array([[0, 0], [0, 2], [1, 1]])
     >>> round(visium_pitch_px(np.array([[0, 0], [200, 0], [100, 173.2]]), lattice), 1)
     200.0
@@ -366,15 +332,9 @@ class Smoother(NamedTuple):
 def smoother(row: np.ndarray, column: np.ndarray, sigma: tuple[float, float]) -> Smoother:
     """Place spots on a raster, and return the Gaussian over it.
 
-    Parameters
-    ----------
-    row, column
-        ``int64 (n_spots,)``, from zero.
-    sigma
-        Standard deviations of the Gaussian, in rows and in columns. It is cut off at four, as in scipy.
+    - `row`, `column`: ``int64 (n_spots,)``, from zero.
+    - `sigma`: standard deviations of the Gaussian, in rows and in columns. It is cut off at four, as in scipy.
 
-    Examples
-    --------
     >>> smooth = smoother(np.array([0, 0, 1]), np.array([0, 1, 1]), (1.0, 1.0))
     >>> (smooth.down @ smooth.along).toarray().round(2).tolist()
     [[1.0, 0.61, 0.37], [0.61, 1.0, 0.61], [0.37, 0.61, 1.0]]
