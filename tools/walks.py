@@ -1,17 +1,17 @@
 """Count the files that a reader opens to follow a call: ``python tools/walks.py``.
 
-Three calls run on sections of the package's own example data, with their defaults: an image to embeddings, counts to a
-model, and predictions to scores. Every function of the package that is entered is noted, on all threads. A function's
-lines are its statements, without its docstring and without the functions inside it. Lines that import or declare do not
-count.
+Three calls run on synthetic sections of three patients, with their defaults: an image to embeddings, counts to a model,
+and predictions for a new patient to scores. Every function of the package that is entered is noted, on all threads. A
+function's lines are its statements, without its docstring and the functions inside it.
 
 Two figures per walk:
 
-- *main path*: the fewest files that together hold four fifths of all lines that ran;
+- *main path*: the fewest files that together hold four fifths of the lines that ran;
 - *all*: the files of which more than 20 lines ran. Less is a helper that its name and docstring explain at the call.
 
-The files of ``contract`` count as one in both, since walks read sections through its front page. The embedding starts
-with the extractor in hand. Loading the network and its weights is a walk of its own, listed last.
+The files of ``contract`` count as one, because walks read sections through its front page. Files at the root of the
+package, such as the progress bar and the cache, do not count. The embedding starts with the extractor in hand: loading
+the network and its weights is a walk of its own, listed last. Compiled code is noted when it is compiled.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+from spatialdata import SpatialData
+
 import stimage_sd as sti
 
 PACKAGE = Path(sti.__file__).parent
@@ -34,12 +36,12 @@ _OPTIMIZED = 2
 
 
 def _file(code: CodeType) -> str:
-    """Return the file of a function within the package, or an empty text."""
+    """Return the file of a function, `contract` as a whole, or an empty text for code that is not followed."""
     path = Path(code.co_filename)
-    if PACKAGE not in path.parents or not code.co_flags & _OPTIMIZED:
+    if PACKAGE not in path.parents or path.parent == PACKAGE or not code.co_flags & _OPTIMIZED:
         return ""
-    name = path.relative_to(PACKAGE).as_posix()
-    return "contract" if name.startswith("contract/") else name
+    room, _, rest = path.relative_to(PACKAGE).as_posix().partition("/")
+    return room if room == "contract" or not rest else f"{room}/{rest}"
 
 
 def walk(call: Callable[[], Any]) -> Counter[str]:
@@ -74,22 +76,30 @@ def main_path(lines: Counter[str]) -> list[str]:
     return files
 
 
-def walks() -> dict[str, Counter[str]]:
-    """Run the walks."""
-    path = sti.datasets.synthetic_visium("walk", n_spots=120, n_genes=60)
-    section = sti.io.visium(path, image=path / "image.tif")
+def _section(seed: int) -> SpatialData:
+    path = sti.datasets.synthetic_visium(f"walk-{seed}", n_spots=120, n_genes=60, seed=seed)
+    section = sti.io.visium(path, image=path / "image.tif", patient=f"patient-{seed}")
     sti.pp.stain_normalize(section, reference=section)
     sti.pp.tile(section)
-    found = {}
-    loaded: list[Any] = []
-    name = "efficientnet_lite0_stages"
-    found["weights -> models.get_extractor"] = walk(lambda: loaded.append(sti.models.get_extractor(name)))
-    found["an image -> pp.embed"] = walk(lambda: sti.pp.embed(section, loaded[0]))
-    genes = sti.pp.select_genes(section, n_top=20)
-    found["counts -> tl.fit_nb"] = walk(lambda: loaded.append(sti.tl.fit_nb(section, genes=genes)))
-    sti.tl.predict(section, loaded[1])
-    found["predictions -> tl.evaluate"] = walk(lambda: sti.tl.evaluate(section))
-    return dict(reversed(found.items()))
+    return section
+
+
+def walks() -> dict[str, Counter[str]]:
+    """Run the walks."""
+    train, new = {f"section-{seed}": _section(seed) for seed in (0, 1)}, _section(2)
+    made: list[Any] = []
+    loading = walk(lambda: made.append(sti.models.get_extractor("efficientnet_lite0_stages")))
+    embedding = walk(lambda: sti.pp.embed(new, made[0]))
+    sti.pp.embed(train, made[0])
+    genes = sti.pp.select_genes(train, n_top=20)
+    fitting = walk(lambda: made.append(sti.tl.fit_nb(train, genes=genes)))
+    sti.tl.predict(new, made[1])
+    return {
+        "counts -> tl.fit_nb": fitting,
+        "an image -> pp.embed": embedding,
+        "predictions -> tl.evaluate": walk(lambda: sti.tl.evaluate(new)),
+        "weights -> models.get_extractor": loading,
+    }
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd.contract._elements import counts_problem, regions_of
-from stimage_sd.contract._genes import are_genes, without_versions
+from stimage_sd.contract._names import are_genes, without_versions
 from stimage_sd.contract._section import info, sample
 from stimage_sd.contract._tables import Against, counts_name, default_against
 from stimage_sd.contract._units import find_units, units_of

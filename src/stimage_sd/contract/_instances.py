@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from spatialdata import SpatialData
 
-from stimage_sd.contract._cells import outlines
 from stimage_sd.contract._counts import Source, align_to_spots, counts
 from stimage_sd.contract._elements import INSTANCES, annotate
 from stimage_sd.contract._frame import centers_in_pixels, shapes_in_pixels
 from stimage_sd.contract._names import INSTANCE_KEY, REGION_KEY, SPOT_COUNTS, SPOT_PROTEINS
+from stimage_sd.contract._results import outlines
 from stimage_sd.contract._section import sample
 from stimage_sd.contract._tables import Against, has_counts
 from stimage_sd.contract._tiles import check_free, tile_geometry, tiles, tiling

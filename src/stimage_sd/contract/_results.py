@@ -29,6 +29,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+from typing import TYPE_CHECKING
+
+import shapely
+from numpy.typing import NDArray
+
+from stimage_sd.contract._elements import PREDICTED_CELLS, is_result
+from stimage_sd.contract._names import CELL_TYPES, REGION_KEY
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+
+
 def write_tissue(
     sdata: SpatialData,
     mask: NDArray[np.bool_],
@@ -190,3 +203,61 @@ def write_explained(sdata: SpatialData, frame: GeoDataFrame, *, of_nuclei: bool 
 def write_explanations(sdata: SpatialData, table: AnnData) -> None:
     """Write the table of explained tiles, and replace an earlier one."""
     _write_over_tiles(sdata, EXPLANATIONS, table)
+
+
+def cell_types(sdata: SpatialData) -> AnnData:
+    """Return the table of predicted cells: ``obs`` are nuclei, ``var`` are cell types."""
+    if CELL_TYPES not in sdata.tables:
+        raise KeyError(
+            f"Section {sample(sdata)!r} has no predicted cells. Run `stimage_sd.tl.predict(sdata, model)` with a cell "
+            "classifier first."
+        )
+    return sdata.tables[CELL_TYPES]
+
+
+def cell_shapes(sdata: SpatialData) -> str:
+    """Return the name of the predicted cells' shapes."""
+    return str(cell_types(sdata).obs[REGION_KEY].iloc[0])
+
+
+def outlines(frame: GeoDataFrame) -> NDArray[np.object_]:
+    """Return shapes as polygons. A multipolygon is replaced by its largest part.
+
+    >>> import geopandas, shapely
+    >>> apart = shapely.MultiPolygon([shapely.box(0, 0, 1, 1), shapely.box(5, 0, 9, 4)])
+    >>> outlines(geopandas.GeoDataFrame(geometry=[apart]))[0].area
+    16.0
+    """
+    shapes = np.array(frame.geometry.array, dtype=object)
+    for index in np.flatnonzero(shapely.get_type_id(shapes) != shapely.GeometryType.POLYGON):
+        shapes[index] = max(shapely.get_parts(shapes[index]), key=shapely.area)
+    return shapes
+
+
+def check_cells_can_be_written(sdata: SpatialData, name: str, *, call: str) -> None:
+    """Raise `ValueError` if predicted cells would replace a table or shapes that were not predicted."""
+    if CELL_TYPES in sdata.tables and not is_result(CELL_TYPES, sdata.tables[CELL_TYPES]):
+        raise ValueError(
+            f"Section {sample(sdata)!r} has a table {CELL_TYPES!r} already, and it holds no predicted cells. Rename it "
+            f"first: `sdata[{CELL_TYPES + '_measured'!r}] = sdata.tables.pop({CELL_TYPES!r})`."
+        )
+    if CELL_TYPES not in sdata.tables or cell_shapes(sdata) != name:
+        check_no_shapes(sdata, name, call=call)
+
+
+def write_cells(
+    sdata: SpatialData, frame: GeoDataFrame, table: AnnData, *, name: str, image_key: str | None = None
+) -> None:
+    """Write the table and shapes of predicted cells, and remove earlier predicted cells.
+
+    The coordinates of `frame` are pixels of `image_key`, or of the H&E by default.
+    """
+    shapes, parsed = pixel_frame(sdata, image_key).shapes(frame), annotate(table, region=name)
+    parsed.uns[PREDICTED_CELLS] = True
+    if CELL_TYPES in sdata.tables:
+        before = cell_shapes(sdata)
+        del sdata.tables[CELL_TYPES]
+        if before in sdata.shapes:
+            del sdata.shapes[before]
+    sdata.shapes[name] = shapes
+    sdata.tables[CELL_TYPES] = parsed

@@ -17,10 +17,16 @@ from anndata.utils import make_index_unique
 from pandas import Index
 
 from stimage_sd.io._multichannel_levels import extend_channels, file_levels
-from stimage_sd.io._pixel_size import tiff_pixel_um
 from stimage_sd.io._section import require_file
 from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
-from stimage_sd.io._tiff_images import NoSuchImage, choose_image, ome_image, pixels_of, warn_of_orientation
+from stimage_sd.io._tiff_images import (
+    NoSuchImage,
+    choose_image,
+    ome_image,
+    pixels_of,
+    tiff_pixel_um,
+    warn_of_orientation,
+)
 from stimage_sd.io._tiff_open import BROKEN, DamagedFile, OtherFile, open_tiff
 from stimage_sd.io._tiff_region import UNCOMPRESSED
 

@@ -29,11 +29,10 @@ from stimage_sd.contract import CHUNK
 from stimage_sd.io._color_planes import are_colors
 from stimage_sd.io._jpeg_check import check_jpeg
 from stimage_sd.io._lazy_levels import TiffLevel, as_dask, openslide_levels, openslide_properties, tiff_levels
-from stimage_sd.io._pixel_size import plausible, tiff_pixel_um
 from stimage_sd.io._pyramid import ReadRows, cached_pyramid, extend_lazily
 from stimage_sd.io._section import require_file
 from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
-from stimage_sd.io._tiff_images import choose_image, ome_image, warn_of_orientation
+from stimage_sd.io._tiff_images import choose_image, ome_image, plausible, tiff_pixel_um, warn_of_orientation
 from stimage_sd.io._tiff_open import DamagedFile, open_tiff
 from stimage_sd.io._tiff_region import UNCOMPRESSED, block_shape
 
