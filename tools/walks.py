@@ -79,14 +79,15 @@ def main_path(lines: Counter[str]) -> list[str]:
 def _section(seed: int) -> SpatialData:
     path = sti.datasets.synthetic_visium(f"walk-{seed}", n_spots=120, n_genes=60, seed=seed)
     section = sti.io.visium(path, image=path / "image.tif", patient=f"patient-{seed}")
-    sti.pp.stain_normalize(section, reference=section)
-    sti.pp.tile(section)
     return section
 
 
 def walks() -> dict[str, Counter[str]]:
     """Run the walks."""
     train, new = {f"section-{seed}": _section(seed) for seed in (0, 1)}, _section(2)
+    for section in (*train.values(), new):
+        sti.pp.stain_normalize(section, reference=train["section-0"])
+        sti.pp.tile(section)
     made: list[Any] = []
     loading = walk(lambda: made.append(sti.models.get_extractor("efficientnet_lite0_stages")))
     embedding = walk(lambda: sti.pp.embed(new, made[0]))
