@@ -40,30 +40,14 @@ def run_demo(
 ) -> pd.DataFrame:
     """Train on three sections, predict and score a fourth, and write the results and figures.
 
-    Parameters
-    ----------
-    dataset
-        ``"synthetic"``: generated sections, which need no network. ``"her2st"``: sections C2, C3 and C4 of a breast
-        tumor for training, and C5 for testing.
-    out
-        Folder for `PRODUCTS`. They are moved there when all are complete.
-    overwrite
-        Whether existing products may be replaced.
-    say
-        Function that prints the current step.
-    n_spots, n_genes
-        Size of a synthetic section.
-    n_members, max_epochs
-        As in `stimage_sd.tl.fit_nb`.
-
-    Returns
-    -------
-    The scores, as from `stimage_sd.tl.evaluate`.
-
-    Raises
-    ------
-    FileExistsError
-        If products exist and must not be replaced, or if `out` is a file.
+    - `dataset`: ``"synthetic"``: generated sections, which need no network. ``"her2st"``: sections C2, C3 and C4 of a
+      breast tumor for training, and C5 for testing.
+    - `out`: folder for `PRODUCTS`. They are moved there when all are complete.
+    - `overwrite`: whether existing products may be replaced.
+    - `say`: function that prints the current step.
+    - `n_spots`, `n_genes`: size of a synthetic section.
+    - `n_members`, `max_epochs`: as in `stimage_sd.tl.fit_nb`.
+    - returns: the scores, as from `stimage_sd.tl.evaluate`.
     """
     _check_out(out, overwrite=overwrite)
     with scratch(out.parent, prefix=f".{out.name}") as work:

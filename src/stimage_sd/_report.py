@@ -26,16 +26,9 @@ SCORES = {
 def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
     """Summarize the scores of `stimage_sd.tl.evaluate`: means over genes, one column per section.
 
-    Parameters
-    ----------
-    scores
-        One row per section and gene.
-    n_best
-        Number of genes to name, by highest Pearson correlation.
-
-    Returns
-    -------
-    Lines of text.
+    - `scores`: one row per section and gene.
+    - `n_best`: number of genes to name, by highest Pearson correlation.
+    - returns: lines of text.
     """
     columns = {}
     for section, part in scores.groupby("section", sort=False):
@@ -55,16 +48,9 @@ def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
 def section_report(sdata: SpatialData, path: Path) -> str:
     """Describe the content and history of a section, and name the next command.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    path
-        Store of the section, for the next command.
-
-    Returns
-    -------
-    Lines of text.
+    - `sdata`: the section.
+    - `path`: store of the section, for the next command.
+    - returns: lines of text.
     """
     section = contract.info(sdata)
     lines = [
@@ -131,14 +117,8 @@ def _next(sdata: SpatialData, path: Path) -> str:
 def model_report(model: NBModel | InstanceModel) -> str:
     """Describe what a model predicts, its inputs, and its training.
 
-    Parameters
-    ----------
-    model
-        A fitted model.
-
-    Returns
-    -------
-    Lines of text.
+    - `model`: a fitted model.
+    - returns: lines of text.
     """
     tiles, training = model.tiles, model.training
     size = f"{tiles.size_um:.4g} µm" if tiles.size_um is not None else f"{tiles.side_px:.0f} px"

@@ -15,16 +15,6 @@ Model = TypeVar("Model")
 def as_model(model: Model | str | Path) -> Model:
     """Return a model unchanged, or load it if a path or the name of a ready model is given.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the path does not exist.
-    ValueError
-        If the file is not a model, is damaged, or has a newer version. Or if the model is a wrapped predictor whose
-        values are not linked to counts.
-
-    Examples
-    --------
     >>> as_model("no-such.stimage")
     Traceback (most recent call last):
     FileNotFoundError: No model at no-such.stimage.

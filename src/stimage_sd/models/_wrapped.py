@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -17,7 +16,7 @@ from stimage_sd import contract
 from stimage_sd.likelihood.link import Link
 from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace
-from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._files import SavedModel, under
 
 Scale = Literal["means", "logs"]
 #: what a function may return, or the name of a table
@@ -165,9 +164,8 @@ def wrap(
     return Wrapped(predict, names, scale, tuple(map(str, trained_on)))
 
 
-@kind("wrapped")
 @dataclass(frozen=True)
-class WrappedModel(Certified):
+class WrappedModel(Certified, SavedModel, kind="wrapped"):
     """A predictor of another package whose values were linked to counts.
 
     Made by `stimage_sd.tl.calibrate` from `stimage_sd.models.wrap`, loaded by `stimage_sd.models.load`.
@@ -238,23 +236,8 @@ class WrappedModel(Certified):
             self.familiarity.strangeness(values.astype(np.float32)),
         )  # fmt: skip
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-
-        Raises
-        ------
-        ValueError
-            If the predictor is a function, since model files hold no code.
-        """
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays of the model, or raise `ValueError` for a function, as files hold no code."""
         if not isinstance(self.wrapped.predict, str):
             raise ValueError(
                 "A wrapped function cannot be saved, since model files hold no code. Write its values to a table of "
@@ -275,12 +258,12 @@ class WrappedModel(Certified):
         arrays |= {**self.familiarity.arrays(), "little": self.little, "floor": self.floor}
         if self.shifts is not None:
             arrays["shifts"] = self.shifts
-        return write_model(path, kind="wrapped", config=config, arrays=arrays)
+        return config, arrays
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> WrappedModel:
         """Build a model from the config and arrays that `save` wrote."""
-        link = Link(**{name: arrays[f"link.{name}"] for name in Link._fields})
+        link = Link(**under("link.", arrays))
         genes = tuple(config["genes"])
         if config["scale"] not in get_args(Scale) or any(array.shape != (len(genes),) for array in link):
             raise KeyError(f"scale {config['scale']!r} with links of shapes {[array.shape for array in link]}")

@@ -81,21 +81,12 @@ def prepare_cohort(
 ) -> None:
     """Stain-normalize, tile and embed the sections of a cohort that have no embeddings.
 
-    Parameters
-    ----------
-    cohort
-        The sections. They are changed in memory.
-    extractor
-        Name of the extractor.
-    stain
-        Method of stain normalization. `None` uses the images without normalization.
-    weights
-        The extractor's weights file, if it is not found automatically.
-    say
-        Function that prints the current step.
+    - `cohort`: the sections. They are changed in memory.
+    - `extractor`: name of the extractor.
+    - `stain`: method of stain normalization. `None` uses the images without normalization.
+    - `weights`: the extractor's weights file, if it is not found automatically.
+    - `say`: function that prints the current step.
 
-    Notes
-    -----
     The reference of the stain normalization is that of the first normalized section, else the first section itself.
     """
     reference: Any = next(
@@ -127,21 +118,12 @@ def prepare_for_model(
     For a model of nuclei, nuclei are found and embedded as well. Steps that were run with other settings are not
     repeated. `stimage_sd.tl.predict` reports which to run again.
 
-    Parameters
-    ----------
-    sdata
-        The section. The section is changed in memory.
-    model
-        The model for the prediction.
-    weights
-        The extractor's weights file, if it is not found automatically.
-    say
-        Function that prints the current step.
-
-    Returns
-    -------
-    Names of the written elements, without the normalized image. That image is computed lazily, and
-    `stimage_sd.pp.stain_normalize` makes it again.
+    - `sdata`: the section. The section is changed in memory.
+    - `model`: the model for the prediction.
+    - `weights`: the extractor's weights file, if it is not found automatically.
+    - `say`: function that prints the current step.
+    - returns: names of the written elements, without the normalized image. That image is computed lazily, and
+      `stimage_sd.pp.stain_normalize` makes it again.
     """
     name, tiles = contract.sample(sdata), model.tiles
     had_tissue = contract.has_tissue(sdata)

@@ -279,7 +279,7 @@ def _file_key(row: pd.Series) -> str:
 
 
 def _model_hash(model: Any) -> str:
-    config, arrays = model.parts()
+    config, arrays = model.to_parts()
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name in sorted(arrays):
         digest.update(name.encode())

@@ -11,9 +11,8 @@ from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._wrapped import Wrapped, WrappedModel, little_of, logarithms
 from stimage_sd.tl._fit.held_out_level import with_interval_level
 from stimage_sd.tl._fit.seen import check_different
-from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.training import TrainingData
-from stimage_sd.tl._fit.training_set import Spots, checked_genes
+from stimage_sd.tl._fit.training_set import Spots, checked_genes, held_out_tiles
 
 #: fits that each leave out a part, to learn how new sections differ
 _N_FOLDS, _SHARE = 5, 0.3

@@ -12,8 +12,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.likelihood import negative_binomial
-from stimage_sd.likelihood.mixture_moments import mixture_moments
-from stimage_sd.likelihood.predictive import nearest_interval, predictive
+from stimage_sd.likelihood.predictive import mixture_moments, nearest_interval, predictive
 from stimage_sd.models._certificate import without_certificate
 from stimage_sd.models._predictor import Predictor, gene_shifts
 from stimage_sd.models._resolve import as_model
@@ -138,14 +137,8 @@ def calibrate(
 def level_scores(block: HeldOut) -> np.ndarray:
     """Compute the smallest nominal level whose central interval contains a count.
 
-    Parameters
-    ----------
-    block
-        Counts ``(n_tiles, n_genes)`` and their predicted mixtures.
-
-    Returns
-    -------
-    ``float64 (n_tiles * n_genes,)``, from −1 (inside every interval) to 1.
+    - `block`: counts ``(n_tiles, n_genes)`` and their predicted mixtures.
+    - returns: ``float64 (n_tiles * n_genes,)``, from −1 (inside every interval) to 1.
     """
     upto, below = (
         np.tensordot(block.weights, negative_binomial.cdf(counts[None], r=block.r, p=block.p), axes=1)
@@ -206,21 +199,9 @@ def _check_number(n: int, coverage: float) -> None:
 def conformal_level(scores: list[np.ndarray], coverage: float) -> float:
     """Return the ⌈(n+1)·coverage⌉-th smallest score, with equal weight per section.
 
-    Parameters
-    ----------
-    scores
-        Scores per section, ``(n_counts,)``.
-    coverage
-        Share of the counts that intervals should contain.
-
-    Returns
-    -------
-    The level, clipped to the range that intervals accept.
-
-    Raises
-    ------
-    ValueError
-        If there are too few counts for the coverage, or a score is not finite.
+    - `scores`: scores per section, ``(n_counts,)``.
+    - `coverage`: share of the counts that intervals should contain.
+    - returns: the level, clipped to the range that intervals accept.
     """
     values = np.concatenate(scores)
     n = len(values)

@@ -25,8 +25,7 @@ from stimage_sd._progress import tqdm
 from stimage_sd._zarr_chunks import WholeStore
 from stimage_sd.likelihood import depth
 from stimage_sd.likelihood.intervals import mixture_interval
-from stimage_sd.likelihood.mixture_moments import mixture_moments
-from stimage_sd.likelihood.predictive import nearest_interval, predictive
+from stimage_sd.likelihood.predictive import mixture_moments, nearest_interval, predictive
 from stimage_sd.models._cell_classifier import CellClassifier
 from stimage_sd.models._gene_classifier import GeneClassifier
 from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts
