@@ -13,7 +13,14 @@ instrument's own micrometers (Xenium, CODEX) have `"instrument"`, and also `"glo
 from __future__ import annotations
 
 from stimage_sd.contract._affine import affine, apply, scale_of
-from stimage_sd.contract._cells import cell_shapes, cell_types, check_cells_can_be_written, outlines, write_cells
+from stimage_sd.contract._cells import (
+    cell_shapes,
+    cell_types,
+    check_cells_can_be_written,
+    counts_of_shapes,
+    outlines,
+    write_cells,
+)
 from stimage_sd.contract._counts import Source, align_to_spots, check_counts, count_type, counts, measured, proteins
 from stimage_sd.contract._depth import (
     Compared,
@@ -243,6 +250,7 @@ __all__ = [
     "count_type",
     "counts",
     "counts_name",
+    "counts_of_shapes",
     "counts_problem",
     "depth_change",
     "depth_problem",

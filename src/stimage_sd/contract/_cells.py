@@ -9,13 +9,17 @@ import shapely
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
-from stimage_sd.contract._elements import PREDICTED_CELLS, annotate, is_result
+from stimage_sd.contract._counts import Source, counts
+from stimage_sd.contract._elements import PREDICTED_CELLS, annotate, is_result, regions_of
 from stimage_sd.contract._frame import pixel_frame
 from stimage_sd.contract._names import CELL_TYPES, REGION_KEY
 from stimage_sd.contract._results import check_no_shapes
 from stimage_sd.contract._section import sample
+from stimage_sd.contract._tables import cell_table_names, holds_counts
+from stimage_sd.contract._units import units_of
 
 if TYPE_CHECKING:
+    import pandas as pd
     from anndata import AnnData
     from geopandas import GeoDataFrame
 
@@ -61,6 +65,29 @@ def outlines(frame: GeoDataFrame) -> NDArray[np.object_]:
     for index in np.flatnonzero(shapely.get_type_id(shapes) != shapely.GeometryType.POLYGON):
         shapes[index] = max(shapely.get_parts(shapes[index]), key=shapely.area)
     return shapes
+
+
+def counts_of_shapes(sdata: SpatialData, shapes: str, source: Source | None = None) -> tuple[pd.Index, AnnData] | None:
+    """Return ids of measured cells among some shapes, and their counts, or `None` if no table has counts of them.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    shapes
+        Name of the shapes.
+    source
+        Table and layer. Default: the first table of counts that annotates the shapes.
+    """
+    table, layer = source or Source()
+    for name in [table] if table is not None else cell_table_names(sdata):
+        if not holds_counts(sdata, name) or shapes not in regions_of(sdata.tables[name]):
+            continue
+        units = units_of(sdata, name, shapes)
+        counted = counts(sdata, Source(name, layer))
+        where = counted.obs_names.get_indexer(units.names)
+        return units.ids[where >= 0], counted[where[where >= 0]]
+    return None
 
 
 def check_cells_can_be_written(sdata: SpatialData, name: str, *, call: str) -> None:

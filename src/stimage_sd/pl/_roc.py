@@ -86,7 +86,7 @@ def roc(
     sheet = Sheet(ax, title, figsize, save, return_fig)
     patients = data if isinstance(data, pd.DataFrame) else data.patients
     require_columns(patients, ["response", "score", "fold"], source="`patients` of `stimage_sd.tl.drug_response`")
-    folds = dict(list(patients.groupby("fold")))
+    folds = {str(fold): part for fold, part in patients.groupby("fold")}
     single = [fold for fold, part in folds.items() if part["response"].nunique() < 2]
     if single:
         raise ValueError(f"Expected patients of both responses in every fold, found one response in fold {single[0]}.")
@@ -109,7 +109,7 @@ def roc(
     return sheet.done(panel)
 
 
-def _title(data: Response | pd.DataFrame, folds: Mapping[object, pd.DataFrame]) -> str:
+def _title(data: Response | pd.DataFrame, folds: Mapping[str, pd.DataFrame]) -> str:
     """Return the mean AUC over folds, and the interval and p-value of a result."""
     auc = np.mean([roc_auc_score(part["response"], part["score"]) for part in folds.values()])
     if isinstance(data, pd.DataFrame):

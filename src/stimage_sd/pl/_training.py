@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -64,10 +65,10 @@ def training(
     'epoch'
     """
     sheet = Sheet(ax, title, figsize, save, return_fig)
-    model = as_model(model)
-    if "history" not in model.training:
+    fitted = cast(NBModel | FinetunedModel | InstanceModel, as_model(model))
+    if "history" not in fitted.training:
         raise ValueError("Expected a model with a training history, found none in `model.training`. Fit it again.")
-    history = pd.DataFrame(model.training["history"])
+    history = pd.DataFrame(fitted.training["history"])
     panel = sheet.panel(size=(6.0, 4.0))
     for name, (label, color) in CURVES.items():
         losses = history.pivot(index="epoch", columns="member", values=name)
@@ -90,8 +91,8 @@ def training(
     panel.set_xlabel("epoch")
     panel.set_ylabel("negative log-likelihood per count")
     n_members = history["member"].nunique()
-    head = "" if isinstance(model, InstanceModel) else f", head {model.head!r}"
-    panel.set_title(f"{n_members} member{'s' * (n_members != 1)}, {len(model.genes)} genes{head}", fontsize=11)
+    head = "" if isinstance(fitted, InstanceModel) else f", head {fitted.head!r}"
+    panel.set_title(f"{n_members} member{'s' * (n_members != 1)}, {len(fitted.genes)} genes{head}", fontsize=11)
     panel.legend(frameon=False, fontsize=9)
     finish(panel)
     return sheet.done(panel)
