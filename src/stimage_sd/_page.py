@@ -48,7 +48,7 @@ class Block(NamedTuple):
             picture = base64.b64encode(self.figure()).decode()
             return f'<img alt="{html.escape(self.text)}" src="data:image/png;base64,{picture}">'
         if self.table is not None:
-            return str(self.table.to_html(index=False, border=0))
+            return str(self.table.to_html(index=False, border=0, justify="left"))
         tag = "h1" if self.is_heading else "p"
         return f"<{tag}>{html.escape(self.text)}</{tag}>"
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from spatialdata import SpatialData
@@ -38,6 +38,8 @@ class ReadyModel:
         What the first use costs on two cores.
     revision
         To be increased with every change of a recipe or of the defaults of a fit, so that models are made anew.
+    options
+        Options of `stimage_sd.tl.fit_nb`.
     """
 
     name: str
@@ -50,6 +52,7 @@ class ReadyModel:
     minutes: int
     download_mb: int
     revision: int = 1
+    options: Mapping[str, Any] = field(default_factory=lambda: {"n_members": 10})
 
     def about(self) -> dict[str, Any]:
         """Return the row of the list of ready models."""
@@ -63,19 +66,13 @@ class ReadyModel:
             "download_mb": self.download_mb,
         }
 
-    def fit(self, **options: Any) -> Any:
-        """Download and prepare the sections, fit the model and certify it.
-
-        Parameters
-        ----------
-        options
-            Options of `stimage_sd.tl.fit_nb`, for tests. Default: its defaults, with ten members.
-        """
+    def fit(self) -> Any:
+        """Download and prepare the sections, fit the model and certify it."""
         cohort = {name: self.read(name) for name in (*self.training, *self.test)}
         prepare_cohort(cohort, extractor=DEFAULT_EXTRACTOR, stain="vahadane", weights=None, say=logger.info)
         training = {name: cohort[name] for name in self.training}
         genes = pp.select_genes(training, n_top=1000, include=self.markers)
-        model = tl.fit_nb(training, genes=genes, **{"n_members": 10, **options})
+        model = tl.fit_nb(training, genes=genes, **self.options)
         return tl.certify({name: cohort[name] for name in self.test}, model)
 
 

@@ -85,9 +85,7 @@ def _blocks(sdata: SpatialData, model: Predictor) -> Iterator[Block]:
     if certificate is None:
         yield Block("The model has no certificate, so it is unknown which genes it predicts in new sections.")
     else:
-        yield Block(
-            f"Certificate of the model: {certificate!r}. Tested on {', '.join(certificate.sections['section'])}."
-        )
+        yield Block(f"{certificate!r}. Tested on {', '.join(certificate.sections['section'])}.")
     genes = _genes(table, certificate)
     which = "of highest accuracy in the certificate" if certificate is not None else "that vary most over the tiles"
     yield Block(
@@ -146,6 +144,6 @@ def _listed(table: AnnData, genes: list[str]) -> pd.DataFrame:
 def _png(draw: Callable[..., Any]) -> bytes:
     buffer = io.BytesIO()
     figure = draw(return_fig=True)
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=75, bbox_inches="tight")
     plt.close(figure)
     return buffer.getvalue()
