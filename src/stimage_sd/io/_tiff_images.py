@@ -1,4 +1,4 @@
-"""Selection of the section image in a TIFF with several images: the largest image, or the requested one.
+"""Images of a TIFF: selection of the section image, the largest or the requested one, and its pixel size.
 
 Scanners and converters put several images in one file: a macro image or a label first, several scenes or fields of
 view, or a thumbnail in page 0.
@@ -31,14 +31,9 @@ class NoSuchImage(ValueError):
 class TiffImage:
     """One image of a TIFF.
 
-    Parameters
-    ----------
-    series
-        The series of pages that tifffile groups together.
-    frame
-        Number of the page, if the series is several images of one size. `None` if the series is one image.
-    name
-        Name of the image in the file, may be empty.
+    - `series`: the series of pages that tifffile groups together.
+    - `frame`: number of the page, if the series is several images of one size. `None` if the series is one image.
+    - `name`: name of the image in the file, may be empty.
     """
 
     series: tifffile.TiffPageSeries

@@ -18,12 +18,8 @@ from stimage_sd.stats.spatial import pearson
 class SharedPatterns:
     """Directions of the components along which the expression of many genes varies, for each member.
 
-    Attributes
-    ----------
-    basis
-        ``float32 (n_members, n_components, rank)``.
-    center
-        ``float32 (n_members, n_components)``: mean of each member's training tiles.
+    - `basis`: ``float32 (n_members, n_components, rank)``.
+    - `center`: ``float32 (n_members, n_components)``: mean of each member's training tiles.
     """
 
     basis: np.ndarray
