@@ -68,14 +68,14 @@ def choose_image(path: Path, tiff: tifffile.TiffFile, series: int | str | None, 
     images = [image for one in tiff.series for image in _images(one, in_color=in_color)]
     if not images:
         raise ValueError("it has no image")
-    said = ", ".join(_say(index, image) for index, image in enumerate(images))
+    listing = ", ".join(_listed(index, image) for index, image in enumerate(images))
     if series is not None:
-        return images[_find(path, images, series, said)]
+        return images[_find(path, images, series, listing)]
     index = max(range(len(images)), key=lambda index: _rank(images[index], index))
     beside = [BESIDE.search(image.name) for other, image in enumerate(images) if other != index]
     if not all(beside) or (beside and BESIDE.search(images[index].name)):
         warnings.warn(
-            f"{path.name} holds {len(images)} images: {said}. Image {index} was taken. Pass `series=` to the reader "
+            f"{path.name} holds {len(images)} images: {listing}. Image {index} was taken. Pass `series=` to the reader "
             "to choose another.",
             UserWarning,
             stacklevel=5,
@@ -88,14 +88,14 @@ def ome_image(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Eleme
     root = ome_root(tiff)
     if root is None:
         return None
-    said = [element for element in root if element.tag.endswith("Image") and pixels_of(element) is not None]
+    elements = [element for element in root if element.tag.endswith("Image") and pixels_of(element) is not None]
     numbers = [index for index, one in enumerate(tiff.series) if one is series]
-    if numbers and len(said) == len(tiff.series):
-        return said[numbers[0]]
+    if numbers and len(elements) == len(tiff.series):
+        return elements[numbers[0]]
     shape = dict(zip(series.axes, series.shape, strict=True))
     fitting = [
         element
-        for element in said
+        for element in elements
         if (pixels := pixels_of(element)) is not None
         and [pixels.attrib.get(f"Size{axis}") for axis in "XY"] == [str(shape.get(axis)) for axis in "XY"]
     ]
@@ -131,18 +131,18 @@ def _rank(image: TiffImage, index: int) -> tuple[bool, int, int]:
     return not BESIDE.search(image.name), height * width, -index
 
 
-def _say(index: int, image: TiffImage) -> str:
+def _listed(index: int, image: TiffImage) -> str:
     height, width = image.height_width
     return f"{index} ({image.name + ', ' if image.name else ''}{width} x {height} px)"
 
 
-def _find(path: Path, images: list[TiffImage], series: int | str, said: str) -> int:
+def _find(path: Path, images: list[TiffImage], series: int | str, listing: str) -> int:
     names = [image.name for image in images]
     if isinstance(series, str) and names.count(series) == 1:
         return names.index(series)
     if isinstance(series, int) and not isinstance(series, bool) and 0 <= series < len(images):
         return series
-    raise NoSuchImage(f"Expected `series` to be one of the images in {path}, {said}, found {series!r}.")
+    raise NoSuchImage(f"Expected `series` to be one of the images in {path}, {listing}, found {series!r}.")
 
 
 #: resolutions of microscopes, µm per pixel; TIFF tags outside this range describe a printer or screen

@@ -259,17 +259,17 @@ def held_out_tiles(
     if len(set(unit.values())) == 1:
         unit = {name: name for name in names}
     if isinstance(validation, str) or not isinstance(validation, int | float):
-        chosen = [validation] if isinstance(validation, str) else list(validation)
-        unknown = sorted(set(chosen) - set(names))
-        if unknown or not chosen or len(set(chosen)) == len(names):
-            raise ValueError(f"Expected `validation` to name some, not all, of the sections {names}, found {chosen}.")
-        split = [name for name in names if name not in chosen and unit[name] in {unit[held] for held in chosen}]
+        named = [validation] if isinstance(validation, str) else list(validation)
+        unknown = sorted(set(named) - set(names))
+        if unknown or not named or len(set(named)) == len(names):
+            raise ValueError(f"Expected `validation` to name some, not all, of the sections {names}, found {named}.")
+        split = [name for name in names if name not in named and unit[name] in {unit[held] for held in named}]
         if split:
             raise ValueError(
-                f"`validation` holds out {chosen} but not {split}, which are of the same patients. Name all sections "
+                f"`validation` holds out {named} but not {split}, which are of the same patients. Name all sections "
                 "of a patient, or none."
             )
-        return np.tile(np.isin(sections, chosen), (n_members, 1))
+        return np.tile(np.isin(sections, named), (n_members, 1))
     if not 0 < validation < 1:
         raise ValueError(f"Expected `validation` as a share between 0 and 1 or a list of sections, found {validation}.")
     random = np.random.default_rng([seed, 2])
