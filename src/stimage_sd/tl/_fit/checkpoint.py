@@ -26,18 +26,11 @@ def write_state(
 ) -> None:
     """Write the state of a run, replacing the last state once the new file is complete.
 
-    Parameters
-    ----------
-    folder
-        Folder to write to, created if absent.
-    tree
-        Tree of arrays.
-    named
-        Arrays whose shapes are known only from the file.
-    about
-        Values that JSON can hold, such as the history.
-    run
-        Settings of the run. A resumed run must have the same settings.
+    - `folder`: folder to write to, created if absent.
+    - `tree`: tree of arrays.
+    - `named`: arrays whose shapes are known only from the file.
+    - `about`: values that JSON can hold, such as the history.
+    - `run`: settings of the run. A resumed run must have the same settings.
     """
     arrays = {f"{index:06d}": np.ascontiguousarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
     arrays |= {_NAMED + name: np.ascontiguousarray(array) for name, array in named.items()}

@@ -45,19 +45,12 @@ _LOG_PROB: dict[str, Any] = {
 class TrainingData:
     """Training data of an ensemble.
 
-    Attributes
-    ----------
-    features
-        Inputs of the heads, ``float32 (n_tiles, n_features)``. Or ``(n_members, n_tiles, n_features)`` if features
-        differ between members. Or `BagFeatures` for heads of nuclei.
-    counts
-        ``(n_tiles, n_genes)`` sparse rows.
-    size_factors
-        ``float32 (n_tiles,)``, ones if size factors are not used.
-    weight
-        ``float32 (n_members, n_tiles)``: number of times a member drew a tile, 0 for tiles not used.
-    held_out
-        ``bool (n_members, n_tiles)``: tiles that a member is validated on.
+    - `features`: inputs of the heads, ``float32 (n_tiles, n_features)``. Or ``(n_members, n_tiles, n_features)`` if
+      features differ between members. Or `BagFeatures` for heads of nuclei.
+    - `counts`: ``(n_tiles, n_genes)`` sparse rows.
+    - `size_factors`: ``float32 (n_tiles,)``, ones if size factors are not used.
+    - `weight`: ``float32 (n_members, n_tiles)``: number of times a member drew a tile, 0 for tiles not used.
+    - `held_out`: ``bool (n_members, n_tiles)``: tiles that a member is validated on.
     """
 
     features: np.ndarray | BagFeatures
@@ -100,22 +93,13 @@ def train(
 ) -> tuple[Parameters, list[dict[str, Any]]]:
     """Train each member until its validation loss has not improved for `patience` epochs.
 
-    Parameters
-    ----------
-    head
-        Name of the head.
-    parameters
-        Initial parameters.
-    data
-        Training data.
-    max_epochs, batch_size, learning_rate, patience, seed
-        As in `stimage_sd.tl.fit_nb`.
-    weight_decay
-        Precision of the Gaussian prior on the weights, relative to the log-likelihood summed over tiles and genes.
-
-    Returns
-    -------
-    The parameters of each member at its best epoch, and the losses per member and epoch.
+    - `head`: name of the head.
+    - `parameters`: initial parameters.
+    - `data`: training data.
+    - `max_epochs`, `batch_size`, `learning_rate`, `patience`, `seed`: as in `stimage_sd.tl.fit_nb`.
+    - `weight_decay`: precision of the Gaussian prior on the weights, relative to the log-likelihood summed over tiles
+      and genes.
+    - returns: the parameters of each member at its best epoch, and the losses per member and epoch.
     """
     n_members = len(data.weight)
     drawn = data.weight.sum(axis=1)
