@@ -167,14 +167,9 @@ class BaselineModel(Certified, SavedModel, kind="baseline"):
 class BaselineSection:
     """A section with its predicted means.
 
-    Attributes
-    ----------
-    means
-        Predicted mean counts, ``float32 (n_tiles, n_genes)``.
-    dispersion
-        r, ``float32 (n_genes,)``.
-    strangeness
-        Distance from the training tiles, ``float32 (n_tiles,)``.
+    - `means`: predicted mean counts, ``float32 (n_tiles, n_genes)``.
+    - `dispersion`: r, ``float32 (n_genes,)``.
+    - `strangeness`: distance from the training tiles, ``float32 (n_tiles,)``.
     """
 
     means: np.ndarray

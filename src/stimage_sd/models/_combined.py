@@ -190,14 +190,9 @@ class CombinedModel(Certified, SavedModel, kind="combined"):
 class CombinedSection:
     """A section opened by each model of a combination.
 
-    Attributes
-    ----------
-    opened
-        The section, opened by each model.
-    columns
-        Indices of the combination's genes in each model.
-    strangeness
-        ``float32 (n_tiles,)``: weighted mean of the models' strangeness.
+    - `opened`: the section, opened by each model.
+    - `columns`: indices of the combination's genes in each model.
+    - `strangeness`: ``float32 (n_tiles,)``: weighted mean of the models' strangeness.
     """
 
     opened: Sequence[OpenedSection]

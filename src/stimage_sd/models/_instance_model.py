@@ -291,18 +291,11 @@ def _pad(values: np.ndarray, n: int, *, value: float = 0) -> np.ndarray:
 class InstanceSection:
     """A section opened by a model of nuclei. As an opened section of tiles, it predicts the sums over tiles.
 
-    Attributes
-    ----------
-    model
-        The model.
-    within
-        Place of the nuclei or squares among the kept tiles.
-    context, reduced
-        Components of tiles and of nuclei, ``float32``.
-    strangeness
-        Distance of the tiles from the training tiles, ``float32 (n_tiles,)``.
-    embedded
-        Embeddings of the nuclei.
+    - `model`: the model.
+    - `within`: place of the nuclei or squares among the kept tiles.
+    - `context`, `reduced`: components of tiles and of nuclei, ``float32``.
+    - `strangeness`: distance of the tiles from the training tiles, ``float32 (n_tiles,)``.
+    - `embedded`: embeddings of the nuclei.
     """
 
     model: InstanceModel
@@ -355,14 +348,9 @@ class InstanceSection:
 class OpenedInstances:
     """Nuclei or squares of a section, opened by a model.
 
-    Attributes
-    ----------
-    section
-        The section.
-    rows
-        Rows of the table that have a tile.
-    strangeness
-        Distance from the training nuclei, ``float32 (n_rows,)``.
+    - `section`: the section.
+    - `rows`: rows of the table that have a tile.
+    - `strangeness`: distance from the training nuclei, ``float32 (n_rows,)``.
     """
 
     section: InstanceSection

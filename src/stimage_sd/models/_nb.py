@@ -258,14 +258,9 @@ class NBModel(Certified, SavedModel, kind="nb"):
 class NBSection:
     """A section whose embeddings are projected to the space of a model's heads.
 
-    Attributes
-    ----------
-    model
-        The model.
-    reduced
-        Components of the tiles, ``float32 (n_tiles, n_components)``.
-    strangeness
-        Distance from the training tiles, ``float32 (n_tiles,)``.
+    - `model`: the model.
+    - `reduced`: components of the tiles, ``float32 (n_tiles, n_components)``.
+    - `strangeness`: distance from the training tiles, ``float32 (n_tiles,)``.
     """
 
     model: NBModel
