@@ -295,6 +295,11 @@ def _(stage: Stage) -> Any:
     return sti.tl.evaluate(stage.section)
 
 
+@step("tl.pool_members")
+def _(stage: Stage) -> Any:
+    return sti.tl.pool_members(stage.section, stage.model, size=1, n_pools=1)
+
+
 @step("tl.evaluate_genes_high")
 def _(stage: Stage) -> Any:
     return sti.tl.evaluate_genes_high(stage.section)
