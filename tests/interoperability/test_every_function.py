@@ -300,6 +300,11 @@ def _(stage: Stage) -> Any:
     return sti.tl.pool_members(stage.section, stage.model, size=1, n_pools=1)
 
 
+@step("tl.local_morans_i")
+def _(stage: Stage) -> Any:
+    return sti.tl.local_morans_i(stage.section, stage.genes[:2], n_permutations=19, correction="none")
+
+
 @step("tl.evaluate_genes_high")
 def _(stage: Stage) -> Any:
     return sti.tl.evaluate_genes_high(stage.section)

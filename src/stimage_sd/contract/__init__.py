@@ -132,6 +132,7 @@ from stimage_sd.contract._results import (
     write_shapes,
     write_tissue,
 )
+from stimage_sd.contract._row_labels import Labeled, labeled_rows, row_labels
 from stimage_sd.contract._section import (
     info,
     patients,
@@ -210,6 +211,7 @@ __all__ = [
     "Compared",
     "Frame",
     "LabelWindow",
+    "Labeled",
     "On",
     "Source",
     "TileGeometry",
@@ -279,6 +281,7 @@ __all__ = [
     "keys_of",
     "label_circles",
     "label_window",
+    "labeled_rows",
     "levels",
     "measured",
     "measured_exposure",
@@ -303,6 +306,7 @@ __all__ = [
     "repeated_sections",
     "require_mpp",
     "rgb_images",
+    "row_labels",
     "sample",
     "scale_of",
     "section",

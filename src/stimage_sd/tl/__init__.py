@@ -31,6 +31,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_predict.sample": ["sample"],
         "_cells.predict_cells": ["predict_cells"],
         "_cohort.predict_cohort": ["predict_cohort"],
+        "_score.local_morans_i": ["local_morans_i"],
         "_score.pool_members": ["pool_members"],
         "_score.predictable_genes": ["predictable_genes"],
         "_cohort.pseudobulk": ["pseudobulk"],
