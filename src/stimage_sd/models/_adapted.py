@@ -11,6 +11,7 @@ from spatialdata import SpatialData
 
 from stimage_sd.models._certificate import Certified
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
+from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
@@ -60,6 +61,12 @@ class AdaptedModel(Certified, SavedModel, kind="adapted"):
     def spot_sd(self) -> float:
         """Standard deviation of the log of what all genes of a spot share."""
         return spot_sd(self.base)
+
+    @property
+    def members(self) -> Members[AdaptedModel]:
+        """Members of the ensemble. Indexing with an int, slice or list gives a model of these members."""
+        base: Any = self.base
+        return Members(len(self.member_weights), lambda chosen: replace(self, base=base.members[chosen]))
 
     @property
     def member_weights(self) -> np.ndarray:
