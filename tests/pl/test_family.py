@@ -23,7 +23,7 @@ SETS = pd.DataFrame({"gene_set": ["a", "b"], "n_overlap": [3, 2], "n_set": [4, 9
 CELLS = tl.CellScores(
     pd.DataFrame({"section": "x", "f1": 0.6, "dice": 0.7, "panoptic_quality": 0.5, "accuracy": 0.8, "mean_f1": 0.4,
                   "mean_iou": 0.3}, index=[0]),
-    pd.DataFrame({"section": list("xxyy"), "class": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, 0.3]}),
+    pd.DataFrame({"section": list("xxyy"), "cell_type": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, 0.3]}),
     CONFUSION,
 )  # fmt: skip
 

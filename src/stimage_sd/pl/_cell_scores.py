@@ -85,13 +85,13 @@ def cell_scores(
     if not results:
         raise ValueError("Expected results of `stimage_sd.tl.evaluate_cells`, keyed by name, found none.")
     for result in results.values():
-        require_columns(result.classes, ["section", "class", "f1"], source="`stimage_sd.tl.evaluate_cells`")
+        require_columns(result.classes, ["section", "cell_type", "f1"], source="`stimage_sd.tl.evaluate_cells`")
         require_columns(result.summary, ["section", *_OVERALL], source="`stimage_sd.tl.evaluate_cells`")
-    names = list(dict.fromkeys(name for result in results.values() for name in result.classes["class"].astype(str)))
+    names = list(dict.fromkeys(name for result in results.values() for name in result.classes["cell_type"].astype(str)))
     width = 1.6 + 0.75 * max(len(names), len(_OVERALL)) * (1 + 0.25 * (len(results) - 1))
     axes = sheet.panels(2, size=(width, 3.8))
     types = {
-        model: {name: result.classes.loc[result.classes["class"].astype(str) == name, "f1"] for name in names}
+        model: {name: result.classes.loc[result.classes["cell_type"].astype(str) == name, "f1"] for name in names}
         for model, result in results.items()
     }
     overall = {
