@@ -93,7 +93,7 @@ def enrichment(
     drawn = pd.concat(parts.values())
     norm = colors.between(0.0, float(_strength(drawn).max()))
     most = int(drawn["n_overlap"].max())
-    height = 1.4 + 0.3 * max(len(part) for part in parts.values())
+    height = max(3.0, 1.4 + 0.3 * max(len(part) for part in parts.values()))
     axes = sheet.panels(len(parts), size=(6.2, height), columns=1 if len(parts) > 1 else None)
     for panel, (name, part) in zip(axes, parts.items(), strict=True):
         _draw(panel, part, colors, norm, most)
@@ -140,4 +140,4 @@ def _draw(ax: Axes, sets: pd.DataFrame, colors: Colors, norm: Normalize, most: i
         )
         for number in dict.fromkeys([*numbers, most])
     ]
-    ax.legend(handles=handles, title="genes", title_fontsize=8, fontsize=8, frameon=False, loc="best")
+    ax.legend(handles=handles, title="genes", title_fontsize=8, fontsize=8, frameon=False, labelspacing=0.9, loc="best")
