@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from scipy import stats
 
 from stimage_sd import contract, pl, tl
-from stimage_sd.pl._calibration import KEPT, LEVELS, coverage, cumulative
+from stimage_sd.likelihood.pit import coverage, cumulative
+from stimage_sd.pl._calibration import KEPT, LEVELS
 
 
 def line(ax: plt.Axes, label: str) -> np.ndarray:

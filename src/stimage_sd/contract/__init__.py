@@ -13,15 +13,16 @@ instrument's own micrometers (Xenium, CODEX) have `"instrument"`, and also `"glo
 from __future__ import annotations
 
 from stimage_sd.contract._affine import affine, apply, scale_of
-from stimage_sd.contract._cells import (
-    cell_shapes,
-    cell_types,
-    check_cells_can_be_written,
+from stimage_sd.contract._counts import (
+    Source,
+    align_to_spots,
+    check_counts,
+    count_type,
+    counts,
     counts_of_shapes,
-    outlines,
-    write_cells,
+    measured,
+    proteins,
 )
-from stimage_sd.contract._counts import Source, align_to_spots, check_counts, count_type, counts, measured, proteins
 from stimage_sd.contract._depth import (
     Compared,
     at_depth_of,
@@ -52,7 +53,6 @@ from stimage_sd.contract._frame import (
     require_mpp,
     shapes_in_pixels,
 )
-from stimage_sd.contract._genes import GENES, without_versions
 from stimage_sd.contract._images import (
     build_image,
     check_rgb,
@@ -97,6 +97,7 @@ from stimage_sd.contract._names import (
     DAPI,
     EXPLANATIONS,
     GENE_CLASSES,
+    GENES,
     IMAGE,
     INSTANCE_KEY,
     INSTRUMENT,
@@ -120,8 +121,12 @@ from stimage_sd.contract._names import (
     TISSUE,
     TRANSCRIPTS,
     Cohort,
+    without_versions,
 )
 from stimage_sd.contract._results import (
+    cell_shapes,
+    cell_types,
+    check_cells_can_be_written,
     check_no_shapes,
     check_prediction_key,
     explained,
@@ -129,9 +134,11 @@ from stimage_sd.contract._results import (
     gene_classes,
     has_tissue,
     nuclei,
+    outlines,
     predictions,
     tissue,
     tissue_name,
+    write_cells,
     write_explained,
     write_explanations,
     write_gene_classes,

@@ -44,35 +44,16 @@ def components(
 ) -> dict[str, np.ndarray]:
     """Compute principal components of the tiles or cells of all sections in one space.
 
-    Parameters
-    ----------
-    cohort
-        Sections with predictions, embeddings or predicted cells.
-    use
-        ``"predictions"``: log1p of the predicted means. ``"embeddings"``: embeddings of `extractor`, with their
-        context. ``"cells"``: features of predicted cells.
-    extractor
-        Name of the extractor.
-    n_components
-        Maximum number of components.
-    standardize
-        ``"section"`` or ``"cohort"``: standardize by the mean and deviation of each section or of the cohort.
-    seed
-        Seed of the decomposition.
-    key
-        Name of the tables of predictions.
-
-    Returns
-    -------
-    Components of each section, ``float32 (n_tiles, n_components)``, by section name.
-
-    Raises
-    ------
-    KeyError
-        If a section has no predictions or embeddings.
-    ValueError
-        If `use` or `standardize` is not an allowed value, `n_components` is not positive, or the sections share fewer
-        than two genes.
+    - `cohort`: sections with predictions, embeddings or predicted cells.
+    - `use`: ``"predictions"``: log1p of the predicted means. ``"embeddings"``: embeddings of `extractor`, with their
+      context. ``"cells"``: features of predicted cells.
+    - `extractor`: name of the extractor.
+    - `n_components`: maximum number of components.
+    - `standardize`: ``"section"`` or ``"cohort"``: standardize by the mean and deviation of each section or of the
+      cohort.
+    - `seed`: seed of the decomposition.
+    - `key`: name of the tables of predictions.
+    - returns: components of each section, ``float32 (n_tiles, n_components)``, by section name.
     """
     if use not in get_args(Use):
         raise ValueError(f"Expected `use` to be one of {list(get_args(Use))}, found {use!r}.")

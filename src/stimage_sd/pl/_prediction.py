@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
+import matplotlib.pyplot as plt
 import numpy as np
 from anndata import AnnData
 from matplotlib.cm import ScalarMappable
@@ -35,6 +37,8 @@ from stimage_sd.pl._zoom import Regions, Zooms
 Scale = Literal["shared", "each"]
 #: maps per row without measured values
 _IN_A_ROW = 4
+#: color of tiles unlike the training tiles
+UNLIKE = "#b5b5b5"
 CLASS_COLORS = {"Low": "#4c72b0", "High": "#dd8452"}
 
 
@@ -43,6 +47,7 @@ def prediction(
     gene: str | Sequence[str],
     *,
     scale: Scale = "shared",
+    max_ood: float | None = None,
     zoom: Zooms | None = None,
     img_alpha: float = 0.65,
     cmap: str | Colormap = "magma",
@@ -79,6 +84,8 @@ def prediction(
         ``"shared"``: the measured and the predicted maps of a gene have one color range. Predicted means vary less than
         counts, so their colors do too. ``"each"``: both have a range of their own, which shows faint patterns.
         Intensities of proteins always have their own.
+    max_ood
+        Largest ``ood_score`` of predictions to show, such as 1. Other tiles are gray. Default: show all.
     zoom
         Left, top, right and bottom of the region to draw, H&E px. Default: all tiles. Several regions, as a list or
         keyed by name: each map is drawn whole, with a window for each region beside it.
@@ -149,6 +156,9 @@ def prediction(
     regions = regions_of_cohort(cohort, zoom, image_key)
     source = contract.Source(table_key, layer)
     values = {name: shown(cohort[name], table, genes, source) for name, table in tables.items()}
+    if max_ood is not None:
+        colors = replace(colors, cmap=plt.get_cmap(cmap).with_extremes(bad=UNLIKE))
+        values = {name: _familiar(of, tables[name], max_ood) for name, of in values.items()}
     n_maps = 2 if any(one.observed is not None for of in values.values() for one in of.values()) else 1
     of_cohort = not isinstance(data, SpatialData)
     of_classes = any(HIGH in table.layers for table in tables.values())
@@ -173,6 +183,12 @@ def prediction(
             drawn.append(draw_maps(maps, axes[number, index], regions))
         _explain(axes[:, index], drawn, looks, name if of_cohort else "", together=of_cohort)
     return sheet.done(kept_axes(axes, [of_cohort, not isinstance(gene, str), True, regions.several]))
+
+
+def _familiar(values: dict[str, Shown], table: AnnData, max_ood: float) -> dict[str, Shown]:
+    """Hide the predictions of tiles that are too far from the training tiles."""
+    outside = table.obs["ood_score"].to_numpy() > max_ood
+    return {gene: one._replace(predicted=np.where(outside, np.nan, one.predicted)) for gene, one in values.items()}
 
 
 class _Layout(NamedTuple):
