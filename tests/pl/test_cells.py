@@ -143,7 +143,9 @@ def test_scores_of_types_are_means_over_sections() -> None:
     """Paper, Figures 4a, S14 and S15b."""
     names = ["f1", "dice", "panoptic_quality", "accuracy", "mean_f1", "mean_iou"]
     summary = pd.DataFrame({"section": ["x", "y"], **{name: [0.6, 0.8] for name in names}})
-    kinds = pd.DataFrame({"section": list("xxyy"), "cell_type": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, np.nan]})
+    kinds = pd.DataFrame(
+        {"section": list("xxyy"), "cell_type": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, np.nan]}
+    )
     scores = tl.CellScores(summary, kinds, pd.DataFrame())
     types, overall_panel = pl.cell_scores(scores)
     assert [label.get_text() for label in types.get_xticklabels()] == ["immune", "stromal"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from spatialdata import SpatialData
 
-from stimage_sd.models._certificate import Certified
+from stimage_sd.models._certificate import Certified, without_certificate
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
 from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, spot_sd
@@ -66,7 +66,10 @@ class AdaptedModel(Certified, SavedModel, kind="adapted"):
     def members(self) -> Members[AdaptedModel]:
         """Members of the ensemble. Indexing with an int, slice or list gives a model of these members."""
         base: Any = self.base
-        return Members(len(self.member_weights), lambda chosen: replace(self, base=base.members[chosen]))
+        training = without_certificate(self.training)
+        return Members(
+            len(self.member_weights), lambda chosen: replace(self, base=base.members[chosen], training=training)
+        )
 
     @property
     def member_weights(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from spatialdata import SpatialData
 
-from stimage_sd.models._certificate import Certified
+from stimage_sd.models._certificate import Certified, without_certificate
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
 from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts, spot_sd
@@ -86,6 +86,7 @@ class CombinedModel(Certified, SavedModel, kind="combined"):
                 self,
                 parts=tuple(part.members[members] for part, members in zip(parts, within.values(), strict=True)),
                 weights=tuple(share / sum(shares) for share in shares),
+                training=without_certificate(self.training),
             )
 
         return Members(len(weights), choose)
