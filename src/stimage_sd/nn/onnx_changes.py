@@ -27,8 +27,6 @@ _OF_VECTORS = {"Flatten", "Concat", "Identity"}
 class Box(NamedTuple):
     """Rows from `top` to `bottom` and columns from `left` to `right`, ends excluded.
 
-    Examples
-    --------
     >>> Box(0, 0, 2, 3).contains(Box(1, 1, 2, 2))
     True
     """
@@ -66,14 +64,9 @@ class Box(NamedTuple):
 class Surroundings(NamedTuple):
     """Values of the unchanged image around a changed box.
 
-    Attributes
-    ----------
-    value
-        Name of a value of the recorded network.
-    box
-        Positions that are needed.
-    changed
-        Positions that copies replace, inside `box`.
+    - `value`: name of a value of the recorded network.
+    - `box`: positions that are needed.
+    - `changed`: positions that copies replace, inside `box`.
     """
 
     value: str
@@ -105,15 +98,10 @@ class Rest(NamedTuple):
 class ChangedPart:
     """A network for copies of an image that differ in one box.
 
-    Attributes
-    ----------
-    model
-        Takes input `tiles`, the crops of the copies, and one input per entry of `shared`, named as its key. Its output
-        `embedding` equals that of the recorded network for the whole copies.
-    crop
-        Box to cut from the copies.
-    shared
-        Inputs to compute once, from values of the recorded network for the unchanged image.
+    - `model`: takes input `tiles`, the crops of the copies, and one input per entry of `shared`, named as its key.
+      Its output `embedding` equals that of the recorded network for the whole copies.
+    - `crop`: box to cut from the copies.
+    - `shared`: inputs to compute once, from values of the recorded network for the unchanged image.
     """
 
     model: onnx.ModelProto
@@ -124,22 +112,12 @@ class ChangedPart:
 def changed_part(model: onnx.ModelProto, height: int, width: int, box: Box) -> ChangedPart | None:
     """Rewrite a recorded network for copies of an image that differ in one box.
 
-    Parameters
-    ----------
-    model
-        Model from `stimage_sd.nn.onnx_graph.record`.
-    height, width
-        Size of the images, px.
-    box
-        Pixels that differ between copies.
+    - `model`: model from `stimage_sd.nn.onnx_graph.record`.
+    - `height`, `width`: size of the images, px.
+    - `box`: pixels that differ between copies.
+    - returns: the rewritten network, or `None` if a layer is of an unknown kind, such as one that mixes all positions
+      before the global mean.
 
-    Returns
-    -------
-    The rewritten network, or `None` if a layer is of an unknown kind, such as one that mixes all positions before the
-    global mean.
-
-    Examples
-    --------
     >>> from flax import nnx
     >>> from stimage_sd.nn.layers import ConvNorm, conv_norm, global_mean
     >>> from stimage_sd.nn.onnx_graph import record

@@ -27,23 +27,12 @@ _TOLERANCE = 1e-2
 class Copies:
     """Copies of one tile.
 
-    Parameters
-    ----------
-    section
-        The section of the tile.
-    row
-        Row of the tile among the kept tiles.
-    views
-        Fields of view of the tile, for each of the section's embeddings.
-    cut
-        Segments of the tile.
-    hide_color
-        Color of hidden segments, as in `stimage_sd.tl.explain`.
-
-    Attributes
-    ----------
-    seconds
-        Time that the networks took in the latest call of `outputs`.
+    - `section`: the section of the tile.
+    - `row`: row of the tile among the kept tiles.
+    - `views`: fields of view of the tile, for each of the section's embeddings.
+    - `cut`: segments of the tile.
+    - `hide_color`: color of hidden segments, as in `stimage_sd.tl.explain`.
+    - `seconds`: time that the networks took in the latest call of `outputs`.
     """
 
     def __init__(
@@ -64,25 +53,12 @@ class Copies:
     def outputs(self, shown: np.ndarray, of: Sequence[str], columns: np.ndarray, pool: Executor) -> np.ndarray:
         """Predict copies.
 
-        Parameters
-        ----------
-        shown
-            Shown segments per copy, ``(n_copies, n_segments)``. Copies of earlier calls are not embedded again.
-        of
-            Names of the outputs.
-        columns
-            Indices of the genes.
-        pool
-            Threads of the networks. Results do not depend on their number.
-
-        Returns
-        -------
-        ``float64 (n_copies, n_of * n_genes)``.
-
-        Raises
-        ------
-        ValueError
-            If the first copy shows all segments, and its embeddings differ from the stored ones.
+        - `shown`: shown segments per copy, ``(n_copies, n_segments)``. Copies of earlier calls are not embedded
+          again.
+        - `of`: names of the outputs.
+        - `columns`: indices of the genes.
+        - `pool`: threads of the networks. Results do not depend on their number.
+        - returns: ``float64 (n_copies, n_of * n_genes)``.
         """
         started_at = time.perf_counter()
         pending = [one.embed(shown, pool) for fields in self._distinct for one in fields]

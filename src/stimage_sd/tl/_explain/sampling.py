@@ -24,16 +24,11 @@ _LONG = 300
 class Sampling:
     """Which copies are predicted, and when there are enough.
 
-    Attributes
-    ----------
-    of, columns
-        Outputs and genes to explain.
-    n_samples
-        Largest number of copies per seed.
-    stability
-        Stability of all genes and outputs at which no more copies are added. `None`: always `n_samples` copies.
-    seeds
-        Seeds of the perturbations.
+    - `of`, `columns`: outputs and genes to explain.
+    - `n_samples`: largest number of copies per seed.
+    - `stability`: stability of all genes and outputs at which no more copies are added. `None`: always `n_samples`
+      copies.
+    - `seeds`: seeds of the perturbations.
     """
 
     of: tuple[str, ...]
@@ -46,12 +41,8 @@ class Sampling:
 class Expected:
     """Progress bar over the copies of all tiles. The first block tells how long they take.
 
-    Parameters
-    ----------
-    n_tiles
-        Number of tiles to explain.
-    n_copies
-        Largest number of copies per tile.
+    - `n_tiles`: number of tiles to explain.
+    - `n_copies`: largest number of copies per tile.
     """
 
     def __init__(self, n_tiles: int, n_copies: int) -> None:
@@ -98,22 +89,12 @@ def explain_tile(
 ) -> TileResult:
     """Add copies in blocks, fit LIME's linear models, and stop when the scores are stable.
 
-    Parameters
-    ----------
-    copies
-        The tile's copies.
-    result
-        The tile's result with its segments.
-    sampling
-        Which copies are predicted.
-    pool
-        Threads of the networks.
-    report
-        Called with the number of copies of each block, and the seconds that its networks took.
-
-    Returns
-    -------
-    The result with scores.
+    - `copies`: the tile's copies.
+    - `result`: the tile's result with its segments.
+    - `sampling`: which copies are predicted.
+    - `pool`: threads of the networks.
+    - `report`: called with the number of copies of each block, and the seconds that its networks took.
+    - returns: the result with scores.
     """
     cut = result.segments
     assert cut is not None
