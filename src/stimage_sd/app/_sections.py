@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from stimage_sd.app._measured import Measured, find_measured
 from stimage_sd.app._uploads import UploadError, check_image, plain_words
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 MOST_TILES = 10_000
 #: default number of perturbed copies of a tile, about 4 s per field of view on two cores
 N_SAMPLES = 300
+
+#: least stability at which scores of single nuclei are read
+LEAST_STABILITY = 0.5
 
 Say = Callable[[str], None]
 
@@ -39,15 +43,26 @@ class Prediction:
         The section as inputs of the model's heads.
     tiles
         One row per kept tile: ``tile``, ``x``, ``y`` (H&E px), ``ood_score``.
+    side
+        Side of a tile, H&E px.
+    measured
+        Measured counts, or in words why there are none.
     """
 
     sdata: SpatialData
     model: Any
     opened: Any
     tiles: pd.DataFrame
+    side: float
+    measured: Measured | str
+
+    @property
+    def is_outside(self) -> np.ndarray:
+        """Tiles that are farther from the training tiles than 95 % of the training tiles, ``bool (n_tiles,)``."""
+        return self.tiles["ood_score"].to_numpy() > 1
 
     def of_gene(self, gene: str) -> pd.DataFrame:
-        """Return the predictions of a gene, one row per tile."""
+        """Return the predictions of a gene, one row per tile, with the measured counts if there are any."""
         from stimage_sd import contract
 
         table = contract.predictions(self.sdata)[:, gene]
@@ -58,7 +73,8 @@ class Prediction:
             frame.insert(4 + column, "sd" if name == "total_variance" else f"{name}_sd", values)
         for column, name in enumerate(("lower", "upper")):
             frame.insert(7 + column, name, np.asarray(table.layers[name]).ravel())
-        return frame
+        counts = None if isinstance(self.measured, str) else self.measured.of_gene(gene, len(frame))
+        return frame if counts is None else frame.join(counts.set_axis(frame.index))
 
 
 @dataclass(frozen=True)
@@ -82,6 +98,16 @@ class Explanation:
     of_nuclei: bool
     r2: float
     stability: float
+
+    @property
+    def doubt(self) -> str:
+        """Say why scores of single nuclei mean little, or return an empty text."""
+        if self.stability >= LEAST_STABILITY:
+            return ""
+        return (
+            f"The scores of single nuclei are not stable: between two halves of the copies they correlate only by "
+            f"{self.stability:.2f}. Do not read single nuclei. More copies can make the scores stable."
+        )
 
 
 def open_image(path: Path, *, mpp: float, name: str, all_tissue: bool) -> SpatialData:
@@ -182,7 +208,8 @@ def predict(sdata: SpatialData, model: Any, say: Say) -> Prediction:
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ModuleNotFoundError) as error:
         raise UploadError(f"The section cannot be predicted: {plain_words(error, Path('/'))}") from error
     table = contract.predictions(sdata)
-    x, y = contract.tile_geometry(sdata, table).centers.T
+    places = contract.tile_geometry(sdata, table)
+    x, y = places.centers.T
     tiles = pd.DataFrame(
         {
             "tile": table.obs[contract.INSTANCE_KEY].to_numpy(),
@@ -191,7 +218,7 @@ def predict(sdata: SpatialData, model: Any, say: Say) -> Prediction:
             "ood_score": table.obs["ood_score"].to_numpy(),
         }
     )
-    return Prediction(sdata, model, opened, tiles)
+    return Prediction(sdata, model, opened, tiles, float(places.side), find_measured(sdata, model))
 
 
 def explain(prediction: Prediction, gene: str, tile: int, *, n_samples: int) -> Explanation:

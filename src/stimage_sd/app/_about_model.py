@@ -1,0 +1,70 @@
+"""What a model is, what it was trained on, and what it can be trusted with, as Markdown."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+
+def about_model(model: Any) -> pd.DataFrame:
+    """Describe a model's input, training and members.
+
+    Parameters
+    ----------
+    model
+        An ensemble or a fine-tuned model.
+
+    Returns
+    -------
+    Columns ``what`` and ``value``, with texts. Only what the model file states is listed.
+    """
+    tiles, training = model.tiles, model.training
+    size = f"{tiles.size_um:.4g} µm" if tiles.size_um is not None else f"{tiles.side_px:.0f} px"
+    stain = "as it is" if tiles.stain is None else f"stain-normalized ({tiles.stain['method']})"
+    fields = ", ".join(f"{value:g}" for value in tiles.fields_of_view)
+    patients = sorted({str(patient) for patient in training.get("patients", {}).values()})
+    rows = {
+        "Training sections": ", ".join(map(str, training.get("sections", []))),
+        "Patients": ", ".join(patients),
+        "Training tiles": f"{training['n_tiles']:,}" if "n_tiles" in training else "",
+        "Genes": f"{len(model.genes):,}",
+        "Tiles": f"{size}, image {stain}",
+        "Image features": f"{tiles.extractor}, fields of view {fields} tiles wide",
+        "Members of the ensemble": str(getattr(model, "n_members", "")),
+        "Standardized by": {
+            "section": "each section's own tiles, at least 20",
+            "cohort": "the training tiles, so that a single tile can be predicted",
+        }.get(model.features.standardize, ""),
+        "Seed": str(training.get("seed", "")),
+        "Versions": ", ".join(f"{name} {text}" for name, text in training.get("versions", {}).items()),
+    }
+    return pd.DataFrame([(name, text) for name, text in rows.items() if text], columns=["what", "value"])
+
+
+def outside_words(is_outside: Any) -> tuple[str, bool]:
+    """Say how many tiles are unlike the training tiles.
+
+    Parameters
+    ----------
+    is_outside
+        ``bool (n_tiles,)``.
+
+    Returns
+    -------
+    The words, and whether they are a warning: more than a fifth of the tiles, four times the share that the training
+    tiles have by definition.
+    """
+    n_tiles, n_outside = len(is_outside), int(is_outside.sum())
+    if n_tiles == 1:
+        words = "The tile is unlike the training tiles." if n_outside else "The tile is like the training tiles."
+        return words, bool(n_outside)
+    if n_outside == 0:
+        return f"All {n_tiles:,} tiles are like the training tiles.", False
+    many = n_outside > 0.2 * n_tiles
+    share = f"{n_outside:,} of {n_tiles:,} tiles ({n_outside / n_tiles:.0%}) {'is' if n_outside == 1 else 'are'}"
+    words = f"{share} unlike the training tiles: farther out than 95 % of the training tiles."
+    if many:
+        words += " Another laboratory's staining, another scanner or another tissue can be the reason. Predictions of "
+        words += "these tiles have no support in the training data."
+    return words, many
