@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -40,6 +42,34 @@ def about_model(model: Any) -> pd.DataFrame:
         "Versions": ", ".join(f"{name} {text}" for name, text in training.get("versions", {}).items()),
     }
     return pd.DataFrame([(name, text) for name, text in rows.items() if text], columns=["what", "value"])
+
+
+#: columns of the certificate's genes that are shown, and their names on the page
+GENE_COLUMNS = {
+    "gene": "gene", "predictable": "predictable", "pearson": "correlation", "q_value": "q-value",
+    "coverage": "90 % interval covers", "n_sections": "sections",
+}  # fmt: skip
+SECTION_COLUMNS = {
+    "section": "section", "patient": "patient", "n_tiles": "tiles", "ood_share": "unlike training",
+    "pearson": "mean correlation", "coverage": "90 % interval covers",
+}  # fmt: skip
+
+
+def certificate_tables(certificate: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the genes of a certificate, best first, and the sections that the model was tested on."""
+    genes = certificate.genes.sort_values(["predictable", "pearson"], ascending=False, kind="stable")
+    return _shown(genes, GENE_COLUMNS), _shown(certificate.sections, SECTION_COLUMNS)
+
+
+def certificate_page(certificate: Any) -> bytes:
+    """Return the card of a certificate with its figure as one HTML page."""
+    with tempfile.TemporaryDirectory() as folder:
+        return bytes(certificate.write(Path(folder) / "certificate.html").read_bytes())
+
+
+def _shown(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
+    known = {name: label for name, label in columns.items() if name in frame}
+    return frame[list(known)].rename(columns=known).round(3)
 
 
 def outside_words(is_outside: Any) -> tuple[str, bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -36,12 +36,30 @@ def escaped(text: object) -> str:
 
 def show_model(prediction: _sections.Prediction) -> None:
     """Show what the model was trained on, and how many tiles are unlike its training tiles."""
-    with st.expander("About the model: training data, features, versions", key="about-model"):
+    certificate = getattr(prediction.model, "certificate", None)
+    with st.container(key="certificate"):
+        if certificate is None:
+            st.caption("The model has no certificate, so it is unknown which of its genes it predicts in new sections.")
+        else:
+            st.caption(escaped(repr(certificate)) + ".")
+    with st.expander("About the model: training data, certificate, features, versions", key="about-model"):
         table = _about_model.about_model(prediction.model)
         st.table(table.assign(value=table["value"].map(escaped)).set_index("what"))
+        if certificate is not None:
+            _show_certificate(certificate)
     words, is_warning = _about_model.outside_words(prediction.is_outside)
     with st.container(key="outside"):
         (st.warning if is_warning else st.caption)(words)
+
+
+def _show_certificate(certificate: Any) -> None:
+    """Show the genes and tested sections of a certificate. Tables show text from a model file literally."""
+    genes, sections = _about_model.certificate_tables(certificate)
+    st.markdown("**Certificate**: sections that the model had not seen, and its genes")
+    st.dataframe(sections, hide_index=True, key="certified-sections")
+    st.dataframe(genes, hide_index=True, height=240, key="certified-genes")
+    st.download_button("Certificate (HTML)", lambda: _about_model.certificate_page(certificate), "certificate.html",
+                       "text/html", on_click="ignore", key="html-certificate")  # fmt: skip
 
 
 def choose_gene(prediction: _sections.Prediction, orders: dict[str, pd.Series]) -> str:
