@@ -23,7 +23,7 @@ NOISE = ("NOISE001", "NOISE002")
 
 
 def train(work: Path) -> NBModel:
-    """Train on the sections of the seeds before the example's.
+    """Train on the sections of the seeds before the example's, and certify on that of the seed after it.
 
     Parameters
     ----------
@@ -31,13 +31,13 @@ def train(work: Path) -> NBModel:
         Folder for the painted sections.
     """
     say = logging.getLogger(__name__).info
-    cohort = {
-        f"training_{seed + 1}": _example.embedded_section(work, seed=seed, sample=f"training_{seed + 1}", say=say)
-        for seed in range(_example.SEED)
-    }
-    genes = pp.select_genes(cohort, n_top=N_LEARNED, include=NOISE)
+    seeds = {f"training_{seed + 1}": seed for seed in range(_example.SEED)} | {"tested": _example.SEED + 1}
+    sections = {name: _example.embedded_section(work, seed=seed, sample=name, say=say) for name, seed in seeds.items()}
+    tested = {"tested": sections.pop("tested")}
+    genes = pp.select_genes(sections, n_top=N_LEARNED, include=NOISE)
     # a single tile, which a visitor may upload, cannot be standardized by its section
-    return tl.fit_nb(cohort, genes=genes, n_members=N_MEMBERS, n_components=N_COMPONENTS, standardize="cohort")
+    model = tl.fit_nb(sections, genes=genes, n_members=N_MEMBERS, n_components=N_COMPONENTS, standardize="cohort")
+    return tl.certify(tested, model)
 
 
 if __name__ == "__main__":

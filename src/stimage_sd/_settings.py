@@ -65,10 +65,7 @@ class Settings:
     def override(self, **options: Any) -> Iterator[None]:
         """Change settings within a ``with`` block.
 
-        Parameters
-        ----------
-        options
-            Settings and their values.
+        - `options`: settings and their values.
         """
         before = {name: getattr(self, name) for name in options}
         try:

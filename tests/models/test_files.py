@@ -241,7 +241,7 @@ def test_arrays_that_are_not_finite_are_neither_saved_nor_loaded(model: NBModel,
     assert list(tmp_path.iterdir()) == []
     # a file of version 1 may hold them
     path = changed_config(model, tmp_path / "m.stimage")
-    arrays = {**model.parts()[1], "head.weight": weight}
+    arrays = {**model.to_parts()[1], "head.weight": weight}
     with pytest.raises(ValueError, match=rf"m\.stimage is damaged: {match}"):
         models.load(rewritten(path, model_safetensors=save(arrays)))
 

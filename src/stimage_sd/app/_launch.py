@@ -124,7 +124,7 @@ def launch(
 def _import_early() -> None:
     """Import what a prediction needs."""
     for name in (
-        "_steps",
+        "pp._prepare",
         "datasets._synthetic_visium",
         "io._visium",
         "pp._embed",

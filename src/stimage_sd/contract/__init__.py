@@ -13,8 +13,16 @@ instrument's own micrometers (Xenium, CODEX) have `"instrument"`, and also `"glo
 from __future__ import annotations
 
 from stimage_sd.contract._affine import affine, apply, scale_of
-from stimage_sd.contract._cells import cell_shapes, cell_types, check_cells_can_be_written, outlines, write_cells
-from stimage_sd.contract._counts import Source, align_to_spots, check_counts, count_type, counts, measured, proteins
+from stimage_sd.contract._counts import (
+    Source,
+    align_to_spots,
+    check_counts,
+    count_type,
+    counts,
+    counts_of_shapes,
+    measured,
+    proteins,
+)
 from stimage_sd.contract._depth import (
     Compared,
     at_depth_of,
@@ -45,7 +53,6 @@ from stimage_sd.contract._frame import (
     require_mpp,
     shapes_in_pixels,
 )
-from stimage_sd.contract._genes import GENES, without_versions
 from stimage_sd.contract._images import (
     build_image,
     check_rgb,
@@ -90,6 +97,7 @@ from stimage_sd.contract._names import (
     DAPI,
     EXPLANATIONS,
     GENE_CLASSES,
+    GENES,
     IMAGE,
     INSTANCE_KEY,
     INSTRUMENT,
@@ -113,8 +121,12 @@ from stimage_sd.contract._names import (
     TISSUE,
     TRANSCRIPTS,
     Cohort,
+    without_versions,
 )
 from stimage_sd.contract._results import (
+    cell_shapes,
+    cell_types,
+    check_cells_can_be_written,
     check_no_shapes,
     check_prediction_key,
     explained,
@@ -122,9 +134,11 @@ from stimage_sd.contract._results import (
     gene_classes,
     has_tissue,
     nuclei,
+    outlines,
     predictions,
     tissue,
     tissue_name,
+    write_cells,
     write_explained,
     write_explanations,
     write_gene_classes,
@@ -243,6 +257,7 @@ __all__ = [
     "count_type",
     "counts",
     "counts_name",
+    "counts_of_shapes",
     "counts_problem",
     "depth_change",
     "depth_problem",

@@ -64,20 +64,12 @@ def depth_problem(sdata: SpatialData, table: AnnData) -> str | None:
 def measured_exposure(table: AnnData, rows: np.ndarray, units: AnnData) -> float | None:
     """Return the depth of a section relative to the training sections, `None` for models without exposure.
 
-    Parameters
-    ----------
-    table
-        Predictions.
-    rows
-        Rows of `table` on measured spots.
-    units
-        Counts on these spots, of all measured genes.
-
-    Returns
-    -------
-    Median total count of the spots over the total of the model's median spot. If the section measured twice as many
-    genes as the totals of the model are of, or half as many, such as a panel, or if nuclei or squares are compared with
-    cells or bins, it is the sum of the counts of predicted genes over the sum of their predicted means.
+    - `table`: predictions.
+    - `rows`: rows of `table` on measured spots.
+    - `units`: counts on these spots, of all measured genes.
+    - returns: median total count of the spots over the total of the model's median spot. If the section measured twice
+      as many genes as the totals of the model are of, or half as many, such as a panel, or if nuclei or squares are
+      compared with cells or bins, it is the sum of the counts of predicted genes over the sum of their predicted means.
     """
     about = table.uns.get("prediction", {})
     if "exposure" not in about:
@@ -102,14 +94,9 @@ def exposure_of(counts: float, expected: float) -> float:
 def at_depth_of(table: AnnData, rows: np.ndarray, genes: Sequence[str], exposure: float | None = None) -> Compared:
     """Return predictions of some tiles and genes, moved to an exposure.
 
-    Parameters
-    ----------
-    table
-        Predictions.
-    rows, genes
-        Rows and predicted genes.
-    exposure
-        Depth of the section. `None`: as predicted.
+    - `table`: predictions.
+    - `rows`, `genes`: rows and predicted genes.
+    - `exposure`: depth of the section. `None`: as predicted.
     """
     columns = table.var_names.get_indexer(list(genes))
     mean, aleatoric, epistemic, lower, upper = (

@@ -123,21 +123,9 @@ def find_units(
 ) -> Units:
     """Find the measured units: their shapes, and the table rows that annotate them.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    shapes_key, table_key
-        Names of the shapes and of the table, if not the section's own.
-    against
-        ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
-
-    Raises
-    ------
-    KeyError
-        If the shapes or the table are missing or ambiguous, as in an object of several sections.
-    ValueError
-        If the table annotates no element, or two units have the same name.
+    - `sdata`: the section.
+    - `shapes_key`, `table_key`: names of the shapes and of the table, if not the section's own.
+    - `against`: ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
     """
     if shapes_key is None and table_key is None and info(sdata).get("unit_shapes") in sdata.shapes:
         shapes_key = str(info(sdata)["unit_shapes"])

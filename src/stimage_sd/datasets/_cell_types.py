@@ -57,17 +57,10 @@ def marker_names(n_markers: int) -> list[str]:
 def give_types(tissue: Tissue, nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Assign a cell type to each nucleus, and the appearance of the type.
 
-    Parameters
-    ----------
-    tissue
-        The tissue decides the types. Stroma has stromal and endothelial cells, the rest is cancer. Immune cells gather
-        where nuclei are dense.
-    nuclei
-        ``(n, 6)`` nuclei from `scatter_nuclei`.
-
-    Returns
-    -------
-    The nuclei that do not overlap, ``(m, 6)``, and their types as indices into `TYPES`, ``int64 (m,)``.
+    - `tissue`: the tissue decides the types. Stroma has stromal and endothelial cells, the rest is cancer. Immune cells
+      gather where nuclei are dense.
+    - `nuclei`: ``(n, 6)`` nuclei from `scatter_nuclei`.
+    - returns: the nuclei that do not overlap, ``(m, 6)``, and their types as indices into `TYPES`, ``int64 (m,)``.
     """
     generator = np.random.default_rng([tissue.seed, 40])
     points = nuclei[:, :2]
@@ -107,9 +100,7 @@ def _with_room(nuclei: np.ndarray, generator: np.random.Generator) -> np.ndarray
 def draw_markers(nuclei: np.ndarray, types: np.ndarray, *, n_markers: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Scatter the transcripts of the markers within nuclei.
 
-    Returns
-    -------
-    Positions ``(n, 2)``, pixels of the H&E, and indices of the markers in the order of `marker_names`.
+    - returns: positions ``(n, 2)``, pixels of the H&E, and indices of the markers in the order of `marker_names`.
     """
     generator = np.random.default_rng([seed, 41])
     counts = _counts(types, n_markers, generator)

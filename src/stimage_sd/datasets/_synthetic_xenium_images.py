@@ -112,20 +112,12 @@ def write_ome_pyramid(
 ) -> None:
     """Write streamed strips as a tiled OME-TIFF, with coarser levels in sub-directories.
 
-    Parameters
-    ----------
-    path
-        File to write.
-    strips
-        Strips of `TILE` rows of the image from top to bottom. The last strip may be lower.
-    shape
-        Shape of the image, ``(y, x)`` or ``(y, x, 3)``.
-    dtype
-        Type of the pixels.
-    metadata
-        Metadata for the OME-XML.
-    options
-        Compression and other arguments of `tifffile.TiffWriter.write`.
+    - `path`: file to write.
+    - `strips`: strips of `TILE` rows of the image from top to bottom. The last strip may be lower.
+    - `shape`: shape of the image, ``(y, x)`` or ``(y, x, 3)``.
+    - `dtype`: type of the pixels.
+    - `metadata`: metadata for the OME-XML.
+    - `options`: compression and other arguments of `tifffile.TiffWriter.write`.
     """
     shapes = [shape]
     while max(shapes[-1][:2]) > COARSEST:

@@ -111,22 +111,9 @@ class InstanceScores(NamedTuple):
 def overlaps(truth: NDArray[np.integer], found: NDArray[np.integer]) -> Overlaps:
     """Count the pixels shared by true and found objects.
 
-    Parameters
-    ----------
-    truth, found
-        Integer label maps of one shape, 0 outside objects. Labels need not be consecutive.
+    - `truth`, `found`: integer label maps of one shape, 0 outside objects. Labels need not be consecutive.
+    - returns: the objects, their areas, and every pair that shares a pixel.
 
-    Returns
-    -------
-    The objects, their areas, and every pair that shares a pixel.
-
-    Raises
-    ------
-    ValueError
-        If the maps differ in shape, are not integer, or contain negative labels.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> pairs = overlaps(np.array([[1, 1, 0, 7]]), np.array([[0, 4, 4, 4]]))
     >>> pairs.truth_labels, pairs.found_areas, pairs.shared
@@ -162,25 +149,11 @@ def overlaps(truth: NDArray[np.integer], found: NDArray[np.integer]) -> Overlaps
 def matches(pairs: Overlaps, *, threshold: float = 0.5) -> Matches:
     """Match objects by their intersection over union.
 
-    Parameters
-    ----------
-    pairs
-        Overlaps of the objects, from `overlaps`.
-    threshold
-        Pairs with a larger IoU are the same object. Must be at least 0.5, so that partners are unique.
+    - `pairs`: overlaps of the objects, from `overlaps`.
+    - `threshold`: pairs with a larger IoU are the same object. Must be at least 0.5, so that partners are unique.
+    - returns: the matched pairs, ordered by row of the true object. Where polygons of one side overlap, an object may
+      have several candidates. The assignment then has as many pairs as possible, with the highest total IoU.
 
-    Returns
-    -------
-    The matched pairs, ordered by row of the true object. Where polygons of one side overlap, an object may have several
-    candidates. The assignment then has as many pairs as possible, with the highest total IoU.
-
-    Raises
-    ------
-    ValueError
-        If the threshold is not between 0.5 and 1.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> matches(overlaps(np.array([[1, 1, 1, 2]]), np.array([[5, 5, 0, 0]]))).iou.round(2)
     array([0.67])
@@ -198,24 +171,10 @@ def instance_scores(
 ) -> InstanceScores:
     """Score found objects against true objects.
 
-    Parameters
-    ----------
-    truth, found
-        Integer label maps of one shape, 0 outside objects.
-    threshold
-        IoU above which two objects are the same, at least 0.5.
+    - `truth`, `found`: integer label maps of one shape, 0 outside objects.
+    - `threshold`: IoU above which two objects are the same, at least 0.5.
+    - returns: the scores.
 
-    Returns
-    -------
-    The scores.
-
-    Raises
-    ------
-    ValueError
-        If the maps differ in shape or are not label maps, or the threshold is not between 0.5 and 1.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> truth = np.array([[1, 1, 1, 0, 2, 2]])
     >>> found = np.array([[1, 1, 0, 0, 0, 3]])
@@ -229,19 +188,10 @@ def instance_scores(
 def scores_of_overlaps(pairs: Overlaps, *, threshold: float = 0.5) -> InstanceScores:
     """Score found objects against true objects from their overlaps, as `instance_scores` does.
 
-    Parameters
-    ----------
-    pairs
-        Overlaps of label maps, from `overlaps`, or of polygons.
-    threshold
-        IoU above which two objects are the same, at least 0.5.
+    - `pairs`: overlaps of label maps, from `overlaps`, or of polygons.
+    - `threshold`: IoU above which two objects are the same, at least 0.5.
+    - returns: the scores.
 
-    Returns
-    -------
-    The scores.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> scores_of_overlaps(overlaps(np.array([[1, 1, 2]]), np.array([[1, 1, 0]]))).recall
     0.5

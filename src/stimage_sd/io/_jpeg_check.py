@@ -46,17 +46,8 @@ class _Markers:
 def check_jpeg(data: bytes | memoryview, tables: bytes | None = None) -> None:
     """Check the compressed data of a JPEG image, or only its first markers if progressive or lossless.
 
-    Parameters
-    ----------
-    data
-        Image data, from the first marker to the last.
-    tables
-        Tables that are stored outside `data`, as for a TIFF page.
-
-    Raises
-    ------
-    ValueError
-        If the data are damaged.
+    - `data`: image data, from the first marker to the last.
+    - `tables`: tables that are stored outside `data`, as for a TIFF page.
     """
     said = _Markers()
     try:

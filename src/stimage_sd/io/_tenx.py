@@ -54,15 +54,7 @@ class Matrix:
 
 
 def read_matrix(path: Path) -> Matrix:
-    """Read a matrix from an HDF5 file or a folder of Matrix Market files.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file of the folder is missing.
-    ValueError
-        If a file is truncated, damaged, of another kind or empty, or has a barcode twice.
-    """
+    """Read a matrix from an HDF5 file or a folder of Matrix Market files."""
     if path.is_dir():
         matrix = _read_folder(path)
     else:
@@ -80,13 +72,7 @@ def read_matrix(path: Path) -> Matrix:
 
 
 def tables_of(matrix: Matrix, rows: np.ndarray | None, *, where: str) -> dict[str, AnnData]:
-    """Return the table of counts, and the table of proteins if there are any, for the given rows of a matrix.
-
-    Raises
-    ------
-    ValueError
-        If there are no genes, or the values of the genes are not counts.
-    """
+    """Return the table of counts, and the table of proteins if there are any, for the given rows of a matrix."""
     kinds = matrix.features["feature_types"]
     genes, proteins = np.asarray(kinds == GENES), np.asarray(kinds.isin(PROTEINS))
     if not genes.any():

@@ -40,11 +40,6 @@ def mixture_interval(
     the distribution function of the mixture reaches ``(1 - coverage) / 2`` and ``(1 + coverage) / 2``. Both bounds
     belong to the interval. It contains at least `coverage`, because counts are discrete.
 
-    Raises
-    ------
-    ValueError
-        If shapes differ, `r` is not positive, or `p`, `coverage` or `weights` is out of range.
-
     Notes
     -----
     The bounds are exact, in double precision. A compiled recurrence adds up the probabilities from zero, on threads.

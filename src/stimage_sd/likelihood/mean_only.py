@@ -50,11 +50,6 @@ def fit_mean_only(
     the likelihood given that mean, within 1e-6 and 1e6. Genes no more variable than a Poisson get the upper bound.
     Without size factors this is the joint maximum. With size factors the mean is the Poisson estimate.
 
-    Raises
-    ------
-    ValueError
-        If counts are negative, fractional or not finite, or size factors do not fit the counts.
-
     Examples
     --------
     >>> import numpy as np

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +15,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from stimage_sd.image.hv_maps import hv_watershed
-from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._files import SavedModel
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.nn import onnx_graph
@@ -69,14 +68,8 @@ class CellFinder(Protocol):
     def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Find the nuclei in images.
 
-        Parameters
-        ----------
-        images
-            ``uint8 (batch, y, x, 3)``.
-
-        Returns
-        -------
-        Labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``.
+        - `images`: ``uint8 (batch, y, x, 3)``.
+        - returns: labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``.
         """
         ...
 
@@ -102,9 +95,8 @@ class CellMaps(NamedTuple):
     features: NDArray[np.float32]
 
 
-@kind("cell_classifier")
 @dataclass(frozen=True, eq=False)
-class CellClassifier:
+class CellClassifier(SavedModel, kind="cell_classifier"):
     """A HoVer-Net that finds the nuclei in H&E images and their types.
 
     Made by `stimage_sd.tl.fit_cell_classifier`, loaded by `stimage_sd.models.load`.
@@ -218,18 +210,8 @@ class CellClassifier:
         labels = np.stack([hv_watershed(*pair, nucleus_px=NUCLEUS_UM / self.mpp) for pair in pairs])
         return labels, np.moveaxis(np.concatenate([maps.types[:, 1:], maps.features], axis=1), 1, -1)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
         config = {
             "classes": list(self.classes),
             "size": asdict(self.size),
@@ -237,11 +219,11 @@ class CellClassifier:
             "tile_px": self.tile_px,
             "training": self.training,
         }
-        return write_model(path, kind="cell_classifier", config=config, arrays=self.arrays)
+        return config, dict(self.arrays)
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> CellClassifier:
-        """Build a model from the config and arrays that `save` wrote."""
+        """Build a model from what `to_parts` returned."""
         size = dict(config["size"])
         size |= {name: tuple(size[name]) for name in ("depths", "dense")}
         model = cls(

@@ -34,17 +34,6 @@ class CellposeNuclei:
     low, high
         Hematoxylin values that are scaled to 0 and 1. They belong to the section, so that nuclei in one place do not
         depend on the rest of the image.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If Cellpose is not installed.
-    ImportError
-        If the version of Cellpose is not 4.
-    FileNotFoundError
-        If `model` is a path without a file.
-    ValueError
-        If `model` is not a name that Cellpose knows.
     """
 
     def __init__(self, model: str | Path | None, *, nucleus_px: float, low: float, high: float) -> None:
@@ -86,15 +75,7 @@ class CellposeNuclei:
 
 
 def check_cellpose() -> None:
-    """Check that a supported version of Cellpose is installed.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If Cellpose is not installed.
-    ImportError
-        If the version is not supported.
-    """
+    """Check that a supported version of Cellpose is installed."""
     try:
         version = importlib.metadata.version("cellpose")
     except importlib.metadata.PackageNotFoundError as error:

@@ -167,27 +167,10 @@ class TorchNetwork:
 def load_foundation(name: str, weights: Path | None) -> tuple[TorchNetwork, str]:
     """Load a foundation model from a local file or folder, or from the Hugging Face hub.
 
-    Parameters
-    ----------
-    name
-        Name in `FOUNDATION_MODELS`.
-    weights
-        A local file or folder in the format of `FoundationModel.kind`. `None`: the Hugging Face hub or its local cache.
-
-    Returns
-    -------
-    The network and a hash of its weights.
-
-    Raises
-    ------
-    ImportError
-        If the extra is not installed.
-    FileNotFoundError
-        If the weights are not found.
-    PermissionError
-        If the hub requires access that was not granted.
-    ValueError
-        If the weights are damaged or belong to another network.
+    - `name`: name in `FOUNDATION_MODELS`.
+    - `weights`: a local file or folder in the format of `FoundationModel.kind`. `None`: the Hugging Face hub or its
+      local cache.
+    - returns: the network and a hash of its weights.
     """
     model = FOUNDATION_MODELS[name]
     try:
@@ -265,23 +248,10 @@ def _from_disk(name: str, model: FoundationModel, weights: Path) -> tuple[Any, C
 def build_transformer(model: FoundationModel, state: Mapping[str, Any], *, where: str) -> Any:
     """Build timm's vision transformer for a state dict, and fill it.
 
-    Parameters
-    ----------
-    model
-        Settings of the foundation model.
-    state
-        Tensors by their names in timm.
-    where
-        Description of the model and its weights for error messages.
-
-    Returns
-    -------
-    The module, in evaluation mode.
-
-    Raises
-    ------
-    ValueError
-        If the names or shapes do not fit the network.
+    - `model`: settings of the foundation model.
+    - `state`: tensors by their names in timm.
+    - `where`: description of the model and its weights for error messages.
+    - returns: the module, in evaluation mode.
     """
     import torch
     from timm.layers import SwiGLUPacked

@@ -42,13 +42,7 @@ class InstanceSpecification:
 
     @classmethod
     def of(cls, sdata: SpatialData, on: Any, extractor: str) -> InstanceSpecification:
-        """Read the embedding of a section's nuclei or squares.
-
-        Raises
-        ------
-        KeyError
-            If they were not embedded by the extractor.
-        """
+        """Read the embedding of a section's nuclei or squares."""
         table = contract.instances(sdata, on)
         if extractor not in table.uns.get("embeddings", {}):
             raise KeyError(
@@ -87,13 +81,7 @@ def _without_rounding(stain: str) -> Any:
 
 
 def instance_features(sdata: SpatialData, instances: InstanceSpecification) -> np.ndarray:
-    """Return the embeddings of a section's nuclei or squares, ``float32 (n, n_features)``.
-
-    Raises
-    ------
-    ValueError
-        If an embedding is not finite.
-    """
+    """Return the embeddings of a section's nuclei or squares, ``float32 (n, n_features)``."""
     table = contract.instances(sdata, instances.on)
     values = np.asarray(table.obsm[contract.feature_key(instances.extractor)])
     if wrong := int((~np.isfinite(values.sum(axis=1, dtype=np.float64))).sum()):

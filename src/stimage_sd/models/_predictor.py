@@ -53,9 +53,8 @@ class OpenedSection(Protocol):
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the negative binomial parameters of some kept tiles, in their order.
 
-        Returns
-        -------
-        r and p, each ``float32 (n_members, n_rows, n_genes)``, with as many members as the model's `member_weights`.
+        - returns: r and p, each ``float32 (n_members, n_rows, n_genes)``, with as many members as the model's
+          `member_weights`.
         """
         ...
 
@@ -111,15 +110,7 @@ class Predictor(Protocol):
         ...
 
     def open(self, sdata: SpatialData, *, section: str) -> OpenedSection:
-        """Check that a section matches the model, and read the model's inputs from it.
-
-        Raises
-        ------
-        KeyError
-            If the section was not tiled or embedded.
-        ValueError
-            If tiles, embeddings or staining differ from the model's. The error names the step to run again.
-        """
+        """Check that a section matches the model, and read the model's inputs from it."""
         ...
 
     def save(self, path: str | Path) -> Path:

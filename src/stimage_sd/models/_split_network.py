@@ -58,14 +58,9 @@ class Unfrozen:
     ) -> Array:
         """Compute features for a gradient. Activations are computed again in the backward pass to save memory.
 
-        Parameters
-        ----------
-        trained, rest
-            The network's state.
-        inputs
-            Output of the frozen parts.
-        parts
-            Function that splits the network into parts, with dropout if training uses it.
+        - `trained`, `rest`: the network's state.
+        - `inputs`: output of the frozen parts.
+        - `parts`: function that splits the network into parts, with dropout if training uses it.
         """
         whole = self._parts(trained, rest, parts)
         return run_parts([part._replace(run=jax.checkpoint(part.run)) for part in whole], inputs)
@@ -176,14 +171,8 @@ def micro_batches(rows: np.ndarray, size: int) -> Iterator[MicroBatch]:
 def gradient_sum(loss: Callable[..., Array]) -> Callable[..., tuple[Trained, Array]]:
     """Compile a function that adds the gradient and loss of a micro-batch to a running total.
 
-    Parameters
-    ----------
-    loss
-        Function from trained parameters and further arrays to a loss, summed over the micro-batch.
-
-    Returns
-    -------
-    ``(total, trained, *arrays) -> total``. `total` is a gradient and a loss. It starts as `no_gradient`.
+    - `loss`: function from trained parameters and further arrays to a loss, summed over the micro-batch.
+    - returns: ``(total, trained, *arrays) -> total``. `total` is a gradient and a loss. It starts as `no_gradient`.
     """
 
     def added(total: tuple[Trained, Array], trained: Trained, *arrays: Any) -> tuple[Trained, Array]:

@@ -65,19 +65,11 @@ class StandIns(Protocol):
         The rest of the section stays the same: the neighbors' embeddings, and the mean and deviation that standardize
         the section.
 
-        Parameters
-        ----------
-        row
-            Index of the kept tile.
-        own
-            Embeddings of the stand-ins, ``float32 (n_stand_ins, n_fields * n_features)`` for each of `embedded`. JAX
-            arrays if the prediction will be differentiated.
-        columns
-            Indices of the genes.
-
-        Returns
-        -------
-        ``float32 (n_stand_ins, n_columns)`` under each of `names`.
+        - `row`: index of the kept tile.
+        - `own`: embeddings of the stand-ins, ``float32 (n_stand_ins, n_fields * n_features)`` for each of `embedded`.
+          JAX arrays if the prediction will be differentiated.
+        - `columns`: indices of the genes.
+        - returns: ``float32 (n_stand_ins, n_columns)`` under each of `names`.
         """
         ...
 
@@ -162,18 +154,10 @@ def embedded(sdata: SpatialData, tiles: TileSpecification) -> Embedded:
 def in_place(section: Sequence[Embedded], row: int, own: Sequence[Values]) -> Values:
     """Return the features of stand-ins: their embeddings, and the context of the replaced tile.
 
-    Parameters
-    ----------
-    section
-        The section's embeddings.
-    row
-        Index of the kept tile.
-    own
-        Embeddings of the stand-ins for each extractor.
-
-    Returns
-    -------
-    ``float32 (n_stand_ins, n_features)``.
+    - `section`: the section's embeddings.
+    - `row`: index of the kept tile.
+    - `own`: embeddings of the stand-ins for each extractor.
+    - returns: ``float32 (n_stand_ins, n_features)``.
     """
     numpy = _numpy_of(own)
     blocks = []

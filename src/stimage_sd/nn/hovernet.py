@@ -64,15 +64,9 @@ SIZES = {
 def batch_norm(value: Any, layer: Norm) -> Any:
     """Apply batch normalization with batch statistics and update the running statistics of the layer, for training.
 
-    Parameters
-    ----------
-    value
-        float32 (batch, height, width, channels).
-    layer
-        Normalization layer. Its mean and variance are changed.
+    - `value`: float32 (batch, height, width, channels).
+    - `layer`: normalization layer. Its mean and variance are changed.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> layer = Norm(1)
     >>> float(batch_norm(jnp.array([0.0, 2.0]).reshape(2, 1, 1, 1), layer)[1, 0, 0, 0].round(3))
@@ -277,17 +271,10 @@ class HoVerNet(nnx.Module):
     def __call__(self, tiles: Any, run: Callable[[Any, Any], Any] = as_fitted) -> tuple[Any, Any, Any, Any]:
         """Compute the maps of tiles.
 
-        Parameters
-        ----------
-        tiles
-            Tiles from 0 to 1, float32 (batch, height, width, 3). Height and width must be divisible by 8.
-        run
-            `as_fitted` or `as_trained`.
-
-        Returns
-        -------
-        Logits of background and nucleus, horizontal and vertical distance, logits of background and types, and the
-        features of the type logits, with ``width`` channels.
+        - `tiles`: tiles from 0 to 1, float32 (batch, height, width, 3). Height and width must be divisible by 8.
+        - `run`: `as_fitted` or `as_trained`.
+        - returns: logits of background and nucleus, horizontal and vertical distance, logits of background and types,
+          and the features of the type logits, with ``width`` channels.
         """
         value = run(self.stem, tiles)
         values = []
@@ -308,8 +295,6 @@ class HoVerNet(nnx.Module):
 def n_parameters(network: nnx.Module) -> int:
     """Count the trained parameters of a network.
 
-    Examples
-    --------
     >>> n_parameters(Conv(3, 4, 3, rngs=nnx.Rngs(0)))
     108
     """

@@ -126,15 +126,7 @@ def find_transcripts(
     min_quality: float | None,
     controls: Sequence[str],
 ) -> Transcripts:
-    """Return a section's transcripts and genes.
-
-    Raises
-    ------
-    KeyError
-        If the points or the table do not exist.
-    ValueError
-        If the points are not placed on the H&E, or have no feature names.
-    """
+    """Return a section's transcripts and genes."""
     name = contract.TRANSCRIPTS if points_key is None else points_key
     if points_key is None and name not in sdata.points and len(sdata.points) == 1:
         name = next(iter(sdata.points))

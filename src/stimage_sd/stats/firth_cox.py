@@ -47,17 +47,10 @@ class FirthRegression(NamedTuple):
 def firth_regression(values: np.ndarray, at_risk: np.ndarray, died: np.ndarray, share: np.ndarray) -> FirthRegression:
     """Maximize the partial log-likelihood plus half the log of its information.
 
-    Parameters
-    ----------
-    values
-        Values of the gene, ``(n_patients,)``, ordered by time from the latest to the earliest.
-    at_risk, died, share
-        As in `stimage_sd.stats.cox`: number of patients at risk at each death, range of the patients who die at that
-        time, and share of that range left out by Efron's approximation.
-
-    Returns
-    -------
-    The regression.
+    - `values`: values of the gene, ``(n_patients,)``, ordered by time from the latest to the earliest.
+    - `at_risk`, `died`, `share`: as in `stimage_sd.stats.cox`: number of patients at risk at each death, range of the
+      patients who die at that time, and share of that range left out by Efron's approximation.
+    - returns: the regression.
     """
     sums = np.empty(4)
 

@@ -36,19 +36,9 @@ class Region:
     def of(cls, sdata: SpatialData, name: str, tiles: Sequence[str | int] | None) -> Region:
         """Return the region of a section. Without a tissue mask, the tiles count as tissue.
 
-        Parameters
-        ----------
-        sdata
-            The section.
-        name
-            Name of the H&E image.
-        tiles
-            Names or numbers of the tiles to search. `None` for all of the tissue.
-
-        Raises
-        ------
-        KeyError
-            If the section has neither tissue nor tiles, or lacks a tile.
+        - `sdata`: the section.
+        - `name`: name of the H&E image.
+        - `tiles`: names or numbers of the tiles to search. `None` for all of the tissue.
         """
         squares = None if tiles is None else contract.tile_squares(sdata, tiles, name)
         height, width = contract.levels(sdata, name)[0].shape[1:]

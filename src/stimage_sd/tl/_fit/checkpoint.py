@@ -50,11 +50,6 @@ def read_named(folder: Path, *, run: Mapping[str, Any]) -> tuple[dict[str, np.nd
     """Read the named arrays and `about` of a state.
 
     Return None if the folder has no state. A damaged state also gives None, with a warning.
-
-    Raises
-    ------
-    ValueError
-        If the state belongs to a run with other settings.
     """
     path = folder / _NAME
     if not path.exists():

@@ -17,13 +17,11 @@ from stimage_sd.likelihood import mean_only
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._instance_model import InstanceModel, crowding
 from stimage_sd.models._instance_specification import InstanceSpecification, instance_features
-from stimage_sd.models._shared_patterns import SharedPatterns
+from stimage_sd.models._shared_patterns import SharedPatterns, find_patterns
 from stimage_sd.models._specification import common_specification, features
 from stimage_sd.nn.sharding import shard_members
 from stimage_sd.tl._fit.bags import BagFeatures
 from stimage_sd.tl._fit.held_out_level import with_interval_level
-from stimage_sd.tl._fit.shared_patterns import find_patterns
-from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.training import INSTANCES, TrainingData, train
 from stimage_sd.tl._fit.training_set import (
     Spots,
@@ -31,6 +29,7 @@ from stimage_sd.tl._fit.training_set import (
     check_measured,
     counted_genes,
     depths,
+    held_out_tiles,
     kept_centers,
     measured_counts,
 )

@@ -15,15 +15,14 @@ from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._nb import HeadName, NBModel
+from stimage_sd.models._shared_patterns import find_patterns
 from stimage_sd.models._specification import common_specification, extractor_names, features
 from stimage_sd.nn.sharding import shard_members
 from stimage_sd.tl._fit.fit_instances import fit_on_instances
 from stimage_sd.tl._fit.held_out_level import with_interval_level
 from stimage_sd.tl._fit.seen import check_different
-from stimage_sd.tl._fit.shared_patterns import find_patterns
-from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.training import TrainingData, train
-from stimage_sd.tl._fit.training_set import Spots, bootstrap, checked_genes
+from stimage_sd.tl._fit.training_set import Spots, bootstrap, checked_genes, held_out_tiles
 
 
 def fit_nb(

@@ -62,13 +62,7 @@ class Target(NamedTuple):
 
 
 def open_target(model: Predictor, sdata: SpatialData, *, on: str, section: str) -> Target:
-    """Open the tiles, nuclei or squares of a section.
-
-    Raises
-    ------
-    ValueError
-        If the model does not predict them.
-    """
+    """Open the tiles, nuclei or squares of a section."""
     able = predicts_on(model)
     if on not in ("tiles", able):
         raise ValueError(

@@ -26,13 +26,6 @@ def groups_of(
         The measured spots.
     graph
         Neighbors of the tiles, ``(n_tiles, n_tiles)``.
-
-    Raises
-    ------
-    KeyError
-        If there is no such column.
-    ValueError
-        If the number of steps is below 1, or no tile has a region.
     """
     if isinstance(scale, str):
         columns = [frame[scale] for frame in (units.obs, predictions.obs.iloc[rows]) if scale in frame]
