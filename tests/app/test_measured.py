@@ -13,8 +13,8 @@ from matplotlib.colors import to_hex
 from scipy.stats import pearsonr
 
 from stimage_sd import contract, tl
-from stimage_sd.app._about_model import about_model, outside_words
-from stimage_sd.app._genes import gene_orders
+from stimage_sd.app._about_model import about_model, certificate_tables, outside_words
+from stimage_sd.app._genes import doubt_about, gene_orders
 from stimage_sd.app._measured import Measured, find_measured
 from stimage_sd.app._sections import Prediction
 from stimage_sd.app._viewer import N_COLORS, Map, color_range
@@ -75,6 +75,29 @@ def test_every_spot_has_its_depth_for_a_model_with_size_factors(cohort: Any) -> 
     depth = by_spot[contract.predictions(section).obs["spot_id"].astype(str)].to_numpy() / model.total
     assert frame["measured_at_depth"].to_numpy() == pytest.approx(frame["measured"].to_numpy() / depth)
     assert prediction.measured.depth_words == "divided by the depth of each spot"
+
+
+def test_genes_of_a_certified_model_come_predictable_first(cohort: Any, model: Any) -> None:
+    certified = tl.certify(cohort.sections["c"], model, n_permutations=100)
+    genes = certified.certificate.genes.copy()
+    genes["predictable"] = [True, False, True, False, False, False]
+    genes.loc[3, "pearson"] = np.nan
+    certified.training["certificate"]["genes"] |= {
+        "predictable": genes["predictable"].tolist(), "pearson": [None if np.isnan(r) else r for r in genes["pearson"]]
+    }  # fmt: skip
+    prediction = prediction_of(cohort.sections["c"], certified)
+    order = gene_orders(prediction)["certificate"]
+    first = genes[genes["predictable"]].sort_values("pearson", ascending=False)
+    assert list(order.index[:2]) == first["gene"].tolist()
+    assert order.iloc[0] == f"r = {first['pearson'].iloc[0]:.2f} in new sections"
+    assert set(order[2:]) == {"not predictable"}
+    assert order.index[-1] == "G3"
+    assert doubt_about(str(order.index[0]), prediction) == ""
+    assert f"correlation with the counts was {genes['pearson'][1]:.2f}" in doubt_about("G1", prediction)
+    assert "does not cover this gene" in doubt_about("G3", prediction)
+    shown, sections = certificate_tables(certified.certificate)
+    assert list(shown["gene"][:2]) == first["gene"].tolist()
+    assert list(sections["section"]) == ["c"]
 
 
 def test_what_was_not_measured_is_said(cohort: Any, model: Any, make_slide: Callable[..., Any]) -> None:

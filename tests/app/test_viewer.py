@@ -149,17 +149,17 @@ def test_layers_have_colors_of_one_scale_that_can_be_taken_off(visit: Callable[.
     assert colors["50"] == pytest.approx((colors["0"] + colors["100"]) / 2, abs=1.5)
 
 
-def test_genes_come_in_the_chosen_order_and_the_model_says_what_it_learned_from(
+def test_genes_come_in_the_chosen_order_and_the_model_shows_its_training_and_certificate(
     visit: Callable[..., Any], example: Path
 ) -> None:
     visitor = opened(visit)
     visitor.page.locator(".st-key-gene input").click()
     genes = visitor.page.get_by_role("option").all_inner_texts()
     visitor.page.keyboard.press("Escape")
-    scores = [float(re.search(r"r = (-?[\d.]+)", gene).group(1)) for gene in genes]
-    assert scores == sorted(scores, reverse=True)
     # noise, which no image tells, comes last
-    assert all(gene.startswith("NOISE") for gene in genes[-2:])
+    assert genes[-2:] == ["NOISE001 (not predictable)", "NOISE002 (not predictable)"]
+    scores = [float(re.search(r"r = ([\d.]+) in new sections", gene).group(1)) for gene in genes[:-2]]
+    assert scores == sorted(scores, reverse=True)
     chosen = visitor.page.locator(".st-key-gene input")
     title = visitor.page.locator(".viewer .title").first
     visitor.pick("gene", genes[3])
@@ -171,9 +171,18 @@ def test_genes_come_in_the_chosen_order_and_the_model_says_what_it_learned_from(
     names = visitor.page.get_by_role("option").all_inner_texts()
     visitor.page.keyboard.press("Escape")
     assert names == sorted(genes)
+    visitor.pick("gene", genes[-1])
+    visitor.see(re.compile("By the model's certificate this gene is not predictable"))
+    visitor.see(re.compile("16 of 18 genes are predictable"))
     visitor.page.get_by_text("About the model").click()
     visitor.see("training_1, training_2")
-    visitor.see("efficientnet_lite0")
+    visitor.see(re.compile("efficientnet_lite0"))
+    visitor.page.locator(".st-key-certified-genes").wait_for()
+    with visitor.page.expect_download() as download:
+        visitor.page.get_by_role("button", name="Certificate (HTML)").click()
+    page = Path(download.value.path()).read_text()
+    assert "Certificate of a model of 18 genes" in page
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", page), "the page of a certificate asks for nothing"
 
 
 def test_a_slide_that_is_strange_to_the_model_says_so_and_is_gray(
