@@ -226,7 +226,9 @@ def explain(
     n_tiles: Annotated[int, typer.Option(min=1, help="Tiles per gene, if --tile is not given.")] = 5,
     of: Annotated[list[Of] | None, typer.Option(help="Part of the prediction to explain [default: mean].")] = None,
     segments: Annotated[str, typer.Option(help="nuclei, slic (superpixels), or the name of labels.")] = "nuclei",
-    n_samples: Annotated[int, typer.Option(min=10, help="Perturbed copies per tile.")] = 1000,
+    n_samples: Annotated[
+        int, typer.Option(min=10, help="Most perturbed copies per tile. Fewer are used where scores are stable.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the perturbations.")] = 0,
     figure: Annotated[Path | None, typer.Option(help="PNG file for the explained tiles.")] = None,
     out: Annotated[Path | None, typer.Option(help="Zarr store to write. By default ZARR itself.")] = None,
@@ -278,7 +280,7 @@ def explain(
     table = contract.explanations(sdata)
     for name in gene if "r2" in table.layers else ():
         values = table[:, name].layers
-        typer.echo(f"{name}: R² {_median(values['r2'])}, stability {_median(values['stability'])} (medians)")
+        typer.echo(f"{name}: held-out R² {_median(values['r2'])}, stability {_median(values['stability'])} (medians)")
     typer.echo(f"Explained nuclei in {target}.")
 
 

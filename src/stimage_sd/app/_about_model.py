@@ -61,6 +61,15 @@ def certificate_tables(certificate: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     return _shown(genes, GENE_COLUMNS), _shown(certificate.sections, SECTION_COLUMNS)
 
 
+def certificate_words(certificate: Any) -> list[str]:
+    """Return the verdict of a certificate and what it does not show, from its card without tables and notes."""
+    paragraphs = [text for text in certificate.card().split("\n\n") if not text.startswith(("#", "|"))]
+    # the description of the model comes first, the best genes and notes on the scores come last
+    notes = (number for number, text in enumerate(paragraphs) if text.startswith("The ") and text.endswith(":"))
+    last = next(notes, len(paragraphs))
+    return paragraphs[1:last]
+
+
 def certificate_page(certificate: Any) -> bytes:
     """Return the card of a certificate with its figure as one HTML page."""
     with tempfile.TemporaryDirectory() as folder:

@@ -102,7 +102,7 @@ def _draw_explanation(ax: Axes, explanation: Explanation, gene: str, tile: int) 
     image = contract.image_name(explanation.sdata)
     pl.explanation(explanation.sdata, gene, tiles=[tile], image_key=image, ax=ax)
     kind = "nuclei" if explanation.of_nuclei else "superpixels: no nuclei were found"
-    ax.set_title(f"Tile {tile}: {kind}, by LIME", fontsize=10)
+    ax.set_title(f"Tile {tile}: {kind}, by LIME" + (", not readable" if explanation.doubt else ""), fontsize=10)
 
 
 def _draw_distribution(ax: Axes, frame: pd.DataFrame, row: Any, gene: str) -> None:

@@ -63,7 +63,7 @@ class Measured:
         if np.allclose(self.depth, 1.0):
             return "as measured"
         if np.ptp(self.depth) == 0:
-            return f"divided by this section's depth of {self.depth[0]:.2g}"
+            return f"divided by this section's depth of {self.depth[0]:.2f}"
         return "divided by the depth of each spot"
 
 

@@ -41,7 +41,7 @@ def show_model(prediction: _sections.Prediction) -> None:
         if certificate is None:
             st.caption("The model has no certificate, so it is unknown which of its genes it predicts in new sections.")
         else:
-            st.caption(escaped(repr(certificate)) + ".")
+            st.caption(escaped(" ".join(_about_model.certificate_words(certificate))))
     with st.expander("About the model: training data, certificate, features, versions", key="about-model"):
         table = _about_model.about_model(prediction.model)
         st.table(table.assign(value=table["value"].map(escaped)).set_index("what"))
@@ -187,10 +187,10 @@ def show_tile(
     """Show a tile as it is, its nuclei by LIME, its predicted distribution, and the downloads."""
     row = frame[frame["tile"] == tile].iloc[0]
     n_samples = st.select_slider(
-        "Perturbed copies of the tile (more copies are slower and give steadier scores)", [100, 300, 500, 1000, 2000],
-        value=_sections.N_SAMPLES, key="n_samples",
+        "At most so many perturbed copies of the tile (fewer are made if the scores of the nuclei are stable before)",
+        [100, 300, 500, 1000, 2000], value=_sections.N_SAMPLES, key="n_samples",
     )  # fmt: skip
-    with st.spinner(f"Explaining tile {tile}: {n_samples} perturbed copies are predicted ..."):
+    with st.spinner(f"Explaining tile {tile}: up to {n_samples} perturbed copies are predicted ..."):
         explanation = session.calculated(
             ("explanation", key, gene, tile, n_samples),
             lambda: _sections.explain(prediction, gene, tile, n_samples=n_samples),
@@ -218,14 +218,25 @@ def _show_words(
             "95 % of them lie. Its prediction has no support in the training data."
         )
     if explanation.doubt:
-        st.warning(explanation.doubt)
+        st.warning(
+            f"The scores of single nuclei are not to be read ({explanation.doubt}), so the nuclei are gray. More copies "
+            "can make the scores stable."
+        )
     floor = float(prediction.model.floor[0, list(prediction.model.genes).index(gene)])
     measured = f"Measured **{row['measured']:.0f}**. " if np.isfinite(row.get("measured", np.nan)) else ""
+    # fewer than three nuclei have no stability
+    stability = (
+        "."
+        if np.isnan(explanation.stability)
+        else (
+            f", stability {explanation.stability:.2f} (correlation of the scores with those from infinitely many copies)."
+        )
+    )
     st.write(
         f"Predicted mean **{row['mean']:.3g}**, 90 % interval {row['lower']:.0f} to {row['upper']:.0f}. {measured}Mean "
         f"of the training tiles {floor:.3g}. Red nuclei raise the prediction, blue nuclei lower it. LIME's linear "
-        f"model: R² {explanation.r2:.2f}, stability {explanation.stability:.2f} (correlation of the scores between two "
-        "halves of the copies)."
+        f"model, from {explanation.n_copies:,} copies: R² {explanation.r2:.2f} on copies that it was not fitted to"
+        + stability
     )
 
 

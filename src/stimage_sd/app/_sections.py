@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 #: largest number of tiles of an uploaded image, 5.5 x 5.5 mm with tiles of 55 µm
 MOST_TILES = 10_000
-#: default number of perturbed copies of a tile, about 4 s per field of view on two cores
+#: default of the largest number of perturbed copies of a tile
 N_SAMPLES = 300
 
-#: least stability at which scores of single nuclei are read
-LEAST_STABILITY = 0.5
 
 Say = Callable[[str], None]
 
@@ -90,7 +88,11 @@ class Explanation:
     of_nuclei
         Whether the segments are nuclei.
     r2, stability
-        R² and stability of LIME's linear model.
+        R² of LIME's linear model on copies that it was not fitted to, and stability of the scores.
+    n_copies
+        Number of perturbed copies.
+    doubt
+        Why scores of single nuclei are not to be read, empty if they are.
     """
 
     sdata: SpatialData
@@ -98,16 +100,8 @@ class Explanation:
     of_nuclei: bool
     r2: float
     stability: float
-
-    @property
-    def doubt(self) -> str:
-        """Say why scores of single nuclei mean little, or return an empty text."""
-        if self.stability >= LEAST_STABILITY:
-            return ""
-        return (
-            f"The scores of single nuclei are not stable: between two halves of the copies they correlate only by "
-            f"{self.stability:.2f}. Do not read single nuclei. More copies can make the scores stable."
-        )
+    n_copies: int
+    doubt: str
 
 
 def open_image(path: Path, *, mpp: float, name: str, all_tissue: bool) -> SpatialData:
@@ -233,7 +227,7 @@ def explain(prediction: Prediction, gene: str, tile: int, *, n_samples: int) -> 
     tile
         ``obs["instance_id"]``.
     n_samples
-        Number of perturbed copies of the tile.
+        Largest number of perturbed copies of the tile. Fewer are made if the scores are stable before.
 
     Raises
     ------
@@ -253,7 +247,9 @@ def explain(prediction: Prediction, gene: str, tile: int, *, n_samples: int) -> 
         raise UploadError(f"The tile cannot be explained: {plain_words(error, Path('/'))}") from error
     table = contract.explanations(sdata)
     r2, stability = (float(np.asarray(table.layers[name])[0, 0]) for name in ("r2", "stability"))
-    return Explanation(sdata, contract.explained(sdata), of_nuclei, r2, stability)
+    doubts = contract.unstable_tiles(sdata, gene, min_stability=contract.MIN_STABILITY, min_r2=contract.MIN_R2)
+    n_copies = int(table.obs["n_samples"].iloc[0])
+    return Explanation(sdata, contract.explained(sdata), of_nuclei, r2, stability, n_copies, doubts.get(tile, ""))
 
 
 def distribution(prediction: Prediction, gene: str, tile: int, *, share: float = 0.999) -> pd.DataFrame:

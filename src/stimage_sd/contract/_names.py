@@ -1,4 +1,4 @@
-"""Define the names of elements, tables and columns."""
+"""Define the names of elements, tables and columns, and unify names of genes."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ SPOT_UM, NOMINAL_SPOT_UM, PITCH_UM = 55.0, 65.0, 100.0
 
 REGION_KEY = "region"
 INSTANCE_KEY = "instance_id"
+
+#: lowest stability and held-out R² of scores of explained tiles that figures and summaries read
+MIN_STABILITY = 0.9
+MIN_R2 = 0.2
+
 #: side of an image chunk, px; images are read, normalized and cut chunk by chunk
 CHUNK = 1024
 
