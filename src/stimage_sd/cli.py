@@ -316,7 +316,9 @@ def cohort(
 
 @app.command(name="app")
 def serve(
-    model: Annotated[Path | None, typer.Option(help="Model that visitors may choose.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model that visitors may choose, or the name of a ready model.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="ZARR", help="Zarr store of a section that visitors may choose.")
     ] = None,
@@ -332,8 +334,12 @@ def serve(
 ) -> None:
     """Serve the web app with predictions and explanations of a slide (needs the extra app)."""
     from stimage_sd.app._launch import check_extra, launch
+    from stimage_sd.models._ready import is_ready, path_of, pretrained
 
     check_extra()
+    if model is not None and not model.exists() and is_ready(model):
+        pretrained(str(model))
+        model = path_of(str(model))
     typer.echo(f"The app is at http://{address}:{port}. Stop the app with Ctrl-C.")
     launch(model=model, data=data, address=address, port=port, upload_mb=max_upload,
            allow_hosts=tuple(allow_host or ()))  # fmt: skip
