@@ -100,6 +100,10 @@ def test_genes_of_measured_cells(typed: SpatialData) -> None:
     ax = pl.cells(typed, "KRT5", shapes_key="measured")
     np.testing.assert_allclose(ax.collections[0].get_array(), np.log1p(counts[:, 1]))
     assert ax.figure.axes[-1].get_ylabel() == "log(1 + count of KRT5)"
+    # outlines that the table does not annotate, but that have its ids
+    typed.shapes["rims"] = typed.shapes["measured"].iloc[::2].rename_axis("instance_id")
+    outlined = pl.cells(typed, "KRT5", shapes_key="rims")
+    np.testing.assert_allclose(outlined.collections[0].get_array(), np.log1p(counts[::2, 1]))
     with pytest.raises(KeyError, match=r"no column 'ESR1'.*Nor is it one of the 2 genes that were measured"):
         pl.cells(typed, "ESR1", shapes_key="measured")
 
@@ -143,7 +147,9 @@ def test_scores_of_types_are_means_over_sections() -> None:
     """Paper, Figures 4a, S14 and S15b."""
     names = ["f1", "dice", "panoptic_quality", "accuracy", "mean_f1", "mean_iou"]
     summary = pd.DataFrame({"section": ["x", "y"], **{name: [0.6, 0.8] for name in names}})
-    kinds = pd.DataFrame({"section": list("xxyy"), "cell_type": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, np.nan]})
+    kinds = pd.DataFrame(
+        {"section": list("xxyy"), "cell_type": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, np.nan]}
+    )
     scores = tl.CellScores(summary, kinds, pd.DataFrame())
     types, overall_panel = pl.cell_scores(scores)
     assert [label.get_text() for label in types.get_xticklabels()] == ["immune", "stromal"]
