@@ -21,6 +21,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import CodeType, FrameType
 from typing import Any
 
@@ -76,15 +77,15 @@ def main_path(lines: Counter[str]) -> list[str]:
     return files
 
 
-def _section(seed: int) -> SpatialData:
-    path = sti.datasets.synthetic_visium(f"walk-{seed}", n_spots=120, n_genes=60, seed=seed)
+def _section(folder: Path, seed: int) -> SpatialData:
+    path = sti.datasets.synthetic_visium(folder / str(seed), n_spots=120, n_genes=60, seed=seed)
     section = sti.io.visium(path, image=path / "image.tif", patient=f"patient-{seed}")
     return section
 
 
-def walks() -> dict[str, Counter[str]]:
-    """Run the walks."""
-    train, new = {f"section-{seed}": _section(seed) for seed in (0, 1)}, _section(2)
+def walks(folder: Path) -> dict[str, Counter[str]]:
+    """Run the walks on sections that are written to a folder."""
+    train, new = {f"section-{seed}": _section(folder, seed) for seed in (0, 1)}, _section(folder, 2)
     for section in (*train.values(), new):
         sti.pp.stain_normalize(section, reference=train["section-0"])
         sti.pp.tile(section)
@@ -106,7 +107,8 @@ def walks() -> dict[str, Counter[str]]:
 def main() -> None:
     """Print the figures and the files with their lines."""
     sys.stdout.write("| walk | main path | all |\n|---|---|---|\n")
-    found = walks()
+    with TemporaryDirectory() as folder:
+        found = walks(Path(folder))
     for name, lines in found.items():
         n_all = sum(count > FEW for count in lines.values())
         sys.stdout.write(f"| {name} | {len(main_path(lines))} | {n_all} |\n")

@@ -65,7 +65,10 @@ class Settings:
     def override(self, **options: Any) -> Iterator[None]:
         """Change settings within a ``with`` block.
 
-        - `options`: settings and their values.
+        Parameters
+        ----------
+        options
+            Settings and their values.
         """
         before = {name: getattr(self, name) for name in options}
         try:

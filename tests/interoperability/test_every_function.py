@@ -298,6 +298,23 @@ def _(stage: Stage) -> Any:
     return sti.tl.evaluate(stage.section)
 
 
+@step("tl.pool_members")
+def _(stage: Stage) -> Any:
+    return sti.tl.pool_members(stage.section, stage.model, size=1, n_pools=1)
+
+
+@step("tl.local_morans_i")
+def _(stage: Stage) -> Any:
+    return sti.tl.local_morans_i(stage.section, stage.genes[:2], n_permutations=19, correction="none")
+
+
+@step("tl.compare_labels")
+def _(stage: Stage) -> Any:
+    contract.tiles(stage.section).obs["half"] = np.arange(contract.tiles(stage.section).n_obs) % 2
+    agreement = sti.tl.compare_labels(stage.section, "half", "keep")
+    return agreement.table, agreement.scores
+
+
 @step("tl.evaluate_genes_high")
 def _(stage: Stage) -> Any:
     return sti.tl.evaluate_genes_high(stage.section)

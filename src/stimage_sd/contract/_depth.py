@@ -22,14 +22,9 @@ _MOST_GENES = 2.0
 class Compared(NamedTuple):
     """Predicted distributions of some tiles and genes, at the depth of their spots.
 
-    Attributes
-    ----------
-    mean, aleatoric, epistemic, lower, upper
-        ``float64 (n_tiles, n_genes)``.
-    shift_sd
-        Standard deviation of the log of each gene's shift, ``(n_genes,)``. `None` for models without shifts.
-    size_factor
-        Depth of each tile, ``float64 (n_tiles,)``.
+    - `mean`, `aleatoric`, `epistemic`, `lower`, `upper`: ``float64 (n_tiles, n_genes)``.
+    - `shift_sd`: standard deviation of the log of each gene's shift, ``(n_genes,)``. `None` for models without shifts.
+    - `size_factor`: depth of each tile, ``float64 (n_tiles,)``.
     """
 
     mean: np.ndarray

@@ -44,18 +44,11 @@ _XY = ("x", "y")
 class Frame:
     """The pixel grid of an image.
 
-    Attributes
-    ----------
-    image
-        Name of the image. `None` for a section without an H&E.
-    size
-        Width and height, px. `None` without an image.
-    sample
-        Sample id, for error messages.
-    transformations
-        SpatialData transformations from the pixels to each coordinate system of the image.
-    coordinate_system
-        The coordinate system that the user named. `None` allows any.
+    - `image`: name of the image. `None` for a section without an H&E.
+    - `size`: width and height, px. `None` without an image.
+    - `sample`: sample id, for error messages.
+    - `transformations`: SpatialData transformations from the pixels to each coordinate system of the image.
+    - `coordinate_system`: the coordinate system that the user named. `None` allows any.
     """
 
     image: str | None

@@ -168,17 +168,12 @@ def _rows_of(sdata: SpatialData, table: AnnData, name: str) -> NDArray[np.int64]
 class Within(NamedTuple):
     """Place of nuclei or squares among the kept tiles.
 
-    Attributes
-    ----------
-    tile
-        Row of the nearest kept tile, ``int64 (n,)``. -1 for those far from all tiles.
-    inside
-        Whether the center lies within the spot of that tile, or within the tile where tiles are not on spots.
-    uncovered
-        Share of each tile's spot, or of the tile, that none of them covers, ``float64 (n_tiles,)``. 0 for squares.
-    per_tile
-        How many there would be in the square of each tile, if they lay as densely as in its spot, ``float64
-        (n_tiles,)``.
+    - `tile`: row of the nearest kept tile, ``int64 (n,)``. -1 for those far from all tiles.
+    - `inside`: whether the center lies within the spot of that tile, or within the tile where tiles are not on spots.
+    - `uncovered`: share of each tile's spot, or of the tile, that none of them covers, ``float64 (n_tiles,)``. 0 for
+      squares.
+    - `per_tile`: how many there would be in the square of each tile, if they lay as densely as in its spot, ``float64
+      (n_tiles,)``.
     """
 
     tile: NDArray[np.int64]

@@ -27,14 +27,9 @@ _MASK_SIDE = 4096
 class LabelWindow(NamedTuple):
     """A rectangular part of a labels element.
 
-    Attributes
-    ----------
-    labels
-        ``int (y, x)``.
-    left, top
-        Corner of the first label pixel, px of the H&E.
-    pixel
-        H&E pixels per label pixel, along x and y.
+    - `labels`: ``int (y, x)``.
+    - `left`, `top`: corner of the first label pixel, px of the H&E.
+    - `pixel`: H&E pixels per label pixel, along x and y.
     """
 
     labels: np.ndarray

@@ -1,4 +1,4 @@
-"""Define the names of elements, tables and columns."""
+"""Define the names of elements, tables and columns, and unify names of genes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read and write the results of a section: tissue, nuclei, predictions, gene classes, explanations."""
+"""Read and write the results of a section: tissue, nuclei, predictions, gene classes, cell types, explanations."""
 
 from __future__ import annotations
 

@@ -60,12 +60,8 @@ def tiling(sdata: SpatialData) -> dict[str, Any]:
 class TileGeometry(NamedTuple):
     """Centers and side of the tiles on an image.
 
-    Attributes
-    ----------
-    centers
-        ``float64 (n, 2)``, x and y, px of the image.
-    side
-        Side of a tile, px of the image.
+    - `centers`: ``float64 (n, 2)``, x and y, px of the image.
+    - `side`: side of a tile, px of the image.
     """
 
     centers: NDArray[np.float64]

@@ -52,18 +52,11 @@ _KIND_WORD = re.compile(r"_(labels|boundaries|circles|polygons|shapes|segmentati
 class Units:
     """The measured units of a section.
 
-    Attributes
-    ----------
-    shapes
-        Name of the element (shapes, labels or points) that holds the units.
-    table
-        Name of the table that annotates the units. `None` without such a table.
-    rows
-        Rows of the table, ``int64 (n,)``, without rows of other sections and of units that were cropped away.
-    names
-        Names of the units: ``obs_names`` of the table, else the index of the shapes.
-    ids
-        Ids of the units in the element.
+    - `shapes`: name of the element (shapes, labels or points) that holds the units.
+    - `table`: name of the table that annotates the units. `None` without such a table.
+    - `rows`: rows of the table, ``int64 (n,)``, without rows of other sections and of units that were cropped away.
+    - `names`: names of the units: ``obs_names`` of the table, else the index of the shapes.
+    - `ids`: ids of the units in the element.
     """
 
     shapes: str

@@ -17,16 +17,10 @@ from stimage_sd.datasets._tissue_painter import Tissue
 class Look:
     """Appearance of the nuclei of a cell type.
 
-    Attributes
-    ----------
-    radius_um
-        Mean radius of a circle with the area of the nucleus, µm.
-    aspect
-        Smallest and largest ratio of long to short axis.
-    darkness
-        Mean gray value of hematoxylin that the painter draws.
-    subtypes
-        Names of the type in a single-cell reference.
+    - `radius_um`: mean radius of a circle with the area of the nucleus, µm.
+    - `aspect`: smallest and largest ratio of long to short axis.
+    - `darkness`: mean gray value of hematoxylin that the painter draws.
+    - `subtypes`: names of the type in a single-cell reference.
     """
 
     radius_um: float

@@ -30,20 +30,12 @@ DARK, BACKGROUND, GAIN = 90.0, 110.0, 22.0
 class DapiPainter:
     """Draws nuclei as in a fluorescence microscope.
 
-    Parameters
-    ----------
-    tissue
-        Tissue with the nuclei.
-    reach
-        `Tissue.eccentricity` of the outline of the tissue.
-    nuclei
-        ``(n, 6)`` nuclei from `scatter_nuclei`, pixels of the H&E.
-    to_dapi
-        ``(3, 3)`` similarity from pixels of the H&E to pixels of the DAPI image.
-    size
-        Side of the image, px.
-    pixel_um
-        Micrometers per pixel.
+    - `tissue`: tissue with the nuclei.
+    - `reach`: `Tissue.eccentricity` of the outline of the tissue.
+    - `nuclei`: ``(n, 6)`` nuclei from `scatter_nuclei`, pixels of the H&E.
+    - `to_dapi`: ``(3, 3)`` similarity from pixels of the H&E to pixels of the DAPI image.
+    - `size`: side of the image, px.
+    - `pixel_um`: micrometers per pixel.
     """
 
     tissue: Tissue

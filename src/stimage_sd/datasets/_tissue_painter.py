@@ -59,14 +59,9 @@ def make_stain(seed: int | None) -> Stain:
 class Tissue:
     """A synthetic tissue on a square image.
 
-    Parameters
-    ----------
-    size
-        Side of the image, px.
-    mpp
-        Micrometers per pixel.
-    seed
-        Seed of the fields, outline, nuclei and textures.
+    - `size`: side of the image, px.
+    - `mpp`: micrometers per pixel.
+    - `seed`: seed of the fields, outline, nuclei and textures.
     """
 
     size: int

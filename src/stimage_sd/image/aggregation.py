@@ -27,25 +27,17 @@ _ROUNDING = 1e-6
 class Regions(NamedTuple):
     """Circles or polygons sorted into a grid, made by `circles` and `polygons`.
 
-    Attributes
-    ----------
-    bounds
-        ``float64 (n_regions, 4)``: lowest x and y, highest x and y.
-    circle
-        ``float64 (n_regions, 3)``: center x and y, squared radius. Polygons have no rows.
-    edge
-        ``float64 (n_edges, 4)``: x and y of the lower end of an edge, y of the upper end, and dx/dy. A shared edge has
-        the same four numbers in both polygons, so a point near the edge is in exactly one polygon. Polygons are cut
-        into slabs along y. Edges are listed by slab, and an edge appears in every slab that it crosses.
-    edge_start, slab_start, slabs_per_unit
-        First edge of each slab, int64. First slab of each region, ``int64 (n_regions + 1,)``. Number of slabs per unit
-        of y for each region.
-    corner, cell
-        x and y of the grid corner ``(2,)``, and side of a cell.
-    rows, columns
-        Size of the grid.
-    member, member_start
-        ``int32``: regions that touch a cell, listed by cell. ``int64``: first entry of each cell.
+    - `bounds`: ``float64 (n_regions, 4)``: lowest x and y, highest x and y.
+    - `circle`: ``float64 (n_regions, 3)``: center x and y, squared radius. Polygons have no rows.
+    - `edge`: ``float64 (n_edges, 4)``: x and y of the lower end of an edge, y of the upper end, and dx/dy. A shared
+      edge has the same four numbers in both polygons, so a point near the edge is in exactly one polygon. Polygons are
+      cut into slabs along y. Edges are listed by slab, and an edge appears in every slab that it crosses.
+    - `edge_start`, `slab_start`, `slabs_per_unit`: first edge of each slab, int64. First slab of each region, ``int64
+      (n_regions + 1,)``. Number of slabs per unit of y for each region.
+    - `corner`, `cell`: x and y of the grid corner ``(2,)``, and side of a cell.
+    - `rows`, `columns`: size of the grid.
+    - `member`, `member_start`: ``int32``: regions that touch a cell, listed by cell. ``int64``: first entry of each
+      cell.
     """
 
     bounds: np.ndarray

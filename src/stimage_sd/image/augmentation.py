@@ -10,15 +10,31 @@ def augment(
 ) -> np.ndarray:
     """Return one random variant of every tile.
 
-    - `tiles`: ``uint8 (n_tiles, side, side, 3)``.
-    - `seed`: random seed. The same seed gives the same variants. The variant of a tile depends on its position in the
-      batch.
-    - `flip`: probability of a mirror image.
-    - `rotate`: rotate by 0, 90, 180 or 270 degrees with equal probability.
-    - `stain_jitter`: standard deviation of a random factor (mean 1) on the optical density of each channel. A random
-      shift (mean 0) has a tenth of this deviation. Both change stain strength and hue.
-    - returns: ``uint8``, of the same shape.
+    Parameters
+    ----------
+    tiles
+        ``uint8 (n_tiles, side, side, 3)``.
+    seed
+        Random seed. The same seed gives the same variants. The variant of a tile depends on its position in the batch.
+    flip
+        Probability of a mirror image.
+    rotate
+        Rotate by 0, 90, 180 or 270 degrees with equal probability.
+    stain_jitter
+        Standard deviation of a random factor (mean 1) on the optical density of each channel. A random shift (mean 0)
+        has a tenth of this deviation. Both change stain strength and hue.
 
+    Returns
+    -------
+    ``uint8``, of the same shape.
+
+    Raises
+    ------
+    ValueError
+        If `tiles` is not such an array, or an option is out of range.
+
+    Examples
+    --------
     >>> tiles = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
     >>> same = augment(tiles, seed=0, flip=0.0, rotate=False, stain_jitter=0.0)
     >>> bool((same == tiles).all())

@@ -22,14 +22,10 @@ _F1_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
 class ClassScores(NamedTuple):
     """Scores of classes, each ``(n_classes,)``, NaN where a score has no cells.
 
-    Attributes
-    ----------
-    n_truth, n_found
-        Number of true and of predicted cells of the class.
-    f1_hovernet
-        F1 of the class as published for HoVer-Net, over matched and unmatched cells.
-    precision, recall, f1
-        Standard scores. A predicted cell is correct if it is matched to a true cell of the same class.
+    - `n_truth`, `n_found`: number of true and of predicted cells of the class.
+    - `f1_hovernet`: F1 of the class as published for HoVer-Net, over matched and unmatched cells.
+    - `precision`, `recall`, `f1`: standard scores. A predicted cell is correct if it is matched to a true cell of the
+      same class.
     """
 
     n_truth: NDArray[np.int64]

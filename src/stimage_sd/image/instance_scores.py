@@ -18,16 +18,11 @@ from stimage_sd.image.assignment import one_to_one
 class Overlaps(NamedTuple):
     """Objects of two label maps and their shared pixels.
 
-    Attributes
-    ----------
-    truth_labels, found_labels
-        ``int64 (n_truth,)`` and ``(n_found,)``: labels in ascending order, without 0.
-    truth_areas, found_areas
-        Areas in the same order, ``int64`` in px, ``float64`` for polygons.
-    truth_rows, found_rows
-        ``int64 (n_pairs,)``: rows of the objects in these lists, for pairs that share at least one pixel.
-    shared
-        ``int64 (n_pairs,)``: pixels that a pair shares.
+    - `truth_labels`, `found_labels`: ``int64 (n_truth,)`` and ``(n_found,)``: labels in ascending order, without 0.
+    - `truth_areas`, `found_areas`: areas in the same order, ``int64`` in px, ``float64`` for polygons.
+    - `truth_rows`, `found_rows`: ``int64 (n_pairs,)``: rows of the objects in these lists, for pairs that share at
+      least one pixel.
+    - `shared`: ``int64 (n_pairs,)``: pixels that a pair shares.
     """
 
     truth_labels: NDArray[np.int64]
@@ -61,12 +56,9 @@ class Overlaps(NamedTuple):
 class Matches(NamedTuple):
     """Matched pairs of a true and a found object.
 
-    Attributes
-    ----------
-    truth_rows, found_rows
-        ``int64 (n_matched,)``: rows of `Overlaps.truth_labels` and `Overlaps.found_labels`, each at most once.
-    iou
-        ``float64 (n_matched,)``, above the threshold.
+    - `truth_rows`, `found_rows`: ``int64 (n_matched,)``: rows of `Overlaps.truth_labels` and `Overlaps.found_labels`,
+      each at most once.
+    - `iou`: ``float64 (n_matched,)``, above the threshold.
     """
 
     truth_rows: NDArray[np.int64]
@@ -79,21 +71,14 @@ class InstanceScores(NamedTuple):
 
     Scores with a denominator of 0 are NaN, for example if an image has no true and no found objects.
 
-    Attributes
-    ----------
-    n_truth, n_found, n_matched
-        Number of true objects, of found objects, and of pairs with an IoU above the threshold.
-    precision, recall, f1
-        Detection scores. `f1` is also called detection quality, DQ.
-    segmentation_quality
-        Mean IoU of the matched pairs, SQ. It is 0 if there are objects but no matches.
-    panoptic_quality
-        Product of `f1` and `segmentation_quality`, PQ (Kirillov et al. 2019).
-    aggregated_jaccard
-        AJI (Kumar et al. 2017). The pixels that true objects share with their best partner, over the union of these
-        pairs plus the pixels of found objects without a partner.
-    dice
-        Dice score over the pixels of all objects together.
+    - `n_truth`, `n_found`, `n_matched`: number of true objects, of found objects, and of pairs with an IoU above the
+      threshold.
+    - `precision`, `recall`, `f1`: detection scores. `f1` is also called detection quality, DQ.
+    - `segmentation_quality`: mean IoU of the matched pairs, SQ. It is 0 if there are objects but no matches.
+    - `panoptic_quality`: product of `f1` and `segmentation_quality`, PQ (Kirillov et al. 2019).
+    - `aggregated_jaccard`: AJI (Kumar et al. 2017). The pixels that true objects share with their best partner, over
+      the union of these pairs plus the pixels of found objects without a partner.
+    - `dice`: dice score over the pixels of all objects together.
     """
 
     n_truth: int

@@ -19,12 +19,8 @@ _MOST_MATCHES = 4_000
 class Picture:
     """Image for `align`.
 
-    Attributes
-    ----------
-    contrast
-        Nuclear contrast, ``uint8 (y, x)``, from `stimage_sd.image.nuclear_contrast.nuclear_contrast`.
-    padding
-        Area that was not scanned, ``bool (y, x)``.
+    - `contrast`: nuclear contrast, ``uint8 (y, x)``, from `stimage_sd.image.nuclear_contrast.nuclear_contrast`.
+    - `padding`: area that was not scanned, ``bool (y, x)``.
     """
 
     contrast: np.ndarray
@@ -48,16 +44,10 @@ class Picture:
 class Features:
     """SIFT features of an image.
 
-    Attributes
-    ----------
-    points
-        Positions x and y, ``float64 (n, 2)``, px.
-    angles
-        Orientations, ``(n,)``, radians from x toward y.
-    sizes
-        Diameters, ``(n,)``, px.
-    descriptors
-        SIFT descriptors, ``float32 (n, 128)``, of unit length.
+    - `points`: positions x and y, ``float64 (n, 2)``, px.
+    - `angles`: orientations, ``(n,)``, radians from x toward y.
+    - `sizes`: diameters, ``(n,)``, px.
+    - `descriptors`: SIFT descriptors, ``float32 (n, 128)``, of unit length.
     """
 
     points: np.ndarray

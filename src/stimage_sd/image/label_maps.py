@@ -13,17 +13,12 @@ from scipy import ndimage
 class Objects(NamedTuple):
     """Objects of a label map, ordered by label.
 
-    Attributes
-    ----------
-    labels
-        Labels in ascending order, ``int64 (n_objects,)``.
-    centers
-        Mean x and y of the pixels of each object, ``float64 (n_objects, 2)``, px. The center of the first pixel is at
-        0.5.
-    eccentricity
-        Eccentricity of the ellipse with the same second moments, ``float64 (n_objects,)``, from 0 (circle) to 1 (line).
-    mean
-        Mean of the given values per object, ``float64 (n_objects,)``.
+    - `labels`: labels in ascending order, ``int64 (n_objects,)``.
+    - `centers`: mean x and y of the pixels of each object, ``float64 (n_objects, 2)``, px. The center of the first
+      pixel is at 0.5.
+    - `eccentricity`: eccentricity of the ellipse with the same second moments, ``float64 (n_objects,)``, from 0
+      (circle) to 1 (line).
+    - `mean`: mean of the given values per object, ``float64 (n_objects,)``.
     """
 
     labels: NDArray[np.int64]

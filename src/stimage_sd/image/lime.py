@@ -95,14 +95,10 @@ def perturbed_images(image: np.ndarray, hidden: np.ndarray, segments: np.ndarray
 class Surrogate:
     """Linear models of network outputs as functions of the shown segments.
 
-    Attributes
-    ----------
-    weights
-        ``float64 (n_segments, n_outputs)``: weight of each segment per output, 0 for segments not in the model.
-    intercepts
-        ``float64 (n_outputs,)``.
-    scores
-        ``float64 (n_outputs,)``: R² weighted by the kernel.
+    - `weights`: ``float64 (n_segments, n_outputs)``: weight of each segment per output, 0 for segments not in the
+      model.
+    - `intercepts`: ``float64 (n_outputs,)``.
+    - `scores`: ``float64 (n_outputs,)``: R² weighted by the kernel.
     """
 
     weights: np.ndarray

@@ -31,15 +31,10 @@ _APART = 7
 class NucleiGraphs(NamedTuple):
     """Nuclei of tiles, padded to one number of nuclei per tile.
 
-    Attributes
-    ----------
-    features
-        Measurements named in `FEATURES`, ``float32 (n_tiles, n_nuclei, 18)``, in px and optical densities. Padding is
-        0.
-    present
-        Whether an entry is a nucleus, ``bool (n_tiles, n_nuclei)``.
-    edges
-        Symmetric adjacency of the nuclei, ``bool (n_tiles, n_nuclei, n_nuclei)``.
+    - `features`: measurements named in `FEATURES`, ``float32 (n_tiles, n_nuclei, 18)``, in px and optical densities.
+      Padding is 0.
+    - `present`: whether an entry is a nucleus, ``bool (n_tiles, n_nuclei)``.
+    - `edges`: symmetric adjacency of the nuclei, ``bool (n_tiles, n_nuclei, n_nuclei)``.
     """
 
     features: NDArray[np.float32]

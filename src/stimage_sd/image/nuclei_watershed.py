@@ -31,22 +31,14 @@ class Recipe(NamedTuple):
 
     The defaults were chosen on eleven small patches of three fields (docs, "Nuclei without a network").
 
-    Attributes
-    ----------
-    blur
-        Standard deviation of the Gaussian for hematoxylin.
-    least
-        Smallest hematoxylin of a nucleus, in multiples of Otsu's threshold.
-    surroundings, contrast
-        Standard deviation of the Gaussian for the local mean, and smallest ratio of a nucleus to the local mean.
-    opening
-        Radius of the disk that opens each nucleus. Thinner spurs are removed.
-    ridge
-        Standard deviation of the Gaussian for the distance to the edge.
-    apart
-        Distance within which a peak has no higher peak.
-    hole, smallest, largest
-        Areas of the largest filled hole, the smallest nucleus and the largest nucleus.
+    - `blur`: standard deviation of the Gaussian for hematoxylin.
+    - `least`: smallest hematoxylin of a nucleus, in multiples of Otsu's threshold.
+    - `surroundings`, `contrast`: standard deviation of the Gaussian for the local mean, and smallest ratio of a nucleus
+      to the local mean.
+    - `opening`: radius of the disk that opens each nucleus. Thinner spurs are removed.
+    - `ridge`: standard deviation of the Gaussian for the distance to the edge.
+    - `apart`: distance within which a peak has no higher peak.
+    - `hole`, `smallest`, `largest`: areas of the largest filled hole, the smallest nucleus and the largest nucleus.
     """
 
     blur: float = 0.03

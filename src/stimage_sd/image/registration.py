@@ -34,23 +34,14 @@ _SCALES = (0.2, 5.0)
 class Alignment:
     """Alignment of a moving image with a fixed image, with measures of its quality.
 
-    Attributes
-    ----------
-    matrix
-        Transformation ``float64 (3, 3)``, moving px to fixed px.
-    residual_px
-        Median distance of clearly found patches from their position under a transformation fitted without them, fixed
-        px. Infinite for too few patches.
-    n_inliers
-        Number of clearly found patches within the tolerance of the transformation.
-    n_patches
-        Number of clearly found patches.
-    n_matches
-        Number of matched features that agree on the coarse transformation.
-    mirrored
-        Whether the moving image shows the tissue from behind.
-    inverted
-        Whether bright areas in one image are dark in the other.
+    - `matrix`: transformation ``float64 (3, 3)``, moving px to fixed px.
+    - `residual_px`: median distance of clearly found patches from their position under a transformation fitted without
+      them, fixed px. Infinite for too few patches.
+    - `n_inliers`: number of clearly found patches within the tolerance of the transformation.
+    - `n_patches`: number of clearly found patches.
+    - `n_matches`: number of matched features that agree on the coarse transformation.
+    - `mirrored`: whether the moving image shows the tissue from behind.
+    - `inverted`: whether bright areas in one image are dark in the other.
     """
 
     matrix: np.ndarray

@@ -103,28 +103,16 @@ NOT_TEXT = (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, EOFErro
 class CellTable:
     """Segmented cells of one image.
 
-    Parameters
-    ----------
-    path
-        File that was read.
-    ids
-        Unique cell ids; integers where all ids are integers.
-    positions
-        ``(n, 2)`` x, y of the cell centers, in `unit`.
-    unit
-        Pixels of the image, or micrometers.
-    areas
-        ``(n,)`` cell areas in square `area_unit`, or `None` where the table has no areas.
-    area_unit
-        Pixels or micrometers, squared in `areas`.
-    intensities
-        ``float32 (n, n_channels)``.
-    columns
-        Names of the intensity columns in the file.
-    channels
-        Channel names from those columns. A name may be empty or repeated.
-    others
-        The remaining columns.
+    - `path`: file that was read.
+    - `ids`: unique cell ids; integers where all ids are integers.
+    - `positions`: ``(n, 2)`` x, y of the cell centers, in `unit`.
+    - `unit`: pixels of the image, or micrometers.
+    - `areas`: ``(n,)`` cell areas in square `area_unit`, or `None` where the table has no areas.
+    - `area_unit`: pixels or micrometers, squared in `areas`.
+    - `intensities`: ``float32 (n, n_channels)``.
+    - `columns`: names of the intensity columns in the file.
+    - `channels`: channel names from those columns. A name may be empty or repeated.
+    - `others`: the remaining columns.
     """
 
     path: Path

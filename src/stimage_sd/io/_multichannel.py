@@ -38,17 +38,11 @@ PAGE_NAME = 285
 class MultichannelImage:
     """An image with many channels.
 
-    Parameters
-    ----------
-    levels
-        Pyramid levels, finest first, each a lazy ``(c, y, x)`` with the dtype of the file. The longer side of the
-        coarsest level is at most 1,024 px.
-    channels
-        Unique channel names.
-    named
-        Whether the file names all channels. Unnamed channels are called ``channel_1``, ``channel_2``, ...
-    pixel_um
-        Micrometers per pixel of the finest level, or `None` where the file states no pixel size.
+    - `levels`: pyramid levels, finest first, each a lazy ``(c, y, x)`` with the dtype of the file. The longer side of
+      the coarsest level is at most 1,024 px.
+    - `channels`: unique channel names.
+    - `named`: whether the file names all channels. Unnamed channels are called ``channel_1``, ``channel_2``, ...
+    - `pixel_um`: micrometers per pixel of the finest level, or `None` where the file states no pixel size.
     """
 
     levels: list[da.Array]

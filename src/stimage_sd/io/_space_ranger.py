@@ -25,14 +25,9 @@ HIRES = "tissue_hires_image.png"
 class HE(NamedTuple):
     """H&E of a run.
 
-    Attributes
-    ----------
-    levels
-        Levels, ``uint8 (3, y, x)``, finest first.
-    scale
-        Pixels of the H&E per full-resolution pixel.
-    mpp
-        Micrometers per pixel that the given image states, `None` if it states none.
+    - `levels`: levels, ``uint8 (3, y, x)``, finest first.
+    - `scale`: pixels of the H&E per full-resolution pixel.
+    - `mpp`: micrometers per pixel that the given image states, `None` if it states none.
     """
 
     levels: list[da.Array]

@@ -32,18 +32,12 @@ SCALE = "protein_scaling_factor"
 class Matrix:
     """Counts of all feature types, as stored in the file.
 
-    Parameters
-    ----------
-    values
-        ``(n_barcodes, n_features)``.
-    barcodes
-        Unique names of the spots, bins or cells.
-    features
-        One row per feature, indexed by name: ``gene_ids``, ``feature_types``, and ``genome`` if there are several.
-    version
-        Version of the software that wrote the file, as stated in the file.
-    protein_scale
-        Factor from the intensity of a protein to its stored value.
+    - `values`: ``(n_barcodes, n_features)``.
+    - `barcodes`: unique names of the spots, bins or cells.
+    - `features`: one row per feature, indexed by name: ``gene_ids``, ``feature_types``, and ``genome`` if there are
+      several.
+    - `version`: version of the software that wrote the file, as stated in the file.
+    - `protein_scale`: factor from the intensity of a protein to its stored value.
     """
 
     values: sp.csr_matrix

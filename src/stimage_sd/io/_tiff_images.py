@@ -1,4 +1,4 @@
-"""Selection of the section image in a TIFF with several images: the largest image, or the requested one.
+"""Images of a TIFF: selection of the section image, the largest or the requested one, and its pixel size.
 
 Scanners and converters put several images in one file: a macro image or a label first, several scenes or fields of
 view, or a thumbnail in page 0.
@@ -31,14 +31,9 @@ class NoSuchImage(ValueError):
 class TiffImage:
     """One image of a TIFF.
 
-    Parameters
-    ----------
-    series
-        The series of pages that tifffile groups together.
-    frame
-        Number of the page, if the series is several images of one size. `None` if the series is one image.
-    name
-        Name of the image in the file, may be empty.
+    - `series`: the series of pages that tifffile groups together.
+    - `frame`: number of the page, if the series is several images of one size. `None` if the series is one image.
+    - `name`: name of the image in the file, may be empty.
     """
 
     series: tifffile.TiffPageSeries
@@ -73,14 +68,14 @@ def choose_image(path: Path, tiff: tifffile.TiffFile, series: int | str | None, 
     images = [image for one in tiff.series for image in _images(one, in_color=in_color)]
     if not images:
         raise ValueError("it has no image")
-    said = ", ".join(_say(index, image) for index, image in enumerate(images))
+    listing = ", ".join(_listed(index, image) for index, image in enumerate(images))
     if series is not None:
-        return images[_find(path, images, series, said)]
+        return images[_find(path, images, series, listing)]
     index = max(range(len(images)), key=lambda index: _rank(images[index], index))
     beside = [BESIDE.search(image.name) for other, image in enumerate(images) if other != index]
     if not all(beside) or (beside and BESIDE.search(images[index].name)):
         warnings.warn(
-            f"{path.name} holds {len(images)} images: {said}. Image {index} was taken. Pass `series=` to the reader "
+            f"{path.name} holds {len(images)} images: {listing}. Image {index} was taken. Pass `series=` to the reader "
             "to choose another.",
             UserWarning,
             stacklevel=5,
@@ -93,14 +88,14 @@ def ome_image(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Eleme
     root = ome_root(tiff)
     if root is None:
         return None
-    said = [element for element in root if element.tag.endswith("Image") and pixels_of(element) is not None]
+    elements = [element for element in root if element.tag.endswith("Image") and pixels_of(element) is not None]
     numbers = [index for index, one in enumerate(tiff.series) if one is series]
-    if numbers and len(said) == len(tiff.series):
-        return said[numbers[0]]
+    if numbers and len(elements) == len(tiff.series):
+        return elements[numbers[0]]
     shape = dict(zip(series.axes, series.shape, strict=True))
     fitting = [
         element
-        for element in said
+        for element in elements
         if (pixels := pixels_of(element)) is not None
         and [pixels.attrib.get(f"Size{axis}") for axis in "XY"] == [str(shape.get(axis)) for axis in "XY"]
     ]
@@ -136,18 +131,18 @@ def _rank(image: TiffImage, index: int) -> tuple[bool, int, int]:
     return not BESIDE.search(image.name), height * width, -index
 
 
-def _say(index: int, image: TiffImage) -> str:
+def _listed(index: int, image: TiffImage) -> str:
     height, width = image.height_width
     return f"{index} ({image.name + ', ' if image.name else ''}{width} x {height} px)"
 
 
-def _find(path: Path, images: list[TiffImage], series: int | str, said: str) -> int:
+def _find(path: Path, images: list[TiffImage], series: int | str, listing: str) -> int:
     names = [image.name for image in images]
     if isinstance(series, str) and names.count(series) == 1:
         return names.index(series)
     if isinstance(series, int) and not isinstance(series, bool) and 0 <= series < len(images):
         return series
-    raise NoSuchImage(f"Expected `series` to be one of the images in {path}, {said}, found {series!r}.")
+    raise NoSuchImage(f"Expected `series` to be one of the images in {path}, {listing}, found {series!r}.")
 
 
 #: resolutions of microscopes, µm per pixel; TIFF tags outside this range describe a printer or screen

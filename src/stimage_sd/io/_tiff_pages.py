@@ -1,4 +1,4 @@
-"""TIFF pages for lazy levels, kept open in each process."""
+"""TIFF pages for lazy levels, kept open in each process, and whether their file was replaced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of a Visium HD run: bin positions, scale factors and the slide transformation."""
+"""Files of a Visium HD run: bin positions, scale factors, the slide transformation and outlines of cells."""
 
 from __future__ import annotations
 
@@ -33,14 +33,9 @@ BIN_SCALES = ["bin_size_um", "spot_diameter_fullres"]
 class Positions:
     """Positions of the bins of the matrix that are in tissue.
 
-    Parameters
-    ----------
-    rows
-        Rows of the bins in the matrix.
-    lattice
-        ``(n, 2)`` row and column in the array.
-    centers
-        ``(n, 2)`` x, y, full-resolution px.
+    - `rows`: rows of the bins in the matrix.
+    - `lattice`: ``(n, 2)`` row and column in the array.
+    - `centers`: ``(n, 2)`` x, y, full-resolution px.
     """
 
     rows: np.ndarray

@@ -15,7 +15,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract
-from stimage_sd.io._object_samples import PLAUSIBLE
+from stimage_sd.io._other_objects import PLAUSIBLE
 from stimage_sd.io._slide import slide as read_slide
 
 #: attributes of LazySlide objects, and names of their elements

@@ -131,16 +131,11 @@ def build_dapi(morphology: Morphology, pixel_um: float, origin_um: tuple[float, 
 class HE:
     """An H&E and its position.
 
-    Parameters
-    ----------
-    levels
-        Levels of the H&E, finest first.
-    mpp
-        Micrometers per pixel, or `None` if unknown.
-    alignment
-        ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image, or `None` without an alignment.
-    from_um
-        ``(3, 3)`` matrix from instrument micrometers to pixels of the H&E, or `None` without an alignment.
+    - `levels`: levels of the H&E, finest first.
+    - `mpp`: micrometers per pixel, or `None` if unknown.
+    - `alignment`: ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image, or `None` without an
+      alignment.
+    - `from_um`: ``(3, 3)`` matrix from instrument micrometers to pixels of the H&E, or `None` without an alignment.
     """
 
     levels: list[da.Array]

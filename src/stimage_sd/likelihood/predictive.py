@@ -30,18 +30,11 @@ _PART = 1 << 16
 class Predictive(NamedTuple):
     """Distribution per tile and gene.
 
-    Attributes
-    ----------
-    mean
-        Mean, ``(n_tiles, n_genes)``.
-    aleatoric
-        Variance that measuring the patient would not remove.
-    epistemic
-        Variance of the members' means and of the shift.
-    shift
-        The part of `epistemic` that comes from the shift.
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
+    - `mean`: mean, ``(n_tiles, n_genes)``.
+    - `aleatoric`: variance that measuring the patient would not remove.
+    - `epistemic`: variance of the members' means and of the shift.
+    - `shift`: the part of `epistemic` that comes from the shift.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
     """
 
     mean: np.ndarray
@@ -59,22 +52,12 @@ class Predictive(NamedTuple):
 def predictive(moments: MixtureMoments, sd: np.ndarray, *, exposure: float | np.ndarray = 1.0) -> Predictive:
     """Return the distribution of counts at a depth, with a shift per gene.
 
-    Parameters
-    ----------
-    moments
-        Moments of the ensemble at an exposure of 1, ``(n_tiles, n_genes)``.
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
-    exposure
-        Depth of the section relative to an exposure of 1. Or of every gene, ``(n_genes,)``.
+    - `moments`: moments of the ensemble at an exposure of 1, ``(n_tiles, n_genes)``.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
+    - `exposure`: depth of the section relative to an exposure of 1. Or of every gene, ``(n_genes,)``.
+    - returns: the distribution, in double precision. Exposure multiplies means and keeps r. The shift S has mean 1 and
+      variance v = exp(sd²) − 1, so the variance is that of S μ plus the mean of S μ + S² μ² / r.
 
-    Returns
-    -------
-    The distribution, in double precision. Exposure multiplies means and keeps r. The shift S has mean 1 and variance
-    v = exp(sd²) − 1, so the variance is that of S μ plus the mean of S μ + S² μ² / r.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.predictive import MixtureMoments
     >>> from stimage_sd.likelihood.predictive import predictive
@@ -93,19 +76,10 @@ def predictive(moments: MixtureMoments, sd: np.ndarray, *, exposure: float | np.
 def components(mean: np.ndarray, variance: np.ndarray, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mixture of negative binomials, of equal weight, with a mean, a variance and a shift.
 
-    Parameters
-    ----------
-    mean, variance
-        Mean and total variance, ``(n_tiles, n_genes)``.
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
+    - `mean`, `variance`: mean and total variance, ``(n_tiles, n_genes)``.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
+    - returns: r and p, each ``float64 (N_STRATA, n_tiles, n_genes)``.
 
-    Returns
-    -------
-    r and p, each ``float64 (N_STRATA, n_tiles, n_genes)``.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.predictive import components
     >>> r, p = components(np.array([[4.0]]), np.array([[12.0]]), np.array([0.3]))
@@ -154,30 +128,18 @@ def nearest_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the interval of whole counts whose probability is nearest to a coverage.
 
-    Parameters
-    ----------
-    mean, variance
-        Mean and total variance, ``(n_tiles, n_genes)``.
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
-    coverage
-        Wanted probability, in (0, 1).
+    - `mean`, `variance`: mean and total variance, ``(n_tiles, n_genes)``.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
+    - `coverage`: wanted probability, in (0, 1).
+    - returns: lower and upper bound, whole numbers in ``float32 (n_tiles, n_genes)``. Both belong to the interval. The
+      probability below it is as near as possible to ``(1 - coverage) / 2``, and the probability of the interval is then
+      as near as possible to `coverage`.
 
-    Returns
-    -------
-    Lower and upper bound, whole numbers in ``float32 (n_tiles, n_genes)``. Both belong to the interval. The probability
-    below it is as near as possible to ``(1 - coverage) / 2``, and the probability of the interval is then as near as
-    possible to `coverage`.
-
-    Notes
-    -----
     An interval from the 5 % to the 95 % quantile contains at least 90 %. Where counts are low it contains 97 % and
     more, and what it contains changes with depth. The nearest interval contains less than `coverage` about as often as
     more, so that coverage over all genes is near `coverage` at every depth. A count of 0 that is likelier than
     `coverage` is still contained.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.predictive import nearest_interval
     >>> lower, upper = nearest_interval(np.array([[4.0]]), np.array([[12.0]]), np.array([0.3]))
@@ -266,14 +228,9 @@ _FEW = 1 << 16
 class MixtureMoments(NamedTuple):
     """Moments of a mixture, each ``float32`` of the shape of one member.
 
-    Attributes
-    ----------
-    mean
-        Mean of the members' means.
-    aleatoric
-        Mean of the members' variances.
-    epistemic
-        Variance of the members' means.
+    - `mean`: mean of the members' means.
+    - `aleatoric`: mean of the members' variances.
+    - `epistemic`: variance of the members' means.
     """
 
     mean: np.ndarray
@@ -284,25 +241,13 @@ class MixtureMoments(NamedTuple):
 def mixture_moments(r: np.ndarray, p: np.ndarray, *, weights: np.ndarray) -> MixtureMoments:
     """Compute the moments of the mixture of the members' negative binomials.
 
-    Parameters
-    ----------
-    r
-        Number of successes, positive, ``float32 (n_members, ...)``.
-    p
-        Probability of success, in (0, 1]; same shape as `r`.
-    weights
-        Weight per member, ``(n_members,)``, with sum 1.
+    - `r`: number of successes, positive, ``float32 (n_members, ...)``.
+    - `p`: probability of success, in (0, 1]; same shape as `r`.
+    - `weights`: weight per member, ``(n_members,)``, with sum 1.
+    - returns: the moments, computed in double precision.
 
-    Returns
-    -------
-    The moments, computed in double precision.
-
-    Notes
-    -----
     Equation 7 of the paper, with variances on both sides.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.predictive import mixture_moments
     >>> r, p = np.array([[2.0], [6.0]], np.float32), np.array([[0.5], [0.5]], np.float32)

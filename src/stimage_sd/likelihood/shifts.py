@@ -30,13 +30,9 @@ N_STRATA = 5
 def shift_of(shifts: np.ndarray, known: bool | None) -> np.ndarray:
     """Return the standard deviation of a gene's shift for one section, ``float64 (n_genes,)``.
 
-    Parameters
-    ----------
-    shifts
-        ``(2, n_genes)`` from `learn_shifts`.
-    known
-        Whether the model was trained on the section's patient. `None` if nobody knows: the variance is then the mean
-        of both.
+    - `shifts`: ``(2, n_genes)`` from `learn_shifts`.
+    - `known`: whether the model was trained on the section's patient. `None` if nobody knows: the variance is then the
+      mean of both.
     """
     if known is None:
         return np.asarray(np.sqrt((np.asarray(shifts, np.float64) ** 2).mean(axis=0)))
@@ -46,21 +42,11 @@ def shift_of(shifts: np.ndarray, known: bool | None) -> np.ndarray:
 def posterior(log_ratio: np.ndarray, noise: np.ndarray, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Update log-normal shifts of mean 1 by observed log ratios.
 
-    Parameters
-    ----------
-    log_ratio
-        Log of observed over expected counts, ``(n_genes,)``.
-    noise
-        Variance of the log ratio from measuring, ``(n_genes,)``.
-    sd
-        Standard deviation of the log of the shift before.
+    - `log_ratio`: log of observed over expected counts, ``(n_genes,)``.
+    - `noise`: variance of the log ratio from measuring, ``(n_genes,)``.
+    - `sd`: standard deviation of the log of the shift before.
+    - returns: mean of the shift after, and the standard deviation of its log.
 
-    Returns
-    -------
-    Mean of the shift after, and the standard deviation of its log.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.shifts import posterior
     >>> mean, sd = posterior(np.log([2.0, 2.0]), np.array([1e-9, 1e9]), np.array([0.5, 0.5]))
@@ -76,18 +62,10 @@ def posterior(log_ratio: np.ndarray, noise: np.ndarray, sd: np.ndarray) -> tuple
 def strata(sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Divide the shifts of each gene into parts of equal probability.
 
-    Parameters
-    ----------
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
+    - returns: mean of each part, and its variance over its squared mean, each ``float64 (N_STRATA, n_genes)``. Together
+      they have mean 1 and variance ``exp(sd²) - 1``.
 
-    Returns
-    -------
-    Mean of each part, and its variance over its squared mean, each ``float64 (N_STRATA, n_genes)``. Together they have
-    mean 1 and variance ``exp(sd²) - 1``.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.shifts import strata
     >>> means, variances = strata(np.array([0.5]))

@@ -33,16 +33,10 @@ _STEP = 8
 class CellFinder(Protocol):
     """A network that finds nuclei and their types, such as a fitted `CellClassifier`.
 
-    Attributes
-    ----------
-    classes
-        Names of the types.
-    mpp
-        Micrometers per pixel of the images that the network takes.
-    n_values
-        Number of values per pixel: one probability per class, then any features.
-    key
-        Identifier of the network, such as a hash of its weights.
+    - `classes`: names of the types.
+    - `mpp`: micrometers per pixel of the images that the network takes.
+    - `n_values`: number of values per pixel: one probability per class, then any features.
+    - `key`: identifier of the network, such as a hash of its weights.
     """
 
     @property
@@ -77,16 +71,10 @@ class CellFinder(Protocol):
 class CellMaps(NamedTuple):
     """Output of the network for every pixel, all ``float32``.
 
-    Attributes
-    ----------
-    nuclear
-        ``(batch, y, x)``, probability that the pixel belongs to a nucleus.
-    hv
-        ``(batch, 2, y, x)``, horizontal and vertical distance.
-    types
-        ``(batch, n_classes + 1, y, x)``, probabilities of background and types.
-    features
-        ``(batch, n_features, y, x)``, features from which the types are computed.
+    - `nuclear`: ``(batch, y, x)``, probability that the pixel belongs to a nucleus.
+    - `hv`: ``(batch, 2, y, x)``, horizontal and vertical distance.
+    - `types`: ``(batch, n_classes + 1, y, x)``, probabilities of background and types.
+    - `features`: ``(batch, n_features, y, x)``, features from which the types are computed.
     """
 
     nuclear: NDArray[np.float32]

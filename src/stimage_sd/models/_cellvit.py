@@ -29,22 +29,13 @@ _BATCH = 4
 class Family(NamedTuple):
     """Description of a CellViT network before its weights are read.
 
-    Attributes
-    ----------
-    classes
-        Types, without the background.
-    tile_px
-        Side of the network's input in px, by micrometers per pixel.
-    mean, std
-        Normalization, on the scale 0 to 1.
-    maps
-        Names of the outputs: nuclear pixels, distances, types.
-    repository
-        Repository on the Hugging Face hub.
-    files
-        File of weights in the repository, by micrometers per pixel.
-    needs_access
-        Whether users must request access from the authors.
+    - `classes`: types, without the background.
+    - `tile_px`: side of the network's input in px, by micrometers per pixel.
+    - `mean`, `std`: normalization, on the scale 0 to 1.
+    - `maps`: names of the outputs: nuclear pixels, distances, types.
+    - `repository`: repository on the Hugging Face hub.
+    - `files`: file of weights in the repository, by micrometers per pixel.
+    - `needs_access`: whether users must request access from the authors.
     """
 
     classes: tuple[str, ...]

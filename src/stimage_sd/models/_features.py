@@ -23,10 +23,7 @@ _LEAST_DEVIATION = 0.1
 class SectionScale(NamedTuple):
     """Mean and deviation that standardize embeddings.
 
-    Attributes
-    ----------
-    mean, deviation
-        ``float32 (n_features,)``. Constant features have an infinite deviation, so they become 0.
+    - `mean`, `deviation`: ``float32 (n_features,)``. Constant features have an infinite deviation, so they become 0.
     """
 
     mean: np.ndarray
@@ -37,26 +34,18 @@ class SectionScale(NamedTuple):
 class FeatureSpace:
     """Standardization and principal components, fitted on the training tiles.
 
-    Attributes
-    ----------
-    mean, deviation
-        ``float32 (n_features,)`` over the training tiles.
-    components
-        ``float32 (n_features, n_components)``: projection, in units of the largest component's deviation. Components
-        are not whitened. Under one weight decay, small components then count for little, as in ridge regression. This
-        scores better (docs, "Design decisions").
-    usual_distance
-        ``float32 (1,)``: 95th percentile of the distances of training tiles from the tiles of other sections. It is the
-        unit of `strangeness`.
-    directions, variances
-        ``float32 (n_features, n_directions)`` and ``(n_directions + 1,)``: shrunk covariance of the training tiles,
-        standardized by the cohort. The last variance applies to all other directions.
-    weight
-        ``float32 (n_features,)``: factor on the standardized features that gives each extractor the same share of the
-        variance.
-    standardize
-        ``"section"``: standardize each section by its own mean and deviation. This removes effects of staining and
-        scanner on the whole section. ``"cohort"``: use the mean and deviation of the training tiles.
+    - `mean`, `deviation`: ``float32 (n_features,)`` over the training tiles.
+    - `components`: ``float32 (n_features, n_components)``: projection, in units of the largest component's deviation.
+      Components are not whitened. Under one weight decay, small components then count for little, as in ridge
+      regression. This scores better (docs, "Design decisions").
+    - `usual_distance`: ``float32 (1,)``: 95th percentile of the distances of training tiles from the tiles of other
+      sections. It is the unit of `strangeness`.
+    - `directions`, `variances`: ``float32 (n_features, n_directions)`` and ``(n_directions + 1,)``: shrunk covariance
+      of the training tiles, standardized by the cohort. The last variance applies to all other directions.
+    - `weight`: ``float32 (n_features,)``: factor on the standardized features that gives each extractor the same share
+      of the variance.
+    - `standardize`: ``"section"``: standardize each section by its own mean and deviation. This removes effects of
+      staining and scanner on the whole section. ``"cohort"``: use the mean and deviation of the training tiles.
     """
 
     mean: np.ndarray
@@ -228,12 +217,8 @@ _FOLDS = 3
 class Covariance(NamedTuple):
     """Shrunk covariance of standardized embeddings: principal components, and one variance for the rest.
 
-    Attributes
-    ----------
-    directions
-        ``float32 (n_features, n_components)``, orthonormal.
-    variances
-        ``float32 (n_components + 1,)``: variance along each component, then along every other direction.
+    - `directions`: ``float32 (n_features, n_components)``, orthonormal.
+    - `variances`: ``float32 (n_components + 1,)``: variance along each component, then along every other direction.
     """
 
     directions: np.ndarray

@@ -28,14 +28,10 @@ Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
 class Transformer:
     """A vision transformer of timm.
 
-    Attributes
-    ----------
-    options
-        Options of `timm.models.VisionTransformer`, without width, depth and heads. These follow from the weights.
-    head_width
-        Width of an attention head.
-    gated
-        Whether the blocks have gated feed-forward layers (SwiGLU, packed).
+    - `options`: options of `timm.models.VisionTransformer`, without width, depth and heads. These follow from the
+      weights.
+    - `head_width`: width of an attention head.
+    - `gated`: whether the blocks have gated feed-forward layers (SwiGLU, packed).
     """
 
     options: Mapping[str, Any]
@@ -47,26 +43,16 @@ class Transformer:
 class FoundationModel:
     """Settings of a foundation model, known before its weights are read.
 
-    Attributes
-    ----------
-    key
-        Name in lazyslide-models.
-    page
-        Web page with the weights and their terms.
-    license
-        Terms of use of the weights.
-    needs_access
-        Whether users must request access from the authors.
-    kind
-        Format of local weights. ``"timm"``: a state dict (safetensors, or torch's format). ``"transformers"``: a folder
-        with ``config.json`` and weights. ``"exported"``: a program of `torch.export`. ``"conch"``: a checkpoint of the
-        package conch.
-    embedding_size, input_size
-        Length of an embedding, and side of the input tiles in px.
-    crop
-        Side of the central part of a tile that the network sees, px.
-    pooling
-        ``"class"``: the class token. ``"class and mean"``: the class token and the mean of the patch tokens.
+    - `key`: name in lazyslide-models.
+    - `page`: web page with the weights and their terms.
+    - `license`: terms of use of the weights.
+    - `needs_access`: whether users must request access from the authors.
+    - `kind`: format of local weights. ``"timm"``: a state dict (safetensors, or torch's format). ``"transformers"``: a
+      folder with ``config.json`` and weights. ``"exported"``: a program of `torch.export`. ``"conch"``: a checkpoint of
+      the package conch.
+    - `embedding_size`, `input_size`: length of an embedding, and side of the input tiles in px.
+    - `crop`: side of the central part of a tile that the network sees, px.
+    - `pooling`: ``"class"``: the class token. ``"class and mean"``: the class token and the mean of the patch tokens.
     """
 
     key: str

@@ -16,20 +16,12 @@ from stimage_sd import contract
 class InstanceSpecification:
     """Embedding of nuclei or squares that a section must have for a model to predict on it.
 
-    Attributes
-    ----------
-    on
-        ``"nuclei"`` or ``"grid"``.
-    extractor, weights_hash
-        Name of the extractor and hash of its weights.
-    fields_um
-        Sides of the embedded squares, µm.
-    input_px
-        Side of the extractor's input, px.
-    size_um
-        Side of the squares of a grid, µm. `None` for nuclei.
-    stain
-        Settings of the stain normalization, as JSON. Empty without normalization.
+    - `on`: ``"nuclei"`` or ``"grid"``.
+    - `extractor`, `weights_hash`: name of the extractor and hash of its weights.
+    - `fields_um`: sides of the embedded squares, µm.
+    - `input_px`: side of the extractor's input, px.
+    - `size_um`: side of the squares of a grid, µm. `None` for nuclei.
+    - `stain`: settings of the stain normalization, as JSON. Empty without normalization.
     """
 
     on: Literal["nuclei", "grid"]

@@ -18,12 +18,8 @@ from stimage_sd.stats.spatial import pearson
 class SharedPatterns:
     """Directions of the components along which the expression of many genes varies, for each member.
 
-    Attributes
-    ----------
-    basis
-        ``float32 (n_members, n_components, rank)``.
-    center
-        ``float32 (n_members, n_components)``: mean of each member's training tiles.
+    - `basis`: ``float32 (n_members, n_components, rank)``.
+    - `center`: ``float32 (n_members, n_components)``: mean of each member's training tiles.
     """
 
     basis: np.ndarray
@@ -33,6 +29,10 @@ class SharedPatterns:
     def rank(self) -> int:
         """Number of patterns."""
         return self.basis.shape[-1]
+
+    def of(self, members: Sequence[int]) -> SharedPatterns:
+        """Return the patterns of some members."""
+        return SharedPatterns(self.basis[list(members)], self.center[list(members)])
 
     def project(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> np.ndarray:
         """Project components to the patterns of each member.
@@ -71,16 +71,16 @@ def find_patterns(
     paths = _paths(features, counts, size_factors, splits)
     rank = min(rank, features.shape[1], counts.shape[1])
     penalty = _choose_penalty(features, counts, size_factors, splits, paths, rank)
-    found = []
+    projections = []
     for path in paths:
         basis, _ = path.patterns(penalty * path.variance, rank)
         # standard deviation of each pattern over the training tiles, from the covariance of the features
         spread = np.sqrt((((path.vectors.T @ basis) ** 2) * path.values[:, None]).sum(axis=0) / path.n)
-        found.append((basis / max(spread.max(initial=0.0), 1e-12), path.center))
+        projections.append((basis / max(spread.max(initial=0.0), 1e-12), path.center))
     members = split_of.ravel()
     return SharedPatterns(
-        np.stack([basis for basis, _ in found]).astype(np.float32)[members],
-        np.stack([center for _, center in found]).astype(np.float32)[members],
+        np.stack([basis for basis, _ in projections]).astype(np.float32)[members],
+        np.stack([center for _, center in projections]).astype(np.float32)[members],
     )
 
 
@@ -90,8 +90,8 @@ def _paths(
     """Solve the ridge regression per split, summing tiles that share the same splits once."""
     groups, group_of = np.unique(splits.T, axis=0, return_inverse=True)
     moments = []
-    for number in range(len(groups)):
-        rows = np.flatnonzero(group_of.ravel() == number)
+    for group in range(len(groups)):
+        rows = np.flatnonzero(group_of.ravel() == group)
         parts = (Moments.of(features[block], target) for block, target in _targets(rows, counts, size_factors))
         moments.append(fold(add, parts))
     return [

@@ -20,20 +20,12 @@ _TOLERANCE = 0.03
 class TileSpecification:
     """Tiling, staining and embedding that a section must have for a model to predict on it.
 
-    Attributes
-    ----------
-    extractor, weights_hash
-        Name of the extractor and hash of its weights.
-    fields_of_view
-        Embedded fields of view, as multiples of the tile's side.
-    context_rings
-        Rings of neighbors whose embeddings are also features. 0 for none.
-    input_px
-        Side of the extractor's input, px.
-    side_px, size_um
-        Side of a tile in H&E pixels, and in micrometers if the resolution is known.
-    stain
-        Stain normalization of the tiled image (method, concentrations, reference), or `None`.
+    - `extractor`, `weights_hash`: name of the extractor and hash of its weights.
+    - `fields_of_view`: embedded fields of view, as multiples of the tile's side.
+    - `context_rings`: rings of neighbors whose embeddings are also features. 0 for none.
+    - `input_px`: side of the extractor's input, px.
+    - `side_px`, `size_um`: side of a tile in H&E pixels, and in micrometers if the resolution is known.
+    - `stain`: stain normalization of the tiled image (method, concentrations, reference), or `None`.
     """
 
     extractor: str

@@ -38,12 +38,8 @@ class Trained(NamedTuple):
 class Unfrozen:
     """Structure of the trained parts of a network. Equal structures share one compiled training step.
 
-    Attributes
-    ----------
-    graph
-        The network without its arrays.
-    first
-        Index of the first trained part.
+    - `graph`: the network without its arrays.
+    - `first`: index of the first trained part.
     """
 
     graph: Any
@@ -72,21 +68,11 @@ class Unfrozen:
 class SplitNetwork:
     """An extractor's network, split into frozen parts and trained parts. Frozen parts run like the extractor.
 
-    Parameters
-    ----------
-    extractor
-        Extractor with the network and its normalization.
-    unfreeze
-        ``"last_stage"``, ``"all"`` or `None`: parts to train.
-
-    Attributes
-    ----------
-    unfrozen
-        Structure of the trained parts.
-    initial
-        Trained parameters before training.
-    rest
-        All other state of the network.
+    - `extractor`: extractor with the network and its normalization.
+    - `unfreeze`: ``"last_stage"``, ``"all"`` or `None`: parts to train.
+    - `unfrozen`: structure of the trained parts.
+    - `initial`: trained parameters before training.
+    - `rest`: all other state of the network.
     """
 
     def __init__(self, extractor: Extractor, unfreeze: Unfreeze) -> None:

@@ -24,18 +24,11 @@ Values = Any
 class Embedded:
     """Embeddings of a section's kept tiles by one extractor, and how they were computed.
 
-    Attributes
-    ----------
-    tiles
-        Tiling and embedding of the section.
-    image
-        Name of the tiled image.
-    own
-        ``float32 (n_tiles, n_fields * n_features)``: embeddings of the tiles.
-    context
-        ``float32 (n_tiles, n_context)``: embeddings of the neighbors. It has no columns without context.
-    extractor
-        The model's extractor. `None`: the registered extractor of that name.
+    - `tiles`: tiling and embedding of the section.
+    - `image`: name of the tiled image.
+    - `own`: ``float32 (n_tiles, n_fields * n_features)``: embeddings of the tiles.
+    - `context`: ``float32 (n_tiles, n_context)``: embeddings of the neighbors. It has no columns without context.
+    - `extractor`: the model's extractor. `None`: the registered extractor of that name.
     """
 
     tiles: TileSpecification
@@ -48,12 +41,8 @@ class Embedded:
 class StandIns(Protocol):
     """A section in which other tiles (stand-ins) can replace a tile.
 
-    Attributes
-    ----------
-    embedded
-        The section's embeddings. Stand-ins need embeddings by the same extractors, in this order.
-    names
-        Names of the outputs.
+    - `embedded`: the section's embeddings. Stand-ins need embeddings by the same extractors, in this order.
+    - `names`: names of the outputs.
     """
 
     embedded: tuple[Embedded, ...]
@@ -89,12 +78,8 @@ class Explainable(Protocol):
 class MixtureStandIns:
     """`StandIns` of a mixture of negative binomials.
 
-    Attributes
-    ----------
-    weights
-        ``float32 (n_members,)``.
-    r_and_p
-        Function from row and embeddings to r and p, each ``float32 (n_members, n_stand_ins, n_genes)``.
+    - `weights`: ``float32 (n_members,)``.
+    - `r_and_p`: function from row and embeddings to r and p, each ``float32 (n_members, n_stand_ins, n_genes)``.
     """
 
     names: ClassVar[tuple[str, ...]] = ("mean", "aleatoric", "epistemic", "total_variance")
@@ -112,10 +97,7 @@ class MixtureStandIns:
 class ClassStandIns:
     """`StandIns` of a classifier of genes.
 
-    Attributes
-    ----------
-    margins
-        Function from row and embeddings to the log odds of High, ``float32 (n_stand_ins, n_genes)``.
+    - `margins`: function from row and embeddings to the log odds of High, ``float32 (n_stand_ins, n_genes)``.
     """
 
     names: ClassVar[tuple[str, ...]] = ("mean",)

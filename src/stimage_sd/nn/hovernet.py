@@ -29,21 +29,13 @@ _MOMENTUM = 0.1
 class HoVerNetSize:
     """Size of a HoVer-Net.
 
-    Attributes
-    ----------
-    width
-        Channels of the first convolution.
-    depths
-        Number of residual units in the four encoder blocks.
-    dense
-        Number of densely connected units in the first and second block of a decoder.
-    kernel_size
-        Kernel size of the decoder convolutions.
-    padding
-        Padding of the decoder convolutions. ``"same"`` gives maps of the tile size. ``"valid"`` gives only the part
-        that does not depend on padding.
-    pad_stem
-        Whether the first convolution is padded with zeros.
+    - `width`: channels of the first convolution.
+    - `depths`: number of residual units in the four encoder blocks.
+    - `dense`: number of densely connected units in the first and second block of a decoder.
+    - `kernel_size`: kernel size of the decoder convolutions.
+    - `padding`: padding of the decoder convolutions. ``"same"`` gives maps of the tile size. ``"valid"`` gives only the
+      part that does not depend on padding.
+    - `pad_stem`: whether the first convolution is padded with zeros.
     """
 
     width: int = 64
@@ -85,18 +77,11 @@ def batch_norm(value: Any, layer: Norm) -> Any:
 class Residual(nnx.Module):
     """Residual units, each with norm, ReLU and convolution at kernel sizes 1, 3 and 1.
 
-    Parameters
-    ----------
-    in_channels
-        Number of input channels.
-    width
-        Number of inner channels. The output has four times as many.
-    depth
-        Number of units.
-    stride
-        Stride of the first unit.
-    rngs
-        Source of the initial kernels.
+    - `in_channels`: number of input channels.
+    - `width`: number of inner channels. The output has four times as many.
+    - `depth`: number of units.
+    - `stride`: stride of the first unit.
+    - `rngs`: source of the initial kernels.
     """
 
     def __init__(self, in_channels: int, width: int, depth: int, *, stride: int, rngs: nnx.Rngs) -> None:
@@ -126,20 +111,12 @@ class Residual(nnx.Module):
 class Dense(nnx.Module):
     """Dense block: convolution, densely connected units, and a 1 × 1 convolution.
 
-    Parameters
-    ----------
-    in_channels, width
-        Number of input channels, and number of channels after the first convolution.
-    bottleneck, growth
-        Number of inner channels of a unit, and number of channels that a unit adds.
-    n_units
-        Number of units.
-    out_channels
-        Number of output channels.
-    size
-        Size of the network, for kernel size and padding.
-    rngs
-        Source of the initial kernels.
+    - `in_channels`, `width`: number of input channels, and number of channels after the first convolution.
+    - `bottleneck`, `growth`: number of inner channels of a unit, and number of channels that a unit adds.
+    - `n_units`: number of units.
+    - `out_channels`: number of output channels.
+    - `size`: size of the network, for kernel size and padding.
+    - `rngs`: source of the initial kernels.
     """
 
     def __init__(
@@ -171,14 +148,9 @@ class Dense(nnx.Module):
 class Decoder(nnx.Module):
     """Decoder from the four encoder values to maps of the tile.
 
-    Parameters
-    ----------
-    size
-        Size of the network.
-    n_maps
-        Number of channels of the maps.
-    rngs
-        Source of the initial kernels.
+    - `size`: size of the network.
+    - `n_maps`: number of channels of the maps.
+    - `rngs`: source of the initial kernels.
     """
 
     def __init__(self, size: HoVerNetSize, n_maps: int, *, rngs: nnx.Rngs) -> None:
@@ -237,17 +209,10 @@ def as_trained(module: Any, value: Any) -> Any:
 class HoVerNet(nnx.Module):
     """HoVer-Net with three decoders.
 
-    Parameters
-    ----------
-    n_types
-        Number of types of nuclei, without the background.
-    size
-        Size of the network.
-    rngs
-        Source of the initial kernels.
+    - `n_types`: number of types of nuclei, without the background.
+    - `size`: size of the network.
+    - `rngs`: source of the initial kernels.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> maps = lambda: HoVerNet(4, size=SIZES["small"], rngs=nnx.Rngs(0))(jnp.zeros((1, 64, 64, 3)))
     >>> [each.shape for each in nnx.eval_shape(maps)]

@@ -24,16 +24,10 @@ _SMOOTH = 1e-3
 class CellTargets(NamedTuple):
     """Targets of the maps of tiles.
 
-    Attributes
-    ----------
-    nuclear
-        1 on nuclei, 0 elsewhere, ``(batch, y, x)``.
-    hv
-        Horizontal and vertical distance (`stimage_sd.image.hv_maps`), ``float32 (batch, y, x, 2)``.
-    types
-        0 for background, types from 1, `IGNORED` for unknown types, ``int32 (batch, y, x)``.
-    weight
-        0 for tiles that only pad the batch, ``float32 (batch,)``.
+    - `nuclear`: 1 on nuclei, 0 elsewhere, ``(batch, y, x)``.
+    - `hv`: horizontal and vertical distance (`stimage_sd.image.hv_maps`), ``float32 (batch, y, x, 2)``.
+    - `types`: 0 for background, types from 1, `IGNORED` for unknown types, ``int32 (batch, y, x)``.
+    - `weight`: 0 for tiles that only pad the batch, ``float32 (batch,)``.
     """
 
     nuclear: Any

@@ -24,22 +24,11 @@ class Norm(nnx.Module):
 
     The statistics also stay fixed in training, because tiles of one section are too alike to re-estimate them.
 
-    Parameters
-    ----------
-    channels
-        Number of channels.
-    epsilon
-        Constant added to the variance.
+    - `channels`: number of channels.
+    - `epsilon`: constant added to the variance.
+    - `scale`, `bias : nnx.Param`: float32 (channels,), gamma and beta.
+    - `mean`, `variance : nnx.BatchStat`: float32 (channels,), running statistics.
 
-    Attributes
-    ----------
-    scale, bias : nnx.Param
-        float32 (channels,), gamma and beta.
-    mean, variance : nnx.BatchStat
-        float32 (channels,), running statistics.
-
-    Examples
-    --------
     >>> norm(jnp.ones((1, 2, 2, 3)), Norm(3)).shape
     (1, 2, 2, 3)
     """
@@ -72,25 +61,14 @@ def norm(value: Any, layer: Norm) -> Any:
 class Conv(nnx.Module):
     """Square convolution with optional stride, groups and bias.
 
-    Parameters
-    ----------
-    in_channels, out_channels
-        Numbers of input and output channels.
-    kernel_size
-        Height and width of the kernel, odd.
-    stride
-        Stride, px.
-    groups
-        Number of separate channel groups.
-    padding
-        ``"same"`` pads with zeros, with the odd pixel below and to the right. ``"valid"`` does not pad.
-    bias
-        Whether to add a bias.
-    rngs
-        Source of the initial kernel (He et al. 2015, fan in).
+    - `in_channels`, `out_channels`: numbers of input and output channels.
+    - `kernel_size`: height and width of the kernel, odd.
+    - `stride`: stride, px.
+    - `groups`: number of separate channel groups.
+    - `padding`: ``"same"`` pads with zeros, with the odd pixel below and to the right. ``"valid"`` does not pad.
+    - `bias`: whether to add a bias.
+    - `rngs`: source of the initial kernel (He et al. 2015, fan in).
 
-    Examples
-    --------
     >>> conv(jnp.ones((1, 8, 8, 3)), Conv(3, 4, 3, stride=2, rngs=nnx.Rngs(0))).shape
     (1, 4, 4, 4)
     """
@@ -126,33 +104,18 @@ def conv(value: Any, layer: Conv) -> Any:
 class ConvNorm(Norm):
     """Convolution without bias, followed by batch normalization with running statistics.
 
-    Parameters
-    ----------
-    in_channels, out_channels
-        Numbers of input and output channels, equal for a depthwise convolution.
-    kernel_size
-        Height and width of the kernel, in pixels.
-    stride
-        Step of the kernel along both axes.
-    padding
-        "same" follows TensorFlow: the output size is ceil(size / stride), and the odd pixel of padding goes below and
-        to the right. A number pads this many zeros on each side, as in torch.
-    depthwise
-        Convolve each channel with a separate kernel.
-    epsilon
-        Constant added to the variance.
-    rngs
-        Source of the initial kernel (He et al. 2015, fan out).
+    - `in_channels`, `out_channels`: numbers of input and output channels, equal for a depthwise convolution.
+    - `kernel_size`: height and width of the kernel, in pixels.
+    - `stride`: step of the kernel along both axes.
+    - `padding`: "same" follows TensorFlow: the output size is ceil(size / stride), and the odd pixel of padding goes
+      below and to the right. A number pads this many zeros on each side, as in torch.
+    - `depthwise`: convolve each channel with a separate kernel.
+    - `epsilon`: constant added to the variance.
+    - `rngs`: source of the initial kernel (He et al. 2015, fan out).
+    - `kernel : nnx.Param`: float32 (height, width, in_channels, out_channels), or (height, width, channels) if
+      depthwise.
+    - `scale`, `bias`, `mean`, `variance`: as in `Norm`, float32 (out_channels,).
 
-    Attributes
-    ----------
-    kernel : nnx.Param
-        float32 (height, width, in_channels, out_channels), or (height, width, channels) if depthwise.
-    scale, bias, mean, variance
-        As in `Norm`, float32 (out_channels,).
-
-    Examples
-    --------
     >>> layer = ConvNorm(3, 8, 3, stride=2, padding="same", epsilon=1e-3, rngs=nnx.Rngs(0))
     >>> conv_norm(jnp.ones((1, 5, 5, 3)), layer).shape
     (1, 3, 3, 8)

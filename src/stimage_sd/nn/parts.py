@@ -11,15 +11,9 @@ from flax import nnx
 class Part(NamedTuple):
     """One part of a network, such as the blocks of one resolution.
 
-    Attributes
-    ----------
-    modules
-        All modules and variables of the part. Parts do not share modules.
-    run
-        Function from the output of the previous part to the output of this part.
+    - `modules`: all modules and variables of the part. Parts do not share modules.
+    - `run`: function from the output of the previous part to the output of this part.
 
-    Examples
-    --------
     >>> Part((), lambda value: value + 1).run(1)
     2
     """

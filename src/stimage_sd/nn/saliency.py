@@ -25,12 +25,8 @@ Predict = Callable[[Sequence[Any]], Any]
 class Differentiable:
     """Flax network that can be differentiated with respect to pixels.
 
-    Attributes
-    ----------
-    module
-        Flax network.
-    normalize
-        Function from pixels, 0 to 255, to the input of the network.
+    - `module`: Flax network.
+    - `normalize`: function from pixels, 0 to 255, to the input of the network.
     """
 
     module: nnx.Module

@@ -29,16 +29,10 @@ _AS_THEY_ARE = np.eye(2, 3)
 class Units:
     """Cells or bins of a section.
 
-    Attributes
-    ----------
-    table
-        Measurements of the cells or bins.
-    positions
-        ``(n, 2)`` x and y of the centers, H&E px.
-    against
-        ``"counts"``, which are summed, or ``"proteins"``, which are averaged.
-    placed
-        ``(3, 3)`` matrix from the instrument's coordinates to H&E pixels. `None` if the two are the same.
+    - `table`: measurements of the cells or bins.
+    - `positions`: ``(n, 2)`` x and y of the centers, H&E px.
+    - `against`: ``"counts"``, which are summed, or ``"proteins"``, which are averaged.
+    - `placed`: ``(3, 3)`` matrix from the instrument's coordinates to H&E pixels. `None` if the two are the same.
     """
 
     table: AnnData
@@ -95,12 +89,8 @@ def find_units(sdata: SpatialData, *, table_key: str | None, layer: str | None) 
 class Image:
     """Image with any number of channels.
 
-    Attributes
-    ----------
-    levels
-        Pyramid levels, finest first, lazy ``(c, y, x)`` arrays.
-    matrix
-        ``(2, 3)`` matrix from ``(x, y, 1)`` of the finest level to H&E pixels.
+    - `levels`: pyramid levels, finest first, lazy ``(c, y, x)`` arrays.
+    - `matrix`: ``(2, 3)`` matrix from ``(x, y, 1)`` of the finest level to H&E pixels.
     """
 
     levels: list[xr.DataArray]

@@ -28,14 +28,9 @@ _LEAST_SIDE, _MOST_PIXELS = 1024, 64_000_000
 class WorkingImage:
     """Image at the working resolution.
 
-    Attributes
-    ----------
-    picture
-        Contrast of the nuclei.
-    to_full
-        ``(3, 3)`` matrix from working pixels to full-resolution pixels.
-    um
-        Micrometers per working pixel, computed from the stated full resolution.
+    - `picture`: contrast of the nuclei.
+    - `to_full`: ``(3, 3)`` matrix from working pixels to full-resolution pixels.
+    - `um`: micrometers per working pixel, computed from the stated full resolution.
     """
 
     picture: Picture

@@ -24,16 +24,10 @@ _ROUNDING = 1e-6
 class Spots:
     """Spots to aggregate onto.
 
-    Attributes
-    ----------
-    shapes
-        Circles or polygons in H&E pixels, one row per spot, indexed by instance id.
-    obs
-        One row per spot, indexed by spot id, with ``array_row`` and ``array_col`` for spots of an array.
-    regions
-        The same shapes as search regions.
-    diameter
-        Diameter of a spot, px. For polygons, the diameter of a circle of their median area.
+    - `shapes`: circles or polygons in H&E pixels, one row per spot, indexed by instance id.
+    - `obs`: one row per spot, indexed by spot id, with ``array_row`` and ``array_col`` for spots of an array.
+    - `regions`: the same shapes as search regions.
+    - `diameter`: diameter of a spot, px. For polygons, the diameter of a circle of their median area.
     """
 
     shapes: gpd.GeoDataFrame

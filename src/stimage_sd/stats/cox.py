@@ -26,22 +26,13 @@ _ROUNDING = 1e-9
 class CoxRegressions(NamedTuple):
     """One Cox regression per gene, each ``float64 (n_genes,)``, NaN for constant genes.
 
-    Attributes
-    ----------
-    coef
-        Log hazard ratio per unit of the gene.
-    se
-        Standard error of `coef`.
-    z, p_value
-        Two-sided Wald test. With `firth`, the test of the penalized likelihood ratio.
-    lower, upper
-        95 % interval of `coef` from `se`. With `firth`, from the profile of the penalized likelihood.
-    log_likelihood
-        Partial log-likelihood at `coef`.
-    firth
-        ``bool``: whether `coef` is Firth's estimate, used if the partial likelihood has no finite optimum.
-    log_likelihood_null
-        Partial log-likelihood at zero, one number for all genes.
+    - `coef`: log hazard ratio per unit of the gene.
+    - `se`: standard error of `coef`.
+    - `z`, `p_value`: Two-sided Wald test. With `firth`, the test of the penalized likelihood ratio.
+    - `lower`, `upper`: 95 % interval of `coef` from `se`. With `firth`, from the profile of the penalized likelihood.
+    - `log_likelihood`: partial log-likelihood at `coef`.
+    - `firth`: ``bool``: whether `coef` is Firth's estimate, used if the partial likelihood has no finite optimum.
+    - `log_likelihood_null`: partial log-likelihood at zero, one number for all genes.
     """
 
     coef: np.ndarray

@@ -31,18 +31,11 @@ _MOST_CAUTION = 8.0
 class ElasticNetFit:
     """Result of `fit`.
 
-    Attributes
-    ----------
-    coefficients
-        ``float32 (n_targets, n_features)``.
-    intercepts
-        ``float32 (n_targets,)``, minus or plus infinity for targets with one class only.
-    objective
-        ``float64 (n_targets,)``.
-    converged
-        ``bool (n_targets,)``: whether the objective stopped changing before the last step.
-    n_iterations
-        Steps taken.
+    - `coefficients`: ``float32 (n_targets, n_features)``.
+    - `intercepts`: ``float32 (n_targets,)``, minus or plus infinity for targets with one class only.
+    - `objective`: ``float64 (n_targets,)``.
+    - `converged`: ``bool (n_targets,)``: whether the objective stopped changing before the last step.
+    - `n_iterations`: steps taken.
     """
 
     coefficients: np.ndarray

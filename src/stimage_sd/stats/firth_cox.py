@@ -22,18 +22,11 @@ _DOUBLINGS = 60
 class FirthRegression(NamedTuple):
     """Regression of one gene, NaN where the information is zero.
 
-    Attributes
-    ----------
-    coef
-        Log hazard ratio per unit of the gene, at the optimum of the penalized likelihood.
-    se
-        Standard error of `coef`, from the information at the optimum.
-    z
-        Signed square root of the penalized likelihood ratio against no effect.
-    lower, upper
-        95 % interval of `coef`, from the profile of the penalized likelihood.
-    log_likelihood
-        Partial log-likelihood at the optimum, without the penalty.
+    - `coef`: log hazard ratio per unit of the gene, at the optimum of the penalized likelihood.
+    - `se`: standard error of `coef`, from the information at the optimum.
+    - `z`: signed square root of the penalized likelihood ratio against no effect.
+    - `lower`, `upper`: 95 % interval of `coef`, from the profile of the penalized likelihood.
+    - `log_likelihood`: partial log-likelihood at the optimum, without the penalty.
     """
 
     coef: float

@@ -16,19 +16,13 @@ from scipy.spatial import cKDTree
 class Lattice(NamedTuple):
     """Position of spots on a regular lattice.
 
-    Attributes
-    ----------
-    kind
-        ``"square"`` or ``"hexagonal"``.
-    row, column
-        Integer position of each spot, int64 of shape (n_obs,), from zero. A hexagonal lattice follows Visium's
-        `array_row` and `array_col`: neighbors in a row are two columns apart, and successive rows are shifted by one
-        column.
-    spacing
-        Distance between rows and between columns, in units of the pitch: (1, 1), or (sqrt(3)/2, 1/2) on a hexagonal
-        lattice.
-    pitch
-        Distance between neighboring spots, in the units of the coordinates.
+    - `kind`: ``"square"`` or ``"hexagonal"``.
+    - `row`, `column`: integer position of each spot, int64 of shape (n_obs,), from zero. A hexagonal lattice follows
+      Visium's `array_row` and `array_col`: neighbors in a row are two columns apart, and successive rows are shifted by
+      one column.
+    - `spacing`: distance between rows and between columns, in units of the pitch: (1, 1), or (sqrt(3)/2, 1/2) on a
+      hexagonal lattice.
+    - `pitch`: distance between neighboring spots, in the units of the coordinates.
     """
 
     kind: Literal["square", "hexagonal"]
@@ -314,14 +308,10 @@ _TIE = 1e-9
 class Smoother(NamedTuple):
     """The Gaussian over the raster of spots, first along rows and then down columns.
 
-    Attributes
-    ----------
-    along
-        Sparse ``float64 (n_cells, n_spots)``: from spots to the cells of the raster that they reach within their row.
-    down
-        Sparse ``float64 (n_spots, n_cells)``: from cells to the spots in their column.
-    limit
-        ``float64 (n_spots, 1)``: threshold of the smoothed pattern, half of the smoothed tissue.
+    - `along`: sparse ``float64 (n_cells, n_spots)``: from spots to the cells of the raster that they reach within their
+      row.
+    - `down`: sparse ``float64 (n_spots, n_cells)``: from cells to the spots in their column.
+    - `limit`: ``float64 (n_spots, 1)``: threshold of the smoothed pattern, half of the smoothed tissue.
     """
 
     along: scipy.sparse.csc_array

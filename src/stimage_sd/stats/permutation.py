@@ -32,21 +32,12 @@ class ShiftedMaps:
     multiplied by the square root of m / n, because fewer spots correlate more by chance (variance correction, Mrkvička
     et al. 2021). Maps are not wrapped around the border, because seams would break their smoothness.
 
-    Parameters
-    ----------
-    coordinates
-        Spot centers, x and y, (n_obs, 2), on a lattice (see `stimage_sd.stats.lattice`).
-    least_overlap
-        Smallest share of spots in the overlap of a shift. With smaller overlaps the corrected correlations are still
-        too wide. In simulated smooth fields a quarter gave 5 to 9 % of p-values below 0.05, a half gave 4 to 6 %.
+    - `coordinates`: spot centers, x and y, (n_obs, 2), on a lattice (see `stimage_sd.stats.lattice`).
+    - `least_overlap`: smallest share of spots in the overlap of a shift. With smaller overlaps the corrected
+      correlations are still too wide. In simulated smooth fields a quarter gave 5 to 9 % of p-values below 0.05, a half
+      gave 4 to 6 %.
+    - `n_shifts`: number of shifts, without the identity.
 
-    Attributes
-    ----------
-    n_shifts
-        Number of shifts, without the identity.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats.permutation import ShiftedMaps
     >>> grid = np.array([[x, y] for x in range(6) for y in range(6)], dtype=float)

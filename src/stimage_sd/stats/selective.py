@@ -11,19 +11,12 @@ from numpy.typing import ArrayLike
 class RiskCoverage(NamedTuple):
     """Risk–coverage curve of a set of predictions.
 
-    Attributes
-    ----------
-    coverage
-        ``float64 (n,)``: share of predictions kept, 1/n to 1.
-    risk
-        ``float64 (n,)``: mean error of the kept predictions, which are the least uncertain ones.
-    oracle
-        ``float64 (n,)``: mean error if the predictions of least error are kept. No uncertainty does better.
-    random
-        Mean error of all predictions, the expectation for any share kept at random.
-    aurc
-        Mean of `risk` over the curve (area under the curve). A useful uncertainty puts it between the mean of `oracle`
-        and `random`.
+    - `coverage`: ``float64 (n,)``: share of predictions kept, 1/n to 1.
+    - `risk`: ``float64 (n,)``: mean error of the kept predictions, which are the least uncertain ones.
+    - `oracle`: ``float64 (n,)``: mean error if the predictions of least error are kept. No uncertainty does better.
+    - `random`: mean error of all predictions, the expectation for any share kept at random.
+    - `aurc`: mean of `risk` over the curve (area under the curve). A useful uncertainty puts it between the mean of
+      `oracle` and `random`.
     """
 
     coverage: np.ndarray

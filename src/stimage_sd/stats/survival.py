@@ -13,14 +13,9 @@ from scipy.stats import chi2, norm
 class SurvivalCurve(NamedTuple):
     """Kaplan-Meier estimate, a step function that starts at time 0 and ends with the last patient.
 
-    Attributes
-    ----------
-    time
-        Times from which the values hold, ``float64 (n_times,)``.
-    share
-        Share of patients without the event.
-    lower, upper
-        Pointwise confidence limits of the share.
+    - `time`: times from which the values hold, ``float64 (n_times,)``.
+    - `share`: share of patients without the event.
+    - `lower`, `upper`: pointwise confidence limits of the share.
     """
 
     time: np.ndarray

@@ -68,16 +68,10 @@ def _reflected(start: int, length: int, size: int) -> np.ndarray:
 class View:
     """A field of view and the image level to read it from.
 
-    Attributes
-    ----------
-    level
-        Number of the level.
-    factor
-        Pixels of the finest level per pixel of the level.
-    start
-        x and y of the level's corner, px of the finest level. Nonzero for a coarse level of a cropped image.
-    side
-        Side of the field of view, px of the level.
+    - `level`: number of the level.
+    - `factor`: pixels of the finest level per pixel of the level.
+    - `start`: x and y of the level's corner, px of the finest level. Nonzero for a coarse level of a cropped image.
+    - `side`: side of the field of view, px of the level.
     """
 
     level: int
@@ -129,14 +123,9 @@ def placement(pyramid: Sequence[xr.DataArray], level: int) -> tuple[float, tuple
 class Cutting:
     """Plan for cutting tiles out of the chunks of an image.
 
-    Attributes
-    ----------
-    layout
-        Heights and widths of the chunks, per level.
-    views
-        The fields of view.
-    target
-        Side to which every field of view is resampled, px.
+    - `layout`: heights and widths of the chunks, per level.
+    - `views`: the fields of view.
+    - `target`: side to which every field of view is resampled, px.
     """
 
     layout: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]

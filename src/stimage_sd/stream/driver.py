@@ -37,26 +37,16 @@ _MOST_LOCKS = 256
 class TileJob:
     """A function to run over the tiles of one image.
 
-    Attributes
-    ----------
-    pyramid
-        Levels of the image, finest first, each ``uint8 (3, y, x)`` and dask-backed.
-    centers
-        ``(n_tiles, 2)`` float, x and y of the tile centers, px of the finest level.
-    function
-        ``uint8 (batch, target, target, 3)`` to an array whose first axis is the batch. The result for a tile must not
-        depend on the rest of the batch. On a cluster the function must be picklable.
-    sides
-        Sides of the fields of view around a center, px of the finest level.
-    target
-        Side to which every field of view is resampled, px.
-    key
-        Identifier of the function, such as an extractor's name and the hash of its weights. A resumed run is recognized
-        by this key.
-    shape
-        Shape of the result for one tile. If `None`, the function is tried on a blank tile.
-    batch_size
-        Tiles per batch, the unit of work and of resumption.
+    - `pyramid`: levels of the image, finest first, each ``uint8 (3, y, x)`` and dask-backed.
+    - `centers`: ``(n_tiles, 2)`` float, x and y of the tile centers, px of the finest level.
+    - `function`: ``uint8 (batch, target, target, 3)`` to an array whose first axis is the batch. The result for a tile
+      must not depend on the rest of the batch. On a cluster the function must be picklable.
+    - `sides`: sides of the fields of view around a center, px of the finest level.
+    - `target`: side to which every field of view is resampled, px.
+    - `key`: identifier of the function, such as an extractor's name and the hash of its weights. A resumed run is
+      recognized by this key.
+    - `shape`: shape of the result for one tile. If `None`, the function is tried on a blank tile.
+    - `batch_size`: tiles per batch, the unit of work and of resumption.
     """
 
     pyramid: Sequence[xr.DataArray]

@@ -48,16 +48,10 @@ class Recipe:
 class Batch:
     """A batch of tiles to run.
 
-    Attributes
-    ----------
-    key
-        Name of the batch's task.
-    tasks
-        The task of the batch and the tasks of the chunks that it reads.
-    n_tiles
-        Number of tiles.
-    owner
-        Number of the image that the batch belongs to.
+    - `key`: name of the batch's task.
+    - `tasks`: the task of the batch and the tasks of the chunks that it reads.
+    - `n_tiles`: number of tiles.
+    - `owner`: number of the image that the batch belongs to.
     """
 
     key: str

@@ -36,16 +36,10 @@ _SAME = 0.3
 class Nuclei(NamedTuple):
     """Nuclei and their measurements.
 
-    Attributes
-    ----------
-    outlines
-        Polygons, object array ``(n,)``, px of the full resolution.
-    centers
-        ``float64 (n, 2)``, x and y, px of the full resolution.
-    eccentricity, hematoxylin
-        ``float64 (n,)``. Hematoxylin is the natural-log optical density.
-    values
-        ``float64 (n, n_values)``: means of the function's values over the pixels of a nucleus.
+    - `outlines`: polygons, object array ``(n,)``, px of the full resolution.
+    - `centers`: ``float64 (n, 2)``, x and y, px of the full resolution.
+    - `eccentricity`, `hematoxylin`: ``float64 (n,)``. Hematoxylin is the natural-log optical density.
+    - `values`: ``float64 (n, n_values)``: means of the function's values over the pixels of a nucleus.
     """
 
     outlines: NDArray[np.object_]
@@ -63,16 +57,10 @@ class Nuclei(NamedTuple):
 class Blocks:
     """Windows of one size and their cores, px of the full resolution.
 
-    Attributes
-    ----------
-    downsample
-        Full-resolution pixels per pixel of the working resolution.
-    side
-        Side of the windows, px of the working resolution.
-    corners
-        ``float64 (n_blocks, 2)``, x and y of the windows' corners.
-    cores
-        ``float64 (n_blocks, 4)``: left, top, right, bottom. The right and bottom edges belong to the next core.
+    - `downsample`: Full-resolution pixels per pixel of the working resolution.
+    - `side`: side of the windows, px of the working resolution.
+    - `corners`: ``float64 (n_blocks, 2)``, x and y of the windows' corners.
+    - `cores`: ``float64 (n_blocks, 4)``: left, top, right, bottom. The right and bottom edges belong to the next core.
     """
 
     downsample: float
@@ -173,14 +161,9 @@ def find_in_blocks(
 class PackedNuclei:
     """Find the nuclei of windows, and pack them into arrays of fixed length for the tile stream.
 
-    Parameters
-    ----------
-    function
-        The function that returns label maps.
-    room
-        Length of the arrays.
-    n_values
-        Number of values per nucleus.
+    - `function`: the function that returns label maps.
+    - `room`: length of the arrays.
+    - `n_values`: number of values per nucleus.
     """
 
     function: LabelFunction

@@ -18,14 +18,10 @@ from stimage_sd import contract
 class Region:
     """The region to search for nuclei: the tissue, or the tissue inside some tiles, in full-resolution px.
 
-    Attributes
-    ----------
-    mask
-        ``uint8 (y, x)``, 1 inside the region.
-    scale
-        Full-resolution pixels per mask pixel, along y and x.
-    squares
-        ``float64 (n, 4)``: left, top, right, bottom of the tiles that must hold a nucleus' center. `None` for no limit.
+    - `mask`: ``uint8 (y, x)``, 1 inside the region.
+    - `scale`: Full-resolution pixels per mask pixel, along y and x.
+    - `squares`: ``float64 (n, 4)``: left, top, right, bottom of the tiles that must hold a nucleus' center. `None` for
+      no limit.
     """
 
     mask: NDArray[np.uint8]

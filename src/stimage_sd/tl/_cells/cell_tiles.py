@@ -35,12 +35,8 @@ CELL_TYPE, CONFIDENCE = "cell_type", "cell_type_confidence"
 class TypedNuclei(NamedTuple):
     """Nuclei of a section with their types.
 
-    Attributes
-    ----------
-    outlines
-        Polygons, object array ``(n,)``, px of the H&E at full resolution.
-    types
-        ``int64 (n,)``: 0 to ``n_classes - 1``, or `IGNORED` if the type is unknown.
+    - `outlines`: polygons, object array ``(n,)``, px of the H&E at full resolution.
+    - `types`: ``int64 (n,)``: 0 to ``n_classes - 1``, or `IGNORED` if the type is unknown.
     """
 
     outlines: NDArray[np.object_]
@@ -96,14 +92,9 @@ def labels_of(sdata: SpatialData, frame: pd.DataFrame, label_key: str, name: str
 class CellTiles:
     """Tiles of a cohort with the nuclei on them.
 
-    Attributes
-    ----------
-    store
-        Images of the tiles.
-    section
-        Section number of each tile, ``int64 (n_tiles,)``.
-    rings, types
-        For each tile, the outlines of its nuclei in px of the tile, and their types.
+    - `store`: images of the tiles.
+    - `section`: section number of each tile, ``int64 (n_tiles,)``.
+    - `rings`, `types`: for each tile, the outlines of its nuclei in px of the tile, and their types.
     """
 
     store: TileStore

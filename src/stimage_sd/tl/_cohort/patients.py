@@ -14,16 +14,10 @@ from anndata import AnnData
 class Patients:
     """Expression and outcomes, one row per patient.
 
-    Attributes
-    ----------
-    names
-        Names of the patients, ``(n_patients,)``.
-    values
-        Means over a patient's slides, ``float64 (n_patients, n_genes)``.
-    genes
-        Names of the genes, ``(n_genes,)``.
-    obs
-        Requested columns, one row per patient.
+    - `names`: names of the patients, ``(n_patients,)``.
+    - `values`: means over a patient's slides, ``float64 (n_patients, n_genes)``.
+    - `genes`: names of the genes, ``(n_genes,)``.
+    - `obs`: requested columns, one row per patient.
     """
 
     names: np.ndarray

@@ -154,24 +154,14 @@ def _beside_components(patterns: SharedPatterns, deviation: float) -> SharedPatt
 class _Measured(NamedTuple):
     """Measured spots or cells of a section, and the nuclei in each.
 
-    Attributes
-    ----------
-    tile
-        Kept tile of each unit, ``int64 (n_units,)``.
-    counts
-        ``(n_units, n_genes)`` sparse.
-    totals
-        Total counts, ``(n_units,)``.
-    rows
-        Rows of the table of nuclei, ordered by unit.
-    starts
-        First nucleus of each unit, and the number of nuclei, ``(n_units + 1,)``.
-    background
-        Share that no nucleus covers, ``(n_units,)``.
-    per_tile
-        Number of nuclei in the tile of each unit, ``(n_units,)``.
-    is_direct
-        Whether every unit is one nucleus or square.
+    - `tile`: kept tile of each unit, ``int64 (n_units,)``.
+    - `counts`: ``(n_units, n_genes)`` sparse.
+    - `totals`: total counts, ``(n_units,)``.
+    - `rows`: rows of the table of nuclei, ordered by unit.
+    - `starts`: first nucleus of each unit, and the number of nuclei, ``(n_units + 1,)``.
+    - `background`: share that no nucleus covers, ``(n_units,)``.
+    - `per_tile`: number of nuclei in the tile of each unit, ``(n_units,)``.
+    - `is_direct`: whether every unit is one nucleus or square.
     """
 
     tile: np.ndarray

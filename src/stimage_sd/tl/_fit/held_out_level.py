@@ -54,18 +54,11 @@ def with_interval_level(
 
     With exposure, also learn the shifts of genes, the scale of r, and how much all genes of a spot vary together.
 
-    Parameters
-    ----------
-    model
-        The fitted heads.
-    r_and_p
-        Distributions of tiles by members.
-    data
-        Counts, depths, and which tiles were held out from which member.
-    sections
-        Section of each tile.
-    patients
-        Patient by section, as far as known.
+    - `model`: the fitted heads.
+    - `r_and_p`: distributions of tiles by members.
+    - `data`: counts, depths, and which tiles were held out from which member.
+    - `sections`: section of each tile.
+    - `patients`: patient by section, as far as known.
     """
     blocks = _held_out(model.total is not None, r_and_p, data)
     if model.training["options"]["exposure"] is None:
@@ -175,14 +168,9 @@ def _shifts(blocks: list[_Block], data: TrainingData, sections: np.ndarray, pati
 class HeldOutSums(NamedTuple):
     """Sums over the held-out tiles of each section, ``float64 (n_sections, n_genes)``.
 
-    Attributes
-    ----------
-    counts
-        Sum of the counts.
-    expected
-        Sum of the predicted means, at the section's exposure.
-    variance
-        Sum of the predicted variances without shifts.
+    - `counts`: sum of the counts.
+    - `expected`: sum of the predicted means, at the section's exposure.
+    - `variance`: sum of the predicted variances without shifts.
     """
 
     counts: np.ndarray
@@ -202,26 +190,16 @@ def patients_of(sections: Sequence[str], patients: Mapping[str, str]) -> list[st
 def learn_shifts(sums: HeldOutSums, patients: Sequence[str] | None) -> np.ndarray:
     """Learn the standard deviation of each gene's shift from sections that were held out.
 
-    Parameters
-    ----------
-    sums
-        Sums over held-out tiles. Where `patients` names several, all sections of a patient were held out together.
-    patients
-        Patient of each section, `None` if unknown.
+    - `sums`: sums over held-out tiles. Where `patients` names several, all sections of a patient were held out
+      together.
+    - `patients`: patient of each section, `None` if unknown.
+    - returns: ``float32 (2, n_genes)``: standard deviation of the log of the shift, for another section of a training
+      patient, and for another patient. Without held-out sections of a kind, the prior stands in (`PATIENT`, `SECTION`).
 
-    Returns
-    -------
-    ``float32 (2, n_genes)``: standard deviation of the log of the shift, for another section of a training patient,
-    and for another patient. Without held-out sections of a kind, the prior stands in (`PATIENT`, `SECTION`).
-
-    Notes
-    -----
     Per gene, the variance is the mean squared log ratio of observed and expected counts, less what counting explains.
     It is shrunk towards the typical variance of all genes (empirical Bayes with a scaled inverse chi-square), which is
     itself shrunk towards the prior.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.tl._fit.held_out_level import HeldOutSums, learn_shifts
     >>> counts = np.array([[200.0, 900.0], [50.0, 1100.0], [100.0, 1000.0]])
@@ -255,20 +233,11 @@ def learn_shifts(sums: HeldOutSums, patients: Sequence[str] | None) -> np.ndarra
 def prior_sd(n_patients: int, n_sections: int) -> tuple[float, float]:
     """Return the typical standard deviations of shifts for a model of some patients and sections.
 
-    Parameters
-    ----------
-    n_patients
-        Number of patients that the model was trained on.
-    n_sections
-        Mean number of training sections of a patient.
+    - `n_patients`: number of patients that the model was trained on.
+    - `n_sections`: mean number of training sections of a patient.
+    - returns: for another section of a training patient, and for another patient. The mean of the training sections is
+      uncertain too, which adds one over their number to the variance.
 
-    Returns
-    -------
-    For another section of a training patient, and for another patient. The mean of the training sections is uncertain
-    too, which adds one over their number to the variance.
-
-    Examples
-    --------
     >>> from stimage_sd.tl._fit.held_out_level import prior_sd
     >>> section, patient = prior_sd(1, 4)
     >>> round(section, 2), round(patient, 2)
@@ -301,12 +270,9 @@ def _shrunken(total: np.ndarray, noise: np.ndarray, df: int, prior: float, prior
 def spot_sd(totals: HeldOutSums, sections: np.ndarray) -> float:
     """Return the standard deviation of the log of what all genes of a spot share, given the image.
 
-    Parameters
-    ----------
-    totals
-        Sums over genes instead of tiles: observed, expected and variance if genes were independent, ``(n_tiles,)``.
-    sections
-        Section of each tile. What all tiles of a section share is its exposure and is left out.
+    - `totals`: sums over genes instead of tiles: observed, expected and variance if genes were independent,
+      ``(n_tiles,)``.
+    - `sections`: section of each tile. What all tiles of a section share is its exposure and is left out.
     """
     ratio, noise = totals.log_ratio()
     names, of_tile = np.unique(sections, return_inverse=True)

@@ -51,14 +51,9 @@ def depths(
 ) -> tuple[float | None, np.ndarray]:
     """Return the cohort's median total, `None` without depth, and the depth of each spot relative to it.
 
-    Parameters
-    ----------
-    totals
-        Total counts of the spots of each section.
-    size_factors
-        ``"total"``: every spot has its own depth.
-    exposure
-        ``"section"``: all spots of a section have the median depth of the section.
+    - `totals`: total counts of the spots of each section.
+    - `size_factors`: ``"total"``: every spot has its own depth.
+    - `exposure`: ``"section"``: all spots of a section have the median depth of the section.
     """
     spots = np.concatenate(totals)
     if size_factors is None and exposure is None:
@@ -101,26 +96,15 @@ def check_measured(counts: Mapping[str, sp.csr_matrix]) -> None:
 class Spots:
     """Measurements on the tiles of a cohort, in the order of sections.
 
-    Attributes
-    ----------
-    genes
-        Names of the genes.
-    rows
-        For each section, rows of its kept tiles.
-    sections
-        Section of each measurement, ``(n,)``.
-    positions
-        Centers, ``float64 (n, 2)`` in pixels.
-    counts
-        ``(n, n_genes)`` sparse.
-    factors
-        Depth of each measurement, ``float32 (n,)``.
-    floor
-        Mean-only fit of each gene, ``(2, n_genes)``.
-    total
-        Median total count, which has depth 1; `None` without depth.
-    n_counted
-        Number of genes that totals are of; 0 without exposure.
+    - `genes`: names of the genes.
+    - `rows`: for each section, rows of its kept tiles.
+    - `sections`: section of each measurement, ``(n,)``.
+    - `positions`: centers, ``float64 (n, 2)`` in pixels.
+    - `counts`: ``(n, n_genes)`` sparse.
+    - `factors`: depth of each measurement, ``float32 (n,)``.
+    - `floor`: Mean-only fit of each gene, ``(2, n_genes)``.
+    - `total`: median total count, which has depth 1; `None` without depth.
+    - `n_counted`: number of genes that totals are of; 0 without exposure.
     """
 
     genes: tuple[str, ...]
@@ -226,30 +210,17 @@ def held_out_tiles(
 ) -> np.ndarray:
     """Choose the held-out tiles of each member.
 
-    Parameters
-    ----------
-    sections
-        ``(n_tiles,)`` section name per tile.
-    positions
-        ``(n_tiles, 2)`` x and y per tile.
-    validation
-        Share of the patients to hold out per member, rotating among members. Or names of sections to hold out for
-        all members.
-    n_members
-        Number of members.
-    seed
-        Seed of the order of patients, or of the held-out part of a single section.
-    patients
-        Patient by section. A section of unknown patient counts as a patient. If all sections are of one patient, each
-        section counts as a patient.
+    - `sections`: ``(n_tiles,)`` section name per tile.
+    - `positions`: ``(n_tiles, 2)`` x and y per tile.
+    - `validation`: share of the patients to hold out per member, rotating among members. Or names of sections to hold
+      out for all members.
+    - `n_members`: number of members.
+    - `seed`: seed of the order of patients, or of the held-out part of a single section.
+    - `patients`: patient by section. A section of unknown patient counts as a patient. If all sections are of one
+      patient, each section counts as a patient.
+    - returns: ``bool (n_members, n_tiles)``, True for held-out tiles. Training and held-out tiles are neighbors only at
+      the border of a held-out part.
 
-    Returns
-    -------
-    ``bool (n_members, n_tiles)``, True for held-out tiles. Training and held-out tiles are neighbors only at the
-    border of a held-out part.
-
-    Examples
-    --------
     >>> sections = np.array(["a", "a", "b", "b", "c", "c"])
     >>> held = held_out_tiles(sections, np.zeros((6, 2)), 0.3, n_members=3, seed=0)
     >>> held.sum(axis=1)
@@ -262,17 +233,17 @@ def held_out_tiles(
     if len(set(unit.values())) == 1:
         unit = {name: name for name in names}
     if isinstance(validation, str) or not isinstance(validation, int | float):
-        chosen = [validation] if isinstance(validation, str) else list(validation)
-        unknown = sorted(set(chosen) - set(names))
-        if unknown or not chosen or len(set(chosen)) == len(names):
-            raise ValueError(f"Expected `validation` to name some, not all, of the sections {names}, found {chosen}.")
-        split = [name for name in names if name not in chosen and unit[name] in {unit[held] for held in chosen}]
+        named = [validation] if isinstance(validation, str) else list(validation)
+        unknown = sorted(set(named) - set(names))
+        if unknown or not named or len(set(named)) == len(names):
+            raise ValueError(f"Expected `validation` to name some, not all, of the sections {names}, found {named}.")
+        split = [name for name in names if name not in named and unit[name] in {unit[held] for held in named}]
         if split:
             raise ValueError(
-                f"`validation` holds out {chosen} but not {split}, which are of the same patients. Name all sections "
+                f"`validation` holds out {named} but not {split}, which are of the same patients. Name all sections "
                 "of a patient, or none."
             )
-        return np.tile(np.isin(sections, chosen), (n_members, 1))
+        return np.tile(np.isin(sections, named), (n_members, 1))
     if not 0 < validation < 1:
         raise ValueError(f"Expected `validation` as a share between 0 and 1 or a list of sections, found {validation}.")
     random = np.random.default_rng([seed, 2])

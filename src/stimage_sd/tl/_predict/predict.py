@@ -285,12 +285,8 @@ def _fingerprint(
 class _Done:
     """Blocks of rows that are already on disk.
 
-    Attributes
-    ----------
-    path
-        File with their first rows. `None` for results in memory.
-    starts
-        First rows of the blocks.
+    - `path`: file with their first rows. `None` for results in memory.
+    - `starts`: first rows of the blocks.
     """
 
     path: Path | None

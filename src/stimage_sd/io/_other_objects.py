@@ -1,4 +1,4 @@
-"""Split an object of several samples into one view per sample."""
+"""Find the samples, the cells and the resolution in objects of other tools."""
 
 from __future__ import annotations
 
