@@ -219,8 +219,8 @@ def _show_words(
         )
     if explanation.doubt:
         st.warning(
-            f"The scores of single nuclei are not to be read ({explanation.doubt}), so the nuclei are gray. More copies "
-            "can make the scores stable."
+            f"The scores of single nuclei are not to be read ({explanation.doubt}), so the nuclei are gray. More "
+            "copies can make the scores stable."
         )
     floor = float(prediction.model.floor[0, list(prediction.model.genes).index(gene)])
     measured = f"Measured **{row['measured']:.0f}**. " if np.isfinite(row.get("measured", np.nan)) else ""
@@ -229,7 +229,7 @@ def _show_words(
         "."
         if np.isnan(explanation.stability)
         else (
-            f", stability {explanation.stability:.2f} (correlation of the scores with those from infinitely many copies)."
+            f", stability {explanation.stability:.2f} (correlation of the scores with those of infinitely many copies)."
         )
     )
     st.write(

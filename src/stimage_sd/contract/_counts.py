@@ -15,7 +15,7 @@ from stimage_sd.contract._elements import counts_problem, regions_of
 from stimage_sd.contract._names import are_genes, without_versions
 from stimage_sd.contract._section import info, sample
 from stimage_sd.contract._tables import Against, cell_table_names, counts_name, default_against, holds_counts
-from stimage_sd.contract._units import find_units, units_of
+from stimage_sd.contract._units import find_units, units_of, units_on
 
 
 class Source(NamedTuple):
@@ -171,13 +171,13 @@ def counts_of_shapes(sdata: SpatialData, shapes: str, source: Source | None = No
     shapes
         Name of the shapes.
     source
-        Table and layer. Default: the first table of counts that annotates the shapes.
+        Table and layer. Default: the first table of counts that annotates the shapes, or has their ids.
     """
     table, layer = source or Source()
     for name in [table] if table is not None else cell_table_names(sdata):
-        if not holds_counts(sdata, name) or shapes not in regions_of(sdata.tables[name]):
+        units = units_on(sdata, name, shapes) if holds_counts(sdata, name) else None
+        if units is None:
             continue
-        units = units_of(sdata, name, shapes)
         counted = counts(sdata, Source(name, layer))
         where = counted.obs_names.get_indexer(units.names)
         return units.ids[where >= 0], counted[where[where >= 0]]
