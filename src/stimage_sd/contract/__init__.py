@@ -157,6 +157,7 @@ from stimage_sd.contract._tables import (
     holds_counts,
     proteins_name,
 )
+from stimage_sd.contract._tile_maps import TileMap, tile_map_names, tile_maps, write_tile_maps
 from stimage_sd.contract._tiles import (
     TileGeometry,
     check_finite,
@@ -215,6 +216,7 @@ __all__ = [
     "On",
     "Source",
     "TileGeometry",
+    "TileMap",
     "Units",
     "Within",
     "about_instances",
@@ -317,6 +319,8 @@ __all__ = [
     "stated_of_image",
     "thumbnail",
     "tile_geometry",
+    "tile_map_names",
+    "tile_maps",
     "tile_squares",
     "tiles",
     "tiling",
@@ -338,6 +342,7 @@ __all__ = [
     "write_instances",
     "write_predictions",
     "write_shapes",
+    "write_tile_maps",
     "write_tiles",
     "write_tissue",
 ]
