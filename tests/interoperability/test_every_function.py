@@ -415,6 +415,11 @@ def _(stage: Stage) -> Any:
     return list(maps.values()), stage.outlines("nuclei_explained")
 
 
+@step("pl.saliency")
+def _(stage: Stage) -> Any:
+    return drawn(*sti.pl.saliency(stage.section, stage.genes[0]))
+
+
 @step("tl.explained_nuclei")
 def _(stage: Stage) -> Any:
     return sti.tl.explained_nuclei(stage.section, stage.genes[:2])
