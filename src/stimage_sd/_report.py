@@ -66,6 +66,10 @@ def section_report(sdata: SpatialData, path: Path) -> str:
         how = table.uns["prediction"]
         trained = ", ".join(map(str, how["trained_on"]))
         lines.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
+        if "predictable" in table.var:
+            lines.append(f"predictable  {int(table.var['predictable'].sum())} genes, by the model's certificate")
+        outside = int((table.obs["ood_score"] > 1).sum())
+        lines.append(f"unlike       {outside} of {table.n_obs} tiles are unlike the training tiles")
         if "pearson" in table.var:
             lines.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
     for index, entry in enumerate(section["history"]):
@@ -137,9 +141,18 @@ def model_report(model: NBModel | InstanceModel) -> str:
     if "metrics" in training:
         losses = training["metrics"]["validation_nll"]
         lines.append(f"validation   NLL per count {sum(losses) / len(losses):.4f}, mean over members")
+    lines += _certificate(model)
     if "versions" in training:
         lines.append("versions     " + ", ".join(f"{name} {text}" for name, text in training["versions"].items()))
     return "\n".join([*lines, "next         stimage-sd predict SECTION.zarr --model MODEL --out NEW.zarr"])
+
+
+def _certificate(model: NBModel | InstanceModel) -> list[str]:
+    """Say what the certificate says, or that there is none."""
+    if model.certificate is None:
+        return ["certificate  none: stimage_sd.tl.certify(new_sections, model) in Python"]
+    tested = ", ".join(model.certificate.sections["section"])
+    return [f"certificate  on {tested}: {str(model.certificate).removeprefix('Certificate: ')}"]
 
 
 def _instances(model: NBModel | InstanceModel) -> list[str]:

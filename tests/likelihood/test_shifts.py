@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stimage_sd.likelihood import predictive, shifts
+from stimage_sd.likelihood.pit import pit_histogram
 from stimage_sd.likelihood.predictive import MixtureMoments
-from stimage_sd.pl._calibration import pit_histogram
 from stimage_sd.tl._fit.held_out_level import HeldOutSums, learn_shifts, prior_sd, spot_sd
 
 SD = st.floats(0.0, 1.2)

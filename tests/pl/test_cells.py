@@ -7,9 +7,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.sparse as sp
 import shapely
 from anndata import AnnData
 from spatialdata import SpatialData
+from spatialdata.models import TableModel
 
 from stimage_sd import contract, pl
 from stimage_sd.io._raster import raster_from_array
@@ -67,6 +69,41 @@ def test_wrong_cells_have_a_rim(typed: SpatialData) -> None:
         pl.cells(typed, "kind")
 
 
+def test_types_of_two_sections_in_two_regions(typed: SpatialData) -> None:
+    """Paper, Figures 4d, 4e and S14."""
+    obs = contract.cell_types(typed).obs
+    obs["true_type"] = pd.Categorical(np.where(np.arange(150) < 10, "stromal", obs["cell_type"].astype(str)))
+    axes = pl.cells({"a": typed, "b": typed}, ["true_type", "cell_type"])
+    assert axes.shape == (2, 2)
+    assert axes[1, 0].get_title() == "b: true_type"
+    true = [text.get_text() for text in axes[0, 0].get_legend().get_texts()]
+    counts = obs["true_type"].value_counts()
+    assert true == [f"immune ({counts['immune']})", f"stromal ({counts['stromal']})"]
+    windows = pl.cells(typed, ["cell_type", "entropy"], zoom=[(0, 0, 100, 100), (300, 0, 400, 100)])
+    assert windows.shape == (2, 3)
+    assert windows[1, 1].collections[0].norm.vmin == windows[1, 0].collections[0].norm.vmin
+    assert windows[1, 0].figure.axes[-1].get_ylabel() == "entropy of the type (0 certain, 1 uniform)"
+    assert [text.get_text() for text in windows[0, 2].get_legend().get_texts()] == ["immune (70)", "stromal (80)"]
+    with pytest.raises(ValueError, match="found a cohort of 2"):
+        pl.cells({"a": typed, "b": typed}, zoom=(0, 0, 100, 100))
+
+
+def test_genes_of_measured_cells(typed: SpatialData) -> None:
+    """Paper, Figure 3c."""
+    counts = np.random.default_rng(0).poisson(2.0, (150, 2))
+    frame = contract.nuclei(typed)[["geometry"]]
+    table = AnnData(sp.csr_matrix(counts[::-1]), obs=pd.DataFrame(index=[f"cell-{n}" for n in range(150)]))
+    table.var_names = ["ERBB2", "KRT5"]
+    typed.shapes["measured"] = frame.reset_index(drop=True)
+    table.obs["instance_id"], table.obs["region"] = np.arange(150)[::-1], "measured"
+    typed.tables["counts"] = TableModel.parse(table, region="measured", region_key="region", instance_key="instance_id")
+    ax = pl.cells(typed, "KRT5", shapes_key="measured")
+    np.testing.assert_allclose(ax.collections[0].get_array(), np.log1p(counts[:, 1]))
+    assert ax.figure.axes[-1].get_ylabel() == "log(1 + count of KRT5)"
+    with pytest.raises(KeyError, match=r"no column 'ESR1'.*Nor is it one of the 2 genes that were measured"):
+        pl.cells(typed, "ESR1", shapes_key="measured")
+
+
 def test_confusion_names_shares_of_the_measured_type() -> None:
     table = pd.DataFrame(
         {"section": "a", "truth": ["x", "x", "y", "y"], "predicted": ["x", "y", "x", "y"], "n": [9, 1, 2, 2]}
@@ -85,6 +122,19 @@ def test_latent_space_of_cells_and_background(typed: SpatialData) -> None:
     ax = pl.latent(typed, "cell_type", use="cells", basis="pca")
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     assert set(names) == {"immune", "stromal", "background"}
+
+    def colors(panel: plt.Axes) -> dict[str, str]:
+        texts = [text.get_text().split(" (")[0] for text in panel.get_legend().get_texts()]
+        return dict(zip(texts, (handle.get_color() for handle in panel.get_legend().legend_handles), strict=True))
+
+    # a type has the color that it has on the map, even where a type of lower name does not occur
+    assert colors(pl.cells(typed)).items() <= colors(ax).items()
+    kinds = contract.cell_types(typed).obs["cell_type"].cat.add_categories("endothelial")
+    contract.cell_types(typed).obs["cell_type"] = typed.shapes["nuclei"]["cell_type"] = kinds.to_numpy()
+    typed.shapes["nuclei"]["cell_type"] = pd.Categorical(kinds, categories=kinds.cat.categories)
+    contract.cell_types(typed).obs["cell_type"] = kinds
+    later = pl.latent(typed, "cell_type", use="cells", basis="pca")
+    assert colors(later)["stromal"] == colors(pl.cells(typed))["stromal"] != colors(ax)["stromal"]
     assert len(ax.collections[0].get_offsets()) == 170
     del contract.cell_types(typed).obsm["X_cell_features"]
     with pytest.raises(KeyError, match="have no features"):

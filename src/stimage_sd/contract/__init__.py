@@ -13,7 +13,16 @@ instrument's own micrometers (Xenium, CODEX) have `"instrument"`, and also `"glo
 from __future__ import annotations
 
 from stimage_sd.contract._affine import affine, apply, scale_of
-from stimage_sd.contract._counts import Source, align_to_spots, check_counts, count_type, counts, measured, proteins
+from stimage_sd.contract._counts import (
+    Source,
+    align_to_spots,
+    check_counts,
+    count_type,
+    counts,
+    counts_of_shapes,
+    measured,
+    proteins,
+)
 from stimage_sd.contract._depth import (
     Compared,
     at_depth_of,

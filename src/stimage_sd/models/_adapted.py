@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from spatialdata import SpatialData
 
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
 from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
 @dataclass(frozen=True)
-class AdaptedModel(SavedModel, kind="adapted"):
+class AdaptedModel(Certified, SavedModel, kind="adapted"):
     """A model whose depth and gene shifts were updated by measurements of one section or patient.
 
     Made by `stimage_sd.tl.adapt`, loaded by `stimage_sd.models.load`.

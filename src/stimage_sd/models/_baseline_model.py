@@ -10,6 +10,7 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._recipe import Recipe, SectionData, options, recipes
@@ -21,7 +22,7 @@ _OLD_NAMES = {"learnt.": "learned.", "space.centre": "space.center", "normalisat
 
 
 @dataclass(frozen=True)
-class BaselineModel(SavedModel, kind="baseline"):
+class BaselineModel(Certified, SavedModel, kind="baseline"):
     """A negative binomial model with one mean per gene and tile, and one dispersion per gene.
 
     Made by `stimage_sd.tl.fit_baseline`, loaded by `stimage_sd.models.load`.

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from spatialdata import SpatialData
 
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
 from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
 @dataclass(frozen=True)
-class CombinedModel(SavedModel, kind="combined"):
+class CombinedModel(Certified, SavedModel, kind="combined"):
     """A mixture of fitted models, such as one model per extractor.
 
     Made by `stimage_sd.tl.combine`, loaded by `stimage_sd.models.load`.

@@ -79,8 +79,19 @@ class SavedModel(ABC):
     def save(self, path: str | Path) -> Path:
         """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
-        - `path`: file or directory to write.
-        - returns: the path.
+        Parameters
+        ----------
+        path
+            File or directory to write. An existing model is replaced as a whole.
+
+        Returns
+        -------
+        The path.
+
+        Raises
+        ------
+        FileExistsError
+            If the path exists and is not a model.
         """
         config, arrays = self.to_parts()
         return write_model(path, kind=self.kind, config=config, arrays=arrays)

@@ -13,6 +13,7 @@ from flax import nnx
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import blank_module, derived_extractor, settings
 from stimage_sd.models._features import FeatureSpace
@@ -28,7 +29,7 @@ _PREFIX = "network/"
 
 
 @dataclass(frozen=True, eq=False)
-class FinetunedModel(SavedModel, kind="finetuned"):
+class FinetunedModel(Certified, SavedModel, kind="finetuned"):
     """A network and a head that predict a negative binomial for every gene from a tile's pixels.
 
     Made by `stimage_sd.tl.finetune_nb`, loaded by `stimage_sd.models.load`. Sections need no embeddings. In

@@ -15,6 +15,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.likelihood import instances as heads
 from stimage_sd.likelihood.instances import Bags
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel
 from stimage_sd.models._instance_specification import InstanceSpecification, instance_features
@@ -41,7 +42,7 @@ def crowding(per_tile: np.ndarray, usual: float) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class InstanceModel(SavedModel, kind="instances"):
+class InstanceModel(Certified, SavedModel, kind="instances"):
     """An ensemble that predicts a negative binomial for every gene and nucleus (or square), and for their sums.
 
     Made by `stimage_sd.tl.fit_nb` with ``on=``, loaded by `stimage_sd.models.load`. A spot's r is the sum over its

@@ -96,10 +96,14 @@ def _cells_and_background(sdata: SpatialData) -> ad.AnnData:
     rows = np.unique(np.linspace(0, table.n_obs - 1, min(table.n_obs, _MOST_CELLS)).astype(int))
     background = np.asarray(table.uns.get(BACKGROUND_FEATURES, np.empty((0, table.obsm[CELL_FEATURES].shape[1]))))
     obs = table.obs.iloc[rows].copy()
+    types = [*map(str, table.obs["cell_type"].astype("category").cat.categories), "background"]
     obs["cell_type"] = obs["cell_type"].astype(object)
     nothing = pd.DataFrame({"cell_type": "background"}, index=[f"background_{n}" for n in range(len(background))])
     values = np.concatenate([np.asarray(table.obsm[CELL_FEATURES])[rows], background]).astype(np.float32)
-    return ad.AnnData(values, pd.concat([obs, nothing]))
+    together = pd.concat([obs, nothing])
+    # types that do not occur keep their place among the colors of the figures
+    together["cell_type"] = pd.Categorical(together["cell_type"], categories=types)
+    return ad.AnnData(values, together)
 
 
 def _standardized(values: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd.likelihood.heads import HEADS
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._predictor import known_patients
@@ -28,7 +29,7 @@ _BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
-class NBModel(SavedModel, kind="nb"):
+class NBModel(Certified, SavedModel, kind="nb"):
     """An ensemble that predicts a negative binomial for every gene and tile.
 
     Made by `stimage_sd.tl.fit_nb`, loaded by `stimage_sd.models.load`.

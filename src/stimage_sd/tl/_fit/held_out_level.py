@@ -17,6 +17,7 @@ from stimage_sd.likelihood.predictive import MixtureMoments, log_prob, mixture_m
 from stimage_sd.likelihood.shifts import PATIENT, SECTION, shift_of
 from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._nb import NBModel
+from stimage_sd.models._wrapped import WrappedModel
 from stimage_sd.tl._fit.training import TrainingData
 
 #: share of held-out counts that the intervals should cover
@@ -43,7 +44,7 @@ class _Block(NamedTuple):
 
 #: gives r and p of some rows of the training tiles by some members, each ``(n_members, n_rows, n_genes)``
 Distributions = Callable[[np.ndarray, list[int]], tuple[np.ndarray, np.ndarray]]
-Model = TypeVar("Model", NBModel, InstanceModel)
+Model = TypeVar("Model", NBModel, InstanceModel, WrappedModel)
 
 
 def with_interval_level(

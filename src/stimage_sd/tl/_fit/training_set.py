@@ -144,7 +144,7 @@ class Spots:
         self, cohort: Mapping[str, SpatialData], held_out: np.ndarray, history: list[dict[str, Any]],
         *, patients: Mapping[str, str], source: contract.Source, seed: int, options: Mapping[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
-        """Return the record of a fit that a model keeps."""
+        """Return the record of a fit that a model keeps. A fit without epochs has no history."""
         return {
             "sections": list(self.rows),
             "patients": dict(patients),
@@ -154,9 +154,8 @@ class Spots:
             "validation": validation_sections(self.sections, held_out),
             "seed": seed,
             "options": dict(options),
-            "metrics": _metrics(history),
             "versions": versions(),
-            "history": {key: [row[key] for row in history] for key in history[0]},
+            **({"metrics": _metrics(history), "history": _columns(history)} if history else {}),
         }
 
 
@@ -164,6 +163,10 @@ def bootstrap(seen: np.ndarray, *, seed: int) -> np.ndarray:
     """Draw each member's training tiles with replacement and count the draws per tile."""
     random = np.random.default_rng([seed, 1])
     return np.stack([random.multinomial(member.sum(), member / member.sum()) for member in seen]).astype(np.float32)
+
+
+def _columns(history: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [row[key] for row in history] for key in history[0]}
 
 
 def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
