@@ -290,14 +290,9 @@ class WrappedModel(Certified, SavedModel, kind="wrapped"):
 class WrappedSection:
     """A section with the means of a wrapped predictor.
 
-    Attributes
-    ----------
-    means
-        ``float32 (n_tiles, n_genes)`` at a depth of 1.
-    dispersion
-        r, ``float32 (n_genes,)``.
-    strangeness
-        Distance from the values of the calibration tiles, ``float32 (n_tiles,)``.
+    - `means`: ``float32 (n_tiles, n_genes)`` at a depth of 1.
+    - `dispersion`: r, ``float32 (n_genes,)``.
+    - `strangeness`: distance from the values of the calibration tiles, ``float32 (n_tiles,)``.
     """
 
     means: np.ndarray

@@ -34,14 +34,9 @@ _DEEPEST = 6
 class FoldResult:
     """Result of a model on a fold.
 
-    Attributes
-    ----------
-    scores
-        Scores of the held-out sections, as returned by `stimage_sd.tl.evaluate`.
-    cost
-        ``fit_seconds``, ``predict_seconds`` and ``peak_mb``.
-    predictions
-        Prediction tables by held-out section, if kept.
+    - `scores`: scores of the held-out sections, as returned by `stimage_sd.tl.evaluate`.
+    - `cost`: ``fit_seconds``, ``predict_seconds`` and ``peak_mb``.
+    - `predictions`: prediction tables by held-out section, if kept.
     """
 
     scores: pd.DataFrame

@@ -16,16 +16,11 @@ def groups_of(
 ) -> sp.csr_matrix:
     """Return which tiles belong together, ``(n_groups, n_tiles)`` of zeros and ones.
 
-    Parameters
-    ----------
-    scale
-        Number of steps on the graph around each tile. Or the name of a column with regions, of the spots or the tiles.
-    predictions, rows
-        The predictions, and their rows on measured spots.
-    units
-        The measured spots.
-    graph
-        Neighbors of the tiles, ``(n_tiles, n_tiles)``.
+    - `scale`: number of steps on the graph around each tile. Or the name of a column with regions, of the spots or the
+      tiles.
+    - `predictions`, `rows`: the predictions, and their rows on measured spots.
+    - `units`: the measured spots.
+    - `graph`: neighbors of the tiles, ``(n_tiles, n_tiles)``.
     """
     if isinstance(scale, str):
         columns = [frame[scale] for frame in (units.obs, predictions.obs.iloc[rows]) if scale in frame]
