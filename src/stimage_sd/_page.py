@@ -71,8 +71,8 @@ def write_page(path: str | Path, blocks: Iterable[Block]) -> Path:
         text = _PAGE.format(title=html.escape(title), body="\n".join(block.html() for block in blocks))
     else:
         parts = []
-        for number, block in enumerate(blocks):
-            picture = path.with_name(f"{path.stem}_{number}.png")
+        for index, block in enumerate(blocks):
+            picture = path.with_name(f"{path.stem}_{index}.png")
             if block.figure is not None:
                 with replacing(picture) as staged:
                     staged.write_bytes(block.figure())

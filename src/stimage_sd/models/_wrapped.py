@@ -59,11 +59,11 @@ class Wrapped:
             If the values have another shape, or are not finite, or are negative means.
         """
         kept = contract.tiles(sdata).obs["keep"].to_numpy()
-        found = self._found(sdata, section)
-        if isinstance(found, np.ndarray):
-            values = self._of_array(found, kept, section)
+        result = self._found(sdata, section)
+        if isinstance(result, np.ndarray):
+            values = self._of_array(result, kept, section)
         else:
-            values = self._of_rows(found, contract.tiles(sdata)[kept].obs, section)
+            values = self._of_rows(result, contract.tiles(sdata)[kept].obs, section)
         if not np.isfinite(values).all():
             raise ValueError(
                 f"The predictor's values of section {section!r} are not finite for "
@@ -78,8 +78,8 @@ class Wrapped:
 
     def _found(self, sdata: SpatialData, section: str) -> np.ndarray | pd.DataFrame | AnnData:
         if not isinstance(self.predict, str):
-            found = self.predict(sdata)
-            return found if isinstance(found, pd.DataFrame | AnnData) else np.asarray(found, dtype=np.float64)
+            result = self.predict(sdata)
+            return result if isinstance(result, pd.DataFrame | AnnData) else np.asarray(result, dtype=np.float64)
         if self.predict not in sdata.tables:
             raise KeyError(f"Section {section!r} has no table {self.predict!r}, but {sorted(sdata.tables)}.")
         return sdata.tables[self.predict]

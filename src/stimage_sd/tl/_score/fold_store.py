@@ -61,13 +61,13 @@ class FoldStore:
             return None
         try:
             made_with = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            found, cost, scores = made_with["settings"], made_with["cost"], pd.read_parquet(folder / SCORES)
+            stored, cost, scores = made_with["settings"], made_with["cost"], pd.read_parquet(folder / SCORES)
         except PermissionError:
             raise
         except _DAMAGE as error:
             _warn_of_damage(folder, error)
             return None
-        differing = list(_differences(found, json.loads(json.dumps(settings))))
+        differing = list(_differences(stored, json.loads(json.dumps(settings))))
         if differing:
             named = "; ".join(differing[:5]) + (" and others" if len(differing) > 5 else "")
             raise ValueError(
