@@ -14,12 +14,15 @@ import scipy.stats
 from flax import nnx
 
 from stimage_sd import baselines, models
+from stimage_sd.baselines._section_network import batches_of
+from stimage_sd.baselines._training import arrays_of
 from stimage_sd.baselines._training import train as trained
+from stimage_sd.baselines._windows import Places
 from stimage_sd.baselines.networks.hist2st import Hist2STNetwork, Hist2STOutput, NeighborMean, zinb_loss
 from stimage_sd.baselines.networks.histogene import HisToGeneNetwork
 from stimage_sd.baselines.networks.thitogene import THItoGeneNetwork
 from stimage_sd.models._features import FeatureSpace
-from stimage_sd.models._recipe import SectionData, TrainingSection, recipes
+from stimage_sd.models._recipe import SectionData, TrainingSection, count_arrays, recipes
 
 SMALL = {"heads": 1, "dropout": 0.0, "learning_rate": 1e-3, "pixels_px": 14, "target": "log1p"}
 RECIPES = {
@@ -114,6 +117,59 @@ def test_a_network_survives_the_disk(tmp_path: Path) -> None:
     loaded = models.load(model.save(tmp_path / "model.stimage"))
     assert loaded.recipe == recipe
     np.testing.assert_array_equal(loaded.recipe.mean(loaded.learned, train), recipe.mean(model.learned, train))
+
+
+def test_windows_cover_a_section_once_and_are_not_larger_than_asked() -> None:
+    random = np.random.default_rng(0)
+    square = np.stack(np.meshgrid(np.arange(53), np.arange(40)), axis=-1).reshape(-1, 2)
+    # hexagonal: successive rows are shifted by half a pitch
+    hexagonal = np.stack([square[:, 0] + 0.5 * (square[:, 1] % 2), square[:, 1] * np.sqrt(3) / 2], axis=1)
+    for positions in (square * 100.0, hexagonal * 100.0, random.uniform(0, 4000, (300, 2))):
+        tissue = np.sort(random.permutation(len(positions))[: int(0.9 * len(positions))])
+        places = Places.of(SectionData((), positions[tissue]))
+        windows = places.windows(25)
+        assert sorted(np.concatenate(windows).tolist()) == list(range(len(tissue)))
+        for window in windows:
+            within = places.column_row[window]
+            width, height = np.ptp(within, axis=0) // (places.step, 1) + 1
+            assert max(width, height) <= 25
+        assert len(places.windows(None)) == 1
+    assert len(Places.of(SectionData((), square * 100.0)).windows(25)) == 3 * 2
+    assert len(Places.of(SectionData((), hexagonal * 100.0)).windows(25)) == 3 * 2
+
+
+def test_a_window_is_a_section_of_its_own() -> None:
+    """Sections cut into windows, and a cohort of these windows, give the same batches and predictions."""
+    whole, _ = section(1)
+    measured = np.arange(3, 30)
+    whole = replace(whole.only(measured), rows=np.flatnonzero(np.isin(np.arange(36), measured)))
+    tiles = Places.of(whole).windows(3)
+    assert [len(window) for window in tiles] == [9] * 4
+    target, factors = np.arange(81.0).reshape(27, 3), np.arange(27.0)
+    found = batches_of(whole, target, factors, window=3)
+    recipe = replace(RECIPES["histogene"], window=3)
+    learned = {**arrays_of(recipe._make(3, nnx.Rngs(0))), **count_arrays([whole], "log1p")}
+    mean = recipe.mean(learned, whole)
+    for window, batch in zip(tiles, found, strict=True):
+        inside = np.isin(whole.rows, window)
+        part = whole.only(np.flatnonzero(inside))
+        part = replace(part, positions=whole.positions[window], pixels=whole.pixels[window])
+        part = replace(part, rows=np.searchsorted(window, part.rows))
+        (expected,) = batches_of(part, target[inside], factors[inside], window=None)
+        for name, array in vars(expected).items():
+            np.testing.assert_allclose(getattr(batch, name), array, err_msg=name)
+        alone = replace(recipe, window=None).mean(learned, part)
+        np.testing.assert_allclose(mean[window], alone, rtol=1e-5)
+    assert np.abs(mean - replace(recipe, window=None).mean(learned, whole)).max() > 1e-6
+    # a window without a measured tile is not trained on
+    assert len(batches_of(whole.only(np.flatnonzero(np.isin(whole.rows, tiles[0]))), target, factors, window=3)) == 1
+
+
+@pytest.mark.parametrize("name", ["HisToGene", "Hist2ST", "THItoGene"])
+def test_windows_of_a_spot_are_refused(name: str) -> None:
+    for window in (1, 2.5, True):
+        with pytest.raises(ValueError, match=f"`window` of {name} to be None or an integer of 2 or more"):
+            getattr(baselines, name)(window=window)
 
 
 def test_training_gives_the_network_after_each_epoch_and_its_loss_falls() -> None:

@@ -60,7 +60,10 @@ ELSEWHERE = {
         ("tl.bulk_correlation", "tl.cox_screen", "tl.drug_response", "tl.risk_groups"), "takes a table of slides"
     ),
     "tl.enrichment": "takes names of genes",
-    **dict.fromkeys(("pl.confusion", "pl.explanation_scores", "pl.scores", "pl.survival"), "draws a table of scores"),
+    **dict.fromkeys(
+        ("pl.cell_scores", "pl.confusion", "pl.enrichment", "pl.explanation_scores", "pl.scores", "pl.survival"),
+        "draws a table of scores",
+    ),
     "pl.roc": "draws what `tl.drug_response` returns",
     "pl.training": "draws a model's history",
 }  # fmt: skip
@@ -293,6 +296,23 @@ def _(stage: Stage) -> Any:
 @step("tl.evaluate")
 def _(stage: Stage) -> Any:
     return sti.tl.evaluate(stage.section)
+
+
+@step("tl.pool_members")
+def _(stage: Stage) -> Any:
+    return sti.tl.pool_members(stage.section, stage.model, size=1, n_pools=1)
+
+
+@step("tl.local_morans_i")
+def _(stage: Stage) -> Any:
+    return sti.tl.local_morans_i(stage.section, stage.genes[:2], n_permutations=19, correction="none")
+
+
+@step("tl.compare_labels")
+def _(stage: Stage) -> Any:
+    contract.tiles(stage.section).obs["half"] = np.arange(contract.tiles(stage.section).n_obs) % 2
+    agreement = sti.tl.compare_labels(stage.section, "half", "keep")
+    return agreement.table, agreement.scores
 
 
 @step("tl.evaluate_genes_high")

@@ -185,7 +185,7 @@ def changed_config(model: NBModel, path: Path, **change: object) -> Path:
         ({"format_version": FORMAT_VERSION + 1}, rf"version {FORMAT_VERSION + 1}; this package reads up to .*upgrade"),
         ({"format_version": ...}, "config without a format version"),
         ({"format_version": "1"}, "config without a format version"),
-        ({"kind": "forest"}, r"kind 'forest'; this version knows \['adapted', .*, 'nb'\]. Update"),
+        ({"kind": "forest"}, r"kind 'forest'; this version knows \['adapted', .*, 'wrapped'\]. Update"),
         ({"genes": ["ERBB2", "CD4"]}, "damaged"),
         ({"genes": ...}, "damaged: 'genes'"),
         ({"head": "dispersion"}, "damaged"),

@@ -13,7 +13,7 @@ from anndata import AnnData
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
 
-from stimage_sd import contract, pl
+from stimage_sd import contract, pl, tl
 from stimage_sd.io._raster import raster_from_array
 
 
@@ -129,13 +129,32 @@ def test_latent_space_of_cells_and_background(typed: SpatialData) -> None:
 
     # a type has the color that it has on the map, even where a type of lower name does not occur
     assert colors(pl.cells(typed)).items() <= colors(ax).items()
-    kinds = contract.cell_types(typed).obs["cell_type"].cat.add_categories("endothelial")
-    contract.cell_types(typed).obs["cell_type"] = typed.shapes["nuclei"]["cell_type"] = kinds.to_numpy()
-    typed.shapes["nuclei"]["cell_type"] = pd.Categorical(kinds, categories=kinds.cat.categories)
-    contract.cell_types(typed).obs["cell_type"] = kinds
+    for annotated in (typed.shapes["nuclei"], contract.cell_types(typed).obs):
+        annotated["cell_type"] = annotated["cell_type"].cat.set_categories(["endothelial", "immune", "stromal"])
     later = pl.latent(typed, "cell_type", use="cells", basis="pca")
     assert colors(later)["stromal"] == colors(pl.cells(typed))["stromal"] != colors(ax)["stromal"]
     assert len(ax.collections[0].get_offsets()) == 170
     del contract.cell_types(typed).obsm["X_cell_features"]
     with pytest.raises(KeyError, match="have no features"):
         pl.latent(typed, "cell_type", use="cells", basis="pca")
+
+
+def test_scores_of_types_are_means_over_sections() -> None:
+    """Paper, Figures 4a, S14 and S15b."""
+    names = ["f1", "dice", "panoptic_quality", "accuracy", "mean_f1", "mean_iou"]
+    summary = pd.DataFrame({"section": ["x", "y"], **{name: [0.6, 0.8] for name in names}})
+    kinds = pd.DataFrame(
+        {"section": list("xxyy"), "cell_type": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, np.nan]}
+    )
+    scores = tl.CellScores(summary, kinds, pd.DataFrame())
+    types, overall_panel = pl.cell_scores(scores)
+    assert [label.get_text() for label in types.get_xticklabels()] == ["immune", "stromal"]
+    np.testing.assert_allclose([bar.get_height() for bar in types.patches], [0.8, 0.5])
+    np.testing.assert_allclose([bar.get_height() for bar in overall_panel.patches], [0.7] * 6)
+    both = pl.cell_scores({"one": scores, "two": scores})
+    assert len(both[0].patches) == 4
+    assert [text.get_text() for text in both[1].get_legend().get_texts()] == ["one", "two"]
+    with pytest.raises(ValueError, match="keyed by name, found none"):
+        pl.cell_scores({})
+    with pytest.raises(ValueError, match=r"`stimage_sd\.tl\.evaluate_cells`, found a table lacking"):
+        pl.cell_scores(scores._replace(classes=kinds.drop(columns="f1")))

@@ -13,16 +13,24 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stimage_sd import contract, pl
+from stimage_sd import contract, pl, tl
 
 CONFUSION = pd.DataFrame({"truth": list("aabb"), "predicted": list("abab"), "n": [8, 2, 1, 9]})
 SURVIVAL = pd.DataFrame({"time": [5, 8, 9, 2, 3, 4], "event": 1, "risk_group": ["low"] * 3 + ["high"] * 3})
 NUCLEI = pd.DataFrame({"gene": "A", "score": np.linspace(-1, 1, 30), "area_px": np.arange(30.0)})
+SETS = pd.DataFrame({"gene_set": ["a", "b"], "n_overlap": [3, 2], "n_set": [4, 9], "p_value": [1e-4, 0.1],
+                     "q_value": [2e-4, 0.1]})  # fmt: skip
+CELLS = tl.CellScores(
+    pd.DataFrame({"section": "x", "f1": 0.6, "dice": 0.7, "panoptic_quality": 0.5, "accuracy": 0.8, "mean_f1": 0.4,
+                  "mean_iou": 0.3}, index=[0]),
+    pd.DataFrame({"section": list("xxyy"), "cell_type": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, 0.3]}),
+    CONFUSION,
+)  # fmt: skip
 
 
 PICTURES = [
     "tiles", "prediction", "uncertainty", "calibration", "latent", "scores", "training", "confusion", "survival",
-    "explanation_scores",
+    "explanation_scores", "enrichment", "cell_scores",
 ]  # fmt: skip
 
 
@@ -39,6 +47,8 @@ def draw(request: pytest.FixtureRequest, result: Any) -> Callable[..., Any]:
         "training": lambda **options: pl.training(result.model, **options),
         "confusion": lambda **options: pl.confusion(CONFUSION, **options),
         "survival": lambda **options: pl.survival(SURVIVAL, **options),
+        "enrichment": lambda **options: pl.enrichment(SETS, **options),
+        "cell_scores": lambda **options: pl.cell_scores(CELLS, **options),
         "explanation_scores": lambda **options: pl.explanation_scores(NUCLEI, **options),
     }[request.param]
 

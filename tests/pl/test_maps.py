@@ -53,7 +53,7 @@ def test_prediction_draws_counts_and_means_of_the_tables(result) -> None:
     np.testing.assert_allclose(predicted.collections[0].get_offsets(), table.obsm["spatial"])
     assert observed.get_title() == "G3, observed"
     r = pearsonr(drawn_values(predicted)[rows], drawn_values(observed))[0]
-    assert predicted.get_title() == f"G3, predicted (Pearson r = {r:.2f})"
+    assert predicted.get_title() == f"G3, predicted (r = {r:.2f})"
 
 
 def color_bars(axes: np.ndarray) -> list[str]:
@@ -63,7 +63,7 @@ def color_bars(axes: np.ndarray) -> list[str]:
 def test_measured_and_predicted_share_one_scale_and_say_so(result) -> None:
     axes = pl.prediction(result.section, "G0")
     assert color_bars(axes) == [
-        "log(1 + count): measured counts and predicted means on one scale, at the section's depth"
+        "log(1 + count), at the section's depth\nmeasured counts and predicted means on one scale"
     ]
     ranges = {(panel.collections[0].norm.vmin, panel.collections[0].norm.vmax) for panel in axes}
     together = np.concatenate([drawn_values(panel) for panel in axes])
@@ -86,7 +86,7 @@ def test_ranges_of_their_own_are_asked_for(result) -> None:
 def test_the_title_has_the_correlation_of_evaluate(result) -> None:
     for gene in ("G0", "G5"):
         r = result.scores.set_index("gene")["pearson"][gene]
-        assert f"(Pearson r = {r:.2f})" in pl.prediction(result.section, gene)[1].get_title()
+        assert f"(r = {r:.2f})" in pl.prediction(result.section, gene)[1].get_title()
 
 
 def test_counts_are_moved_to_the_depth_of_a_model_with_size_factors(planted: Callable) -> None:
@@ -100,7 +100,7 @@ def test_counts_are_moved_to_the_depth_of_a_model_with_size_factors(planted: Cal
     expected = np.log1p(counts[:, 0] * model.total / counts.sum(axis=1))
     np.testing.assert_allclose(drawn_values(observed), expected)
     np.testing.assert_allclose(drawn_values(predicted), np.log1p(table[:, "G0"].X.ravel()), rtol=1e-6)
-    assert color_bars(np.array([observed]))[0].endswith("on one scale, at the model's depth")
+    assert color_bars(np.array([observed]))[0].startswith("log(1 + count), at the model's depth\n")
     tl.predict(section, model, size_factors="total")
     observed, _ = pl.prediction(section, "G0")
     np.testing.assert_allclose(drawn_values(observed), np.log1p(counts[:, 0]))

@@ -190,3 +190,25 @@ def test_scores_of_gene_classes_are_drawn_as_they_are() -> None:
     table = of_one_model(0.0).drop(columns="pearson").assign(auc=0.7, balanced_accuracy=0.6)
     titles = [panel.get_title() for panel in pl.scores(table)]
     assert titles == ["High or Low", "High or Low", "pattern overlap"]
+
+
+def test_members_and_pools_stand_side_by_side() -> None:
+    """Paper, section 2.4 and Figure 2c."""
+    random = np.random.default_rng(3)
+    frames = [
+        pd.DataFrame(
+            {"section": section, "gene": ["A", "B"], "kind": kind, "number": number, "members": members,
+             "pearson": random.uniform(0, 0.5, 2)}
+        )
+        for section in "xy"
+        for kind, count, members in (("member", 6, "0"), ("pool", 4, "0 1 2"))
+        for number in range(count)
+    ]  # fmt: skip
+    table = pd.concat(frames, ignore_index=True)
+    (panel,) = pl.scores(table)
+    assert {text.get_text() for text in panel.get_legend().get_texts()} == {"single members", "pools of 3 members"}
+    points = [len(drawn.get_offsets()) for drawn in panel.collections]
+    assert sorted(points) == [4, 4, 6, 6]
+    medians = [drawn.get_ydata()[0] for drawn in panel.lines if drawn.get_linewidth() == 1.2]
+    means = table.groupby(["section", "kind", "number"])["pearson"].mean().groupby(["section", "kind"]).median()
+    assert sorted(medians) == pytest.approx(sorted(means))

@@ -60,6 +60,24 @@ def test_rare_genes_are_left_out_unless_asked_for(cohort: dict[str, SpatialData]
         pp.select_genes(cohort, min_spots=1.01)
 
 
+def test_genes_may_be_filtered_after_they_are_ranked(cohort: dict[str, SpatialData]) -> None:
+    """The published order: the top of all genes, of which those in too few spots are left out."""
+    shared = [f"G{gene}" for gene in range(40) if gene != 3] + [f"R{gene}" for gene in range(5)]
+    joint = ad.concat(
+        [ad.AnnData(sp.csr_matrix(contract.counts(sdata)[:, shared].X, dtype=np.float32)) for sdata in cohort.values()],
+        label="batch", index_unique="-",
+    )  # fmt: skip
+    joint.var_names = shared
+    sc.experimental.pp.highly_variable_genes(joint, flavor="pearson_residuals", n_top_genes=25, batch_key="batch")
+    share = dict(zip(shared, (joint.X > 0).mean(axis=0).A1, strict=True))
+    expected = [gene for gene in shared if joint.var.loc[gene, "highly_variable"] and share[gene] >= 0.9]
+    chosen = pp.select_genes(cohort, n_top=25, min_spots=0.9, filtering="after")
+    assert sorted(chosen) == sorted(expected)
+    assert 0 < len(chosen) < 25 == len(pp.select_genes(cohort, n_top=25, min_spots=0.1))
+    with pytest.raises(ValueError, match='`filtering` to be "before" or "after", found \'never\''):
+        pp.select_genes(cohort, filtering="never")  # type: ignore[arg-type]
+
+
 def test_included_genes_come_once_and_last(cohort: dict[str, SpatialData]) -> None:
     top = pp.select_genes(cohort, n_top=5)
     assert pp.select_genes(cohort, n_top=5, include=["R0", top[2], "R1"]) == [*top, "R0", "R1"]

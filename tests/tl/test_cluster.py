@@ -41,6 +41,32 @@ def kinds() -> np.ndarray:
     return np.repeat([0, 1, 2], [50, 33, 17])
 
 
+def test_clusters_beside_annotations(cohort: dict[str, SpatialData]) -> None:
+    expected: list[pd.DataFrame] = []
+    for number, sdata in enumerate(cohort.values()):
+        tiles, predictions = contract.tiles(sdata), contract.predictions(sdata)
+        predictions.obs["leiden"] = pd.Categorical(kinds().astype(str))
+        seen = np.where(np.arange(N_SIDE**2) % 7 < 2, "Fat", "Tumor").astype(object)
+        seen[number * 10 : 20] = None
+        tiles.obs["annotation"] = pd.Categorical(seen)
+        expected.append(pd.DataFrame({"leiden": kinds().astype(str), "annotation": seen}).dropna())
+    table, scores = tl.compare_labels(cohort, "leiden", "annotation")
+    every = pd.concat(expected)
+    pd.testing.assert_frame_equal(table, every.value_counts().unstack(fill_value=0), check_dtype=False)
+    assert scores["section"].tolist() == ["a", "b", "all"]
+    assert scores["n_tiles"].tolist() == [80, 90, 170]
+    for row, part in zip(scores.itertuples(), [*expected, every], strict=True):
+        assert row.adjusted_rand_index == pytest.approx(adjusted_rand_score(part["leiden"], part["annotation"]))
+    alone = tl.compare_labels(cohort["a"], "annotation", "leiden")
+    assert alone.scores["section"].tolist() == ["a"]
+    assert alone.table.shape == (2, 3)
+    contract.tiles(cohort["b"]).obs["annotation"] = None
+    with pytest.raises(ValueError, match="No tile of section 'b' has both 'leiden' and 'annotation'"):
+        tl.compare_labels(cohort, "leiden", "annotation")
+    with pytest.raises(KeyError, match="No column 'region_of' among"):
+        tl.compare_labels(cohort, "leiden", "region_of")
+
+
 @pytest.mark.parametrize("use", ["predictions", "embeddings"])
 def test_planted_kinds_are_found_the_largest_first(cohort: dict[str, SpatialData], use: str) -> None:
     tl.cluster(cohort, resolution=0.2, use=use, extractor="toy")

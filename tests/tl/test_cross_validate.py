@@ -8,9 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import esda
+import libpysal
 import numpy as np
 import pandas as pd
 import pytest
+import shapely
+from sklearn.neighbors import kneighbors_graph
 from spatialdata import SpatialData
 
 from stimage_sd import contract, pp, tl
@@ -60,6 +64,35 @@ def test_each_section_is_scored_by_a_model_of_the_others(cohort) -> None:
     pd.testing.assert_frame_equal(
         found.sort_index(), by_hand[found.columns].sort_index(), check_names=False, check_exact=True, check_dtype=False
     )
+
+
+def test_cells_on_no_lattice_are_scored_on_a_graph(cohort, tmp_path: Path) -> None:
+    for number, sdata in enumerate(cohort.sections.values()):
+        squares = sdata.shapes["tile_squares"]
+        x, y = np.random.default_rng(number).uniform(0, 400, (2, len(squares)))
+        squares.geometry = shapely.box(x, y, x + 20, y + 20)
+        contract.tiles(sdata).obsm["spatial"] = np.stack([x + 10, y + 10], axis=1)
+    arguments = {"genes": cohort.genes[:2], "out": tmp_path, "keep_predictions": True}
+    recipe = {"nb": partial(tl.fit_nb, **FIT)}
+    nearest = partial(kneighbors_graph, n_neighbors=4)
+    with pytest.warns(UserWarning, match="The IoU is left out"):
+        table = tl.cross_validate(cohort.sections, recipe, graph=nearest, **arguments)
+    values = table.set_index(["section", "gene", "metric"])["value"]
+    for name, sdata in cohort.sections.items():
+        near = libpysal.weights.KNN(contract.tiles(sdata).obsm["spatial"], k=4)
+        near.transform = "r"
+        for gene in cohort.genes[:2]:
+            counts = np.log1p(contract.counts(sdata)[:, gene].X.toarray().ravel())
+            expected = esda.Moran(counts, near, permutations=0).I
+            assert values[name, gene, "morans_i_observed"] == pytest.approx(expected, abs=1e-6)
+    # the same by section, from another folder; of another graph, results are not taken
+    by_section = {name: nearest(contract.tiles(sdata).obsm["spatial"]) for name, sdata in cohort.sections.items()}
+    with pytest.raises(ValueError, match="graph"):
+        tl.cross_validate(cohort.sections, recipe, graph=by_section, **arguments)
+    with pytest.raises(KeyError, match=r"`graph` to have weights of section 'b', found \['a'\]"):
+        tl.evaluate(cohort.sections["b"], graph={"a": by_section["a"]})
+    with pytest.raises(ValueError, match=r"between the 64 compared tiles of section 'b', found .* of shape \(2, 2\)"):
+        tl.evaluate(cohort.sections["b"], graph=np.eye(2))
 
 
 @pytest.mark.slow

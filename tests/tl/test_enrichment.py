@@ -40,6 +40,30 @@ def test_enrichment_is_the_hypergeometric_test(tmp_path: Path) -> None:
         sti.tl.enrichment(genes, {"elsewhere": ["X1", "X2", "X3"]}, background=tested)
 
 
+def test_libraries_are_tested_apart_in_one_call(tmp_path: Path) -> None:
+    tested = [f"G{i}" for i in range(100)]
+    genes = tested[:8]
+    gmt = tmp_path / "cc.gmt"
+    gmt.write_text("\t".join(["membrane", "about", *tested[:6]]) + "\n")
+    libraries = {
+        "BP": {"growth": tested[:10], "rest": tested[50:70], "both": tested[5:12]},
+        "CC": gmt,
+        "MF": {"binding": tested[6:30]},
+    }
+    found = sti.tl.enrichment(genes, libraries, background=tested)
+    assert found.columns[0] == "library"
+    assert found["library"].tolist() == ["BP", "BP", "CC", "MF"]
+    for library, sets in libraries.items():
+        alone = sti.tl.enrichment(genes, sets, background=tested)
+        part = found[found["library"] == library].drop(columns="library").reset_index(drop=True)
+        pd.testing.assert_frame_equal(part, alone)
+    with pytest.raises(ValueError, match="No set has 3 genes") as error:
+        sti.tl.enrichment(genes, {**libraries, "other": {"mouse": ["Actb", "Cd4", "Krt5"]}}, background=tested)
+    assert error.value.__notes__ == ["while testing the library 'other'"]
+    with pytest.raises(ValueError, match=r"or as libraries .* by name, found both"):
+        sti.tl.enrichment(genes, {"BP": libraries["BP"], "growth": tested[:10]}, background=tested)
+
+
 def test_sets_without_any_of_the_genes_count_in_the_q_values() -> None:
     tested = [f"G{i}" for i in range(300)]
     sets = {f"S{i}": tested[10 * i : 10 * i + 10] for i in range(30)}

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.ndimage
+import scipy.sparse as sp
 import scipy.stats
 import shapely
 import spatialdata
@@ -51,6 +52,15 @@ def pair(sdata: SpatialData, transform: str) -> tuple[np.ndarray, np.ndarray]:
         variance = contract.predictions(sdata).layers["total_variance"].astype(np.float64)
         return _expected_logarithm(predicted, variance, scale), np.log(measured * measured_scale + 1)
     return np.log(predicted + 1), np.log(measured + 1)
+
+
+def squidpys_graph(predictions: ad.AnnData) -> sp.csr_matrix:
+    """The eight neighbors on the lattice, by squidpy."""
+    table = ad.AnnData(
+        obsm={"spatial": predictions.obsm["spatial"] / 40}, obs=pd.DataFrame(index=predictions.obs_names)
+    )
+    sq.gr.spatial_neighbors(table, coord_type="generic", radius=1.5)
+    return sp.csr_matrix(table.obsp["spatial_connectivities"])
 
 
 def _expected_logarithm(mean: np.ndarray, variance: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -161,6 +171,49 @@ def test_a_graph_of_the_users_changes_moran_alone(section: SpatialData) -> None:
     moran = [name for name in plain.columns if "morans" in name]
     pd.testing.assert_frame_equal(plain.drop(columns=moran), other.drop(columns=moran))
     assert (plain[moran].iloc[:5] != other[moran].iloc[:5]).to_numpy().all()
+
+
+def test_strata_are_scored_as_sections_of_their_own(section: SpatialData) -> None:
+    predictions, tiles = contract.predictions(section), contract.tiles(section)
+    x = predictions.obsm["spatial"][:, 0]
+    right = x > np.median(x)
+    tiles.obs["side"] = pd.Categorical(np.where(right, "right", "left"))
+    tiles.obs.iloc[7, tiles.obs.columns.get_loc("side")] = np.nan
+    before = predictions.var.copy()
+    graph = squidpys_graph(predictions)
+    scores = tl.evaluate(section, by="side")
+    pd.testing.assert_frame_equal(predictions.var, before)
+    assert scores.groupby("stratum")["n_tiles"].first().to_dict() == {
+        name: int((tiles.obs["side"] == name).sum()) for name in ("left", "right")
+    }
+    for name in ("left", "right"):
+        inside = np.flatnonzero((tiles.obs["side"] == name).to_numpy())
+        own = scores[scores["stratum"] == name].set_index("gene")
+        predicted, measured = (values[inside] for values in pair(section, "log1p"))
+        near = graph[inside][:, inside]
+        table = ad.AnnData(measured[:, :5], obsp={"spatial_connectivities": near})
+        sq.gr.spatial_autocorr(table, mode="moran", n_perms=None, show_progress_bar=False)
+        observed = table.uns["moranI"]["I"].reindex(table.var_names)
+        np.testing.assert_allclose(own["morans_i_observed"].iloc[:5], observed, atol=1e-6)
+        counts = np.round(np.expm1(measured))
+        for gene in range(5):
+            row = own.iloc[gene]
+            assert row["pearson"] == pytest.approx(np.corrcoef(predicted[:, gene], measured[:, gene])[0, 1], abs=1e-6)
+            lower, upper = (predictions.layers[layer][inside, gene] for layer in ("lower", "upper"))
+            assert row["coverage"] == pytest.approx(((counts[:, gene] >= lower) & (counts[:, gene] <= upper)).mean())
+
+
+def test_strata_of_the_spots_and_those_that_are_not_there(section: SpatialData) -> None:
+    counts = contract.counts(section)
+    counts.obs["zone"] = np.resize(["b", "a", None], counts.n_obs)
+    scores = tl.evaluate(section, by="zone", scale=1)
+    assert list(scores["stratum"].unique()) == ["a", "b"]
+    assert set(scores["n_tiles"]) == {N_SIDE**2 // 3}
+    with pytest.raises(KeyError, match=r"No column 'nowhere' among .*'zone'.*pp\.label_by_annotations"):
+        tl.evaluate(section, by="nowhere")
+    counts.obs["zone"] = None
+    with pytest.raises(ValueError, match="No compared tile of section 'c' has a value in column 'zone'"):
+        tl.evaluate(section, by="zone")
 
 
 def test_a_cohort_gives_a_row_a_section_and_gene(section: SpatialData) -> None:

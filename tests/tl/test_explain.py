@@ -307,6 +307,11 @@ def test_summaries(explained: SpatialData) -> None:
     values = pd.Series(predictions[:, "PLANTED"].X.ravel(), index=predictions.obs["instance_id"].to_numpy())
     assert best == values.sort_values(ascending=False, kind="stable").index[:3].tolist()
     assert set(tl.top_tiles(explained, "PLANTED", n_tiles=2, among=[3, 4, 5])) <= {3, 4, 5}
+    tiles = contract.tiles(explained)
+    tiles.obs["annotation"] = np.where(tiles.obs["instance_id"].isin([2, 4, 6]), "Tumor", None)
+    assert set(tl.top_tiles(explained, "PLANTED", among={"annotation": "Tumor"})) == {2, 4, 6}
+    with pytest.raises(ValueError, match=r"tiles with 'annotation' of \['Fat'\] .* found none.* has \['Tumor'\]"):
+        tl.top_tiles(explained, "PLANTED", among={"annotation": ["Fat"]})
     listed = tl.explained_nuclei(explained, ["PLANTED", "RANDOM0"], by="kind")
     frame = explained.shapes["nuclei_explained"]
     assert len(listed) == 2 * len(frame)

@@ -381,7 +381,7 @@ def test_neighborhoods_agree_better_than_tiles_and_are_covered(cohort: Any, mode
         assert scores["coverage"].mean() > 0.85
     with pytest.raises(ValueError, match="Expected `scale` as a whole number of steps, at least 1"):
         tl.evaluate(test, scale=0)
-    with pytest.raises(KeyError, match="Expected `scale` to name a column of the spots"):
+    with pytest.raises(KeyError, match="No column 'nowhere' among those of the spots, predictions and tiles"):
         tl.evaluate(test, scale="nowhere")
 
 

@@ -6,6 +6,8 @@ import copy
 from collections.abc import Callable
 from pathlib import Path
 
+import esda
+import libpysal
 import matplotlib as mpl
 import numpy as np
 import pytest
@@ -97,6 +99,16 @@ def test_scores_are_those_of_scikit_learn_and_the_pattern_iou(fitted: tuple) -> 
         expected = balanced_accuracy_score(observed[:, gene], high[:, gene])
         assert row["balanced_accuracy"] == pytest.approx(expected, abs=1e-12)
         assert row["iou"] == pytest.approx(iou[gene], abs=1e-12)
+    # Moran's I by esda, with its own neighbors on the lattice of ten by ten spots
+    near = libpysal.weights.lat2W(10, 10, rook=False)
+    near.transform = "r"
+    for gene in range(4):
+        row, truth = scores.iloc[gene], observed[:, gene].astype(float)
+        probability = np.asarray(classes.X[:, gene], float)
+        assert row["morans_i_observed"] == pytest.approx(esda.Moran(truth, near, permutations=0).I, abs=1e-9)
+        assert row["morans_i_predicted"] == pytest.approx(esda.Moran(probability, near, permutations=0).I, abs=1e-6)
+        both = esda.Moran_BV(probability, truth, near, permutations=0).I
+        assert row["bivariate_morans_i"] == pytest.approx(both, abs=1e-6)
     np.testing.assert_array_equal(classes.var["auc"], scores["auc"])
 
 

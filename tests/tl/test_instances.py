@@ -90,6 +90,17 @@ def test_nuclei_add_up_to_their_spots(section: SpatialData, fits, on: str):
         np.testing.assert_allclose(summed, tiles.X, rtol=2e-5)
 
 
+def test_a_member_is_a_model_of_nuclei(section: SpatialData, fits):
+    whole, part = fits["nuclei"], fits["nuclei"].members[1]
+    assert type(part) is sti.models.InstanceModel
+    assert part.training["members"] == [1]
+    opened = [model.open(section, section="one") for model in (whole, part)]
+    for every, own in zip(opened[0].r_and_p(slice(0, 9)), opened[1].r_and_p(slice(0, 9)), strict=True):
+        np.testing.assert_allclose(own, every[[1]], rtol=1e-5)
+    for every, own in zip(*(one.of_instances()[0].r_and_p(slice(0, 9)) for one in opened), strict=True):
+        np.testing.assert_allclose(own, every[[1]], rtol=1e-5)
+
+
 def test_variances_of_nuclei_add_up_too(section: SpatialData, genes):
     sdata = shallow_copy(section)
     model = sti.tl.fit_nb(sdata, genes=genes, on="grid", n_members=2, max_epochs=2, rank=4, exposure=None)

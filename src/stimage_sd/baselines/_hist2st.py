@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from stimage_sd.baselines._section_network import learn, predict
+from stimage_sd.baselines._windows import check_window
 from stimage_sd.baselines.networks.hist2st import Hist2STNetwork, zinb_loss
 from stimage_sd.models._recipe import (
     Arrays,
@@ -49,11 +50,15 @@ class Hist2ST:
     zinb, copies, distillation
         Weight of the ZINB loss, augmented copies of a section per step, and weight of agreement with the copies.
     epochs, learning_rate
-        Epochs and learning rate of Adam, with one step per section.
+        Epochs and learning rate of Adam, with one step per section or window.
     pixels_px
         Side of a spot's image, px; a multiple of 7.
     target
         As in `Ridge`. The authors use ``"lognorm"``.
+    window
+        Largest side of a window, in spots. Sections are trained and predicted by such windows, each as a section of its
+        own. `None`: whole sections, whose memory grows with the square of the number of spots. The paper trains on
+        Visium with ``window=25`` (section 2.7).
 
     Examples
     --------
@@ -73,6 +78,7 @@ class Hist2ST:
     learning_rate: float = 1e-5
     pixels_px: int = 112
     target: Target = "lognorm"
+    window: int | None = None
 
     name: ClassVar[str] = "hist2st"
     needs: ClassVar[frozenset[Need]] = frozenset({"pixels"})
@@ -80,20 +86,24 @@ class Hist2ST:
     def __post_init__(self) -> None:
         check_positive(self, "channels", "heads", "epochs", "pixels_px")
         check_choice(self, "target", ["log1p", "lognorm"])
+        check_window(self)
         # JSON stores tuples as lists
         object.__setattr__(self, "depths", tuple(self.depths))
 
     def fit(self, sections: Sequence[TrainingSection], *, seed: int) -> dict[str, np.ndarray]:
         """Train the network (see `Recipe`)."""
-        schedule = optax.exponential_decay(self.learning_rate, 50 * len(sections), 0.9, staircase=True)
+
+        def schedule(steps: int) -> optax.Schedule:
+            return optax.exponential_decay(self.learning_rate, 50 * steps, 0.9, staircase=True)
+
         return learn(
             self._make, sections, self._loss, target=self.target, epochs=self.epochs, schedule=schedule,
-            augment=False, seed=seed, label=self.name,
+            augment=False, seed=seed, label=self.name, window=self.window,
         )  # fmt: skip
 
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Run the network (see `Recipe`)."""
-        logarithms = np.asarray(predict(self._make, learned, section).expression)
+        logarithms = np.asarray(predict(self._make, learned, section, window=self.window).expression)
         return as_counts(logarithms, learned)
 
     def _make(self, n_genes: int, rngs: nnx.Rngs) -> Hist2STNetwork:

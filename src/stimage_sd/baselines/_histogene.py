@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from stimage_sd.baselines._section_network import learn, mean_square, predict
+from stimage_sd.baselines._windows import check_window
 from stimage_sd.baselines.networks.histogene import HisToGeneNetwork
 from stimage_sd.models._recipe import (
     Arrays,
@@ -42,11 +43,15 @@ class HisToGene:
     dropout
         Share of values that training sets to zero.
     epochs, learning_rate
-        Epochs and learning rate of Adam, with one step per section.
+        Epochs and learning rate of Adam, with one step per section or window.
     pixels_px
         Side of a spot's image, px.
     target
         As in `Ridge`. The authors use ``"lognorm"``.
+    window
+        Largest side of a window, in spots. Sections are trained and predicted by such windows, each as a section of its
+        own. `None`: whole sections, whose memory grows with the square of the number of spots. The paper trains on
+        Visium with ``window=25`` (section 2.7).
 
     Examples
     --------
@@ -63,6 +68,7 @@ class HisToGene:
     learning_rate: float = 1e-5
     pixels_px: int = 112
     target: Target = "lognorm"
+    window: int | None = None
 
     name: ClassVar[str] = "histogene"
     needs: ClassVar[frozenset[Need]] = frozenset({"pixels"})
@@ -70,17 +76,18 @@ class HisToGene:
     def __post_init__(self) -> None:
         check_positive(self, "width", "depth", "heads", "epochs", "pixels_px")
         check_choice(self, "target", ["log1p", "lognorm"])
+        check_window(self)
 
     def fit(self, sections: Sequence[TrainingSection], *, seed: int) -> dict[str, np.ndarray]:
         """Train the network (see `Recipe`)."""
         return learn(
-            self._make, sections, mean_square, target=self.target, epochs=self.epochs, schedule=self.learning_rate,
-            augment=True, seed=seed, label=self.name,
+            self._make, sections, mean_square, target=self.target, epochs=self.epochs,
+            schedule=lambda _: self.learning_rate, augment=True, seed=seed, label=self.name, window=self.window,
         )  # fmt: skip
 
     def mean(self, learned: Arrays, section: SectionData) -> np.ndarray:
         """Run the network (see `Recipe`)."""
-        logarithms = np.asarray(predict(self._make, learned, section))
+        logarithms = np.asarray(predict(self._make, learned, section, window=self.window))
         return as_counts(logarithms, learned)
 
     def _make(self, n_genes: int, rngs: nnx.Rngs) -> HisToGeneNetwork:

@@ -1,4 +1,4 @@
-"""Train networks on whole sections, with one section per batch."""
+"""Train networks on whole sections or windows of them, with one section or window per batch."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import optax
 from flax import nnx
 
 from stimage_sd.baselines._training import Batch, Loss, arrays_of, restored, train
+from stimage_sd.baselines._windows import Places
 from stimage_sd.likelihood.depth import size_factors
 from stimage_sd.models._recipe import Arrays, SectionData, Target, TrainingSection, count_arrays, median_total, targets
-from stimage_sd.stats.lattice import find_lattice, neighbor_graph
+from stimage_sd.stats.lattice import neighbor_graph
 
 #: number of neighbors per spot in the graph
 NEIGHBORS = 4
@@ -26,7 +27,7 @@ JITTER = 0.5
 
 @dataclass(frozen=True)
 class SectionBatch:
-    """Inputs and targets of a network for one section.
+    """Inputs and targets of a network for one section or window.
 
     Attributes
     ----------
@@ -61,11 +62,12 @@ def learn(
     loss: Loss,
     *,
     target: Target,
-    schedule: optax.Schedule | float,
+    schedule: Callable[[int], optax.Schedule | float],
     augment: bool,
+    window: int | None = None,
     **training: Any,
 ) -> dict[str, np.ndarray]:
-    """Train a network with one section per step and return the arrays that a recipe keeps.
+    """Train a network with one section or window per step and return the arrays that a recipe keeps.
 
     Parameters
     ----------
@@ -78,17 +80,23 @@ def learn(
     target
         As in `Recipe`.
     schedule
-        Learning rate of Adam per step.
+        Learning rate of Adam per step, given the number of steps per epoch.
     augment
         Whether to rotate, mirror and recolor images.
+    window
+        Largest side of a window, in spots. `None`: whole sections. Windows without a measured tile are left out.
     training
         Further arguments of `train`: epochs, seed, label.
     """
     total = median_total(sections)
-    batches = [batch_of(part, targets([part], target), size_factors(part.totals, total)) for part in sections]
+    batches = [
+        batch
+        for part in sections
+        for batch in batches_of(part, targets([part], target), size_factors(part.totals, total), window=window)
+    ]
     *_, network = train(
         partial(make, batches[0].target.shape[1]), partial(_epoch, batches, augment=augment), loss,
-        optimizer=optax.adam(schedule), **training,
+        optimizer=optax.adam(schedule(len(batches))), **training,
     )  # fmt: skip
     return {**arrays_of(network), **count_arrays(sections, target)}
 
@@ -98,41 +106,55 @@ def _epoch(batches: Sequence[SectionBatch], random: np.random.Generator, *, augm
         yield _as_batch(batches[index], random, augment)
 
 
-def see(section: SectionData) -> dict[str, np.ndarray]:
-    """Return the network inputs of a section: pixels, places and graph."""
+def see(section: SectionData, *, window: int | None = None) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Return the tiles of each window and the network inputs: pixels, places within the window, and graph."""
     if section.pixels is None:
         raise ValueError("Expected the tiles' pixels, which this recipe needs, found none.")
-    try:
-        lattice = find_lattice(section.positions)
-        places = np.stack([lattice.column, lattice.row], axis=1)
-    except ValueError:  # tiles off a lattice get places in units of the median distance between neighbors
-        nearest = neighbor_graph(section.positions, n_neighbors=1)
-        pitch = np.median([np.linalg.norm(section.positions[a] - section.positions[b]) for a, b in _pairs(nearest)])
-        places = np.round((section.positions - section.positions.min(axis=0)) / max(pitch, 1e-6)).astype(int)
-    weights = neighbor_graph(section.positions, n_neighbors=min(NEIGHBORS, len(section.positions) - 1)).toarray()
+    places = Places.of(section)
+    seen = []
+    for tiles in places.windows(window):
+        within = places.column_row[tiles]
+        inputs = {"pixels": section.pixels[tiles], "places": (within - within.min(axis=0)).astype(np.int32)}
+        seen.append((tiles, {**inputs, "graph": _graph(section.positions[tiles])}))
+    return seen
+
+
+def _graph(positions: np.ndarray) -> np.ndarray:
+    """Return the weights of the nearest neighbors, whose rows sum to 1, ``float32 (n_tiles, n_tiles)``."""
+    if len(positions) == 1:
+        return np.zeros((1, 1), np.float32)
+    weights = neighbor_graph(positions, n_neighbors=min(NEIGHBORS, len(positions) - 1)).toarray()
     graph = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-12)
-    return {"pixels": section.pixels, "places": places.astype(np.int32), "graph": graph.astype(np.float32)}
+    return np.asarray(graph, dtype=np.float32)
 
 
-def _pairs(graph: Any) -> list[tuple[int, int]]:
-    rows, columns = graph.nonzero()
-    return list(zip(rows.tolist(), columns.tolist(), strict=True))
+def predict(
+    make: Callable[[int, nnx.Rngs], nnx.Module], learned: Arrays, section: SectionData, *, window: int | None = None
+) -> Any:
+    """Run a network trained by `learn` on all tiles of a section, window by window."""
+    network, run = restored(make, learned), nnx.jit(lambda net, *arguments: net(*arguments))
+    tiles, outputs = [], []
+    for rows, seen in see(section, window=window):
+        pixels = jnp.asarray(seen["pixels"], jnp.float32) / 255.0
+        made = run(network, pixels, jnp.asarray(seen["places"]), jnp.asarray(seen["graph"]))
+        tiles.append(rows)
+        outputs.append(jax.tree.map(np.asarray, made))
+    order = np.argsort(np.concatenate(tiles))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *outputs)
 
 
-def predict(make: Callable[[int, nnx.Rngs], nnx.Module], learned: Arrays, section: SectionData) -> Any:
-    """Run a network trained by `learn` on all tiles of a section."""
-    seen = see(section)
-    pixels = jnp.asarray(seen["pixels"], jnp.float32) / 255.0
-    run = nnx.jit(lambda net, *arguments: net(*arguments))
-    return run(restored(make, learned), pixels, jnp.asarray(seen["places"]), jnp.asarray(seen["graph"]))
-
-
-def batch_of(section: TrainingSection, target: np.ndarray, size_factors: np.ndarray) -> SectionBatch:
-    """Return the training batch of a section."""
-    counts = section.counts.toarray().astype(np.float32)
-    return SectionBatch(
-        **see(section), rows=section.rows, target=target, counts=counts, size_factors=size_factors.astype(np.float32)
-    )
+def batches_of(
+    section: TrainingSection, target: np.ndarray, size_factors: np.ndarray, *, window: int | None
+) -> list[SectionBatch]:
+    """Return the training batches of a section, one per window with a measured tile."""
+    counts, batches = section.counts.toarray().astype(np.float32), []
+    for tiles, seen in see(section, window=window):
+        measured = np.flatnonzero(np.isin(section.rows, tiles))
+        if len(measured):
+            rows = np.searchsorted(tiles, section.rows[measured])
+            made = {"target": target, "counts": counts, "size_factors": size_factors.astype(np.float32)}
+            batches.append(SectionBatch(**seen, rows=rows, **{name: array[measured] for name, array in made.items()}))
+    return batches
 
 
 def _as_batch(batch: SectionBatch, random: np.random.Generator, augment: bool) -> Batch:

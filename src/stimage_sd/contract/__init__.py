@@ -146,6 +146,7 @@ from stimage_sd.contract._results import (
     write_shapes,
     write_tissue,
 )
+from stimage_sd.contract._row_labels import Labeled, labeled_rows, row_labels
 from stimage_sd.contract._section import (
     info,
     patients,

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from spatialdata import SpatialData
 
-from stimage_sd.models._certificate import Certified
+from stimage_sd.models._certificate import Certified, without_certificate
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
+from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
@@ -60,6 +61,15 @@ class AdaptedModel(Certified, SavedModel, kind="adapted"):
     def spot_sd(self) -> float:
         """Standard deviation of the log of what all genes of a spot share."""
         return spot_sd(self.base)
+
+    @property
+    def members(self) -> Members[AdaptedModel]:
+        """Members of the ensemble. Indexing with an int, slice or list gives a model of these members."""
+        base: Any = self.base
+        training = without_certificate(self.training)
+        return Members(
+            len(self.member_weights), lambda chosen: replace(self, base=base.members[chosen], training=training)
+        )
 
     @property
     def member_weights(self) -> np.ndarray:

@@ -13,6 +13,7 @@ from stimage_sd import contract
 from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel, under
+from stimage_sd.models._members import Members
 from stimage_sd.models._recipe import Recipe, SectionData, options, recipes
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.stream.driver import run_over_tiles
@@ -64,6 +65,11 @@ class BaselineModel(Certified, SavedModel, kind="baseline"):
     total: float | None = None
     interval_level: float = 0.9
     training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def members(self) -> Members[BaselineModel]:
+        """The one member, which is the model itself."""
+        return Members(1, lambda _: self)
 
     @property
     def member_weights(self) -> np.ndarray:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from spatialdata import SpatialData
 
-from stimage_sd.models._certificate import Certified
+from stimage_sd.models._certificate import Certified, without_certificate
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
+from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
@@ -62,6 +63,33 @@ class CombinedModel(Certified, SavedModel, kind="combined"):
     def spot_sd(self) -> float:
         """Standard deviation of the log of what all genes of a spot share: the models' weighted mean variance."""
         return float(np.sqrt(np.dot(self.weights, [spot_sd(part) ** 2 for part in self.parts])))
+
+    @property
+    def members(self) -> Members[CombinedModel]:
+        """Members of all models, in the order of `member_weights`. Indexing gives a model of some of them.
+
+        A model keeps the share of its weight that its chosen members have. Models without chosen members are left out.
+        """
+        weights = self.member_weights
+        model_of = np.repeat(np.arange(len(self.parts)), [len(part.member_weights) for part in self.parts])
+        first = np.searchsorted(model_of, np.arange(len(self.parts)))
+
+        def choose(chosen: list[int]) -> CombinedModel:
+            within: dict[int, list[int]] = {}
+            for member in sorted(chosen):
+                within.setdefault(int(model_of[member]), []).append(member - int(first[model_of[member]]))
+            shares = [float(weights[[first[part] + one for one in members]].sum()) for part, members in within.items()]
+            if not sum(shares) > 0:
+                raise ValueError(f"Expected members with a weight above 0, found {chosen}.")
+            parts: list[Any] = [self.parts[part] for part in within]
+            return replace(
+                self,
+                parts=tuple(part.members[members] for part, members in zip(parts, within.values(), strict=True)),
+                weights=tuple(share / sum(shares) for share in shares),
+                training=without_certificate(self.training),
+            )
+
+        return Members(len(weights), choose)
 
     @property
     def member_weights(self) -> np.ndarray:

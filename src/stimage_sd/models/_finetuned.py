@@ -18,6 +18,7 @@ from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import blank_module, derived_extractor, settings
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel, under
+from stimage_sd.models._members import Members
 from stimage_sd.models._nb import HeadName, NBModel, NBSection
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._specification import TileSpecification, check_specification
@@ -92,6 +93,11 @@ class FinetunedModel(Certified, SavedModel, kind="finetuned"):
     def history(self) -> pd.DataFrame:
         """Losses, one row per epoch: epoch, member, training_nll and validation_nll. Epoch 0 is before training."""
         return pd.DataFrame(self.training["history"])
+
+    @property
+    def members(self) -> Members[FinetunedModel]:
+        """The one member, which is the model itself."""
+        return Members(1, lambda _: self)
 
     @property
     def member_weights(self) -> np.ndarray:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, TypeAlias
 
 import anndata as ad
 import numpy as np
 import pandas as pd
 import scanpy as sc
+
+#: whether rare genes are removed before ranking or after it
+Filtering: TypeAlias = Literal["before", "after"]
 
 
 def shared_genes(tables: Mapping[str, ad.AnnData]) -> list[str]:
@@ -21,7 +25,12 @@ def shared_genes(tables: Mapping[str, ad.AnnData]) -> list[str]:
 
 
 def most_variable(
-    tables: Mapping[str, ad.AnnData], shared: list[str], *, n_top: int, min_spots: float = 0.1
+    tables: Mapping[str, ad.AnnData],
+    shared: list[str],
+    *,
+    n_top: int,
+    min_spots: float = 0.1,
+    filtering: Filtering = "before",
 ) -> list[str]:
     """Rank genes by the variance of their Pearson residuals, with sections as batches.
 
@@ -29,6 +38,8 @@ def most_variable(
     - `shared`: candidate genes, which every table must have.
     - `n_top`: maximum number of genes.
     - `min_spots`: minimum share of all spots that express a gene.
+    - `filtering`: whether genes in fewer spots are removed before or after ranking. If after, genes without counts are
+      still removed before.
     - returns: names of the genes, most variable first.
     """
     joint = ad.concat(
@@ -39,12 +50,13 @@ def most_variable(
         label="section",
         index_unique="-",
     )
-    expressed = np.asarray((joint.X > 0).mean(axis=0)).ravel() >= min_spots
-    if not expressed.any():
+    share = np.asarray((joint.X > 0).mean(axis=0)).ravel()
+    frequent = {gene for gene, of_spots in zip(shared, share, strict=True) if of_spots >= min_spots}
+    if not frequent:
         raise ValueError(f"Expected genes in at least {min_spots:.0%} of the spots, found none. Lower `min_spots=`.")
-    joint = joint[:, expressed].copy()
+    joint = joint[:, share >= min_spots if filtering == "before" else share > 0].copy()
     ranked = sc.experimental.pp.highly_variable_genes(
         joint, flavor="pearson_residuals", n_top_genes=min(n_top, joint.n_vars), batch_key="section", inplace=False
     ).set_axis(joint.var_names)
     top = ranked[ranked["highly_variable"]].sort_values("highly_variable_rank", kind="stable").index
-    return [str(gene) for gene in top]
+    return [str(gene) for gene in top if gene in frequent]

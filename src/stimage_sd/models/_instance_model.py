@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel
 from stimage_sd.models._instance_specification import InstanceSpecification, instance_features
+from stimage_sd.models._members import Members, training_of
 from stimage_sd.models._predictor import known_patients
 from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
@@ -100,6 +101,21 @@ class InstanceModel(Certified, SavedModel, kind="instances"):
     def n_members(self) -> int:
         """Number of members of the ensemble."""
         return len(self.parameters["bias"])
+
+    @property
+    def members(self) -> Members[InstanceModel]:
+        """Members of the ensemble. Indexing with an int, slice or list gives a model of these members."""
+
+        def choose(chosen: list[int]) -> InstanceModel:
+            return replace(
+                self,
+                parameters={name: np.asarray(array)[chosen] for name, array in self.parameters.items()},
+                context_patterns=self.context_patterns.of(chosen),
+                patterns=self.patterns.of(chosen),
+                training=training_of(self.training, chosen),
+            )
+
+        return Members(self.n_members, choose)
 
     @property
     def history(self) -> pd.DataFrame:

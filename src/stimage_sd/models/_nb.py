@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -17,6 +17,7 @@ from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import SavedModel, under
+from stimage_sd.models._members import Members, training_of
 from stimage_sd.models._predictor import known_patients
 from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
@@ -86,6 +87,20 @@ class NBModel(Certified, SavedModel, kind="nb"):
     def n_members(self) -> int:
         """Number of members of the ensemble."""
         return len(self.parameters["bias"])
+
+    @property
+    def members(self) -> Members[NBModel]:
+        """Members of the ensemble. Indexing with an int, slice or list gives a model of these members."""
+
+        def choose(chosen: list[int]) -> NBModel:
+            return replace(
+                self,
+                parameters={name: np.asarray(array)[chosen] for name, array in self.parameters.items()},
+                patterns=None if self.patterns is None else self.patterns.of(chosen),
+                training=training_of(self.training, chosen),
+            )
+
+        return Members(self.n_members, choose)
 
     @property
     def history(self) -> pd.DataFrame:

@@ -53,7 +53,7 @@ def pretrained(name: str | None = None) -> Any:
         return pd.DataFrame([{**recipe.about(), "path": _cached(one)} for one, recipe in recipes.items()])
     if name not in recipes:
         raise ValueError(f"Expected the name of a ready model, one of {', '.join(recipes)}, found {name!r}.")
-    path = _path(name)
+    path = path_of(name)
     if not path.exists():
         about = recipes[name].about()
         logger.warning(
@@ -79,11 +79,11 @@ def _recipes() -> dict[str, Any]:
     return recipes
 
 
-def _path(name: str) -> Path:
+def path_of(name: str) -> Path:
     """Return the file of a ready model of this version of the package."""
     return cache_dir() / "ready" / f"{name}-{__version__}-{_recipes()[name].revision}.stimage"
 
 
 def _cached(name: str) -> str:
-    path = _path(name)
+    path = path_of(name)
     return str(path) if path.exists() else ""

@@ -30,6 +30,10 @@ class SharedPatterns:
         """Number of patterns."""
         return self.basis.shape[-1]
 
+    def of(self, members: Sequence[int]) -> SharedPatterns:
+        """Return the patterns of some members."""
+        return SharedPatterns(self.basis[list(members)], self.center[list(members)])
+
     def project(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> np.ndarray:
         """Project components to the patterns of each member.
 

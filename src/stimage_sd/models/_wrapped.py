@@ -17,6 +17,7 @@ from stimage_sd.likelihood.link import Link
 from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel, under
+from stimage_sd.models._members import Members
 
 Scale = Literal["means", "logs"]
 #: what a function may return, or the name of a table
@@ -208,6 +209,11 @@ class WrappedModel(Certified, SavedModel, kind="wrapped"):
     def genes(self) -> tuple[str, ...]:
         """Names of the genes."""
         return self.wrapped.genes
+
+    @property
+    def members(self) -> Members[WrappedModel]:
+        """The one member, which is the model itself."""
+        return Members(1, lambda _: self)
 
     @property
     def member_weights(self) -> np.ndarray:

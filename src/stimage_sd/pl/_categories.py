@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_hex
 from matplotlib.lines import Line2D
@@ -21,18 +22,24 @@ MOST = 40
 
 
 def categories_of(columns: Iterable[pd.Series]) -> list[str]:
-    """Return all categories of the columns in natural order, with the unused ones of categorical columns.
+    """Return all categories: those of categorical columns in their order, then others in natural order.
 
     Examples
     --------
-    >>> categories_of([pd.Series(["10", "2"]), pd.Series(pd.Categorical(["1"], categories=["1", "3"]))])
-    ['1', '2', '3', '10']
+    >>> categories_of([pd.Series(["10", "2"]), pd.Series(pd.Categorical(["low"], categories=["high", "low"]))])
+    ['high', 'low', '2', '10']
     """
-    names: set[str] = set()
+    ordered: dict[str, None] = {}
+    others: set[str] = set()
     for values in columns:
-        known = values.cat.categories if isinstance(values.dtype, pd.CategoricalDtype) else values.dropna().unique()
-        names |= set(map(str, known))
-    return sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+        if isinstance(values.dtype, pd.CategoricalDtype):
+            ordered |= dict.fromkeys(map(str, values.cat.categories))
+        else:
+            others |= set(map(str, values.dropna().unique()))
+    rest = sorted(
+        others - set(ordered), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+    )
+    return [*ordered, *rest]
 
 
 def colors_of(names: Sequence[str], palette: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -44,6 +51,15 @@ def colors_of(names: Sequence[str], palette: Mapping[str, str] | None = None) ->
         steps = mpl.colormaps["turbo"](np.linspace(0.03, 0.97, len(colored)))
     colors = {name: to_hex(step) for name, step in zip(colored, steps, strict=False)}
     return {name: (palette or {}).get(name, colors.get(name, GRAY)) for name in names}
+
+
+def stored_colors(table: AnnData, name: str) -> dict[str, str]:
+    """Return the colors that scanpy or another tool keeps for a column in ``uns``."""
+    colors = table.uns.get(f"{name}_colors")
+    if colors is None or name not in table.obs or not isinstance(table.obs[name].dtype, pd.CategoricalDtype):
+        return {}
+    names = table.obs[name].cat.categories
+    return dict(zip(map(str, names), map(str, colors), strict=False)) if len(colors) >= len(names) else {}
 
 
 def is_category(values: pd.Series) -> bool:

@@ -1,4 +1,4 @@
-"""Maps of cells by type or uncertainty, and confusion of cell types."""
+"""Maps of cells by type, uncertainty or gene."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.pl._canvas import WARNING, Colors, add_color_bar, column, require_columns
+from stimage_sd.pl._canvas import WARNING, Colors, add_color_bar, column
 from stimage_sd.pl._categories import add_legend, categories_of, colors_of, is_category
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.pl._maps import Map, draw_maps, kept_axes, regions_of_cohort
@@ -29,7 +29,7 @@ from stimage_sd.pl._zoom import Zoom, Zooms, draw_image, zoom_box
 #: largest number of drawn cells, beyond which an even subset is drawn
 _MOST = 60_000
 #: labels of color bars
-_LABELS = {"entropy": "entropy of the type (0 certain, 1 uniform)", "area": "area of the cell"}
+_LABELS = {"entropy": "entropy of the type (0 certain, 1 uniform)"}
 
 
 def cells(
@@ -149,80 +149,6 @@ def cells(
     keep = [not isinstance(data, SpatialData), not isinstance(color, str), regions.several]
     kept: Axes | np.ndarray = axes[0, 0, 0] if not any(keep) else kept_axes(axes, keep)
     return sheet.done(kept)
-
-
-def confusion(
-    data: pd.DataFrame,
-    *,
-    normalize: bool = True,
-    cmap: str | Colormap = "Blues",
-    vmin: float | None = None,
-    vmax: float | None = None,
-    alpha: float | None = None,
-    ax: Axes | None = None,
-    title: Title | None = None,
-    figsize: tuple[float, float] | None = None,
-    save: str | Path | None = None,
-    return_fig: bool = False,
-) -> Axes | Figure:
-    """Draw the confusion matrix of measured (rows) and predicted (columns) types.
-
-    Parameters
-    ----------
-    data
-        Table ``confusion`` from `stimage_sd.tl.evaluate_cells`. Sections are summed.
-    normalize
-        Color and label by the fraction of the measured type. If `False`, color by the number of cells. The numbers of
-        cells are always written.
-    cmap, vmin, vmax, alpha
-        Colormap. Ends of the color range, by default 0 and 1, or 0 and the largest number. Opacity.
-    ax
-        Axes to draw on. Default: a new figure.
-    title, figsize, save, return_fig
-        `title`: title of the panel. `figsize`: size of a new figure, inches. `save`: output file. `return_fig`: return
-        the figure instead of the axes.
-
-    Returns
-    -------
-    The axes.
-
-    Raises
-    ------
-    ValueError
-        If a column is missing or the table is empty.
-
-    Examples
-    --------
-    >>> import pandas as pd, stimage_sd as sti
-    >>> table = pd.DataFrame({"truth": list("aabb"), "predicted": list("abab"), "n": [8, 2, 1, 9]})
-    >>> sti.pl.confusion(table).get_ylabel()
-    'measured'
-    """
-    sheet = Sheet(ax, title, figsize, save, return_fig)
-    colors = Colors(cmap, vmin, vmax, alpha)
-    require_columns(data, ["truth", "predicted", "n"], source="`confusion` of `stimage_sd.tl.evaluate_cells`")
-    names = list(dict.fromkeys(data["truth"]))
-    counts = data.pivot_table(index="truth", columns="predicted", values="n", aggfunc="sum").loc[names, names]
-    numbers = counts.to_numpy(dtype=float)
-    shares = numbers / np.maximum(numbers.sum(axis=1, keepdims=True), 1)
-    shown = shares if normalize else numbers
-    side = 1.4 + 0.85 * len(names)
-    panel = sheet.panel(size=(side + 0.9, side))
-    norm = colors.between(0.0, 1.0 if normalize else float(shown.max()))
-    panel.imshow(shown, cmap=colors.cmap, norm=norm, alpha=colors.alpha)
-    for row, place in np.ndindex(*numbers.shape):
-        text = f"{shares[row, place]:.0%}\n" if normalize else ""
-        dark = norm(shown[row, place]) > 0.55
-        panel.text(
-            place, row, f"{text}{numbers[row, place]:,.0f}", ha="center", va="center", fontsize=8,
-            color="white" if dark else "black",
-        )  # fmt: skip
-    panel.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=9)
-    panel.set_yticks(range(len(names)), names, fontsize=9)
-    panel.set(xlabel="predicted", ylabel="measured")
-    panel.spines[:].set_visible(False)
-    panel.tick_params(length=0)
-    return sheet.done(panel)
 
 
 class _Cells(NamedTuple):

@@ -18,7 +18,7 @@ from stimage_sd.stats.spatial import pearson
 
 #: layer of tables of gene classes
 HIGH = "high"
-ONE_SCALE = "log(1 + count): measured counts and predicted means on one scale"
+ONE_SCALE = "measured counts and predicted means on one scale"
 
 
 class Shown(NamedTuple):
@@ -83,8 +83,8 @@ def shown(sdata: SpatialData, table: AnnData, genes: Sequence[str], source: cont
             rows,
             observed,
             (f"log(1 + {unit})", f"log(1 + predicted mean count){depth}"),
-            f"Pearson r = {r:.2f}" if np.isfinite(r) else "r undefined: constant",
-            f"{ONE_SCALE}{depth}" if same else None,
+            f"r = {r:.2f}" if np.isfinite(r) else "r undefined: constant",
+            f"log(1 + count){depth}\n{ONE_SCALE}" if same else None,
         )
     return found
 

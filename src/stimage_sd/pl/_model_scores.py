@@ -18,6 +18,8 @@ from stimage_sd.pl._canvas import MEASURED, WARNING, finish
 from stimage_sd.pl._figure import Sheet
 
 By = Literal["model", "section"]
+#: largest number of values of a box that are drawn as points too
+_FEW = 12
 
 
 class Panel(NamedTuple):
@@ -60,7 +62,10 @@ def draw_models(
             _draw_boxes(panel, table, name, models, colors)
             if index == 0:
                 handles = [Patch(facecolor=colors[model], alpha=0.6, label=model) for model in models]
-                panel.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="best")
+                # room for the legend above the boxes
+                low, high = panel.get_ylim()
+                panel.set_ylim(low, high + 0.07 * (high - low) * -(-len(handles) // 2))
+                panel.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="upper left")
         else:
             best = str(by_quality[name].index[0]) if reference is None else reference
             _draw_violins(panel, table, name, models, colors, best, chosen=reference is None)
@@ -115,6 +120,10 @@ def _draw_boxes(ax: Axes, table: pd.DataFrame, metric: str, models: list[str], c
             box.set(facecolor=colors[model], alpha=0.6, linewidth=0.6)
         for line in (*parts["whiskers"], *parts["caps"]):
             line.set(color="gray", linewidth=0.8)
+        for place, values in enumerate(groups):
+            if len(values) <= _FEW:
+                across = np.full(len(values), place - 0.4 + step * (index + 0.5))
+                ax.scatter(across, values, s=9, color="black", alpha=0.5, linewidth=0, zorder=3)
     ax.set_xticks(range(len(sections)), sections)
     ax.set_xlim(-0.6, len(sections) - 0.4)
 
@@ -189,5 +198,5 @@ def group_label(name: str, values: pd.Series) -> str:
     undefined = int(values.isna().sum())
     if undefined == len(values):
         return f"{name}\nno scores"
-    label = f"{name}\nmedian {values.median():.2f}"
+    label = f"{name}\nmedian {round(float(values.median()), 2) + 0.0:.2f}"
     return f"{label}\n{undefined} undefined" if undefined else label

@@ -20,7 +20,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, draw_rows
 from stimage_sd.pl._categories import add_legend
-from stimage_sd.pl._compared import Shown, class_norm, norms_of, shown
+from stimage_sd.pl._compared import HIGH, Shown, class_norm, norms_of, shown
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.pl._maps import (
     Map,
@@ -161,7 +161,8 @@ def prediction(
         values = {name: _familiar(of, tables[name], max_ood) for name, of in values.items()}
     n_maps = 2 if any(one.observed is not None for of in values.values() for one in of.values()) else 1
     of_cohort = not isinstance(data, SpatialData)
-    layout = _Layout.of(len(cohort) if of_cohort else 0, len(genes), n_maps, regions)
+    of_classes = any(HIGH in table.layers for table in tables.values())
+    layout = _Layout.of(len(cohort) if of_cohort else 0, len(genes), n_maps, regions, of_classes=of_classes)
     first = next(iter(cohort))
     size = map_size(
         cohort[first], contract.places(cohort[first], tables[first]), width=layout.width, below=layout.below,
@@ -198,7 +199,7 @@ class _Layout(NamedTuple):
     below: float
 
     @classmethod
-    def of(cls, n_sections: int, n_genes: int, n_maps: int, regions: Regions) -> _Layout:
+    def of(cls, n_sections: int, n_genes: int, n_maps: int, regions: Regions, *, of_classes: bool) -> _Layout:
         if regions.several:
             return cls(len(regions.boxes), 3.6, 0.7)
         if n_sections:
@@ -206,7 +207,7 @@ class _Layout(NamedTuple):
             beside = max(1, min(round(math.sqrt(1.5 * n_sections * pairs) / pairs), 8 // pairs, n_sections))
             return cls(pairs * beside, 2.9, 0.4)
         width = 5.2 if n_genes == 1 else 4.4
-        return cls(n_maps if n_maps == 2 else _IN_A_ROW, width, 0.95)
+        return cls(n_maps if n_maps == 2 else _IN_A_ROW, width, 0.4 if of_classes else 0.95)
 
 
 class _Look(NamedTuple):

@@ -58,9 +58,20 @@ def _of_one(scores: Scores) -> pd.DataFrame:
         return folds.assign(section=folds["group"], gene=names)[["section", "gene", "c_index"]]
     if {"model", "metric", "value"} <= set(scores.columns):
         return wide(scores)
+    if {"kind", "number", "members"} <= set(scores.columns):
+        return _of_pools(scores)
     if "group" in scores.columns:
         return scores.rename(columns={"group": "section", "sample": "gene"})
     return scores
+
+
+def _of_pools(scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the mean over genes of each member and pool (`stimage_sd.tl.pool_members`), as two models."""
+    size = max((len(str(members).split()) for members in scores.loc[scores["kind"] == "pool", "members"]), default=0)
+    names = {"member": "single members", "pool": f"pools of {size} members"}
+    mean = scores.groupby(["section", "kind", "number"], sort=False)["pearson"].mean().reset_index()
+    number = mean["kind"] + " " + mean["number"].astype(str)
+    return mean.assign(model=mean["kind"].map(names), gene=number)[["section", "model", "gene", "pearson"]]
 
 
 def wide(table: pd.DataFrame) -> pd.DataFrame:

@@ -56,7 +56,8 @@ def scores(
         from `stimage_sd.tl.cross_validate` (one row per section, model, gene and metric). For a cohort, the table from
         `stimage_sd.tl.cox_screen`, ``genes`` or ``samples`` from `stimage_sd.tl.bulk_correlation`, or the result of
         `stimage_sd.tl.risk_groups`, with one violin per group. Several models: such tables, keyed by the model's name,
-        or one table with a column ``model``.
+        or one table with a column ``model``. The table from ``stimage_sd.tl.pool_members`` is drawn as boxes over
+        single members and over pools.
     metrics
         Panels to draw: ``"pearson"``, ``"spearman"``, ``"bivariate_morans_i"``, ``"iou"``, ``"coverage"`` (of the 90 %
         interval), ``"nll_gain"`` (gain in log-likelihood per count over the mean-only model), ``"c_index"``,
@@ -92,7 +93,8 @@ def scores(
     The test is Wilcoxon's two-sided signed-rank test over genes. It compares a gene's mean over the sections with a
     score of both models. For coverage it compares the distance from 90 %. Holm's correction covers the tests of a
     panel, which are all pairs of models, or the pairs with `reference` if given. Genes of the same sections are not
-    independent, so a small p-value holds for these sections and not for new patients. Paper, Figures 2e, 5a and 5c.
+    independent, so a small p-value holds for these sections and not for new patients. Paper, Figures 2c, 2e, 5a
+    and 5c.
 
     Examples
     --------
@@ -114,6 +116,8 @@ def scores(
     _require(frame, chosen)
     frame = with_gain(frame)
     if "model" in frame:
+        # members are not paired as genes are, so that they are drawn by section
+        by = "section" if isinstance(data, pd.DataFrame) and {"kind", "number"} <= set(data.columns) else by
         looks = {name: PANELS[name] for name in chosen}
         return sheet.done(draw_models(frame, looks, by=by, reference=reference, sheet=sheet))
     return sheet.done(_draw_sections(frame, chosen, n_named=n_named, sheet=sheet))

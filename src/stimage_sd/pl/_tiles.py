@@ -21,7 +21,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.pl._canvas import PREDICTED, WARNING, Colors, add_color_bar, cut_tiles
-from stimage_sd.pl._categories import MOST, add_legend, categories_of, colors_of, is_category
+from stimage_sd.pl._categories import MOST, add_legend, categories_of, colors_of, is_category, stored_colors
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.pl._maps import Map, draw_background, draw_maps, kept_axes, map_size, names_of, regions_of_cohort
 from stimage_sd.pl._zoom import Zoom, Zooms
@@ -148,7 +148,8 @@ def tiles(
         maps = [
             _map(
                 sdata, values[name][section], name, f"{heading}: {tables[section].n_obs} tiles, {kept} kept",
-                colors=colors, types=_types(values[name], palette), image_key=image_key, img_alpha=img_alpha,
+                colors=colors, types=_types(cohort, name, values[name], palette, key), image_key=image_key,
+                img_alpha=img_alpha,
             )
             for name in names
         ]  # fmt: skip
@@ -192,10 +193,20 @@ def _of_spots(sdata: SpatialData, tiles: AnnData, name: str, table_key: str | No
     raise KeyError(f"No column {name!r} among the tiles' {sorted(map(str, known))}.")
 
 
-def _types(columns: Mapping[str, pd.Series], palette: Mapping[str, str] | None) -> dict[str, str]:
+def _types(
+    cohort: Mapping[str, SpatialData],
+    name: str,
+    columns: Mapping[str, pd.Series],
+    palette: Mapping[str, str] | None,
+    key: str,
+) -> dict[str, str]:
     """Return the colors of the categories of a column, the same in all sections, or nothing for numbers."""
     of_kind = [values for values in columns.values() if is_category(values)]
-    return colors_of(categories_of(of_kind), palette) if of_kind else {}
+    stored: dict[str, str] = {}
+    for sdata in cohort.values():
+        for table in (contract.tiles(sdata), *([sdata.tables[key]] if key in sdata.tables else [])):
+            stored |= stored_colors(table, name)
+    return colors_of(categories_of(of_kind), {**stored, **(palette or {})}) if of_kind else {}
 
 
 def _map(

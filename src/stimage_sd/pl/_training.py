@@ -66,8 +66,12 @@ def training(
     """
     sheet = Sheet(ax, title, figsize, save, return_fig)
     fitted = cast(NBModel | FinetunedModel | InstanceModel, as_model(model))
-    if "history" not in fitted.training:
-        raise ValueError("Expected a model with a training history, found none in `model.training`. Fit it again.")
+    if not {*CURVES, "member"} <= set(fitted.training.get("history", {})):
+        raise ValueError(
+            "Expected a model with a training history of negative log-likelihoods, found "
+            f"{sorted(fitted.training.get('history', {})) or 'none'} in `model.training`. Fit it again with "
+            "`stimage_sd.tl.fit_nb` or `stimage_sd.tl.finetune_nb`."
+        )
     history = pd.DataFrame(fitted.training["history"])
     panel = sheet.panel(size=(6.0, 4.0))
     for name, (label, color) in CURVES.items():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import get_args
 
 import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models._genes import most_variable, shared_genes
+from stimage_sd.models._genes import Filtering, most_variable, shared_genes
 
 
 def select_genes(
@@ -18,6 +19,7 @@ def select_genes(
     *,
     n_top: int = 1000,
     min_spots: float = 0.1,
+    filtering: Filtering = "before",
     include: Sequence[str] = (),
     table_key: str | None = None,
     layer: str | None = None,
@@ -35,6 +37,9 @@ def select_genes(
         (Lause et al. 2021, scanpy's ``flavor="pearson_residuals"``). Sections are the batches.
     min_spots
         Least share of the cohort's spots that express a highly variable gene.
+    filtering
+        ``"before"``: genes in fewer spots are removed before genes are ranked, so `n_top` genes remain. ``"after"``, as
+        published: `n_top` of all genes are ranked, and then genes in fewer spots are removed, so fewer remain.
     include
         Further genes to take, such as markers, whatever their variability.
     table_key
@@ -49,11 +54,14 @@ def select_genes(
     Raises
     ------
     ValueError
-        If the sections share no gene, if they share none of `genes`, or if `n_top` is not positive.
+        If the sections share no gene, if they share none of `genes`, if `n_top` is not positive, or no gene is in so
+        many spots.
 
     Notes
     -----
-    Paper, section 2.7: the top 1,000 highly variable genes, without genes in fewer than 10 % of spots.
+    Paper, section 2.7: the top 1,000 highly variable genes, then without genes in fewer than 10 % of spots, which left
+    785. To compare with results on these 785 genes of her2st, pass the published list as `genes`. On 28 of the 36
+    sections, this rule leaves 675 genes, 219 of them on the list.
 
     Examples
     --------
@@ -66,6 +74,8 @@ def select_genes(
     source = contract.Source(table_key, layer)
     if n_top < 1:
         raise ValueError(f"Expected `n_top` of at least 1, found {n_top}.")
+    if filtering not in get_args(Filtering):
+        raise ValueError(f'Expected `filtering` to be "before" or "after", found {filtering!r}.')
     if genes is not None and not len(genes):
         raise ValueError("Expected `genes` as a list of names, found none. Leave it out for highly variable genes.")
     tables = {name: contract.counts(sdata, source) for name, sdata in contract.sections(data).items()}
@@ -73,7 +83,7 @@ def select_genes(
     if genes is not None:
         return _present(genes, shared)
     included = _present(include, shared) if include else []
-    top = most_variable(tables, shared, n_top=n_top, min_spots=min_spots)
+    top = most_variable(tables, shared, n_top=n_top, min_spots=min_spots, filtering=filtering)
     return list(dict.fromkeys([*top, *included]))
 
 

@@ -75,7 +75,7 @@ def morans_i(
     right = left if other is None else _as_matrix(other)
     if left.shape != right.shape:
         raise ValueError(f"Expected `other` of the shape of `values`, {left.shape}, found {right.shape}.")
-    graph = _row_standardized(weights, left.shape[0])
+    graph = row_standardized(weights, left.shape[0])
     # Isolated spots lower the sum of weights. Only the univariate I is scaled by this sum.
     total_weight = graph.data.sum()
     scale = left.shape[0] / total_weight if other is None and total_weight > 0 else 1.0
@@ -103,7 +103,8 @@ def _as_matrix(values: Matrix) -> np.ndarray | scipy.sparse.csc_array:
     return matrix
 
 
-def _row_standardized(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_obs: int) -> scipy.sparse.csr_array:
+def row_standardized(weights: scipy.sparse.spmatrix | scipy.sparse.sparray, n_obs: int) -> scipy.sparse.csr_array:
+    """Return weights whose rows sum to 1, or raise `ValueError` if they are dense, negative or of another shape."""
     if not scipy.sparse.issparse(weights) or weights.shape != (n_obs, n_obs):
         given = f"{type(weights).__name__} of shape {np.shape(weights)}"
         raise ValueError(f"Expected sparse `weights` of shape ({n_obs}, {n_obs}), found {given}.")

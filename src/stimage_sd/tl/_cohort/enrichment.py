@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias, cast
 
 import numpy as np
 import pandas as pd
@@ -12,12 +13,16 @@ from scipy.stats import false_discovery_control, hypergeom
 
 from stimage_sd._damaged_files import reading
 
-GeneSets = Mapping[str, Sequence[str]] | str | Path
+GeneSets: TypeAlias = Mapping[str, Sequence[str]] | str | Path
+#: gene sets by name of the library
+Libraries: TypeAlias = Mapping[str, GeneSets]
 #: weight after a gene's name in weighted GMT files
 _WEIGHT = re.compile(r"\s*,\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
-def enrichment(genes: Sequence[str], gene_sets: GeneSets, *, background: Sequence[str], least: int = 3) -> pd.DataFrame:
+def enrichment(
+    genes: Sequence[str], gene_sets: GeneSets | Libraries, *, background: Sequence[str], least: int = 3
+) -> pd.DataFrame:
     """Test gene sets for enrichment among genes, offline.
 
     Parameters
@@ -26,7 +31,8 @@ def enrichment(genes: Sequence[str], gene_sets: GeneSets, *, background: Sequenc
         The genes, such as the most predictable genes.
     gene_sets
         Gene sets keyed by name, or a GMT file, such as from MSigDB or GO. Gene weights, as in ``KRT5,1.0``, are
-        ignored.
+        ignored. Several libraries in one call, keyed by name, such as the three ontologies of GO: ``{"BP": "bp.gmt",
+        "CC": "cc.gmt", "MF": "mf.gmt"}``.
     background
         All candidate genes, including `genes`.
     least
@@ -39,13 +45,16 @@ def enrichment(genes: Sequence[str], gene_sets: GeneSets, *, background: Sequenc
     ``p_value`` (hypergeometric, one-sided, equal to Fisher's exact test), ``q_value`` (Benjamini and Hochberg, over all
     tested sets, including sets without any of the genes), ``genes``.
 
+    With several libraries, the first column is ``library``. Rows are sorted within a library, and q-values are over the
+    sets of a library, as by Enrichr.
+
     Raises
     ------
     FileNotFoundError
         If the GMT file does not exist.
     ValueError
-        If genes are missing from the background, no set has enough background genes, or the GMT file has a malformed
-        line or two different sets of one name.
+        If genes are missing from the background, no set of a library has enough background genes, or the GMT file has
+        a malformed line or two different sets of one name.
 
     Notes
     -----
@@ -66,7 +75,36 @@ def enrichment(genes: Sequence[str], gene_sets: GeneSets, *, background: Sequenc
             f"Expected genes of the background, found {len(unknown) or 'none'} others, such as {unknown[:3]}. The "
             "background is all genes that were tested."
         )
-    among, chosen = set(tested), set(genes)
+    libraries = _libraries(gene_sets)
+    if libraries is None:
+        return _tested(cast(GeneSets, gene_sets), tested, set(genes), least)
+    frames = []
+    for library, sets in libraries.items():
+        try:
+            frame = _tested(sets, tested, set(genes), least)
+        except (FileNotFoundError, ValueError) as error:
+            error.add_note(f"while testing the library {library!r}")
+            raise
+        frame.insert(0, "library", library)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def _libraries(gene_sets: GeneSets | Libraries) -> Libraries | None:
+    """Return the libraries by name, `None` if the sets are of one library."""
+    if not isinstance(gene_sets, Mapping):
+        return None
+    kinds = {isinstance(values, Mapping | str | Path) for values in gene_sets.values()}
+    if len(kinds) > 1:
+        raise ValueError(
+            "Expected `gene_sets` as sets of genes by name, or as libraries (dicts or GMT files) by name, found both."
+        )
+    return cast(Libraries, gene_sets) if kinds == {True} else None
+
+
+def _tested(gene_sets: GeneSets, tested: Sequence[str], chosen: set[str], least: int) -> pd.DataFrame:
+    """Test the sets of one library."""
+    among = set(tested)
     unique = {name: dict.fromkeys(members) for name, members in _read(gene_sets).items()}
     in_background = {name: [gene for gene in members if gene in among] for name, members in unique.items()}
     sets = {name: members for name, members in in_background.items() if len(members) >= least}

@@ -53,7 +53,12 @@ class TileResult:
 
 
 def top_tiles(
-    data: SpatialData, gene: str, *, n_tiles: int = 5, among: Sequence[int] | None = None, key: str | None = None
+    data: SpatialData,
+    gene: str,
+    *,
+    n_tiles: int = 5,
+    among: Sequence[int] | contract.Labeled | None = None,
+    key: str | None = None,
 ) -> list[int]:
     """List the tiles with the highest prediction of a gene.
 
@@ -66,7 +71,8 @@ def top_tiles(
     n_tiles
         Number of tiles to list.
     among
-        ``obs["instance_id"]`` of the candidate tiles, such as the tiles of one annotated region. Default: all tiles.
+        Candidate tiles. A mapping: tiles with these labels, such as ``{"annotation": "Tumor"}``, in a column of the
+        spots, the predictions or the tiles. A sequence: ``obs["instance_id"]`` of the tiles. Default: all tiles.
     key
         Name of the table of predictions or classes. By default predictions, or classes if there are no predictions.
 
@@ -77,9 +83,9 @@ def top_tiles(
     Raises
     ------
     KeyError
-        If the section has no predictions, or none of this gene.
+        If the section has no predictions, or none of this gene, or there is no such column.
     ValueError
-        If `n_tiles` is not positive.
+        If `n_tiles` is not positive, or no tile has such a label.
 
     Examples
     --------
@@ -102,7 +108,10 @@ def top_tiles(
         raise KeyError(f"No gene {gene!r} among the predicted ones, such as {table.var_names[:3].tolist()}.")
     values = np.asarray(table[:, gene].X, dtype=np.float64).ravel()
     ids = table.obs[contract.INSTANCE_KEY].to_numpy()
-    rows = np.arange(len(ids)) if among is None else np.flatnonzero(np.isin(ids, np.asarray(among)))
+    if isinstance(among, Mapping):
+        rows = contract.labeled_rows(sdata, table.obs, among)
+    else:
+        rows = np.arange(len(ids)) if among is None else np.flatnonzero(np.isin(ids, np.asarray(among)))
     order = rows[np.argsort(-values[rows], kind="stable")]
     return [int(tile_id) for tile_id in ids[order[:n_tiles]]]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import hashlib
 import inspect
 import threading
 import time
@@ -17,6 +18,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import psutil
+import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract
@@ -29,6 +31,7 @@ from stimage_sd.tl._fit.training_set import checked_genes
 from stimage_sd.tl._predict.predict import predict
 from stimage_sd.tl._score.evaluate import METRICS, Transform, depth_scores, evaluate
 from stimage_sd.tl._score.fold_store import FoldResult, FoldStore, describe, fingerprint
+from stimage_sd.tl._score.graphs import Graph
 
 Strategy = Literal["leave-one-section-out", "leave-one-patient-out"]
 #: function that takes a cohort and ``genes=`` and returns a `Predictor` (checked after the call)
@@ -47,6 +50,7 @@ def cross_validate(
     genes: Sequence[str] | int | Callable[[contract.Cohort], Sequence[str]] = 1000,
     out: str | Path | None = None,
     transform: Transform = "log1p",
+    graph: Graph | None = None,
     keep_predictions: bool | str = False,
     key_added: str = contract.PREDICTIONS,
     table_key: str | None = None,
@@ -78,8 +82,9 @@ def cross_validate(
     out
         Folder for the results. The result of each model and fold is written when complete. An interrupted call
         resumes from the results in the folder.
-    transform
-        As in `stimage_sd.tl.evaluate`.
+    transform, graph
+        As in `stimage_sd.tl.evaluate`. Cells and other units on no lattice need a `graph`: weights by section, or a
+        function of positions.
     keep_predictions
         Whether to write the held-out predictions of each section to ``tables["predictions"]`` at the end. `True` with
         one model, the name of a model with several.
@@ -140,7 +145,7 @@ def cross_validate(
     store = FoldStore(None if out is None else Path(out))
     settings_of = _settings(
         cohort, source=source, strategy=strategy, genes=describe(genes), transform=transform, seed=seed,
-        patients=contract.patients(cohort, patients),
+        patients=contract.patients(cohort, patients), **({} if graph is None else {"graph": _described(graph)}),
     )  # fmt: skip
     settings = {
         (fold, name): settings_of(fold, held_out, name, recipe)
@@ -164,7 +169,8 @@ def cross_validate(
                 result = _run(
                     partial(recipe, training, genes=chosen, **accepted_options(recipe, options)),
                     {section: shallow_copy(cohort[section]) for section in held_out},
-                    name=name, fold=fold, transform=transform, source=source, keep=name == kept,
+                    name=name, fold=fold, score=partial(_scores, transform=transform, graph=graph, source=source),
+                    keep=name == kept,
                 )  # fmt: skip
                 store.save(settings[fold, name], result)
                 results[fold, name] = result
@@ -281,6 +287,20 @@ def _settings(
 # one model on one fold
 
 
+def _described(graph: Graph) -> Any:
+    """Describe weights by a hash of their values, and functions as other options."""
+    if callable(graph):
+        return describe(graph)
+    each = graph if isinstance(graph, Mapping) else {"": graph}
+    digest = hashlib.sha256()
+    for name in sorted(each):
+        weights = sp.csr_matrix(each[name])
+        digest.update(name.encode())
+        for array in (weights.indptr, weights.indices, weights.data):
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
 def shallow_copy(sdata: SpatialData) -> SpatialData:
     """Return a new object with the same elements, so that writing does not change the original."""
     kinds = ("images", "labels", "points", "shapes", "tables")
@@ -305,8 +325,7 @@ def _run(
     *,
     name: str,
     fold: str,
-    transform: Transform,
-    source: contract.Source,
+    score: Callable[[dict[str, SpatialData], Predictor], pd.DataFrame],
     keep: bool,
 ) -> FoldResult:
     gc.collect()
@@ -322,7 +341,7 @@ def _run(
                 )
             predict(held_out, model)
             predicted = time.perf_counter()
-        scores = _scores(held_out, model, transform, source)
+        scores = score(held_out, model)
     except Exception as error:
         error.add_note(
             f"while cross-validating model {name!r} on fold {fold!r}; complete folds are kept if `out` is set."
@@ -338,12 +357,13 @@ def _run(
 
 
 def _scores(
-    held_out: dict[str, SpatialData], model: Predictor, transform: Transform, source: contract.Source
-) -> pd.DataFrame:
+    held_out: dict[str, SpatialData], model: Predictor, *, transform: Transform, graph: Graph | None,
+    source: contract.Source,
+) -> pd.DataFrame:  # fmt: skip
     """Score agreement of the predictions, and coverage and likelihood at measured depth."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Coverage and likelihood are left out")
-        scores = evaluate(held_out, transform=transform, table_key=source.table, layer=source.layer)
+        scores = evaluate(held_out, transform=transform, graph=graph, table_key=source.table, layer=source.layer)
     if model.total is None or gene_shifts(model) is not None:
         return scores
     deep = {name: shallow_copy(sdata) for name, sdata in held_out.items()}

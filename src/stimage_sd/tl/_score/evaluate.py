@@ -19,6 +19,7 @@ from stimage_sd.likelihood.expectation import expected_log1p
 from stimage_sd.likelihood.predictive import log_prob
 from stimage_sd.stats.lattice import find_lattice, neighbor_graph
 from stimage_sd.stats.spatial import morans_i, pattern_iou, pearson, spearman
+from stimage_sd.tl._score.graphs import Graph, weights_of
 from stimage_sd.tl._score.scales import calibration_of_sums, groups_of, sums
 
 Transform = Literal["log1p", "raw", "lognorm"]
@@ -43,8 +44,9 @@ def evaluate(
     against: contract.Against = "counts",
     names: Mapping[str, str] | None = None,
     transform: Transform = "log1p",
-    graph: sp.spmatrix | None = None,
+    graph: Graph | None = None,
     scale: int | str | None = None,
+    by: str | None = None,
     exposure: float | None = None,
     key: str = contract.PREDICTIONS,
     table_key: str | None = None,
@@ -69,12 +71,20 @@ def evaluate(
         the predicted genes, then log1p (counts only). Log-normalized counts are compared with their expectation under
         the predicted distribution (`stimage_sd.likelihood.expectation`).
     graph
-        Spatial weights, sparse ``(n, n)`` over the predicted tiles on a measured spot. Default: the eight neighbors on
-        a square lattice, or the six neighbors on a hexagonal lattice, or the six nearest nuclei. Rows are standardized.
+        Spatial weights, sparse ``(n, n)`` over the predicted tiles on a measured spot. For a cohort: weights by
+        section, or a function from the tiles' positions ``(n, 2)`` to weights, such as
+        ``functools.partial(sklearn.neighbors.kneighbors_graph, n_neighbors=6)`` for cells. Default: the eight neighbors
+        on a square lattice, or the six neighbors on a hexagonal lattice, or the six nearest nuclei. Rows are
+        standardized.
     scale
         `None`: single tiles. A number: every tile together with its neighbors up to so many steps on the graph. A name:
         regions, from this column of the spots' or the tiles' ``obs``. Correlations are then of means over these tiles,
         coverage and likelihood of sums of counts. Moran's I, IoU and ``nll_floor`` are NaN.
+    by
+        Column with strata that are scored apart, such as clusters or a pathologist's annotation
+        (`stimage_sd.pp.label_by_annotations`). It is looked up in the spots' ``obs``, then in the predictions', then in
+        the tiles'. Tiles without a value are left out. Neighbors of other strata do not count in Moran's I and in
+        neighborhoods (`scale`).
     exposure
         Depth of the sections relative to the training sections, for models fitted with exposure. Default: one number
         per section from its total counts. Predictions are moved to this depth before they are compared. ``1`` compares
@@ -106,13 +116,16 @@ def evaluate(
     Constant genes get NaN in scores that are undefined for them. The scores are also written to
     ``tables["predictions"].var``, with the measured name of each gene in column ``measured``.
 
+    With `by`, there is one row per section, stratum and gene, with the column ``stratum``. `n_tiles` is of the stratum.
+    The table is returned only.
+
     Raises
     ------
     KeyError
         If a section has no predictions, counts or proteins, or no tiles on spots. Also if `names` has genes that were
-        not predicted, or names that were not measured.
+        not predicted, or names that were not measured, or there is no column `by` or `scale`.
     ValueError
-        If no predicted gene was measured.
+        If no predicted gene was measured, or no compared tile has a stratum.
 
     Notes
     -----
@@ -147,32 +160,77 @@ def evaluate(
         depth = None if against == "proteins" else _exposure(predictions, rows, units, exposure)
         compared = _taken(sdata, predictions, rows, list(measured), depth)
         observed = dense(units[:, list(measured.values())])
-        if scale is None:
-            scores = _agreement(compared, observed, transform, graph)
-            calibrated = _calibration
-        else:
-            weights = _weights(compared, graph)
-            groups = groups_of(scale, predictions, rows, units, weights)
-            scores = _agreement_of_means(compared, observed, transform, groups)
-            calibrated = partial(_calibration_of_sums, groups=groups, about=predictions.uns["prediction"])
         problem = contract.depth_problem(sdata, predictions) if against == "counts" else None
         if problem:
             warnings.warn(f"Coverage and likelihood are left out. {problem}", stacklevel=2)
-        elif against == "counts":
-            scores = scores.join(calibrated(compared, observed))
-        scores = scores.reindex(columns=list(METRICS))
-        for metric in METRICS:
-            predictions.var[metric] = scores[metric].reindex(predictions.var_names)
-        predictions.var["measured"] = [measured.get(gene, "") for gene in predictions.var_names]
+        labels = partial(contract.row_labels, sdata, predictions.obs.iloc[rows], units=units.obs, source=source)
+        way = _Way(
+            transform, labels(scale) if isinstance(scale, str) else scale, against == "counts" and not problem,
+            predictions.uns["prediction"],
+        )  # fmt: skip
+        weights = _weights(compared, graph, section=name)
+        strata = {None: np.arange(len(rows))} if by is None else _strata(labels(by), by, section=name)
+        exposed = np.nan if depth is None else depth
+        for stratum, chosen in strata.items():
+            part = compared if by is None else compared.of(chosen)
+            near = weights if by is None else weights[chosen][:, chosen]
+            scores = _scored(part, observed[chosen], near, way.of(chosen)).reindex(columns=list(METRICS))
+            table = scores.rename_axis("gene").reset_index()
+            tables.append(table.assign(section=name, stratum=stratum, n_tiles=len(chosen), exposure=exposed))
         how: dict[str, Any] = {"against": against, "transform": transform, "n_tiles": len(rows)}
         how |= {} if depth is None else {"exposure": depth}
         how |= {} if scale is None else {"scale": scale}
-        predictions.uns["evaluation"] = how
-        contract.record(sdata, "tl.evaluate", n_genes=len(measured), **how)
-        exposed = np.nan if depth is None else depth
-        table = scores.rename_axis("gene").reset_index()
-        tables.append(table.assign(section=name, n_tiles=len(rows), exposure=exposed))
-    return pd.concat(tables, ignore_index=True)[["section", "gene", "n_tiles", "exposure", *METRICS]]
+        if by is None:
+            for metric in METRICS:
+                predictions.var[metric] = scores[metric].reindex(predictions.var_names)
+            predictions.var["measured"] = [measured.get(gene, "") for gene in predictions.var_names]
+            predictions.uns["evaluation"] = how
+        contract.record(sdata, "tl.evaluate", n_genes=len(measured), **how, **({} if by is None else {"by": by}))
+    keys = ["section", "gene"] if by is None else ["section", "stratum", "gene"]
+    return pd.concat(tables, ignore_index=True)[[*keys, "n_tiles", "exposure", *METRICS]]
+
+
+class _Way(NamedTuple):
+    """How tiles are compared.
+
+    Attributes
+    ----------
+    transform
+        Scale of the correlations.
+    scale
+        Steps to neighbors, or the region of each tile. `None` for single tiles.
+    calibrated
+        Whether coverage and likelihood are scored.
+    about
+        How the predictions were made.
+    """
+
+    transform: Transform
+    scale: int | np.ndarray | None
+    calibrated: bool
+    about: Mapping[str, Any]
+
+    def of(self, rows: np.ndarray) -> _Way:
+        """Return the way for some tiles."""
+        return self._replace(scale=self.scale[rows]) if isinstance(self.scale, np.ndarray) else self
+
+
+def _scored(predictions: _Predicted, observed: np.ndarray, weights: sp.csr_matrix, way: _Way) -> pd.DataFrame:
+    """Score some tiles."""
+    if way.scale is None:
+        scores = _agreement(predictions, observed, way.transform, weights)
+        return scores.join(_calibration(predictions, observed)) if way.calibrated else scores
+    groups = groups_of(way.scale, weights)
+    scores = _agreement_of_means(predictions, observed, way.transform, groups)
+    return scores.join(_calibration_of_sums(predictions, observed, groups, way.about)) if way.calibrated else scores
+
+
+def _strata(labels: np.ndarray, by: str, *, section: str) -> dict[Any, np.ndarray]:
+    """Return the rows of each stratum, in the order of their names."""
+    codes, names = pd.factorize(labels, sort=True)
+    if not len(names):
+        raise ValueError(f"No compared tile of section {section!r} has a value in column {by!r}.")
+    return {name: np.flatnonzero(codes == number) for number, name in enumerate(names)}
 
 
 def _exposure(predictions: ad.AnnData, rows: np.ndarray, units: ad.AnnData, given: float | None) -> float | None:
@@ -228,6 +286,12 @@ class _Predicted(NamedTuple):
     floor_dispersion: np.ndarray
     on_lattice: bool
 
+    def of(self, rows: np.ndarray) -> _Predicted:
+        """Return the predictions of some of the tiles."""
+        made = self.at_depth
+        parts = {name: getattr(made, name)[rows] for name in made._fields if name != "shift_sd"}
+        return self._replace(coordinates=self.coordinates[rows], at_depth=made._replace(**parts))
+
 
 def _taken(
     sdata: SpatialData, predictions: ad.AnnData, rows: np.ndarray, genes: list[str], exposure: float | None
@@ -251,10 +315,10 @@ def dense(units: ad.AnnData) -> np.ndarray:
 
 
 def _agreement(
-    predictions: _Predicted, observed: np.ndarray, transform: Transform, graph: sp.spmatrix | None
+    predictions: _Predicted, observed: np.ndarray, transform: Transform, weights: sp.csr_matrix
 ) -> pd.DataFrame:
     """Score how well predicted means follow the measurements over tiles and in space."""
-    coordinates, weights = predictions.coordinates, _weights(predictions, graph)
+    coordinates = predictions.coordinates
     predicted, measured = _expected(predictions, transform), transformed(observed, transform)
     return pd.DataFrame(
         {
@@ -269,12 +333,11 @@ def _agreement(
     )
 
 
-def _weights(predictions: _Predicted, graph: sp.spmatrix | None) -> sp.csr_matrix:
-    if graph is not None:
-        return sp.csr_matrix(graph)
-    if predictions.on_lattice:
-        return neighbor_graph(predictions.coordinates)
-    return neighbor_graph(predictions.coordinates, n_neighbors=min(_NEIGHBORS, len(predictions.coordinates) - 1))
+def _weights(predictions: _Predicted, graph: Graph | None, *, section: str) -> sp.csr_matrix:
+    positions = predictions.coordinates
+    if graph is None and not predictions.on_lattice:
+        return neighbor_graph(positions, n_neighbors=min(_NEIGHBORS, len(positions) - 1))
+    return weights_of(graph, positions, section=section)
 
 
 def _agreement_of_means(

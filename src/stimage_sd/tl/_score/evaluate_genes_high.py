@@ -10,15 +10,26 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.models._gene_classifier import is_high
-from stimage_sd.stats.spatial import binary_pattern
+from stimage_sd.stats.spatial import binary_pattern, morans_i
 from stimage_sd.tl._score.evaluate import dense, measured_names, pattern_ious
+from stimage_sd.tl._score.graphs import Graph, weights_of
 
-METRICS = ("base_rate", "auc", "f1", "balanced_accuracy", "iou")
+METRICS = (
+    "base_rate",
+    "auc",
+    "f1",
+    "balanced_accuracy",
+    "iou",
+    "morans_i_observed",
+    "morans_i_predicted",
+    "bivariate_morans_i",
+)
 
 
 def evaluate_genes_high(
     data: SpatialData | contract.Cohort,
     *,
+    graph: Graph | None = None,
     key: str = contract.GENE_CLASSES,
     table_key: str | None = None,
     layer: str | None = None,
@@ -32,6 +43,8 @@ def evaluate_genes_high(
     ----------
     data
         A section or a cohort of sections with predicted classes and counts.
+    graph
+        Spatial weights between the predicted tiles on a measured spot, as in `stimage_sd.tl.evaluate`.
     key
         Name of the class table.
     table_key
@@ -47,10 +60,13 @@ def evaluate_genes_high(
     - ``auc``: area under the ROC curve of the probability of High;
     - ``f1``, ``balanced_accuracy``: scores of the classes at a probability of one half;
     - ``iou``: overlap of the smoothed patterns of High (paper, 2.8). The IoU is 0 if the gene is predicted High
-      nowhere, and NaN with a warning if the tiles are not on a lattice.
+      nowhere, and NaN with a warning if the tiles are not on a lattice;
+    - ``morans_i_observed`` of the observed classes, ``morans_i_predicted`` of the probability of High, and
+      ``bivariate_morans_i`` (the probability against the neighbors' observed classes). NaN if the tiles are not on a
+      lattice and no `graph` is given.
 
-    A gene observed in one class only gets NaN in all columns except the base rate. The scores are also written to
-    ``tables["gene_classes"].var``.
+    A gene observed in one class only gets NaN in all columns except the base rate and ``morans_i_predicted``. The
+    scores are also written to ``tables["gene_classes"].var``.
 
     Raises
     ------
@@ -61,7 +77,7 @@ def evaluate_genes_high(
 
     Notes
     -----
-    Paper, sections 2.6 and 2.8.
+    Paper, sections 2.6, 2.8 and 3.10.
 
     Examples
     --------
@@ -86,12 +102,12 @@ def evaluate_genes_high(
         thresholds = compared.var["threshold"].to_numpy(dtype=np.float64) if by_cohort else None
         observed = is_high(dense(units[:, genes]), thresholds)
         high = compared.layers["high"]
-        scores = _scores(
-            np.asarray(compared.X, dtype=np.float64),
-            np.asarray(high.toarray() if sp.issparse(high) else high, dtype=bool),
-            observed,
-            contract.tile_geometry(sdata, classes).centers[rows],
-        ).set_axis(genes)
+        probability, centers = np.asarray(compared.X, np.float64), contract.tile_geometry(sdata, classes).centers[rows]
+        predicted = np.asarray(high.toarray() if sp.issparse(high) else high, dtype=bool)
+        scores = _scores(probability, predicted, observed, centers).set_axis(genes)
+        scores = scores.join(
+            _in_space(probability, observed.astype(np.float64), centers, graph, section=name).set_axis(genes)
+        )
         for metric in METRICS:
             # column `base_rate` holds the base rate in training
             column = "observed_base_rate" if metric == "base_rate" else metric
@@ -119,4 +135,19 @@ def _scores(probability: np.ndarray, high: np.ndarray, observed: np.ndarray, coo
             iou[everywhere] = binary_pattern(observed[:, everywhere].astype(np.float64), coordinates).mean(axis=0)
     scores = pd.DataFrame({"auc": auc, "f1": f1, "balanced_accuracy": balanced, "iou": iou})
     scores.loc[~both] = np.nan
-    return scores.assign(base_rate=observed.mean(axis=0))[list(METRICS)]
+    return scores.assign(base_rate=observed.mean(axis=0))
+
+
+def _in_space(
+    probability: np.ndarray, observed: np.ndarray, centers: np.ndarray, graph: Graph | None, *, section: str
+) -> pd.DataFrame:
+    """Return Moran's I of classes and probabilities, NaN for tiles on no lattice."""
+    try:
+        weights = weights_of(graph, centers, section=section)
+    except ValueError:
+        if graph is not None:
+            raise
+        # the IoU is left out too, with a warning
+        return pd.DataFrame(np.nan, index=range(observed.shape[1]), columns=list(METRICS[-3:]))
+    scores = (morans_i(observed, weights), morans_i(probability, weights), morans_i(probability, weights, observed))
+    return pd.DataFrame(dict(zip(METRICS[-3:], scores, strict=True)))

@@ -5,34 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
-from anndata import AnnData
 
 from stimage_sd import contract
 from stimage_sd.likelihood.predictive import log_prob, nearest_interval
 
 
-def groups_of(
-    scale: int | str, predictions: AnnData, rows: np.ndarray, units: AnnData, graph: sp.csr_matrix
-) -> sp.csr_matrix:
+def groups_of(scale: int | np.ndarray, graph: sp.csr_matrix) -> sp.csr_matrix:
     """Return which tiles belong together, ``(n_groups, n_tiles)`` of zeros and ones.
 
-    - `scale`: number of steps on the graph around each tile. Or the name of a column with regions, of the spots or the
-      tiles.
-    - `predictions`, `rows`: the predictions, and their rows on measured spots.
-    - `units`: the measured spots.
+    - `scale`: number of steps on the graph around each tile. Or the region of each tile, ``object (n_tiles,)``, `None`
+      for tiles without one.
     - `graph`: neighbors of the tiles, ``(n_tiles, n_tiles)``.
     """
-    if isinstance(scale, str):
-        columns = [frame[scale] for frame in (units.obs, predictions.obs.iloc[rows]) if scale in frame]
-        if not columns:
-            raise KeyError(
-                f"Expected `scale` to name a column of the spots, one of {list(units.obs.columns)}, or a number of "
-                f"steps to neighbors, found {scale!r}."
-            )
-        codes, names = pd.factorize(columns[0].astype("object"))
+    if isinstance(scale, np.ndarray):
+        codes, names = pd.factorize(scale)
         inside = np.flatnonzero(codes >= 0)
         if not len(inside):
-            raise ValueError(f"No tile on a spot has a region in column {scale!r}.")
+            raise ValueError("No tile on a spot has a region in the column of `scale`.")
         return sp.csr_matrix((np.ones(len(inside)), (codes[inside], inside)), shape=(len(names), len(codes)))
     if scale != int(scale) or scale < 1:
         raise ValueError(f"Expected `scale` as a whole number of steps, at least 1, or a column, found {scale}.")
