@@ -33,8 +33,7 @@ app = typer.Typer(
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
 Model = Annotated[
-    Path,
-    typer.Option(metavar="MODEL", help="A saved model, or the name of a ready model (see `stimage-sd ready`)."),
+    Path, typer.Option(metavar="MODEL", help="A saved model, or the name of a ready model (see `stimage-sd ready`).")
 ]
 Weights = Annotated[Path | None, typer.Option(help="Weights file of the extractor, if it is not found automatically.")]
 
