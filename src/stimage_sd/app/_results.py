@@ -41,7 +41,7 @@ def show_model(prediction: _sections.Prediction) -> None:
         if certificate is None:
             st.caption("The model has no certificate, so it is unknown which of its genes it predicts in new sections.")
         else:
-            st.caption(escaped(" ".join(_about_model.certificate_words(certificate))))
+            st.caption("Certificate: " + escaped(" ".join(_about_model.certificate_words(certificate))))
     with st.expander("About the model: training data, certificate, features, versions", key="about-model"):
         table = _about_model.about_model(prediction.model)
         st.table(table.assign(value=table["value"].map(escaped)).set_index("what"))
@@ -79,6 +79,9 @@ def choose_gene(prediction: _sections.Prediction, orders: dict[str, pd.Series]) 
         st.caption(
             "The model was trained on this section. Correlations with its counts are too high for other sections."
         )
+    doubt = _genes.doubt_about(str(gene), prediction)
+    if doubt:
+        st.warning(doubt)
     return str(gene)
 
 
@@ -219,19 +222,15 @@ def _show_words(
         )
     if explanation.doubt:
         st.warning(
-            f"The scores of single nuclei are not to be read ({explanation.doubt}), so the nuclei are gray. More copies "
-            "can make the scores stable."
+            f"The scores of single nuclei are not to be read ({explanation.doubt}), so the nuclei are gray. More "
+            "copies can make the scores stable."
         )
     floor = float(prediction.model.floor[0, list(prediction.model.genes).index(gene)])
     measured = f"Measured **{row['measured']:.0f}**. " if np.isfinite(row.get("measured", np.nan)) else ""
     # fewer than three nuclei have no stability
-    stability = (
-        "."
-        if np.isnan(explanation.stability)
-        else (
-            f", stability {explanation.stability:.2f} (correlation of the scores with those from infinitely many copies)."
-        )
-    )
+    stability = f", stability {explanation.stability:.2f} (correlation with the scores from infinitely many copies)."
+    if np.isnan(explanation.stability):
+        stability = "."
     st.write(
         f"Predicted mean **{row['mean']:.3g}**, 90 % interval {row['lower']:.0f} to {row['upper']:.0f}. {measured}Mean "
         f"of the training tiles {floor:.3g}. Red nuclei raise the prediction, blue nuclei lower it. LIME's linear "
