@@ -41,7 +41,7 @@ def show_model(prediction: _sections.Prediction) -> None:
         if certificate is None:
             st.caption("The model has no certificate, so it is unknown which of its genes it predicts in new sections.")
         else:
-            st.caption(escaped(" ".join(_about_model.certificate_words(certificate))))
+            st.caption("Certificate: " + escaped(" ".join(_about_model.certificate_words(certificate))))
     with st.expander("About the model: training data, certificate, features, versions", key="about-model"):
         table = _about_model.about_model(prediction.model)
         st.table(table.assign(value=table["value"].map(escaped)).set_index("what"))
@@ -79,6 +79,9 @@ def choose_gene(prediction: _sections.Prediction, orders: dict[str, pd.Series]) 
         st.caption(
             "The model was trained on this section. Correlations with its counts are too high for other sections."
         )
+    doubt = _genes.doubt_about(str(gene), prediction)
+    if doubt:
+        st.warning(doubt)
     return str(gene)
 
 
