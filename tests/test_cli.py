@@ -133,7 +133,7 @@ def test_explain_writes_scores_and_a_figure(stores: Path, tmp_path: Path) -> Non
     outcome = run("explain", tmp_path / "section.zarr", *arguments, *more)
     assert outcome.exit_code == 0, outcome.output
     assert f"explaining {gene} on 1 tiles" in outcome.stdout
-    assert f"{gene}: R²" in outcome.stdout
+    assert f"{gene}: held-out R²" in outcome.stdout
     back = spatialdata.read_zarr(tmp_path / "out.zarr")
     assert {f"lime_{gene}", f"lime_{gene}_epistemic"} <= set(back.shapes["nuclei_explained"].columns)
     assert back.tables["explanations"].n_obs == 1

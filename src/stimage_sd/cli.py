@@ -33,8 +33,7 @@ app = typer.Typer(
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
 Model = Annotated[
-    Path,
-    typer.Option(metavar="MODEL", help="A saved model, or the name of a ready model (see `stimage-sd ready`)."),
+    Path, typer.Option(metavar="MODEL", help="A saved model, or the name of a ready model (see `stimage-sd ready`).")
 ]
 Weights = Annotated[Path | None, typer.Option(help="Weights file of the extractor, if it is not found automatically.")]
 
@@ -226,7 +225,9 @@ def explain(
     n_tiles: Annotated[int, typer.Option(min=1, help="Tiles per gene, if --tile is not given.")] = 5,
     of: Annotated[list[Of] | None, typer.Option(help="Part of the prediction to explain [default: mean].")] = None,
     segments: Annotated[str, typer.Option(help="nuclei, slic (superpixels), or the name of labels.")] = "nuclei",
-    n_samples: Annotated[int, typer.Option(min=10, help="Perturbed copies per tile.")] = 1000,
+    n_samples: Annotated[
+        int, typer.Option(min=10, help="Most perturbed copies per tile. Fewer are used where scores are stable.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(help="Seed of the perturbations.")] = 0,
     figure: Annotated[Path | None, typer.Option(help="PNG file for the explained tiles.")] = None,
     out: Annotated[Path | None, typer.Option(help="Zarr store to write. By default ZARR itself.")] = None,
@@ -278,7 +279,7 @@ def explain(
     table = contract.explanations(sdata)
     for name in gene if "r2" in table.layers else ():
         values = table[:, name].layers
-        typer.echo(f"{name}: R² {_median(values['r2'])}, stability {_median(values['stability'])} (medians)")
+        typer.echo(f"{name}: held-out R² {_median(values['r2'])}, stability {_median(values['stability'])} (medians)")
     typer.echo(f"Explained nuclei in {target}.")
 
 
@@ -314,7 +315,9 @@ def cohort(
 
 @app.command(name="app")
 def serve(
-    model: Annotated[Path | None, typer.Option(help="Model that visitors may choose.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model that visitors may choose, or the name of a ready model.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="ZARR", help="Zarr store of a section that visitors may choose.")
     ] = None,
@@ -330,8 +333,12 @@ def serve(
 ) -> None:
     """Serve the web app with predictions and explanations of a slide (needs the extra app)."""
     from stimage_sd.app._launch import check_extra, launch
+    from stimage_sd.models._ready import is_ready, path_of, pretrained
 
     check_extra()
+    if model is not None and not model.exists() and is_ready(model):
+        pretrained(str(model))
+        model = path_of(str(model))
     typer.echo(f"The app is at http://{address}:{port}. Stop the app with Ctrl-C.")
     launch(model=model, data=data, address=address, port=port, upload_mb=max_upload,
            allow_hosts=tuple(allow_host or ()))  # fmt: skip

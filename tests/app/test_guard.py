@@ -91,6 +91,8 @@ def test_a_foreign_name_or_page_is_turned_away_and_no_signal_leaves_uploads(pair
         assert {"HttpOnly", "SameSite=Strict"} <= set(cookie.split("; "))
         # what is served as a file is for those who opened the page
         assert ask(server, "/media/none.png")[0] == 403
+        assert ask(server, "/slides/none/0/0_0.jpg")[0] == 403
+        assert ask(server, "/slides/none/0/0_0.jpg", Cookie=cookie.partition(";")[0])[0] == 404
         assert ask(server, "/media/none.png", Cookie="stimage-sd-1=guess")[0] == 403
         assert ask(server, "/media/none.png", Cookie=cookie.partition(";")[0])[0] == 404
         assert ask(server, "/_stcore/host-config", Origin="http://evil.example")[0] == 403

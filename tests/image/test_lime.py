@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from lime.lime_image import LimeImageExplainer
+from sklearn.linear_model import Ridge
+from sklearn.metrics import r2_score
 
 from stimage_sd.image import lime
 
@@ -84,16 +86,52 @@ def test_pixels_of_no_segment_are_never_hidden(tile: tuple) -> None:
     np.testing.assert_array_equal(second, image)
 
 
-def test_agreement_is_the_mean_correlation_over_pairs() -> None:
-    weights = np.random.default_rng(0).normal(size=(3, 10, 2))
-    expected = [
-        np.mean([np.corrcoef(weights[a, :, output], weights[b, :, output])[0, 1] for a, b in ((0, 1), (0, 2), (1, 2))])
-        for output in (0, 1)
-    ]
-    np.testing.assert_allclose(lime.agreement(weights), expected)
-    assert np.isnan(lime.agreement(weights[:1])).all()
-    weights[0, :, 1] = 4.0
-    assert np.isnan(lime.agreement(weights)).tolist() == [False, True]
+def copies_of(tile: tuple, *, n_samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    image, segments = tile
+    shown = lime.perturbations(n_samples, 8, seed=seed)
+    return shown, network(lime.perturbed_images(image, lime.hidden_image(image, segments, 0), segments, shown))
+
+
+def test_more_copies_begin_with_the_same_copies() -> None:
+    np.testing.assert_array_equal(lime.perturbations(300, 8, seed=4)[:60], lime.perturbations(60, 8, seed=4))
+
+
+def test_leaving_one_out_equals_fits_without_each_copy(tile: tuple) -> None:
+    shown, outputs = copies_of(tile, n_samples=40, seed=2)
+    found = lime.leave_one_out(shown, outputs)
+    np.testing.assert_allclose(found.weights, lime.fit_surrogate(shown, outputs).weights, rtol=0, atol=1e-10)
+    distances = 1 - np.sqrt(shown.mean(axis=1))  # the cosine with a vector of ones
+    weight = np.sqrt(np.exp(-(distances**2) / 0.25**2))
+    changes, errors = [], []
+    for left_out in range(1, 40):
+        rows = np.delete(np.arange(40), left_out)
+        model = Ridge(alpha=1).fit(shown[rows], outputs[rows], sample_weight=weight[rows])
+        changes.append(found.weights - model.coef_.T)
+        errors.append(outputs[left_out] - model.predict(shown[left_out : left_out + 1])[0])
+    np.testing.assert_allclose(found.variances, np.square(changes).sum(axis=0), rtol=1e-8)
+    expected = r2_score(outputs[1:], outputs[1:] - np.array(errors), sample_weight=weight[1:], multioutput="raw_values")
+    np.testing.assert_allclose(found.r2, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize(("n_samples", "output"), [(30, 0), (60, 0), (400, 1), (800, 1)])
+def test_stability_is_the_correlation_with_many_copies(tile: tuple, n_samples: int, output: int) -> None:
+    reference = lime.leave_one_out(*copies_of(tile, n_samples=20_000, seed=0)).weights
+    estimated, true = [], []
+    for seed in range(1, 31):
+        one = lime.leave_one_out(*copies_of(tile, n_samples=n_samples, seed=seed))
+        estimated.append(lime.stability(one.weights, one.variances)[output])
+        true.append(np.corrcoef(one.weights[:, output], reference[:, output])[0, 1])
+    assert np.mean(estimated) == pytest.approx(np.mean(true), abs=0.03)
+    assert 0.7 < np.mean(true) < 0.995
+
+
+def test_stability_that_is_not_defined() -> None:
+    weights = np.array([[1.0, 4.0], [2.0, 4.0], [4.0, 4.0]])
+    assert np.isnan(lime.stability(weights, weights * 0)).tolist() == [False, True]
+    assert lime.stability(weights, weights * 100)[0] == 0
+    assert np.isnan(lime.stability(weights[:2], weights[:2] * 0)).all()
+    constant = lime.leave_one_out(lime.perturbations(30, 4, seed=0), np.ones((30, 1)))
+    assert np.isnan(constant.r2).all()
 
 
 def test_no_samples_or_segments_are_refused() -> None:

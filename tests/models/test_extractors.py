@@ -22,6 +22,7 @@ from stimage_sd.models._extractors import extractors, get_extractor, register_ex
 from stimage_sd.nn.densenet import DenseNet121
 from stimage_sd.nn.efficientnet import SCALINGS, EfficientNetLite
 from stimage_sd.nn.layers import ConvNorm, conv_norm, global_mean
+from stimage_sd.nn.onnx_changes import Box
 from stimage_sd.nn.resnet import ResNet50
 from stimage_sd.nn.vision_transformer import SIZES, VisionTransformer
 
@@ -125,6 +126,28 @@ def test_stages_are_the_channel_means_inside_the_network():
     expected = np.concatenate(means, axis=1)
     np.testing.assert_allclose(get_extractor(STAGES)(tiles), expected, rtol=1e-3, atol=1e-4)
     assert get_extractor(STAGES).weights_hash == extractor.weights_hash
+
+
+@pytest.mark.parametrize(("box", "is_cut"), [((60, 70, 110, 121), True), ((0, 0, 180, 170), False)])
+def test_copies_share_what_a_box_cannot_change(box, is_cut):
+    extractor, box = get_extractor(STAGES), Box(*box)
+    random = np.random.default_rng(3)
+    image = random.integers(0, 256, (180, 175, 3), dtype=np.uint8)
+    copies = np.repeat(image[None], 5, axis=0)
+    copies[:, *box.slices] = random.integers(0, 256, copies[:, *box.slices].shape, dtype=np.uint8)
+    crop, run = extractor.for_copies(image, box)
+    assert (crop == Box(0, 0, 180, 175)) is not is_cut
+    expected = extractor(copies)
+    np.testing.assert_allclose(run(copies[:, *crop.slices]), expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+    assert np.ptp(expected, axis=0).max() > 1e-3 * np.abs(expected).max()
+
+
+def test_a_function_gets_whole_copies():
+    register_extractor("color", lambda tiles: tiles.mean(axis=(1, 2)), input_size=None, embedding_size=3)
+    extractor = get_extractor("color")
+    crop, run = extractor.for_copies(np.zeros((9, 8, 3), np.uint8), Box(2, 2, 3, 3))
+    assert crop == Box(0, 0, 9, 8)
+    assert run is extractor
 
 
 @pytest.mark.slow

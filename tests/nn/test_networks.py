@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from flax import nnx
@@ -16,6 +17,7 @@ from scipy import stats
 from stimage_sd.nn import layers, onnx_graph
 from stimage_sd.nn.densenet import DenseNet121
 from stimage_sd.nn.efficientnet import SCALINGS, EfficientNetLite, InvertedResidual, Scaling
+from stimage_sd.nn.onnx_changes import Box, changed_part, with_outputs
 from stimage_sd.nn.parts import parts_of, run_parts, variables_of
 from stimage_sd.nn.resnet import ResNet50
 from stimage_sd.nn.vision_transformer import SIZES, Block, Size, VisionTransformer
@@ -68,11 +70,19 @@ def with_random_weights(network: Callable[..., nnx.Module]) -> nnx.Module:
         pytest.param("densenet121", marks=pytest.mark.slow),
     ],
 )
-def network(request: pytest.FixtureRequest) -> tuple[nnx.Module, onnxruntime.InferenceSession]:
+def recorded(request: pytest.FixtureRequest) -> tuple[nnx.Module, onnx.ModelProto]:
     kind, size = NETWORKS[request.param]
     built = with_random_weights(kind)
-    model = onnx_graph.record(built, mean=MEAN, std=STD, embedding_size=size)
-    return built, onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return built, onnx_graph.record(built, mean=MEAN, std=STD, embedding_size=size)
+
+
+def in_onnx(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.fixture(scope="module")
+def network(recorded) -> tuple[nnx.Module, onnxruntime.InferenceSession]:
+    return recorded[0], in_onnx(recorded[1])
 
 
 @pytest.mark.slow
@@ -97,6 +107,43 @@ def test_onnx_batch_is_free(network):
     together = session.run(["embedding"], {"tiles": tiles})[0]
     apart = np.concatenate([session.run(["embedding"], {"tiles": tile[None]})[0] for tile in tiles])
     np.testing.assert_allclose(together, apart, rtol=1e-5, atol=1e-5)
+
+
+# a box inside, boxes at a border and a corner, and a single pixel
+@pytest.mark.parametrize(
+    "recorded",
+    ["efficientnet_lite0", "resnet50", pytest.param("densenet121", marks=pytest.mark.slow)],
+    indirect=True,
+)
+@pytest.mark.parametrize("box", [(40, 30, 57, 49), (0, 60, 20, 75), (81, 0, 96, 33), (50, 50, 51, 51)])
+def test_a_changed_box_gives_the_embeddings_of_whole_images(recorded, network, box):
+    box = Box(*box)
+    random = np.random.default_rng(2)
+    image = random.integers(0, 256, (96, 75, 3), dtype=np.uint8)
+    copies = np.repeat(image[None], 3, axis=0)
+    copies[1:, *box.slices] = random.integers(
+        0, 256, (2, box.bottom - box.top, box.right - box.left, 3), dtype=np.uint8
+    )
+    expected = network[1].run(["embedding"], {"tiles": copies})[0]
+    part = changed_part(recorded[1], 96, 75, box)
+    names = list({shared.value for shared in part.shared.values()})
+    of_image = dict(
+        zip(names, in_onnx(with_outputs(recorded[1], names)).run(names, {"tiles": image[None]}), strict=True)
+    )
+    shared = {name: one.of(of_image[one.value]) for name, one in part.shared.items()}
+    found = in_onnx(part.model).run(["embedding"], {"tiles": copies[:, *part.crop.slices], **shared})[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(expected[1] - expected[0]).max() > 1e-4 * np.abs(expected).max()
+    assert part.crop.area < 0.7 * 96 * 75
+
+
+def test_a_network_of_unknown_layers_is_not_rewritten():
+    layer = layers.ConvNorm(3, 4, 3, padding="same", epsilon=1e-3, rngs=nnx.Rngs(0))
+    graph = onnx_graph.record(
+        lambda tiles: layers.global_mean(layers.double(layers.conv_norm(tiles, layer))),
+        mean=MEAN, std=STD, embedding_size=4,
+    )  # fmt: skip
+    assert changed_part(graph, 32, 32, Box(4, 4, 9, 9)) is None
 
 
 # Blocks and channels of the stages as they are in the released files, and in timm's tf_efficientnet_lite3 and 4.

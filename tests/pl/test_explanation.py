@@ -34,14 +34,15 @@ def explained(make_spots) -> SpatialData:
         X=np.zeros((3, 1), np.float32),
         obs=pd.DataFrame({"instance_id": [3, 7, 11]}, index=list("abc")),
         var=pd.DataFrame(index=["A"]),
-        layers={"r2": np.array([[0.25], [0.5], [0.75]], np.float32)},
+        layers={"r2": np.float32([[0.25], [0.5], [0.1]]), "stability": np.float32([[0.95], [0.4], [0.97]])},
     )
+    table.obs["n_segments"] = 30
     contract.write_explanations(sdata, table)
     return sdata
 
 
 def test_nuclei_have_the_colors_of_their_scores(explained: SpatialData) -> None:
-    axes = pl.explanation(explained, ["A", "B"])
+    axes = pl.explanation(explained, ["A", "B"], min_stability=0, min_r2=0)
     assert axes.shape == (2, 3)
     frame = explained.shapes["nuclei_explained"]
     for ax, gene, tile in zip(axes.ravel(), "AAABBB", [3, 7, 11] * 2, strict=True):
@@ -52,15 +53,49 @@ def test_nuclei_have_the_colors_of_their_scores(explained: SpatialData) -> None:
         np.testing.assert_allclose(
             outline[:-1], np.asarray(frame[frame["tile"] == tile].geometry.iloc[0].exterior.coords)
         )
-    assert axes[0, 1].get_title() == "A, tile 7 (R² = 0.50)"
+    assert axes[0, 1].get_title() == "A, tile 7\nstability 0.40, R² 0.50"
     assert axes[1, 1].get_title() == "B, tile 7"
     x, y = explained.tables["tiles"].obsm["spatial"][7]
     assert axes[0, 1].get_xlim() == pytest.approx((x - 10, x + 10))
     assert axes[0, 1].get_ylim() == pytest.approx((y + 10, y - 10))
 
 
+def test_nuclei_whose_scores_cannot_be_read_are_gray_and_say_why(explained: SpatialData) -> None:
+    first, second, third = pl.explanation(explained, "A")
+    assert first.get_title() == "A, tile 3\nstability 0.95, R² 0.25"
+    assert second.get_title() == "A, tile 7\nnot readable: stability 0.40 < 0.9"
+    assert third.get_title() == "A, tile 11\nnot readable: R² 0.10 < 0.2"
+    frame = explained.shapes["nuclei_explained"].query("tile == 3")
+    np.testing.assert_array_equal(first.collections[0].get_array(), frame["lime_A"])
+    # colors span the scores that can be read, here those of the first tile alone
+    assert first.collections[0].norm.vmax == pytest.approx(np.percentile(np.abs(frame["lime_A"]), 99))
+    for ax in (second, third):
+        assert ax.collections[0].get_array() is None
+        np.testing.assert_allclose(ax.collections[0].get_facecolor()[:, :3], 0.6)
+    table = contract.explanations(explained)
+    table.layers["stability"][2] = np.nan
+    assert pl.explanation(explained, "A", tiles=[11])[0].get_title().endswith("hidden segments change nothing")
+    assert pl.explanation(explained, "A", tiles=[7])[0].get_title().endswith("stability 0.40 < 0.9")
+
+
+def test_summaries_leave_out_what_cannot_be_read(explained: SpatialData) -> None:
+    nuclei = tl.explained_nuclei(explained, ["A", "B"])
+    readable = nuclei.groupby(["gene", "tile"])["readable"].first()
+    assert readable.loc["A"].tolist() == [True, False, False]
+    assert readable.loc["B"].all()  # nothing is known of it
+    compared = tl.compare_explanations(explained, "A", "B")
+    assert compared["n_nuclei"].tolist() == [30]
+    axes = pl.explanation_scores(nuclei[nuclei["gene"] == "A"])
+    assert [len(drawn.get_offsets()) for drawn in axes[0].collections] == [30, 60]
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["not readable", "median"]
+    every = tl.explained_nuclei(explained, "A", min_stability=None, min_r2=None)
+    assert every["readable"].all()
+    with pytest.raises(ValueError, match="lower `min_stability`"):
+        tl.compare_explanations(explained, "A", "B", min_stability=0.99)
+
+
 def test_scores_by_area_and_class(explained: SpatialData) -> None:
-    axes = pl.explanation_scores(tl.explained_nuclei(explained, ["A", "B"], by="kind"))
+    axes = pl.explanation_scores(tl.explained_nuclei(explained, ["A", "B"], by="kind", min_stability=0, min_r2=0))
     assert len(axes) == 4
     points = np.asarray(axes[0].collections[0].get_offsets())
     frame = explained.shapes["nuclei_explained"]

@@ -12,12 +12,14 @@ import pandas as pd
 import pytest
 import shapely
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from scipy.stats import pearsonr
 from spatialdata import SpatialData
 from spatialdata.transformations import remove_transformation
 
 from stimage_sd import contract, pl, pp, tl
+from stimage_sd.pl._prediction import UNLIKE
 from stimage_sd.stats.spatial import binary_pattern
 
 
@@ -82,6 +84,16 @@ def test_ranges_of_their_own_are_asked_for(result) -> None:
         np.testing.assert_allclose((norm.vmin, norm.vmax), np.percentile(drawn_values(panel), [1, 99]))
     with pytest.raises(ValueError, match=r"`scale` to be one of \['shared', 'each', 'pattern'\], found 'own'"):
         pl.prediction(result.section, "G0", scale="own")
+
+
+def test_predictions_of_unlike_tiles_can_be_hidden(result) -> None:
+    scores = contract.predictions(result.section).obs["ood_score"].to_numpy()
+    limit = float(np.median(scores))
+    observed, predicted = pl.prediction(result.section, "G0", max_ood=limit)
+    hidden = np.ma.getmaskarray(np.ma.masked_invalid(predicted.collections[0].get_array()))
+    np.testing.assert_array_equal(hidden, scores > limit)
+    assert np.isfinite(drawn_values(observed)).all()
+    assert to_hex(predicted.collections[0].get_cmap().get_bad()) == UNLIKE
 
 
 def test_the_title_has_the_correlation_of_evaluate(result) -> None:

@@ -187,7 +187,9 @@ def lime_itself(sdata: SpatialData, model: models.NBModel, tile: int, *, seed: i
 
 def test_scores_are_those_of_lime_itself(section: SpatialData, model: models.NBModel) -> None:
     expected = lime_itself(section, model, 31, seed=3, n_samples=60)
-    tl.explain(section, model, "PLANTED", tiles=[31], n_samples=60, seed=3, hide_color=0)
+    tl.explain(
+        section, model, "PLANTED", tiles=[31], n_samples=60, stability=None, seed=3, hide_color=0, hide_background=True
+    )
     found = section.shapes["nuclei_explained"]["lime_PLANTED"].to_numpy()
     scale = np.abs(expected).max()
     np.testing.assert_allclose(found, expected[1:], rtol=0, atol=1e-6 * scale)
@@ -214,7 +216,30 @@ def test_uncertainty_and_seeds(section: SpatialData, model: models.NBModel) -> N
     close = partial(np.testing.assert_allclose, rtol=0, atol=2e-4 * np.abs(each).max())
     close(frame["lime_PLANTED_epistemic"], np.mean(each, axis=0))
     close(frame["lime_PLANTED_epistemic_sd"], np.std(each, axis=0))
-    np.testing.assert_allclose(table.layers["stability_epistemic"][0, 0], np.corrcoef(*each)[0, 1], atol=2e-4)
+    # the mean of both seeds is steadier than the second one alone
+    assert contract.explanations(other).layers["stability_epistemic"][0, 0] < table.layers["stability_epistemic"][0, 0]
+    assert table.obs["n_samples"].tolist() == [80]
+
+
+def test_copies_are_added_until_the_scores_are_stable(
+    section: SpatialData, model: models.NBModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    def scores(**options: object) -> tuple[np.ndarray, int, float]:
+        tl.explain(section, model, "PLANTED", tiles=[31], seed=2, **options)
+        table = contract.explanations(section)
+        frame = section.shapes["nuclei_explained"]
+        return frame["lime_PLANTED"].to_numpy(), table.obs["n_samples"].iloc[0], table.layers["stability"][0, 0]
+
+    with caplog.at_level("INFO", logger="stimage_sd"):
+        found, n_samples, stability = scores()
+    assert "(1 tiles, 1000 copies each)" in caplog.text
+    assert n_samples < 1000
+    assert stability >= 0.96
+    same, *_ = scores(n_samples=int(n_samples), stability=None)
+    np.testing.assert_array_equal(found, same)
+    many, n_samples, _ = scores(n_samples=4000, stability=None)
+    assert n_samples == 4000
+    assert np.corrcoef(found, many)[0, 1] >= 0.95
 
 
 @pytest.mark.parametrize("kind", ["slic", "labels", "function"])
@@ -288,6 +313,7 @@ def test_what_is_refused(section: SpatialData, model: models.NBModel) -> None:
     refused(KeyError, "tl.predict", tiles=None)
     refused(ValueError, "`of` among", of="sd")
     refused(ValueError, "at least 10 samples", n_samples=3)
+    refused(ValueError, "`stability` as a correlation", stability=1.5)
     refused(ValueError, "tl.saliency", method="gradients")
     refused(ValueError, "one of the labels", segments="cells")
     refused(ValueError, "gray level", hide_color="pink")

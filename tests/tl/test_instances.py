@@ -284,6 +284,10 @@ def test_what_does_not_fit_is_refused(section: SpatialData, fits, genes):
     moved.shapes["nuclei"] = moved.shapes["nuclei"].iloc[:10]
     with pytest.raises(ValueError, match="have no shape"):
         sti.tl.predict(moved, fits["nuclei"], on="nuclei")
+    instead = r"contribution of each nucleus .* Run `stimage_sd.tl.predict\(.*on=\"grid\""
+    for explain in (sti.tl.explain, sti.tl.saliency):
+        with pytest.raises(TypeError, match=instead):
+            explain(section, fits["grid"], genes[0], tiles=[0])
 
 
 @pytest.mark.slow

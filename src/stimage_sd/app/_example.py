@@ -1,4 +1,4 @@
-"""Bundled example: a small synthetic section and a model, made on first use and kept in the cache folder."""
+"""Bundled example: a small model that comes with the package, and a synthetic section, made on first use."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from stimage_sd._cache import cache_dir
 from stimage_sd._cache_size import mark_used
 from stimage_sd._files import replacing
 
-#: sizes that two cores compute in about half a minute
-N_SPOTS, N_GENES, N_LEARNED = 90, 30, 12
-N_MEMBERS, MAX_EPOCHS = 5, 60
-#: fields of view of the model; fewer are explained faster
-FIELDS_OF_VIEW = (1.0, 2.0)
-SECTION, MODEL = "section.zarr", "model.stimage"
-#: version of the example; raise it when the example changes
-LAYOUT = 1
+#: the model, written by ``tools/app_example.py``
+MODEL = Path(__file__).with_name("example.stimage")
+SECTION = "section.zarr"
+#: size of a section, which two cores paint and embed in about three seconds
+N_SPOTS, N_GENES = 90, 30
+#: seed of the section; the model was trained on the sections of the seeds before it
+SEED = 2
+#: version of the section; raise it when the section changes
+LAYOUT = 2
 
 Say = Callable[[str], None]
 
 
 def example_folder() -> Path:
-    """Return the folder of the example, which may not exist yet."""
+    """Return the folder of the section, which may not exist yet."""
     return cache_dir() / "app" / f"example-{__version__}-{LAYOUT}"
 
 
 def make_example(say: Say) -> Path:
-    """Make the example if it is missing: train on two synthetic sections and keep a third with its nuclei.
+    """Make the section if it is missing, with tiles and embeddings.
 
     Parameters
     ----------
@@ -38,45 +39,40 @@ def make_example(say: Say) -> Path:
 
     Returns
     -------
-    The folder with `SECTION` and `MODEL`.
+    The folder with `SECTION`.
     """
     folder = example_folder()
     if folder.is_dir():
         mark_used(folder)
         return folder
     with replacing(folder) as complete:
-        _make(complete.parent, complete, say)
+        sdata = embedded_section(complete.parent, seed=SEED, sample="example", say=say)
+        complete.mkdir()
+        sdata.write(complete / SECTION)
     return folder
 
 
-def _make(work: Path, out: Path, say: Say) -> None:
-    from stimage_sd import datasets, io, pp, tl
+def embedded_section(work: Path, *, seed: int, sample: str, say: Say) -> Any:
+    """Paint a synthetic Visium section and embed its tiles.
 
-    sections: dict[str, Any] = {}
-    reference: Any = None
-    for seed, name in enumerate(("training_1", "training_2", "example")):
-        say(f"Painting and embedding a synthetic section ({seed + 1} of 3)")
-        run = datasets.synthetic_visium(
-            work / name, n_spots=N_SPOTS, n_genes=N_GENES, seed=seed, stain_seed=seed, sample=name
-        )
-        sections[name] = io.visium(run, image=run / "image.tif", sample=name)
-        reference = pp.stain_normalize(sections[name], reference)
-        pp.tile(sections[name])
-        pp.embed(sections[name], fields_of_view=FIELDS_OF_VIEW)
-    example = sections.pop("example")
-    say("Training a small model")
-    model = tl.fit_nb(
-        sections,
-        genes=pp.select_genes(sections, n_top=N_LEARNED),
-        n_members=N_MEMBERS,
-        max_epochs=MAX_EPOCHS,
-        # a single tile cannot be standardized by its section
-        standardize="cohort",
-    )
-    say("Finding nuclei")
-    pp.segment_nuclei(example)
-    # the app recomputes this image quickly from the H&E
-    del example.images["he_normalized"]
-    out.mkdir()
-    model.save(out / MODEL)
-    example.write(out / SECTION)
+    Parameters
+    ----------
+    work
+        Folder for the painted files.
+    seed
+        Seed of the tissue and the counts. The genes are the same for all seeds.
+    sample
+        Name of the section.
+    say
+        Called with the name of each step.
+    """
+    from stimage_sd import datasets, io, pp
+
+    say("Painting a synthetic section")
+    run = datasets.synthetic_visium(work / sample, n_spots=N_SPOTS, n_genes=N_GENES, seed=seed, sample=sample)
+    sdata = io.visium(run, image=run / "image.tif", sample=sample)
+    say("Embedding its tiles")
+    pp.tile(sdata)
+    # one field of view is explained in half the time of two
+    pp.embed(sdata, fields_of_view=(1.0,))
+    return sdata

@@ -1,4 +1,4 @@
-"""Draw the figures of the page: clickable maps, explained tile, predicted distribution, and all of them as a PNG."""
+"""Draw the figures of the page: a tile, its explanation, its predicted distribution, and all of them as a PNG."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import base64
 import io
 from typing import TYPE_CHECKING, Any
 
-import altair as alt
-import cv2
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -17,52 +15,10 @@ if TYPE_CHECKING:
 
     from stimage_sd.app._sections import Explanation, Prediction
 
-#: width and largest height of a map, and longest side of the H&E under it, px
-MAP_WIDTH, MAP_HEIGHT, THUMBNAIL = 480, 640, 960
-#: name of the selection on a click
-CLICKED = "clicked"
-LABELS = {
-    "mean": "predicted mean count",
-    "sd": "standard deviation: total",
-    "aleatoric_sd": "standard deviation: count noise",
-    "epistemic_sd": "standard deviation: disagreement of members",
-}
-
-
-class Background:
-    """H&E under the maps.
-
-    Attributes
-    ----------
-    url
-        JPEG as a data URL. It belongs to the page and has no address of its own.
-    left, top, right, bottom
-        Bounds of the tiles with a margin, H&E px.
-    """
-
-    def __init__(self, prediction: Prediction) -> None:
-        from stimage_sd import contract
-
-        name = contract.image_name(prediction.sdata)
-        height, width = contract.levels(prediction.sdata, name)[0].shape[1:]
-        self.side = float(contract.tiling(prediction.sdata)["side_px"])
-        places = prediction.tiles[["x", "y"]].to_numpy()
-        low, high = places.min(axis=0) - 1.2 * self.side, places.max(axis=0) + 1.2 * self.side
-        self.left, self.top = np.maximum(low, 0.0).tolist()
-        self.right, self.bottom = np.minimum(high, [width, height]).tolist()
-        self.url = self._cut(prediction, name, width)
-
-    def _cut(self, prediction: Prediction, name: str, width: int) -> str:
-        from stimage_sd import contract
-
-        # enlarge the thumbnail if the section covers a small part of the slide
-        wanted = int(THUMBNAIL * width / max(self.right - self.left, self.bottom - self.top))
-        image, _ = contract.thumbnail(prediction.sdata, name, max_side=min(max(wanted, THUMBNAIL), 4000))
-        scale = image.shape[1] / width
-        part = image[round(self.top * scale) : round(self.bottom * scale), round(self.left * scale) : round(
-            self.right * scale)]  # fmt: skip
-        _, jpeg = cv2.imencode(".jpg", np.ascontiguousarray(part[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 85])
-        return data_url(jpeg.tobytes(), "image/jpeg")
+#: size of a picture, inches
+WIDTH, HEIGHT = 4.0, 4.0
+#: largest share of a tile that its scale bar takes
+_BAR = 0.4
 
 
 def data_url(content: bytes, kind: str) -> str:
@@ -70,87 +26,19 @@ def data_url(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def map_chart(background: Background, frame: pd.DataFrame, *, value: str, tile: int | None) -> alt.LayerChart:
-    """Draw clickable tiles over the H&E, colored by a prediction.
-
-    Parameters
-    ----------
-    background
-        The H&E.
-    frame
-        One row per tile, as from `Prediction.of_gene`.
-    value
-        A key of `LABELS`.
-    tile
-        The selected tile, which gets an outline.
-    """
-    x = alt.Scale(domain=[background.left, background.right], nice=False, zero=False)
-    y = alt.Scale(domain=[background.bottom, background.top], nice=False, zero=False)
-    width, height = background.right - background.left, background.bottom - background.top
-    shrink = min(1.0, MAP_HEIGHT / (MAP_WIDTH * height / width))
-    half = background.side / 2
-    squares = frame[["tile", "ood_score", *LABELS]].assign(
-        left=frame["x"] - half, right=frame["x"] + half, top=frame["y"] - half, bottom=frame["y"] + half
-    )
-    low, high = (float(bound) for bound in np.nanpercentile(frame[value], [1, 99]))
-    box = {
-        "x": alt.X("left:Q", scale=x, axis=None),
-        "x2": "right:Q",
-        "y": alt.Y("top:Q", scale=y, axis=None),
-        "y2": "bottom:Q",
-    }
-    image = pd.DataFrame({"left": [background.left], "right": [background.right], "top": [background.top],
-                          "bottom": [background.bottom], "url": [background.url]})  # fmt: skip
-    color = alt.Color(
-        f"{value}:Q",
-        scale=alt.Scale(
-            scheme="magma" if value == "mean" else "viridis", domain=[low, high if high > low else low + 1], clamp=True
-        ),
-        legend=alt.Legend(title=LABELS[value], orient="bottom", gradientLength=240, titleLimit=400),
-    )
-    tiles = (
-        alt.Chart(squares)
-        .mark_rect(opacity=0.75, cursor="pointer")
-        .encode(
-            **box,
-            color=color,
-            tooltip=[
-                alt.Tooltip("tile:Q", title="tile"),
-                alt.Tooltip("mean:Q", format=".3g", title="mean"),
-                alt.Tooltip("sd:Q", format=".3g", title="standard deviation"),
-                alt.Tooltip("ood_score:Q", format=".2f", title="strangeness"),
-            ],
-        )
-        .add_params(alt.selection_point(name=CLICKED, fields=["tile"], on="click", toggle=False, empty=False))
-    )
-    layers = [alt.Chart(image).mark_image(aspect=False).encode(**box, url="url:N"), tiles]
-    if tile is not None:
-        outlined = alt.Chart(squares[squares["tile"] == tile])
-        for stroke, wide in (("black", 4), ("white", 2)):
-            layers.append(outlined.mark_rect(fill=None, stroke=stroke, strokeWidth=wide).encode(**box))
-    return (
-        alt.layer(*layers)
-        .properties(
-            width=MAP_WIDTH * shrink,
-            height=MAP_WIDTH * shrink * height / width,
-            padding=0,
-            # keeps tiles square; otherwise the legend takes its space from the map
-            autosize=alt.AutoSizeParams(type="pad", contains="content"),
-        )
-        .configure_view(stroke=None)
-    )
-
-
-def tile_figure(explanation: Explanation, gene: str, tile: int) -> Figure:
-    """Draw a tile with its nuclei colored by their scores."""
-    figure = Figure(figsize=(4.8, 4.2), layout="constrained")
-    _draw_tile(figure.add_subplot(), explanation, gene, tile)
+def tile_figure(prediction: Prediction, explanation: Explanation, gene: str, tile: int) -> Figure:
+    """Draw a tile as it is in the H&E, and beside it the tile with its nuclei colored by their scores."""
+    figure = Figure(figsize=(2 * WIDTH, HEIGHT), layout="constrained")
+    # axes of one row have the same size, so that nuclei are found at the same place
+    first, second = figure.subplots(1, 2)
+    _draw_pixels(first, prediction, tile)
+    _draw_explanation(second, explanation, gene, tile)
     return figure
 
 
 def distribution_figure(frame: pd.DataFrame, row: pd.Series, gene: str) -> Figure:
-    """Draw the predicted count distribution of a tile and that of the training tiles."""
-    figure = Figure(figsize=(4.8, 4.2), layout="constrained")
+    """Draw the predicted count distribution of a tile, that of the training tiles, and the measured count."""
+    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
     _draw_distribution(figure.add_subplot(), frame, row, gene)
     return figure
 
@@ -166,9 +54,10 @@ def whole_figure(prediction: Prediction, gene: str, tile: int, explanation: Expl
     row = prediction.of_gene(gene).set_index("tile").loc[tile]
     for ax in maps:
         _outline(ax, row, prediction)
-    first, second = below.subplots(1, 2)
-    _draw_tile(first, explanation, gene, tile)
-    _draw_distribution(second, frame, row, gene)
+    first, second, third = below.subplots(1, 3)
+    _draw_pixels(first, prediction, tile)
+    _draw_explanation(second, explanation, gene, tile)
+    _draw_distribution(third, frame, row, gene)
     return png(figure)
 
 
@@ -182,12 +71,38 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _draw_tile(ax: Axes, explanation: Explanation, gene: str, tile: int) -> None:
-    from stimage_sd import pl
+def _draw_pixels(ax: Axes, prediction: Prediction, tile: int) -> None:
+    from stimage_sd import contract
+    from stimage_sd.pl._canvas import cut_tiles
 
-    pl.explanation(explanation.sdata, gene, tiles=[tile], ax=ax)
+    sdata, side = prediction.sdata, prediction.side
+    place = prediction.tiles.set_index("tile").loc[[tile], ["x", "y"]].to_numpy()
+    (pixels,) = cut_tiles(sdata, place, side=side, target=480, image_key=contract.image_name(sdata))
+    ax.imshow(pixels, extent=(0, side, side, 0))
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+    ax.set_title(f"Tile {tile} as it is", fontsize=10)
+    mpp = contract.mpp(sdata)
+    if mpp is None:
+        return
+    most = _BAR * side * mpp
+    power = 10 ** np.floor(np.log10(most))
+    length = max(factor * power for factor in (1, 2, 5) if factor * power <= most)
+    ax.plot([0.05 * side, 0.05 * side + length / mpp], [0.95 * side] * 2, color="black", linewidth=3)
+    ax.text(
+        0.05 * side + length / mpp / 2, 0.93 * side, f"{length:g} µm", ha="center", va="bottom", fontsize=9,
+        bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1.5},
+    )  # fmt: skip
+
+
+def _draw_explanation(ax: Axes, explanation: Explanation, gene: str, tile: int) -> None:
+    from stimage_sd import contract, pl
+
+    # the H&E as it is, so that both pictures have the same colors
+    image = contract.image_name(explanation.sdata)
+    pl.explanation(explanation.sdata, gene, tiles=[tile], image_key=image, ax=ax)
     kind = "nuclei" if explanation.of_nuclei else "superpixels: no nuclei were found"
-    ax.set_title(f"Tile {tile}: {kind}, by LIME", fontsize=10)
+    ax.set_title(f"Tile {tile}: {kind}, by LIME" + (", not readable" if explanation.doubt else ""), fontsize=10)
 
 
 def _draw_distribution(ax: Axes, frame: pd.DataFrame, row: Any, gene: str) -> None:
@@ -195,18 +110,24 @@ def _draw_distribution(ax: Axes, frame: pd.DataFrame, row: Any, gene: str) -> No
     ax.step(frame["count"], frame["predicted"], where="mid", color="#dd8452", linewidth=1.8, label="this tile")
     ax.axvspan(row["lower"], row["upper"], color="#dd8452", alpha=0.12, linewidth=0, label="90 % interval")
     ax.axvline(row["mean"], color="#dd8452", linestyle=":", linewidth=1.4, label="predicted mean")
+    if np.isfinite(row.get("measured_at_depth", np.nan)):
+        ax.axvline(row["measured_at_depth"], color="black", linewidth=1.6, label=_measured_words(row))
     ax.set(xlabel=f"count of {gene}", ylabel="probability", ylim=(0, None))
     ax.set_title("Predicted distribution", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8)
 
 
+def _measured_words(row: Any) -> str:
+    if row["measured"] == row["measured_at_depth"]:
+        return f"measured: {row['measured']:.0f}"
+    return f"measured: {row['measured']:.0f}, at the predicted depth {row['measured_at_depth']:.3g}"
+
+
 def _outline(ax: Axes, row: Any, prediction: Prediction) -> None:
     from matplotlib.patches import Rectangle
 
-    from stimage_sd import contract
-
-    side = float(contract.tiling(prediction.sdata)["side_px"])
+    side = prediction.side
     corner = (row["x"] - side / 2, row["y"] - side / 2)
     for color, width in (("black", 3.0), ("white", 1.4)):
         ax.add_patch(Rectangle(corner, side, side, fill=False, edgecolor=color, linewidth=width, zorder=6))

@@ -10,6 +10,8 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import urlsplit
 
+from stimage_sd.app._slides import SLIDES
+
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -17,8 +19,8 @@ Served = Callable[[Message, Receive, Send], Awaitable[None]]
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 EVERYWHERE = ("", "0.0.0.0", "::")
-#: path of the files of Streamlit's download buttons
-FILES = "/media/"
+#: paths of the files of Streamlit's download buttons, and of the slides' pieces
+FILES = ("/media/", SLIDES)
 
 
 class Guard:
@@ -45,6 +47,7 @@ class Guard:
         own_names = (socket.gethostname(),) if self.by_any_address else (address,)
         self.hosts = {host.lower().strip("[]") for host in (*LOCAL, *own_names, *names)}
         self.cookie, self.token = f"stimage-sd-{port}", secrets.token_urlsafe(32)
+        self.visitor = visitor_cookie(port)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it with a reason."""
@@ -57,7 +60,7 @@ class Guard:
         if refusal is not None:
             await _refuse(scope, send, *refusal)
         elif scope["type"] == "http":
-            await self.app(scope, receive, self._with_cookie(send))
+            await self.app(scope, receive, self._with_cookies(send, is_new=_cookie(headers, self.visitor) is None))
         else:
             await self.app(scope, receive, send)
 
@@ -82,27 +85,39 @@ class Guard:
         return None
 
     def _knows_token(self, headers: list[tuple[str, str]]) -> bool:
-        for value in (value for name, value in headers if name == "cookie"):
-            try:
-                sent = SimpleCookie(value).get(self.cookie)
-            except CookieError:
-                continue
-            if sent is not None and secrets.compare_digest(sent.value.encode(), self.token.encode()):
-                return True
-        return False
+        sent = _cookie(headers, self.cookie)
+        return sent is not None and secrets.compare_digest(sent.encode(), self.token.encode())
 
-    def _with_cookie(self, send: Send) -> Send:
-        """Add the cookie to every HTML response."""
-        value = f"{self.cookie}={self.token}; HttpOnly; Path=/; SameSite=Strict".encode()
+    def _with_cookies(self, send: Send, *, is_new: bool) -> Send:
+        """Add the cookie to every HTML response, and a random mark for a new visitor's browser."""
+        cookies = {self.cookie: self.token, **({self.visitor: secrets.token_urlsafe(16)} if is_new else {})}
+        values = [f"{name}={value}; HttpOnly; Path=/; SameSite=Strict".encode() for name, value in cookies.items()]
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = list(message.get("headers", ()))
                 if any(name.lower() == b"content-type" and kind.startswith(b"text/html") for name, kind in headers):
-                    message = {**message, "headers": [*headers, (b"set-cookie", value)]}
+                    message = {**message, "headers": [*headers, *((b"set-cookie", value) for value in values)]}
             await send(message)
 
         return sending
+
+
+def visitor_cookie(port: int) -> str:
+    """Return the name of the cookie that marks a visitor's browser."""
+    return f"stimage-sd-{port}-visitor"
+
+
+def _cookie(headers: list[tuple[str, str]], name: str) -> str | None:
+    """Return the value of a cookie, or `None` if it was not sent."""
+    for value in (value for header, value in headers if header == "cookie"):
+        try:
+            sent = SimpleCookie(value).get(name)
+        except CookieError:
+            continue
+        if sent is not None:
+            return sent.value
+    return None
 
 
 async def _refuse(scope: Message, send: Send, status: int, words: str) -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -16,6 +17,7 @@ from typing import Any
 from stimage_sd._files import scratch
 from stimage_sd.app._guard import Guard
 from stimage_sd.app._settings import UPLOAD_MB, Settings, choose
+from stimage_sd.app._slides import PIECE, serve_piece
 
 PAGE = Path(__file__).with_name("page.py")
 PREFIX = "stimage-sd-app-"
@@ -101,9 +103,12 @@ def launch(
         check_section(data)
     import streamlit
     from starlette.middleware import Middleware
+    from starlette.routing import Route
 
     # import before the server listens, so that the first visitor does not wait
-    import_module("stimage_sd.app._figures")
+    import_module("stimage_sd.app._results")
+    # and the rest while the first visitor reads the page
+    threading.Thread(target=_import_early, daemon=True).start()
     # stay offline: do not look for missing weights on the hub
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Streamlit adds the folder of the started script, here the page, to the module path
@@ -112,7 +117,21 @@ def launch(
     # `scratch` also deletes the uploads of an earlier server that was killed
     with suppress(KeyboardInterrupt), _signals_end(), scratch(Path(tempfile.gettempdir()), prefix=PREFIX) as root:
         choose(Settings(root=root, model=model, data=data, upload_mb=upload_mb))
-        streamlit.App(PAGE, middleware=[guard]).run(config=options(address, port, upload_mb))
+        app = streamlit.App(PAGE, middleware=[guard], routes=[Route(PIECE, serve_piece)])
+        app.run(config=options(address, port, upload_mb))
+
+
+def _import_early() -> None:
+    """Import what a prediction needs."""
+    for name in (
+        "pp._prepare",
+        "datasets._synthetic_visium",
+        "io._visium",
+        "pp._embed",
+        "tl._predict.predict",
+        "tl._score.evaluate",
+    ):
+        import_module(f"stimage_sd.{name}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from stimage_sd.app._measured import Measured, find_measured
 from stimage_sd.app._uploads import UploadError, check_image, plain_words
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 #: largest number of tiles of an uploaded image, 5.5 x 5.5 mm with tiles of 55 µm
 MOST_TILES = 10_000
-#: default number of perturbed copies of a tile, about 4 s per field of view on two cores
+#: default of the largest number of perturbed copies of a tile
 N_SAMPLES = 300
+
 
 Say = Callable[[str], None]
 
@@ -39,15 +41,26 @@ class Prediction:
         The section as inputs of the model's heads.
     tiles
         One row per kept tile: ``tile``, ``x``, ``y`` (H&E px), ``ood_score``.
+    side
+        Side of a tile, H&E px.
+    measured
+        Measured counts, or in words why there are none.
     """
 
     sdata: SpatialData
     model: Any
     opened: Any
     tiles: pd.DataFrame
+    side: float
+    measured: Measured | str
+
+    @property
+    def is_outside(self) -> np.ndarray:
+        """Tiles that are farther from the training tiles than 95 % of the training tiles, ``bool (n_tiles,)``."""
+        return self.tiles["ood_score"].to_numpy() > 1
 
     def of_gene(self, gene: str) -> pd.DataFrame:
-        """Return the predictions of a gene, one row per tile."""
+        """Return the predictions of a gene, one row per tile, with the measured counts if there are any."""
         from stimage_sd import contract
 
         table = contract.predictions(self.sdata)[:, gene]
@@ -58,7 +71,8 @@ class Prediction:
             frame.insert(4 + column, "sd" if name == "total_variance" else f"{name}_sd", values)
         for column, name in enumerate(("lower", "upper")):
             frame.insert(7 + column, name, np.asarray(table.layers[name]).ravel())
-        return frame
+        counts = None if isinstance(self.measured, str) else self.measured.of_gene(gene, len(frame))
+        return frame if counts is None else frame.join(counts.set_axis(frame.index))
 
 
 @dataclass(frozen=True)
@@ -74,7 +88,11 @@ class Explanation:
     of_nuclei
         Whether the segments are nuclei.
     r2, stability
-        R² and stability of LIME's linear model.
+        R² of LIME's linear model on copies that it was not fitted to, and stability of the scores.
+    n_copies
+        Number of perturbed copies.
+    doubt
+        Why scores of single nuclei are not to be read, empty if they are.
     """
 
     sdata: SpatialData
@@ -82,6 +100,8 @@ class Explanation:
     of_nuclei: bool
     r2: float
     stability: float
+    n_copies: int
+    doubt: str
 
 
 def open_image(path: Path, *, mpp: float, name: str, all_tissue: bool) -> SpatialData:
@@ -182,7 +202,8 @@ def predict(sdata: SpatialData, model: Any, say: Say) -> Prediction:
     except (ValueError, KeyError, TypeError, AttributeError, OSError, ModuleNotFoundError) as error:
         raise UploadError(f"The section cannot be predicted: {plain_words(error, Path('/'))}") from error
     table = contract.predictions(sdata)
-    x, y = contract.tile_geometry(sdata, table).centers.T
+    places = contract.tile_geometry(sdata, table)
+    x, y = places.centers.T
     tiles = pd.DataFrame(
         {
             "tile": table.obs[contract.INSTANCE_KEY].to_numpy(),
@@ -191,7 +212,7 @@ def predict(sdata: SpatialData, model: Any, say: Say) -> Prediction:
             "ood_score": table.obs["ood_score"].to_numpy(),
         }
     )
-    return Prediction(sdata, model, opened, tiles)
+    return Prediction(sdata, model, opened, tiles, float(places.side), find_measured(sdata, model))
 
 
 def explain(prediction: Prediction, gene: str, tile: int, *, n_samples: int) -> Explanation:
@@ -206,7 +227,7 @@ def explain(prediction: Prediction, gene: str, tile: int, *, n_samples: int) -> 
     tile
         ``obs["instance_id"]``.
     n_samples
-        Number of perturbed copies of the tile.
+        Largest number of perturbed copies of the tile. Fewer are made if the scores are stable before.
 
     Raises
     ------
@@ -226,7 +247,9 @@ def explain(prediction: Prediction, gene: str, tile: int, *, n_samples: int) -> 
         raise UploadError(f"The tile cannot be explained: {plain_words(error, Path('/'))}") from error
     table = contract.explanations(sdata)
     r2, stability = (float(np.asarray(table.layers[name])[0, 0]) for name in ("r2", "stability"))
-    return Explanation(sdata, contract.explained(sdata), of_nuclei, r2, stability)
+    doubts = contract.unstable_tiles(sdata, gene, min_stability=contract.MIN_STABILITY, min_r2=contract.MIN_R2)
+    n_copies = int(table.obs["n_samples"].iloc[0])
+    return Explanation(sdata, contract.explained(sdata), of_nuclei, r2, stability, n_copies, doubts.get(tile, ""))
 
 
 def distribution(prediction: Prediction, gene: str, tile: int, *, share: float = 0.999) -> pd.DataFrame:

@@ -101,6 +101,8 @@ from stimage_sd.contract._names import (
     IMAGE,
     INSTANCE_KEY,
     INSTRUMENT,
+    MIN_R2,
+    MIN_STABILITY,
     MULTIPLEX,
     NOMINAL_SPOT_UM,
     NORMALIZED,
@@ -138,6 +140,7 @@ from stimage_sd.contract._results import (
     predictions,
     tissue,
     tissue_name,
+    unstable_tiles,
     write_cells,
     write_explained,
     write_explanations,
@@ -171,6 +174,7 @@ from stimage_sd.contract._tables import (
     holds_counts,
     proteins_name,
 )
+from stimage_sd.contract._tile_maps import TileMap, tile_map_names, tile_maps, write_tile_maps
 from stimage_sd.contract._tiles import (
     TileGeometry,
     check_finite,

@@ -164,14 +164,9 @@ def align_to_spots(
 def counts_of_shapes(sdata: SpatialData, shapes: str, source: Source | None = None) -> tuple[pd.Index, AnnData] | None:
     """Return ids of measured cells among some shapes, and their counts, or `None` if no table has counts of them.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    shapes
-        Name of the shapes.
-    source
-        Table and layer. Default: the first table of counts that annotates the shapes, or has their ids.
+    - `sdata`: the section.
+    - `shapes`: name of the shapes.
+    - `source`: table and layer. Default: the first table of counts that annotates the shapes, or has their ids.
     """
     table, layer = source or Source()
     for name in [table] if table is not None else cell_table_names(sdata):

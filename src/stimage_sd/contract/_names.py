@@ -37,6 +37,8 @@ CELL_TYPES = "cell_types"
 NUCLEI_EXPLAINED = "nuclei_explained"
 SEGMENTS_EXPLAINED = "segments_explained"
 EXPLANATIONS = "explanations"
+#: prefix of the images with saliency maps of tiles, before the number of the tile
+SALIENCY = "saliency_"
 
 #: coordinate system of the measuring instrument, in micrometers
 INSTRUMENT = "instrument"
@@ -48,6 +50,11 @@ SPOT_UM, NOMINAL_SPOT_UM, PITCH_UM = 55.0, 65.0, 100.0
 
 REGION_KEY = "region"
 INSTANCE_KEY = "instance_id"
+
+#: lowest stability and held-out R² of scores of explained tiles that figures and summaries read
+MIN_STABILITY = 0.9
+MIN_R2 = 0.2
+
 #: side of an image chunk, px; images are read, normalized and cut chunk by chunk
 CHUNK = 1024
 

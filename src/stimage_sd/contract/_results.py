@@ -13,6 +13,7 @@ from stimage_sd.contract._labels import mask_in_pixels
 from stimage_sd.contract._names import (
     EXPLANATIONS,
     GENE_CLASSES,
+    INSTANCE_KEY,
     NUCLEI,
     NUCLEI_EXPLAINED,
     PREDICTIONS,
@@ -189,6 +190,41 @@ def explanations(sdata: SpatialData) -> AnnData:
             f"Section {sample(sdata)!r} has no explained tiles. Run `stimage_sd.tl.explain(sdata, model, gene)` first."
         )
     return sdata.tables[EXPLANATIONS]
+
+
+def unstable_tiles(
+    sdata: SpatialData, gene: str, *, method: str = "lime", min_stability: float | None, min_r2: float | None
+) -> dict[int, str]:
+    """Say why the scores of explained tiles are not to be read, such as ``"stability 0.41 < 0.9"``, keyed by tile.
+
+    - `sdata`: the section.
+    - `gene`: the gene.
+    - `method`: method of the scores. Only scores by ``"lime"`` have a stability.
+    - `min_stability`: lowest stability of scores that can be read. Tiles with fewer than three segments have no
+      stability. `None`: any.
+    - `min_r2`: lowest held-out R² of the linear model. `None`: any.
+    - returns: only tiles that fail. It is empty if nothing is known of the tiles.
+    """
+    if method != "lime" or EXPLANATIONS not in sdata.tables:
+        return {}
+    table = sdata.tables[EXPLANATIONS]
+    if gene not in table.var_names or not {"stability", "r2"} <= set(table.layers):
+        return {}
+    column = table.var_names.get_loc(gene)
+    stability, r2 = (np.asarray(table.layers[name])[:, column] for name in ("stability", "r2"))
+    reasons = {}
+    for row, (tile, n_segments) in enumerate(table.obs[[INSTANCE_KEY, "n_segments"]].itertuples(index=False)):
+        if n_segments > 2 and min_stability is not None and not stability[row] >= min_stability:
+            reasons[int(tile)] = _below("stability", stability[row], min_stability)
+        elif n_segments and min_r2 is not None and not r2[row] >= min_r2:
+            reasons[int(tile)] = _below("R²", r2[row], min_r2)
+    return reasons
+
+
+def _below(name: str, value: float, limit: float) -> str:
+    if np.isnan(value):
+        return "hidden segments change nothing"
+    return f"{name} {np.floor(100 * value + 1e-4) / 100:.2f} < {limit:g}"  # rounded down, so that it is below the limit
 
 
 def write_explained(sdata: SpatialData, frame: GeoDataFrame, *, of_nuclei: bool = True) -> None:

@@ -132,7 +132,7 @@ def fit_surrogate(
     from lime.lime_base import LimeBase
 
     base = LimeBase(partial(_kernel, width=kernel_width), random_state=0)
-    distances = pairwise_distances(shown, shown[:1], metric="cosine").ravel()
+    distances = _distances(shown)
     n_outputs = outputs.shape[1]
     surrogate = Surrogate(np.zeros((shown.shape[1], n_outputs)), np.zeros(n_outputs), np.zeros(n_outputs))
     for output in range(n_outputs):
@@ -145,27 +145,74 @@ def fit_surrogate(
     return surrogate
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What each perturbed image changes in linear models with all segments.
+
+    - `weights`: ``float64 (n_segments, n_outputs)``, equal to those of `fit_surrogate`.
+    - `variances`: jackknife variance of the weights over draws of perturbed images, of the same shape.
+    - `r2`: held-out R², ``float64 (n_outputs,)``: each image is predicted by the model of all others. Weighted by the
+      kernel, without the unperturbed image. NaN for a constant output.
+    """
+
+    weights: np.ndarray
+    variances: np.ndarray
+    r2: np.ndarray
+
+
+def leave_one_out(shown: np.ndarray, outputs: np.ndarray) -> LeftOut:
+    """Fit the linear models of `fit_surrogate` without each perturbed image in turn.
+
+    The unperturbed image belongs to every draw and is never left out.
+
+    - `shown`: shown segments per image, ``(n_samples, n_segments)``, from `perturbations`.
+    - `outputs`: network outputs, ``(n_samples, n_outputs)``.
+    - returns: weights, their variance and held-out R².
+
+    Ridge regression without one sample has residual ``e / (1 - h)`` there, with the residual ``e`` and leverage ``h``
+    of all samples. The weights change by ``(X'WX + I)^-1 x w e / (1 - h)``. No model is fitted twice.
+
+    >>> shown = perturbations(200, 3, seed=0)
+    >>> left_out = leave_one_out(shown, shown @ [[2.0], [0.0], [-1.0]])
+    >>> bool(left_out.r2[0] > 0.99)
+    True
+    """
+    proximity = _kernel(_distances(shown), KERNEL_WIDTH)[:, None]
+    share = proximity / proximity.sum()
+    segments, values = (part - (share * part).sum(axis=0) for part in (shown, outputs))
+    change = segments @ np.linalg.inv((proximity * segments).T @ segments + np.eye(shown.shape[1]))
+    weights = change.T @ (proximity * values)
+    leverage = proximity * (change * segments).sum(axis=1, keepdims=True) + share
+    errors = ((values - segments @ weights) / (1 - leverage))[1:]
+    found = outputs[1:]
+    scale = (share[1:] * (found - (share[1:] * found).sum(axis=0) / share[1:].sum()) ** 2).sum(axis=0)
+    r2 = 1 - (share[1:] * errors**2).sum(axis=0) / np.where(np.ptp(found, axis=0) > 0, scale, np.nan)
+    return LeftOut(weights, ((proximity * change)[1:] ** 2).T @ errors**2, r2)
+
+
+def stability(weights: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    """Estimate the correlation of scores with those from infinitely many perturbed images.
+
+    - `weights`: weights of the segments, ``float64 (n_segments, n_outputs)``.
+    - `variances`: their variances over draws of perturbed images.
+    - returns: ``float64 (n_outputs,)``: square root of the share of the weights' variance between segments that is
+      not variance over draws. 0 if nothing remains. NaN for fewer than three segments or if all weights are equal.
+
+    >>> stability(np.array([[0.0], [1.0], [2.0]]), np.full((3, 1), 0.19))
+    array([0.9])
+    """
+    n_segments, n_outputs = weights.shape
+    if n_segments < 3:
+        return np.full(n_outputs, np.nan)
+    spread = weights.var(axis=0, ddof=1)
+    spread = np.where(spread > (1e-12 * np.abs(weights).max(axis=0)) ** 2, spread, np.nan)
+    return np.sqrt((1 - variances.mean(axis=0) / spread).clip(min=0))
+
+
+def _distances(shown: np.ndarray) -> np.ndarray:
+    """Compute the cosine distance of each image from the first one."""
+    return pairwise_distances(shown, shown[:1], metric="cosine").ravel()
+
+
 def _kernel(distances: np.ndarray, width: float) -> np.ndarray:
     return np.sqrt(np.exp(-(distances**2) / width**2))
-
-
-def agreement(weights: np.ndarray) -> np.ndarray:
-    """Compute the mean correlation between explanations of the same outputs.
-
-    - `weights`: weights of several explanations, such as different seeds, ``float64 (n_explanations, n_segments,
-      n_outputs)``.
-    - returns: ``float64 (n_outputs,)``: mean of Pearson's correlation over all pairs of explanations. NaN if an
-      explanation is constant, or for fewer than two explanations or three segments.
-
-    >>> agreement(np.array([[[0.0], [1.0], [2.0]], [[0.0], [2.0], [4.0]]]))
-    array([1.])
-    """
-    n_explanations, n_segments, n_outputs = weights.shape
-    if n_explanations < 2 or n_segments < 3:
-        return np.full(n_outputs, np.nan)
-    centered = weights - weights.mean(axis=1, keepdims=True)
-    length = np.sqrt((centered**2).sum(axis=1, keepdims=True))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        unit = centered / np.where(length > 1e-12 * np.abs(weights).max(initial=0), length, np.nan)
-    first, second = np.triu_indices(n_explanations, 1)
-    return np.einsum("pso,pso->po", unit[first], unit[second]).mean(axis=0)

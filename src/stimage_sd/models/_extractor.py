@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import onnxruntime
 from flax import nnx
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from stimage_sd._cache import keep_compiled
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.nn import onnx_graph
+from stimage_sd.nn.onnx_changes import Box, changed_part, with_outputs
 from stimage_sd.nn.parts import parts_of, run_parts
 
 Tiles = NDArray[np.uint8]
@@ -30,6 +32,8 @@ Run = Callable[[Tiles], Any]
 ONNX_BATCH = 2
 # Pixels per run for smaller tiles, such as nuclei
 _ONNX_PX = ONNX_BATCH * 128 * 128
+# Share of changed pixels up to which the unchanged rest is shared between copies.
+_MOST_CHANGED = 0.7
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +176,37 @@ class Extractor:
 
         return partial(compiled, jax.device_put(state) if n_parts else state)
 
+    def for_copies(self, image: Tiles, box: Box) -> tuple[Box, Run]:
+        """Return the network for copies of an image that differ in one box.
+
+        Parameters
+        ----------
+        image
+            uint8 (height, width, 3).
+        box
+            Pixels that differ between copies.
+
+        Returns
+        -------
+        crop, run
+            The box to cut from the copies, and the function from these crops, uint8 (n_copies, y, x, 3), to the
+            embeddings of the whole copies. A network in ONNX Runtime computes only what the box can change. Any other
+            network gets whole copies.
+        """
+        height, width = image.shape[:2]
+        whole = Box(0, 0, height, width)
+        if not self.is_recordable or box.area > _MOST_CHANGED * whole.area:
+            return whole, self
+        recorded = _record(self.entry, self._network, embedding_size=self.embedding_size)
+        part = changed_part(recorded, height, width, box)
+        if part is None:
+            return whole, self
+        names = list(dict.fromkeys(shared.value for shared in part.shared.values()))
+        outputs = _session(with_outputs(recorded, names)).run(names, {"tiles": image[None]})
+        values = dict(zip(names, outputs, strict=True))
+        shared = {name: one.of(values[one.value]) for name, one in part.shared.items()}
+        return part.crop, partial(_run_in_batches, _session(part.model), shared)
+
 
 @dataclass(frozen=True, eq=False)
 class Entry:
@@ -226,19 +261,28 @@ def build(entry: Entry, weights: Path | None) -> Extractor:
 
 def _recorded(entry: Entry, network: Callable[[Any], Any], *, embedding_size: int | None) -> Run:
     """Run a network in ONNX Runtime on the calling thread."""
+    session = _session(_record(entry, network, embedding_size=embedding_size))
+    return partial(_run_in_batches, session, {})
+
+
+def _record(entry: Entry, network: Callable[[Any], Any], *, embedding_size: int | None) -> onnx.ModelProto:
     mean, std = entry.mean or (0.0, 0.0, 0.0), entry.std or (1.0, 1.0, 1.0)
-    model = onnx_graph.record(network, mean=mean, std=std, embedding_size=embedding_size)
+    return onnx_graph.record(network, mean=mean, std=std, embedding_size=embedding_size)
+
+
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    def run(tiles: Tiles) -> NDArray[np.float32]:
-        step = max(ONNX_BATCH, _ONNX_PX // (tiles.shape[1] * tiles.shape[2]))
-        parts = [tiles[start : start + step] for start in range(0, len(tiles), step)]
-        return np.concatenate([session.run(["embedding"], {"tiles": part})[0] for part in parts])
 
-    return run
+def _run_in_batches(
+    session: onnxruntime.InferenceSession, shared: dict[str, NDArray[np.float32]], tiles: Tiles
+) -> NDArray[np.float32]:
+    step = max(ONNX_BATCH, _ONNX_PX // (tiles.shape[1] * tiles.shape[2]))
+    parts = [tiles[start : start + step] for start in range(0, len(tiles), step)]
+    return np.concatenate([session.run(["embedding"], {"tiles": part, **shared})[0] for part in parts])
 
 
 def _compiled(entry: Entry, network: nnx.Module) -> Run:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: side of a drawn tile, px
 _PIXELS = 320
+#: color of nuclei whose scores cannot be read
+UNREADABLE = "0.6"
 #: bins of nucleus area for the median line
 _BINS = 8
 
@@ -35,6 +37,8 @@ def explanation(
     *,
     tiles: Sequence[int] | None = None,
     method: str = "lime",
+    min_stability: float | None = contract.MIN_STABILITY,
+    min_r2: float | None = contract.MIN_R2,
     cmap: str | Colormap = "RdBu_r",
     vmin: float | None = None,
     vmax: float | None = None,
@@ -48,6 +52,8 @@ def explanation(
 ) -> np.ndarray | Figure:
     """Draw explained nuclei on their tiles, red for positive and blue for negative scores.
 
+    Nuclei are gray where their scores cannot be read. The title then has the reason.
+
     Parameters
     ----------
     data
@@ -58,6 +64,9 @@ def explanation(
         ``obs["instance_id"]`` of explained tiles. Default: all explained tiles.
     method
         Method of the scores, ``"lime"`` or ``"saliency"``.
+    min_stability, min_r2
+        Lowest stability and held-out R² of scores in color, as in ``tables["explanations"]``. Scores by other methods
+        than LIME have neither and are always in color. `None`: no limit.
     cmap, vmin, vmax, alpha
         Colormap. Ends of the color range, shared by all tiles of a gene and symmetric around 0 unless both are given.
         Opacity of the nuclei.
@@ -107,13 +116,15 @@ def explanation(
     axes = sheet.panels(len(genes) * len(chosen), size=(3.0, 3.15), columns=len(chosen))
     grid = axes.reshape(len(genes), len(chosen))
     for row, name in zip(grid, genes, strict=True):
-        largest = float(np.nanpercentile(np.abs(scores[name]), 99)) or 1.0
-        norm = colors.around_zero(largest)
+        unstable = contract.unstable_tiles(sdata, name, method=method, min_stability=min_stability, min_r2=min_r2)
+        readable = ~frame["tile"].isin(list(unstable)).to_numpy()
+        norm = _norm(colors, scores[name][readable])
         for panel, tile, picture, center in zip(row, chosen, pictures, centers, strict=True):
             _draw_tile(panel, picture, center, side)
-            _draw_nuclei(panel, frame, scores[name], tile, colors, norm)
-            panel.set_title(f"{name}, tile {tile}{_quality(sdata, name, tile, method)}", fontsize=9)
-        add_color_bar(row[-1], row[-1].collections[0], f"{method.replace('lime', 'LIME')} score", location="right")
+            _draw_nuclei(panel, frame, scores[name], tile, colors, None if tile in unstable else norm)
+            panel.set_title(f"{name}, tile {tile}\n{_quality(sdata, name, tile, method, unstable)}".strip(), fontsize=9)
+        drawn = PolyCollection([], cmap=colors.cmap, norm=norm, alpha=colors.alpha)  # the last tile may be gray
+        add_color_bar(row[-1], drawn, f"{method.replace('lime', 'LIME')} score", location="right")
     return sheet.done(axes if isinstance(gene, str) else grid)
 
 
@@ -132,7 +143,8 @@ def explanation_scores(
     ----------
     data
         Table from `stimage_sd.tl.explained_nuclei` for one or several genes. Each gene gets a row of panels. With
-        column ``class`` each gene gets a second panel.
+        column ``class`` each gene gets a second panel. Nuclei whose column ``readable`` is `False` are gray. Medians
+        and boxes leave them out.
     ax
         One axes per gene, or two with classes. Default: a new figure.
     title, figsize, save, return_fig
@@ -179,16 +191,27 @@ def _scores(frame: GeoDataFrame, column: str) -> np.ndarray:
     return frame[column].to_numpy(dtype=np.float64)
 
 
-def _quality(sdata: SpatialData, gene: str, tile: int, method: str) -> str:
-    """Return R² of LIME's linear model as text, or an empty string without one."""
+def _norm(colors: Colors, scores: np.ndarray) -> Normalize:
+    """Return the color range of the scores that can be read."""
+    finite = np.abs(scores[np.isfinite(scores)])
+    return colors.around_zero(float(np.percentile(finite, 99)) or 1.0 if finite.size else 1.0)
+
+
+def _quality(sdata: SpatialData, gene: str, tile: int, method: str, unstable: Mapping[int, str]) -> str:
+    """Return the reason for gray nuclei, or stability and held-out R², or an empty string without these."""
+    if tile in unstable:
+        return f"not readable: {unstable[tile]}"
     if method != "lime" or contract.EXPLANATIONS not in sdata.tables:
         return ""
     table = contract.explanations(sdata)
     rows = np.flatnonzero(table.obs[contract.INSTANCE_KEY].to_numpy() == tile)
-    if gene not in table.var_names or rows.size == 0 or "r2" not in table.layers:
+    if gene not in table.var_names or rows.size == 0:
         return ""
-    value = float(np.asarray(table.layers["r2"])[rows[0], table.var_names.get_loc(gene)])
-    return f" (R² = {value:.2f})"
+    column = table.var_names.get_loc(gene)
+    names = {"stability": "stability", "r2": "R²"}
+    values = {shown: float(np.asarray(table.layers[name])[rows[0], column]) for name, shown in names.items()
+              if name in table.layers}  # fmt: skip
+    return ", ".join(f"{shown} {value:.2f}" for shown, value in values.items() if np.isfinite(value))
 
 
 def _draw_tile(ax: Axes, picture: np.ndarray, center: np.ndarray, side: float) -> None:
@@ -201,25 +224,32 @@ def _draw_tile(ax: Axes, picture: np.ndarray, center: np.ndarray, side: float) -
     ax.spines[:].set_visible(False)
 
 
-def _draw_nuclei(ax: Axes, frame: GeoDataFrame, scores: np.ndarray, tile: int, colors: Colors, norm: Normalize) -> None:
+def _draw_nuclei(
+    ax: Axes, frame: GeoDataFrame, scores: np.ndarray, tile: int, colors: Colors, norm: Normalize | None
+) -> None:
+    """Draw the nuclei of a tile in the colors of their scores, or gray without a color range."""
     rows = np.flatnonzero((frame["tile"].to_numpy() == tile) & np.isfinite(scores))
     parts = [(part, scores[row]) for row in rows for part in shapely.get_parts(frame.geometry.iloc[row])]
     drawn = PolyCollection(
         [np.asarray(part.exterior.coords)[:, :2] for part, _ in parts],
-        array=np.array([score for _, score in parts]),
-        cmap=colors.cmap,
-        norm=norm,
         alpha=colors.alpha,
+        facecolor=UNREADABLE,
         edgecolor="black",
         linewidth=0.5,
     )
+    if norm is not None:
+        drawn.set(array=np.array([score for _, score in parts]), cmap=colors.cmap, norm=norm)
     ax.add_collection(drawn, autolim=False)
 
 
 def _draw_by_area(ax: Axes, scores: pd.DataFrame, area: str) -> None:
     """Draw scores against area, and medians in bins of equal numbers of nuclei."""
     ax.axhline(0, color="0.6", linewidth=0.8)
+    scores, others = _split(scores)
     ax.scatter(scores[area], scores["score"], s=8, alpha=0.4, linewidth=0, color=PREDICTED)
+    if len(others):
+        ax.scatter(others[area], others["score"], s=8, alpha=0.4, linewidth=0, color=UNREADABLE, label="not readable")
+        ax.legend(frameon=False, fontsize=8)
     if len(scores) >= 3 * _BINS:
         groups = scores.groupby(pd.qcut(scores[area], _BINS, duplicates="drop"), observed=True)
         medians = groups[[area, "score"]].median()
@@ -229,7 +259,14 @@ def _draw_by_area(ax: Axes, scores: pd.DataFrame, area: str) -> None:
     finish(ax)
 
 
+def _split(scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the nuclei whose scores can be read, and the others."""
+    readable = scores["readable"].to_numpy(bool) if "readable" in scores else np.ones(len(scores), bool)
+    return scores[readable], scores[~readable]
+
+
 def _draw_by_class(ax: Axes, scores: pd.DataFrame) -> None:
+    scores, _ = _split(scores)
     groups = [(str(name), group["score"].to_numpy()) for name, group in scores.groupby("class", observed=True)]
     ax.axhline(0, color="0.6", linewidth=0.8)
     ax.boxplot(

@@ -3,48 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd._progress import tqdm
 from stimage_sd._settings import n_threads
-from stimage_sd.image import lime
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._resolve import as_model
 from stimage_sd.models._stand_ins import Explainable, StandIns
+from stimage_sd.tl._explain.copies import Copies, HideColor
 from stimage_sd.tl._explain.explained import TileResult, top_tiles, write_results
-from stimage_sd.tl._explain.segments import (
-    Segments,
-    SegmentTile,
-    background_color,
-    check_segments,
-    present,
-    segment_tile,
-)
-from stimage_sd.tl._explain.tile_views import OpenedTiles, Views, embed_blocks, open_tiles
+from stimage_sd.tl._explain.sampling import Expected, Sampling, explain_tile
+from stimage_sd.tl._explain.segments import SegmentTile, check_segments, segment_tile
+from stimage_sd.tl._explain.tile_views import open_tiles
 
 Of = Literal["mean", "epistemic", "aleatoric", "total_variance"]
-HideColor = int | tuple[int, int, int] | Literal["background"] | None
-#: perturbed tiles per call of the heads
-_HEADS = 256
-#: allowed difference between new and stored embeddings of a tile, as a fraction of the largest stored value
-_TOLERANCE = 1e-2
-
-
-@dataclass(frozen=True)
-class _Options:
-    of: tuple[str, ...]
-    columns: np.ndarray
-    n_samples: int
-    seeds: tuple[int, ...]
-    segments: str | SegmentTile
-    hide_color: HideColor
 
 
 def explain(
@@ -56,8 +33,10 @@ def explain(
     method: Literal["lime"] = "lime",
     of: Of | Sequence[Of] = "mean",
     n_samples: int = 1000,
+    stability: float | None = 0.96,
     segments: str | SegmentTile = "nuclei",
     hide_color: HideColor = "background",
+    hide_background: bool = False,
     n_seeds: int = 1,
     extractors: Sequence[Extractor] = (),
     shapes_key: str | None = None,
@@ -67,11 +46,13 @@ def explain(
     """Score the contribution of each nucleus to a prediction with LIME.
 
     The model predicts copies of a tile with random nuclei hidden. A linear model of the visible nuclei is then fitted
-    to these predictions. One set of perturbed tiles serves all genes and both mean and uncertainty.
+    to these predictions. One set of copies serves all genes and both mean and uncertainty. Copies are added until the
+    scores are stable. The logger ``stimage_sd`` reports the longest expected time after the first copies.
 
-    A nucleus is hidden in every field of view that shows it. The tissue around the tile is unchanged. The neighbors'
-    embeddings (context) and the section's mean and standard deviation are the stored ones. The unperturbed tile gets
-    the same prediction as from `stimage_sd.tl.predict` (without measured size factors).
+    A nucleus is hidden in every field of view that shows it. Fields of view are embedded anew only where nuclei change
+    them. The tissue around the tile is unchanged. The neighbors' embeddings (context) and the section's mean and
+    standard deviation are the stored ones. The unperturbed tile gets the same prediction as from
+    `stimage_sd.tl.predict` (without measured size factors).
 
     Parameters
     ----------
@@ -79,7 +60,8 @@ def explain(
         A section or a cohort with nuclei, otherwise as for `stimage_sd.tl.predict`.
     model
         A fitted model, or the path of one: a count model, a gene classifier (its mean is the probability of High) or a
-        fine-tuned model.
+        fine-tuned model. A model of nuclei needs no explanation of its tiles. `stimage_sd.tl.predict` with
+        ``on="nuclei"`` gives the contribution of each nucleus.
     gene
         One or several genes.
     tiles
@@ -91,14 +73,19 @@ def explain(
         One or several outputs to explain: ``"mean"``, ``"epistemic"``, ``"aleatoric"`` or ``"total_variance"``. The
         variances show the nuclei that make the model uncertain.
     n_samples
-        Number of perturbed tiles, including the unperturbed tile.
+        Largest number of copies per tile and seed, including the unperturbed tile.
+    stability
+        Stability of all genes and outputs at which no more copies are added, a correlation. `None` always takes
+        `n_samples` copies.
     segments
         ``"nuclei"``, ``"slic"`` (superpixels), the name of labels (0 is background), or a function. The function takes
-        a tile, ``uint8 (y, x, 3)``, and returns segments, ``int (y, x)``, 0 for background. The background is one
-        segment.
+        a tile, ``uint8 (y, x, 3)``, and returns segments, ``int (y, x)``, 0 for background.
     hide_color
         Color of hidden segments: ``"background"`` (the mean color of the tile's background), a gray level, a color, or
         `None` (each segment's mean). The published color is black (0).
+    hide_background
+        Whether the background is one more segment that copies hide, as published. Its effect is larger than that of all
+        nuclei, and needs many more copies.
     n_seeds
         Number of explanations with different seeds, starting at `seed`. Scores are the mean over seeds.
     extractors
@@ -120,24 +107,32 @@ def explain(
     ``lime_<gene>_sd`` with several seeds. Outputs other than the mean are named ``lime_<gene>_<of>``.
 
     ``tables["explanations"]`` holds explained tiles x genes. ``X`` and layer ``prediction`` are the prediction of the
-    tile. Layer ``r2`` is R² of the linear model, ``background`` is the score of the background, ``intercept`` is the
-    intercept. Layer ``stability`` is the mean correlation of the nuclei's scores between seeds. With one seed,
-    ``stability`` compares even and odd samples. Layers of outputs other than the mean end in ``_<of>``.
-    ``obs["n_segments"]`` is the number of segments, and ``obs["reason"]`` says why a tile was not explained.
+    tile. Layer ``stability`` is the estimated correlation of the nuclei's scores with those from infinitely many
+    copies. It is NaN for fewer than three nuclei. Layer ``r2`` is R² of the linear model on copies that it was not
+    fitted to. Layer ``intercept`` is the intercept, and ``background`` the score of the background, NaN if the
+    background is not hidden. Layers of outputs other than the mean end in ``_<of>``. ``obs["n_segments"]`` and
+    ``obs["n_samples"]`` are the numbers of segments and copies, and ``obs["reason"]`` says why a tile was not
+    explained.
+
+    `stimage_sd.pl.explanation` and the functions after it take scores with a low stability or R² as not readable.
 
     Raises
     ------
     KeyError
         If the section lacks a step, nuclei or the embedded image, or has no such tile or gene.
     TypeError
-        If the model does not predict from a tile's embeddings.
+        If the model does not predict from a tile's embeddings, such as a model of nuclei.
     ValueError
         If options or the section are not as expected, or no tile has a segment.
 
     Notes
     -----
-    Paper, section 2.5; Ribeiro et al. 2016. With one field of view, scores equal those of the package `lime`,
+    Paper, section 2.5; Ribeiro et al. 2016. With one field of view, ``hide_background=True`` and ``stability=None``,
+    scores equal those of the package `lime`,
     ``LimeImageExplainer(random_state=seed).explain_instance(..., hide_color=hide_color)``, over the same segments.
+
+    Stability is the jackknife over copies: the variance of each score over draws of copies is compared with the
+    variance between nuclei. R² leaves out one copy at a time. It is weighted as the linear model.
 
     Examples
     --------
@@ -157,7 +152,8 @@ def explain(
     3
     """
     model = as_model(model)
-    options = _options(model, gene, of, n_samples, n_seeds, seed, segments, hide_color)
+    sampling = _sampling(model, gene, of, n_samples, stability, n_seeds, seed)
+    _check_color(hide_color)
     if method != "lime":
         raise ValueError(f'Expected `method` "lime", found {method!r}. For gradients, see `stimage_sd.tl.saliency`.')
     genes = [gene] if isinstance(gene, str) else list(gene)
@@ -168,20 +164,28 @@ def explain(
         name: open_tiles(sdata, model, tiles_of(tiles, sdata, name, genes), section=name, extractors=extractors)
         for name, sdata in cohort.items()
     }
-    for name, section in opened.items():
-        _check_of(options.of, section.stand_ins)
-        results = []
-        bar = tqdm(section.read(), total=len(section.rows), desc=f"{name}: explaining", unit="tile")
-        with ThreadPoolExecutor(n_threads(n_jobs)) as pool:
-            for (row, views, area), tile in zip(bar, section.tiles, strict=True):
-                segmented = segment_tile(section.sdata, area, segments, nuclei[name])
-                result = TileResult(int(tile), segmented)
-                results.append(result if segmented is None else _explained(section, row, views, result, options, pool))
-        write_results(section.sdata, results, genes=genes, of=options.of, nuclei=nuclei[name], prefix="lime")
-        contract.record(
-            section.sdata, "tl.explain", genes=genes, of=options.of, n_samples=n_samples, n_seeds=n_seeds, seed=seed,
-            segments=segments if isinstance(segments, str) else "function", hide_color=hide_color,
-        )  # fmt: skip
+    for section in opened.values():
+        _check_of(sampling.of, section.stand_ins)
+    n_tiles = sum(len(section.rows) for section in opened.values())
+    with ThreadPoolExecutor(n_threads(n_jobs)) as pool, Expected(n_tiles, n_samples * n_seeds) as expected:
+        for name, section in opened.items():
+            results = []
+            for (row, views, area), tile in zip(section.read(), section.tiles, strict=True):
+                cut = segment_tile(section.sdata, area, segments, nuclei[name])
+                if cut is not None and not hide_background:
+                    cut = cut.without_background()
+                result = TileResult(int(tile), cut)
+                if cut is not None:
+                    copies = Copies(section, row, views, cut, hide_color)
+                    result = explain_tile(copies, result, sampling, pool, report=expected.add)
+                expected.finish_tile()
+                results.append(result)
+            write_results(section.sdata, results, genes=genes, of=sampling.of, nuclei=nuclei[name], prefix="lime")
+            contract.record(
+                section.sdata, "tl.explain", genes=genes, of=sampling.of, n_samples=n_samples, stability=stability,
+                n_seeds=n_seeds, seed=seed, segments=segments if isinstance(segments, str) else "function",
+                hide_color=hide_color, hide_background=hide_background,
+            )  # fmt: skip
 
 
 def tiles_of(
@@ -207,131 +211,29 @@ def gene_columns(model: Explainable, gene: str | Sequence[str]) -> np.ndarray:
     return np.array([place[name] for name in genes])
 
 
-def _options(
-    model: Explainable, gene: str | Sequence[str], of: Of | Sequence[Of], n_samples: int, n_seeds: int, seed: int,
-    segments: str | SegmentTile, hide_color: HideColor,
-) -> _Options:  # fmt: skip
+def _sampling(
+    model: Explainable, gene: str | Sequence[str], of: Of | Sequence[Of], n_samples: int, stability: float | None,
+    n_seeds: int, seed: int,
+) -> Sampling:  # fmt: skip
     names = (of,) if isinstance(of, str) else tuple(of)
     if not names or any(name not in get_args(Of) for name in names):
         raise ValueError(f"Expected `of` among {get_args(Of)}, found {of!r}.")
     if n_samples < 10 or n_seeds < 1:
         raise ValueError(f"Expected at least 10 samples and one seed, found {n_samples} and {n_seeds}.")
+    if stability is not None and not 0 < stability <= 1:
+        raise ValueError(f"Expected `stability` as a correlation above 0 and up to 1, or None, found {stability!r}.")
+    columns = gene_columns(model, gene) if isinstance(model, Explainable) else np.zeros(0, int)
+    return Sampling(names, columns, n_samples, stability, tuple(range(seed, seed + n_seeds)))
+
+
+def _check_color(hide_color: HideColor) -> None:
     if isinstance(hide_color, str) and hide_color != "background":
         raise ValueError(
             f'Expected `hide_color` to be a gray level, a color, "background" or None, found {hide_color!r}.'
         )
-    columns = gene_columns(model, gene) if isinstance(model, Explainable) else np.zeros(0, int)
-    return _Options(names, columns, n_samples, tuple(range(seed, seed + n_seeds)), segments, hide_color)
 
 
 def _check_of(of: Sequence[str], stand_ins: StandIns) -> None:
     missing = [name for name in of if name not in stand_ins.names]
     if missing:
         raise ValueError(f"The model predicts only {list(stand_ins.names)}. It has no output `of={missing[0]!r}`.")
-
-
-def _explained(
-    section: OpenedTiles, row: int, views: Sequence[Views], result: TileResult, options: _Options, pool: Executor
-) -> TileResult:
-    """Explain one tile with LIME."""
-    cut = result.segments
-    assert cut is not None
-    n_segments = len(cut.numbers)
-    shown = np.stack([lime.perturbations(options.n_samples, n_segments, seed=seed) for seed in options.seeds])
-    embeddings = _embeddings(section, views, cut, shown.reshape(-1, n_segments), options.hide_color, pool)
-    _check_embeddings(section, row, embeddings)
-    outputs = _outputs(section.stand_ins, row, embeddings, options)
-    by_seed = outputs.reshape(len(shown), options.n_samples, -1)
-    surrogates = [lime.fit_surrogate(*pair) for pair in zip(shown, by_seed, strict=True)]
-    weights = np.stack([surrogate.weights for surrogate in surrogates])
-    first = int(cut.has_background)
-    if len(shown) > 1:
-        stability = lime.agreement(weights[:, first:])
-    else:
-        stability = lime.agreement(np.stack([_half(shown[0], by_seed[0], start) for start in (1, 2)])[:, first:])
-    return replace(
-        result,
-        prediction=outputs[0],
-        scores=weights.mean(axis=0)[first:],
-        deviations=weights.std(axis=0)[first:] if len(shown) > 1 else None,
-        about={
-            "r2": np.mean([surrogate.scores for surrogate in surrogates], axis=0),
-            "stability": stability,
-            "background": weights.mean(axis=0)[0] if first else np.full(weights.shape[2], np.nan),
-            "intercept": np.mean([surrogate.intercepts for surrogate in surrogates], axis=0),
-        },
-    )
-
-
-def _half(shown: np.ndarray, outputs: np.ndarray, start: int) -> np.ndarray:
-    """Compute scores from every second sample and the unperturbed tile."""
-    rows = np.concatenate([[0], np.arange(start, len(shown), 2)])
-    return lime.fit_surrogate(shown[rows], outputs[rows]).weights
-
-
-def _embeddings(
-    section: OpenedTiles,
-    views: Sequence[Views],
-    cut: Segments,
-    shown: np.ndarray,
-    hide_color: HideColor,
-    pool: Executor,
-) -> list[np.ndarray]:
-    """Embed all perturbed tiles with each extractor, ``float32 (n_samples, n_fields * n_features)``."""
-    known: dict[Any, np.ndarray] = {}
-    together = []
-    for stored, extractor, one in zip(section.stand_ins.embedded, section.extractors, views, strict=True):
-        key = (extractor.name, extractor.weights_hash, stored.tiles.fields_of_view, stored.tiles.input_px, stored.image)
-        if key not in known:
-            seen = np.stack([cut.seen_at(positions) for positions in one.positions])
-            color = background_color(one.pixels, seen) if hide_color == "background" else hide_color
-            hidden = lime.hidden_image(one.pixels, seen, color)
-            fields = [_of_field(extractor, *field, shown, pool) for field in zip(one.pixels, hidden, seen, strict=True)]
-            known[key] = np.concatenate(fields, axis=1)
-        together.append(known[key])
-    return together
-
-
-def _of_field(
-    extractor: Extractor,
-    pixels: np.ndarray,
-    hidden: np.ndarray,
-    segments: np.ndarray,
-    shown: np.ndarray,
-    pool: Executor,
-) -> np.ndarray:
-    """Embed one field of view of all perturbed tiles, identical images once."""
-    numbers = present(segments)
-    distinct, which = np.unique(shown[:, numbers], axis=0, return_inverse=True)
-    # number the segments of this field of view from 0
-    renumbered = np.where(segments >= 0, np.searchsorted(numbers, segments), -1)
-
-    def build(start: int, stop: int) -> np.ndarray:
-        return lime.perturbed_images(pixels, hidden, renumbered, distinct[start:stop])
-
-    return embed_blocks(extractor, build, len(distinct), pool)[which.ravel()]
-
-
-def _outputs(stand_ins: StandIns, row: int, embeddings: Sequence[np.ndarray], options: _Options) -> np.ndarray:
-    """Predict all perturbed tiles, ``float64 (n_samples, n_of * n_genes)``."""
-    blocks = []
-    for start in range(0, len(embeddings[0]), _HEADS):
-        block = [values[start : start + _HEADS] for values in embeddings]
-        n = len(block[0])
-        # pad to a fixed batch size so JAX compiles the heads once
-        filled = [np.concatenate([values, np.repeat(values[-1:], _HEADS - n, axis=0)]) for values in block]
-        outputs = stand_ins.outputs(row, filled, options.columns)
-        blocks.append(np.concatenate([np.asarray(outputs[name])[:n] for name in options.of], axis=1))
-    return np.concatenate(blocks).astype(np.float64)
-
-
-def _check_embeddings(section: OpenedTiles, row: int, embeddings: Sequence[np.ndarray]) -> None:
-    """Raise `ValueError` if the unperturbed tile's embedding differs from the stored one."""
-    for stored, values in zip(section.stand_ins.embedded, embeddings, strict=True):
-        expected = stored.own[row]
-        difference = np.abs(values[0] - expected).max() / max(np.abs(expected).max(), 1e-12)
-        if difference > _TOLERANCE:
-            raise ValueError(
-                f"The stored embeddings by {stored.tiles.extractor!r} do not match the current image {stored.image!r} "
-                f"(they differ by {difference:.1%} of the largest value). Run `stimage_sd.pp.embed` again."
-            )

@@ -42,6 +42,8 @@ class TileResult:
         Standard deviation of the scores over several seeds, of the same shape. `None` for one seed.
     about
         Layer values, ``float64 (n_outputs,)``, keyed by layer name.
+    n_samples
+        Number of perturbed tiles.
     """
 
     tile: int
@@ -50,6 +52,7 @@ class TileResult:
     scores: np.ndarray | None = None
     deviations: np.ndarray | None = None
     about: Mapping[str, np.ndarray] = field(default_factory=dict)
+    n_samples: int = 0
 
 
 def top_tiles(
@@ -117,7 +120,13 @@ def top_tiles(
 
 
 def explained_nuclei(
-    data: SpatialData, gene: str | Sequence[str], *, method: str = "lime", by: str | None = None
+    data: SpatialData,
+    gene: str | Sequence[str],
+    *,
+    method: str = "lime",
+    by: str | None = None,
+    min_stability: float | None = contract.MIN_STABILITY,
+    min_r2: float | None = contract.MIN_R2,
 ) -> pd.DataFrame:
     """List explained nuclei with their scores, one row per nucleus and gene.
 
@@ -132,11 +141,15 @@ def explained_nuclei(
     by
         Column with a class. It is looked up in the explained nuclei (such as a cell type), then in the tiles' ``obs``
         (such as a pathologist's annotation).
+    min_stability, min_r2
+        Lowest stability and held-out R² of readable scores. `None`: no limit. Scores by other methods than LIME are
+        always readable.
 
     Returns
     -------
-    Columns ``tile``, ``nucleus``, ``gene``, ``score``, ``area_um2`` (``area_px`` where the resolution is unknown) and,
-    with `by`, ``class``. `stimage_sd.pl.explanation_scores` draws this table. Nuclei without a score are left out.
+    Columns ``tile``, ``nucleus``, ``gene``, ``score``, ``readable``, ``area_um2`` (``area_px`` where the resolution is
+    unknown) and, with `by`, ``class``. `stimage_sd.pl.explanation_scores` draws this table. Nuclei without a score are
+    left out.
 
     Raises
     ------
@@ -159,12 +172,14 @@ def explained_nuclei(
         if column not in frame:
             known = sorted(known_column for known_column in frame.columns if known_column.startswith(_PREFIXES))
             raise KeyError(f"No scores {column!r} among the explained nuclei's {known}.")
+        unstable = contract.unstable_tiles(sdata, name, method=method, min_stability=min_stability, min_r2=min_r2)
         part = pd.DataFrame(
             {
                 "tile": frame["tile"].to_numpy(),
                 "nucleus": frame["nucleus"].to_numpy(),
                 "gene": name,
                 "score": frame[column].to_numpy(dtype=np.float64),
+                "readable": ~frame["tile"].isin(list(unstable)).to_numpy(),
                 area: frame[area].to_numpy(dtype=np.float64),
             }
         )
@@ -175,9 +190,18 @@ def explained_nuclei(
 
 
 def compare_explanations(
-    data: SpatialData, first: str, second: str, *, method: str = "lime", by: str | None = None
+    data: SpatialData,
+    first: str,
+    second: str,
+    *,
+    method: str = "lime",
+    by: str | None = None,
+    min_stability: float | None = contract.MIN_STABILITY,
+    min_r2: float | None = contract.MIN_R2,
 ) -> pd.DataFrame:
     """Compare the nuclei that raise the prediction of two genes.
+
+    Only tiles whose scores are readable for both genes are compared.
 
     Parameters
     ----------
@@ -189,6 +213,8 @@ def compare_explanations(
         Method of the scores, ``"lime"`` or ``"saliency"``.
     by
         Column with a class, as in `explained_nuclei`.
+    min_stability, min_r2
+        Lowest stability and held-out R² of readable scores, as in `explained_nuclei`.
 
     Returns
     -------
@@ -201,6 +227,8 @@ def compare_explanations(
     ------
     KeyError
         If the section has no explanations, or none of these genes, or there is no such class column.
+    ValueError
+        If no tile has readable scores of both genes.
 
     Notes
     -----
@@ -212,11 +240,19 @@ def compare_explanations(
     >>> sti.tl.compare_explanations(section, "VEGFA", "CD52", by="annotation")  # doctest: +SKIP
     """
     sdata = contract.section(data)
-    frames = [
-        explained_nuclei(sdata, gene, method=method, by=by).set_index(["tile", "nucleus"]) for gene in (first, second)
+    every = [
+        explained_nuclei(sdata, gene, method=method, by=by, min_stability=min_stability, min_r2=min_r2)
+        for gene in (first, second)
     ]
+    frames = [frame[frame["readable"]].set_index(["tile", "nucleus"]) for frame in every]
     area = "area_um2" if "area_um2" in frames[0] else "area_px"
     both = frames[0].join(frames[1][["score"]], how="inner", rsuffix="_second")
+    if both.empty:
+        raise ValueError(
+            f"Expected a tile with readable scores of {first!r} and {second!r}, found none among "
+            f"{every[0]['tile'].nunique()}. Run `stimage_sd.tl.explain` on more tiles or with more `n_samples`, or "
+            "lower `min_stability` and `min_r2`."
+        )
     groups = [("all", both)]
     if by is not None:
         groups += [(str(name), group) for name, group in both.groupby("class", observed=True)]
@@ -341,5 +377,6 @@ def _table(sdata: SpatialData, results: Sequence[TileResult], genes: Sequence[st
         obsm={"spatial": contract.tile_geometry(sdata, chosen).centers},
     )
     table.obs["n_segments"] = [0 if result.segments is None else len(result.segments.names) for result in results]
+    table.obs["n_samples"] = [result.n_samples for result in results]
     table.obs["reason"] = ["no segment on the tile" if result.segments is None else "" for result in results]
     return table

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -108,12 +108,23 @@ class Segments:
         labels = self.raster.at(positions)
         place = np.searchsorted(self.numbers, labels).clip(max=len(self.numbers) - 1)
         seen = np.where(self.numbers[place] == labels, place, SURROUNDINGS)
+        # background counts as a segment only inside the tile
+        return np.where((labels > 0) | self._covers(positions), seen, SURROUNDINGS)
+
+    def background_at(self, positions: Positions) -> np.ndarray:
+        """Return whether each pixel of a field of view is background of the tile, ``bool (y, x)``."""
+        return (self.raster.at(positions) == 0) & self._covers(positions)
+
+    def without_background(self) -> Segments:
+        """Return the segments without the background, which is then never hidden."""
+        return replace(self, numbers=self.numbers[self.numbers > 0])
+
+    def _covers(self, positions: Positions) -> np.ndarray:
         x, y = (
             (values >= shown.min()) & (values <= shown.max())
             for values, shown in zip(positions, self.area.positions, strict=True)
         )
-        # background counts as a segment only inside the tile
-        return np.where((labels > 0) | (y[:, None] & x), seen, SURROUNDINGS)
+        return np.asarray(y[:, None] & x)
 
 
 def segment_tile(
@@ -224,9 +235,8 @@ def present(segments: np.ndarray) -> np.ndarray:
     return numbers[numbers >= 0]
 
 
-def background_color(pixels: np.ndarray, segments: Sequence[np.ndarray] | np.ndarray) -> tuple[int, int, int]:
-    """Return the mean color of the background (segment 0), or of all pixels without background."""
-    inside = np.asarray(segments) == 0
-    mean = pixels[inside].mean(axis=0) if inside.any() else pixels.reshape(-1, 3).mean(axis=0)
+def background_color(pixels: np.ndarray, background: np.ndarray) -> tuple[int, int, int]:
+    """Return the mean color of the background, or of all pixels if there is none."""
+    mean = pixels[background].mean(axis=0) if background.any() else pixels.reshape(-1, 3).mean(axis=0)
     red, green, blue = (int(value) for value in mean)
     return red, green, blue

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,14 +11,13 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import get_extractor
+from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._stand_ins import Embedded, Explainable, StandIns
 from stimage_sd.stream.driver import pixel_positions, run_over_tiles
 from stimage_sd.tl._explain.segments import Area, Positions
 
 #: tiles per read
 _READ = 16
-#: perturbed images per batch
-BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def open_tiles(
     if not isinstance(model, Explainable):
         raise TypeError(
             "Expected a model that predicts by a tile's embeddings (NBModel, CombinedModel, FinetunedModel, "
-            f"GeneClassifier), found {type(model).__name__}."
+            f"GeneClassifier), found {type(model).__name__}.{_instead(model)}"
         )
     stand_ins = model.stand_ins(sdata, section=section)
     table = contract.tiles(sdata)
@@ -153,6 +151,16 @@ def open_tiles(
     return OpenedTiles(sdata, stand_ins, networks, rows, ids[rows], centers)
 
 
+def _instead(model: object) -> str:
+    """Say how a model of nuclei or squares is explained."""
+    if not isinstance(model, InstanceModel):
+        return ""
+    return (
+        " This model gives the contribution of each nucleus or square itself. Run "
+        f'`stimage_sd.tl.predict(sdata, model, on="{model.on}")`.'
+    )
+
+
 def _extractor(stored: Embedded, given: Sequence[Extractor]) -> Extractor:
     if stored.extractor is not None:
         return stored.extractor
@@ -165,38 +173,6 @@ def _extractor(stored: Embedded, given: Sequence[Extractor]) -> Extractor:
             f"{expected[:8]}): pass `extractors=[stimage_sd.models.get_extractor({name!r}, weights=...)]`."
         )
     return extractor
-
-
-def embed_blocks(
-    extractor: Extractor, build: Callable[[int, int], np.ndarray], n_images: int, pool: Executor
-) -> np.ndarray:
-    """Build and embed images in batches, on all threads of a pool.
-
-    Parameters
-    ----------
-    extractor
-        The extractor.
-    build
-        Function that takes start and stop and returns these images, ``uint8 (n, y, x, 3)``.
-    n_images
-        Number of images.
-    pool
-        Thread pool.
-
-    Returns
-    -------
-    ``float32 (n_images, n_features)``. The result does not depend on the number of threads.
-    """
-
-    def embed(start: int) -> np.ndarray:
-        images = build(start, min(start + BLOCK, n_images))
-        if extractor.is_recordable:
-            return extractor(images)
-        # pad to a fixed batch size so JAX compiles the network once
-        filled = np.concatenate([images, np.repeat(images[-1:], BLOCK - len(images), axis=0)])
-        return extractor(filled)[: len(images)]
-
-    return np.concatenate(list(pool.map(embed, range(0, n_images, BLOCK))))
 
 
 def _as_they_are(tiles: np.ndarray) -> np.ndarray:
