@@ -94,9 +94,9 @@ def test_an_installation_and_a_home_that_cannot_be_written_are_no_obstacle(tmp_p
     (tmp_path / "temporary").mkdir()
     script = """
         from stimage_sd._cache import cache_dir
-        from stimage_sd.likelihood import mixture_moments
+        from stimage_sd.likelihood.predictive import _moments
         print(cache_dir())
-        print(mixture_moments._moments._cache.cache_path)
+        print(_moments._cache.cache_path)
     """
     environment = {"PATH": os.environ["PATH"], "HOME": "/dev/null", "PYTHONDONTWRITEBYTECODE": "1",
                    "PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path / "temporary")}  # fmt: skip

@@ -279,7 +279,7 @@ def test_predict_refuses(stores: Path, tmp_path: Path) -> None:
     assert "pass --overwrite" in refused("predict", test, "--model", model)
     assert "No zarr store at" in refused("predict", tmp_path / "no.zarr", "--model", model, "--out", out)
     assert "No model at" in refused("predict", test, "--model", tmp_path / "no.stimage", "--out", out)
-    assert "Expected the zarr store of a section" in refused("predict", model, "--model", model, "--out", out)
+    assert "Expected a complete image" in refused("predict", model, "--model", model, "--out", out)
     cut = tmp_path / "cut.stimage"
     cut.write_bytes(model.read_bytes()[:1000])
     assert "truncated" in refused("predict", test, "--model", cut, "--out", out)

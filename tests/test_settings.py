@@ -17,7 +17,7 @@ import stimage_sd as sti
 from stimage_sd import contract
 from stimage_sd._cache import cache_dir, caching_in
 from stimage_sd._progress import tqdm
-from stimage_sd.stats import _gene_blocks
+from stimage_sd.stats import spatial
 from stimage_sd.stream.driver import run_over_tiles
 
 PACKAGE = Path(sti.__file__).parent
@@ -40,7 +40,7 @@ def test_the_cache_folder_comes_before_the_variable_and_after_a_visitors(
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_threads_of_scores(n_jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gene_blocks, "FEW", 0)
+    monkeypatch.setattr(spatial, "FEW", 0)
     together = threading.Barrier(n_jobs)
     used = set()
 
@@ -49,7 +49,7 @@ def test_threads_of_scores(n_jobs: int, monkeypatch: pytest.MonkeyPatch) -> None
         used.add(threading.get_ident())
 
     with sti.settings.override(n_jobs=n_jobs):
-        _gene_blocks.each_block((10, 4), work, width=1)
+        spatial.each_block((10, 4), work, width=1)
     assert len(used) == n_jobs
     assert (threading.get_ident() in used) == (n_jobs == 1)
 

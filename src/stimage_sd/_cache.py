@@ -26,8 +26,6 @@ def cache_dir() -> Path:
 
     Everything in the folder can be deleted while no section that was read through it is in use.
 
-    Examples
-    --------
     >>> from stimage_sd._cache import cache_dir
     >>> cache_dir().is_absolute()
     True
@@ -116,8 +114,6 @@ def _processor() -> str:
 def caching_in(folder: Path) -> Iterator[None]:
     """Use another cache folder in this thread only, for instance one folder per visitor of the app.
 
-    Examples
-    --------
     >>> with caching_in(Path("mine")):
     ...     str(cache_dir())
     'mine'

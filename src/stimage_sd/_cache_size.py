@@ -24,14 +24,9 @@ _IN_USE = 24 * 3600.0
 class Entry:
     """A file or folder in the cache.
 
-    Attributes
-    ----------
-    path
-        Path of the file or folder.
-    size
-        Size, bytes.
-    used
-        Time of the last use, seconds since the epoch.
+    - `path`: path of the file or folder.
+    - `size`: size, bytes.
+    - `used`: time of the last use, seconds since the epoch.
     """
 
     path: Path

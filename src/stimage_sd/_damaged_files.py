@@ -23,25 +23,14 @@ _OF_THE_PATH = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirec
 def reading(path: str | Path, *, what: str) -> Iterator[None]:
     """Replace errors of a library that reads a file by a `ValueError` that names the file.
 
-    Parameters
-    ----------
-    path
-        The file to read.
-    what
-        The expected content, such as "a matrix of counts".
+    - `path`: the file to read.
+    - `what`: the expected content, such as "a matrix of counts".
 
-    Raises
-    ------
-    ValueError
-        If the library raises an error that does not name the file.
-
-    Examples
-    --------
     >>> with reading("a.csv", what="a number"):
     ...     float("x")
     Traceback (most recent call last):
     ValueError: Expected a number in a.csv, found a file that cannot be read (ValueError: could not convert string to \
-float: 'x'). It is truncated, damaged or something else: copy or export it again.
+    t: 'x'). It is truncated, damaged or something else: copy or export it again.
     """
     try:
         yield

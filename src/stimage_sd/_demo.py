@@ -14,15 +14,12 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract, datasets, io, pl, pp, tl
 from stimage_sd._files import replacing, scratch
+from stimage_sd._ready import BREAST_MARKERS, DEFAULT_EXTRACTOR
 from stimage_sd.models import NBModel
+from stimage_sd.pp._prepare import prepare_cohort
 
 #: files and folders that the demo writes
 PRODUCTS = ("test_section.zarr", "model.stimage", "scores.csv", "figures")
-#: breast cancer genes with predictions in the paper
-MARKERS = (
-    "COX6C", "TTLL12", "PABPC1", "GNAS", "HSP90AB1", "TFF3", "ATP1A1", "B2M", "FASN", "SPARC", "CD74", "CD63",
-    "CD24", "CD81",
-)  # fmt: skip
 HER2ST_TRAINING, HER2ST_TEST = ("C2", "C3", "C4"), "C5"
 #: sizes of the synthetic demo, which takes about 90 s on two cores
 N_SPOTS, N_GENES, N_TRAINING = 180, 100, 3
@@ -43,36 +40,26 @@ def run_demo(
 ) -> pd.DataFrame:
     """Train on three sections, predict and score a fourth, and write the results and figures.
 
-    Parameters
-    ----------
-    dataset
-        ``"synthetic"``: generated sections, which need no network. ``"her2st"``: sections C2, C3 and C4 of a breast
-        tumor for training, and C5 for testing.
-    out
-        Folder for `PRODUCTS`. They are moved there when all are complete.
-    overwrite
-        Whether existing products may be replaced.
-    say
-        Function that prints the current step.
-    n_spots, n_genes
-        Size of a synthetic section.
-    n_members, max_epochs
-        As in `stimage_sd.tl.fit_nb`.
-
-    Returns
-    -------
-    The scores, as from `stimage_sd.tl.evaluate`.
-
-    Raises
-    ------
-    FileExistsError
-        If products exist and must not be replaced, or if `out` is a file.
+    - `dataset`: ``"synthetic"``: generated sections, which need no network. ``"her2st"``: sections C2, C3 and C4 of a
+      breast tumor for training, and C5 for testing.
+    - `out`: folder for `PRODUCTS`. They are moved there when all are complete.
+    - `overwrite`: whether existing products may be replaced.
+    - `say`: function that prints the current step.
+    - `n_spots`, `n_genes`: size of a synthetic section.
+    - `n_members`, `max_epochs`: as in `stimage_sd.tl.fit_nb`.
+    - returns: the scores, as from `stimage_sd.tl.evaluate`.
     """
     _check_out(out, overwrite=overwrite)
     with scratch(out.parent, prefix=f".{out.name}") as work:
         training, test = _sections(dataset, work, say, n_spots=n_spots, n_genes=n_genes)
-        _prepare({**training, contract.sample(test): test}, say)
-        include = MARKERS if dataset == "her2st" else ()
+        prepare_cohort(
+            {**training, contract.sample(test): test},
+            extractor=DEFAULT_EXTRACTOR,
+            stain="vahadane",
+            weights=None,
+            say=say,
+        )
+        include = BREAST_MARKERS if dataset == "her2st" else ()
         genes = pp.select_genes(training, n_top=1000, include=include)
         say(f"training on {', '.join(training)}: {len(genes)} genes, {n_members} members")
         model = tl.fit_nb(training, genes=genes, n_members=n_members, max_epochs=max_epochs)
@@ -116,15 +103,6 @@ def _sections(
         made[name] = io.visium(run, image=run / "image.tif", sample=name, patient="synthetic")
     test = made.pop("test")
     return made, test
-
-
-def _prepare(cohort: dict[str, SpatialData], say: Say) -> None:
-    reference: Any = None
-    for name, sdata in cohort.items():
-        say(f"{name}: stain normalization, tiling, embedding")
-        reference = pp.stain_normalize(sdata, reference)
-        pp.tile(sdata)
-        pp.embed(sdata)
 
 
 def _write(work: Path, test: SpatialData, model: NBModel, scores: pd.DataFrame) -> None:

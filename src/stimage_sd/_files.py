@@ -44,14 +44,8 @@ def replacing(target: Path) -> Iterator[Path]:
 
     If the process is killed at any moment, the old or the new content is whole, and `restored` finds it.
 
-    Parameters
-    ----------
-    target
-        Final path of the file or folder. Links are followed.
-
-    Yields
-    ------
-    A path with the same name, in a new folder on the same file system. After an error, `target` is unchanged.
+    - `target`: final path of the file or folder. Links are followed.
+    - yields: a path with the same name, in a new folder on the same file system. After an error, `target` is unchanged.
     """
     target = Path(os.path.realpath(restored(target)))
     with scratch(target.parent, prefix=f".{target.name}") as folder:
@@ -65,21 +59,9 @@ def resuming(target: Path, key: str) -> Iterator[Path]:
 
     The next run of the same `key` finds it there. After an error it is deleted, as by `replacing`.
 
-    Parameters
-    ----------
-    target
-        Final path of the folder.
-    key
-        Identifies what is written. Remains of other keys are deleted.
-
-    Yields
-    ------
-    A path in a hidden folder beside the target. It exists already if an earlier run was interrupted.
-
-    Raises
-    ------
-    RuntimeError
-        If another process writes the same.
+    - `target`: final path of the folder.
+    - `key`: identifies what is written. Remains of other keys are deleted.
+    - yields: a path in a hidden folder beside the target. It exists already if an earlier run was interrupted.
     """
     target = Path(os.path.realpath(restored(target)))
     begun = target.with_name(f".{target.name}{RESUMABLE}{key}")

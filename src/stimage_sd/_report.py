@@ -26,16 +26,9 @@ SCORES = {
 def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
     """Summarize the scores of `stimage_sd.tl.evaluate`: means over genes, one column per section.
 
-    Parameters
-    ----------
-    scores
-        One row per section and gene.
-    n_best
-        Number of genes to name, by highest Pearson correlation.
-
-    Returns
-    -------
-    Lines of text.
+    - `scores`: one row per section and gene.
+    - `n_best`: number of genes to name, by highest Pearson correlation.
+    - returns: lines of text.
     """
     columns = {}
     for section, part in scores.groupby("section", sort=False):
@@ -55,16 +48,9 @@ def score_report(scores: pd.DataFrame, *, n_best: int = 5) -> str:
 def section_report(sdata: SpatialData, path: Path) -> str:
     """Describe the content and history of a section, and name the next command.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    path
-        Store of the section, for the next command.
-
-    Returns
-    -------
-    Lines of text.
+    - `sdata`: the section.
+    - `path`: store of the section, for the next command.
+    - returns: lines of text.
     """
     section = contract.info(sdata)
     lines = [
@@ -80,6 +66,10 @@ def section_report(sdata: SpatialData, path: Path) -> str:
         how = table.uns["prediction"]
         trained = ", ".join(map(str, how["trained_on"]))
         lines.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
+        if "predictable" in table.var:
+            lines.append(f"predictable  {int(table.var['predictable'].sum())} genes, by the model's certificate")
+        outside = int((table.obs["ood_score"] > 1).sum())
+        lines.append(f"unlike       {outside} of {table.n_obs} tiles are unlike the training tiles")
         if "pearson" in table.var:
             lines.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
     for index, entry in enumerate(section["history"]):
@@ -127,14 +117,8 @@ def _next(sdata: SpatialData, path: Path) -> str:
 def model_report(model: NBModel | InstanceModel) -> str:
     """Describe what a model predicts, its inputs, and its training.
 
-    Parameters
-    ----------
-    model
-        A fitted model.
-
-    Returns
-    -------
-    Lines of text.
+    - `model`: a fitted model.
+    - returns: lines of text.
     """
     tiles, training = model.tiles, model.training
     size = f"{tiles.size_um:.4g} µm" if tiles.size_um is not None else f"{tiles.side_px:.0f} px"
@@ -157,9 +141,18 @@ def model_report(model: NBModel | InstanceModel) -> str:
     if "metrics" in training:
         losses = training["metrics"]["validation_nll"]
         lines.append(f"validation   NLL per count {sum(losses) / len(losses):.4f}, mean over members")
+    lines += _certificate(model)
     if "versions" in training:
         lines.append("versions     " + ", ".join(f"{name} {text}" for name, text in training["versions"].items()))
     return "\n".join([*lines, "next         stimage-sd predict SECTION.zarr --model MODEL --out NEW.zarr"])
+
+
+def _certificate(model: NBModel | InstanceModel) -> list[str]:
+    """Say what the certificate says, or that there is none."""
+    if model.certificate is None:
+        return ["certificate  none: stimage_sd.tl.certify(new_sections, model) in Python"]
+    tested = ", ".join(model.certificate.sections["section"])
+    return [f"certificate  on {tested}: {str(model.certificate).removeprefix('Certificate: ')}"]
 
 
 def _instances(model: NBModel | InstanceModel) -> list[str]:

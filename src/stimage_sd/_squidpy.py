@@ -16,22 +16,12 @@ THUMBNAIL = 1000
 def spatial_uns(sdata: SpatialData, *, spot_diameter_px: float, image_key: str | None = None) -> dict[str, Any]:
     """Build ``uns["spatial"]`` of a table for `squidpy.pl.spatial_scatter`.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    spot_diameter_px
-        Drawn diameter of an observation, pixels of the image at full resolution.
-    image_key
-        The image whose pixels the table's positions are in. The section's H&E by default.
+    - `sdata`: the section.
+    - `spot_diameter_px`: drawn diameter of an observation, pixels of the image at full resolution.
+    - `image_key`: the image whose pixels the table's positions are in. The section's H&E by default.
+    - returns: the section's sample id, mapped to ``images`` (``hires``: ``uint8 (y, x, 3)``, at most 1,000 px per side)
+      and ``scalefactors`` (``tissue_hires_scalef``, ``spot_diameter_fullres``).
 
-    Returns
-    -------
-    The section's sample id, mapped to ``images`` (``hires``: ``uint8 (y, x, 3)``, at most 1,000 px per
-    side) and ``scalefactors`` (``tissue_hires_scalef``, ``spot_diameter_fullres``).
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from spatialdata import SpatialData
     >>> from stimage_sd import contract
@@ -57,10 +47,7 @@ def spatial_uns(sdata: SpatialData, *, spot_diameter_px: float, image_key: str |
 def attach_spatial(sdata: SpatialData) -> None:
     """Fill a missing ``uns["spatial"]`` in the tables of measured units that are placed on the H&E.
 
-    Parameters
-    ----------
-    sdata
-        The section. A section without an H&E is not changed.
+    - `sdata`: the section. A section without an H&E is not changed.
     """
     if contract.info(sdata)["image"] is None:
         return

@@ -33,24 +33,9 @@ def check_section(path: Path) -> None:
 def read_section(path: Path) -> SpatialData:
     """Read a section lazily from its zarr store.
 
-    Parameters
-    ----------
-    path
-        The store's folder.
+    - `path`: the store's folder.
+    - returns: the section.
 
-    Returns
-    -------
-    The section.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the path does not exist.
-    ValueError
-        If the path is not a store of `spatialdata`, or is damaged.
-
-    Examples
-    --------
     >>> read_section(Path("no-such.zarr"))
     Traceback (most recent call last):
     FileNotFoundError: No zarr store at no-such.zarr.
@@ -79,12 +64,8 @@ def _is_spatialdata(path: Path) -> bool:
 def check_free(target: Path, *, overwrite: bool) -> None:
     """Raise `FileExistsError` if a path holds something that must not be replaced.
 
-    Parameters
-    ----------
-    target
-        The path to write to.
-    overwrite
-        Whether an existing file, zarr store or model may be replaced. Other folders are never replaced.
+    - `target`: the path to write to.
+    - `overwrite`: whether an existing file, zarr store or model may be replaced. Other folders are never replaced.
     """
     if not restored(target).exists():
         return
@@ -98,16 +79,9 @@ def check_free(target: Path, *, overwrite: bool) -> None:
 def staged(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """Yield a path to write to, as `_files.replacing`, after a check that `target` may be replaced.
 
-    Parameters
-    ----------
-    target
-        Final path of the file or folder.
-    overwrite
-        Whether existing content may be replaced.
-
-    Yields
-    ------
-    A path with the name of `target`, in a new folder on the same file system.
+    - `target`: final path of the file or folder.
+    - `overwrite`: whether existing content may be replaced.
+    - yields: a path with the name of `target`, in a new folder on the same file system.
     """
     check_free(target, overwrite=overwrite)
     with replacing(target) as path:
@@ -120,18 +94,12 @@ def write_changed(sdata: SpatialData, *, source: Path, target: Path, changed: It
     The store is copied file by file, without decoding. The changed elements and the attributes are written into the
     copy. The complete copy is then moved to `target`.
 
-    Parameters
-    ----------
-    sdata
-        The section, read from `source`.
-    source
-        Store of the section.
-    target
-        Path of the new store, which may be `source`.
-    changed
-        Names of the elements to write. Names that the section lacks are deleted. Other elements stay as in the store.
-    overwrite
-        Whether a store at `target` may be replaced.
+    - `sdata`: the section, read from `source`.
+    - `source`: store of the section.
+    - `target`: path of the new store, which may be `source`.
+    - `changed`: names of the elements to write. Names that the section lacks are deleted. Other elements stay as in the
+      store.
+    - `overwrite`: whether a store at `target` may be replaced.
     """
     with staged(target, overwrite=overwrite) as path:
         shutil.copytree(source, path)

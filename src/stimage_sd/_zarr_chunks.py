@@ -61,14 +61,9 @@ class ChunkReader:
     Whole chunks of bytes are read from their files, and all other selections through zarr. zarr reads an array that was
     moved, or that a worker does not see, as zeros. This reader raises an error.
 
-    Attributes
-    ----------
-    array
-        The array.
-    folder
-        Folder of the array.
-    compression
-        Name of the chunks' codec. `None` if the chunks can only be read through zarr.
+    - `array`: the array.
+    - `folder`: folder of the array.
+    - `compression`: name of the chunks' codec. `None` if the chunks can only be read through zarr.
     """
 
     array: zarr.Array

@@ -32,6 +32,10 @@ app = typer.Typer(
 )
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
+Model = Annotated[
+    Path,
+    typer.Option(metavar="MODEL", help="A saved model, or the name of a ready model (see `stimage-sd ready`)."),
+]
 Weights = Annotated[Path | None, typer.Option(help="Weights file of the extractor, if it is not found automatically.")]
 
 
@@ -103,8 +107,8 @@ def train(
     not changed.
     """
     from stimage_sd import pp, tl
-    from stimage_sd._steps import prepare_cohort
     from stimage_sd._store import check_free, read_section
+    from stimage_sd.pp._prepare import prepare_cohort
 
     if genes is not None and (n_top is not None or include is not None):
         raise ValueError("--genes is the whole list of genes. Pass either --genes, or --n-top and --include.")
@@ -134,27 +138,42 @@ def train(
 
 @app.command()
 def predict(
-    section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store of a section. Counts are not needed.")],
-    model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
+    section: Annotated[
+        Path, typer.Argument(metavar="ZARR|SLIDE", help="Zarr store of a section, or an image or whole slide.")
+    ],
+    model: Model,
     on: Annotated[On, typer.Option(help="What to predict; nuclei and grid need a model of these.")] = On.tiles,
-    out: Annotated[Path | None, typer.Option(help="Zarr store to write. By default ZARR itself.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Zarr store to write, by default ZARR itself. For a slide, a folder for store and report."),
+    ] = None,
+    mpp: Annotated[
+        float | None, typer.Option(help="Micrometers per pixel of an image that does not state them.")
+    ] = None,
     weights: Weights = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Predict genes with their uncertainty.
 
+    A slide needs --out: a folder for the section (section.zarr) and a report (report.html).
+
     Missing steps are run with the model's settings. A store is never changed in place. It is copied, tiles and
     predictions are written into the copy, and the complete copy is moved to --out. With --overwrite and without --out,
     the copy replaces ZARR. The stain-normalized image is not stored, as it is quick to compute again.
     """
-    from stimage_sd import contract, models, tl
-    from stimage_sd._steps import prepare_for_model
-    from stimage_sd._store import check_free, read_section, write_changed
+    from stimage_sd import contract, tl
+    from stimage_sd._store import check_free, is_store, read_section, write_changed
+    from stimage_sd.models._resolve import as_model
+    from stimage_sd.pp._prepare import prepare_for_model
 
+    if section.is_file() or (section.is_dir() and not is_store(section) and section.suffix != ".zarr"):
+        return _predict_slide(section, model, out=out, mpp=mpp, weights=weights, overwrite=overwrite)
+    if mpp is not None:
+        raise ValueError("--mpp is for images and slides. A section states its resolution.")
     target = section if out is None else out
     if section.exists():
         check_free(target, overwrite=overwrite)
-    fitted = models.load(model)
+    fitted: Any = as_model(model)
     sdata = read_section(section)
     on_disk = set(sdata.images)
     changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
@@ -198,7 +217,7 @@ def evaluate(
 @app.command()
 def explain(
     section: Annotated[Path, typer.Argument(metavar="ZARR", help="Zarr store of a section with nuclei.")],
-    model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
+    model: Model,
     gene: Annotated[list[str], typer.Option(help="Gene to explain. Repeat the option for several genes.")],
     tile: Annotated[
         list[int] | None,
@@ -219,15 +238,16 @@ def explain(
     Missing steps are run with the model's settings. The store is written in the same way as by predict.
     """
     from stimage_sd import contract, models, pl, tl
-    from stimage_sd._steps import normalize_for_model, prepare_for_model
     from stimage_sd._store import check_free, read_section, staged, write_changed
+    from stimage_sd.models._resolve import as_model
+    from stimage_sd.pp._prepare import normalize_for_model, prepare_for_model
 
     target = section if out is None else out
     if section.exists():
         check_free(target, overwrite=overwrite)
     if figure is not None:
         check_free(figure, overwrite=overwrite)
-    fitted = models.load(model)
+    fitted: Any = as_model(model)
     sdata = read_section(section)
     on_disk = set(sdata.images)
     changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
@@ -267,7 +287,7 @@ def cohort(
     slides: Annotated[
         Path, typer.Argument(help="CSV table of slides with column path, and optionally slide, patient, mpp.")
     ],
-    model: Annotated[Path, typer.Option(help="Model, as train saved it.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the results. The same command resumes an interrupted run.")],
     weights: Weights = None,
     quality: Annotated[bool, typer.Option(help="Leave out slides of poor quality.")] = True,
@@ -276,15 +296,16 @@ def cohort(
     """Predict a cohort of whole slides, with one row and one status per slide."""
     import pandas as pd
 
-    from stimage_sd import models, tl
+    from stimage_sd import tl
     from stimage_sd.io._text import open_text, punctuation
+    from stimage_sd.models._resolve import as_model
 
     if not slides.is_file():
         raise FileNotFoundError(f"No table of slides at {slides}.")
     with reading(slides, what="a CSV table of slides"), open_text(slides) as lines:
         marks = punctuation(lines, ",")
         table = pd.read_csv(lines, **marks, dtype={"slide": str, "patient": str, "path": str})
-    predictions = tl.predict_cohort(table, models.load(model), out=out, quality=quality, stores=stores, weights=weights)
+    predictions = tl.predict_cohort(table, as_model(model), out=out, quality=quality, stores=stores, weights=weights)
     report = predictions.uns["slides"]
     for name, row in report[report["status"] != "predicted"].iterrows():
         typer.echo(f"{name}: {row['status']}: {row['reason']}", err=True)
@@ -340,11 +361,24 @@ def cache(
 
 
 @app.command()
-def info(path: Annotated[Path, typer.Argument(help="Zarr store of a section, or a model.")]) -> None:
+def ready() -> None:
+    """List the ready models, which predict, explain, cohort and app take by name."""
+    from stimage_sd import models
+
+    for row in models.pretrained().itertuples():
+        cost = "in the cache" if row.path else f"first use: {row.minutes} min, {row.download_mb} MB"
+        typer.echo(f"{row.name:<16} {row.tissue}; {row.platform}; {cost}")
+
+
+@app.command()
+def info(
+    path: Annotated[Path, typer.Argument(help="Zarr store of a section, a model, or the name of a ready model.")],
+) -> None:
     """Describe a model, or the content, history and next command of a section."""
     from stimage_sd._store import is_store, read_section
+    from stimage_sd.models._ready import is_ready
 
-    if not path.exists():
+    if not path.exists() and not is_ready(path):
         raise FileNotFoundError(f"Nothing at {path}. Expected the zarr store of a section, or a model.")
     if is_store(path):
         from stimage_sd._report import section_report
@@ -353,10 +387,25 @@ def info(path: Annotated[Path, typer.Argument(help="Zarr store of a section, or 
         return
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{path} is neither the zarr store of a section nor a model.")
-    from stimage_sd import models
     from stimage_sd._report import model_report
+    from stimage_sd.models._resolve import as_model
 
-    typer.echo(model_report(models.load(path)))
+    typer.echo(model_report(as_model(path)))
+
+
+def _predict_slide(
+    slide: Path, model: Path, *, out: Path | None, mpp: float | None, weights: Path | None, overwrite: bool
+) -> None:
+    from stimage_sd import io
+    from stimage_sd._slide_report import predict_and_report
+    from stimage_sd._store import check_free
+    from stimage_sd.models._resolve import as_model
+
+    if out is None:
+        raise ValueError(f"{slide} is an image. Pass --out FOLDER for its store and report.")
+    check_free(out, overwrite=overwrite)
+    sdata = io.slide(slide, mpp=mpp)
+    typer.echo(predict_and_report(sdata, as_model(model), out, weights=weights, overwrite=overwrite, say=_say))
 
 
 def _read_genes(path: Path) -> list[str]:

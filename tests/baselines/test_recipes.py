@@ -13,9 +13,9 @@ from sklearn.preprocessing import StandardScaler
 
 from stimage_sd import baselines
 from stimage_sd.baselines import MeanOnly, NearestTiles, Retrieval, Ridge
+from stimage_sd.likelihood.dispersion import fit_dispersion, interval_level
 from stimage_sd.likelihood.mean_only import fit_mean_only
 from stimage_sd.models import Recipe, SectionData, TrainingSection
-from stimage_sd.models._dispersion import fit_dispersion, interval_level
 from stimage_sd.models._recipe import folds, recipes
 from stimage_sd.stats.spatial import pearson
 

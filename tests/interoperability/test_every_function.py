@@ -60,7 +60,10 @@ ELSEWHERE = {
         ("tl.bulk_correlation", "tl.cox_screen", "tl.drug_response", "tl.risk_groups"), "takes a table of slides"
     ),
     "tl.enrichment": "takes names of genes",
-    **dict.fromkeys(("pl.confusion", "pl.explanation_scores", "pl.scores", "pl.survival"), "draws a table of scores"),
+    **dict.fromkeys(
+        ("pl.cell_scores", "pl.confusion", "pl.enrichment", "pl.explanation_scores", "pl.scores", "pl.survival"),
+        "draws a table of scores",
+    ),
     "pl.roc": "draws what `tl.drug_response` returns",
     "pl.training": "draws a model's history",
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import shutil
+import sys
 from pathlib import Path
 
 import dask.array as da
@@ -304,6 +305,12 @@ def test_every_file_in_turn(run: Path, name: str, harm: str) -> None:
     expected = FileNotFoundError if harm == "missing" else ValueError
     with pytest.raises(expected, match=name.replace(".", r"\.")):
         read(run, "cells.fcs" if name == "cells.fcs" else "cells.csv")
+
+
+def test_fcs_without_its_packages_says_which_extra(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "readfcs", None)
+    with pytest.raises(ModuleNotFoundError, match=r'readfcs.*pip install "stimage-sd\[codex\]"'):
+        read(run, "cells.fcs")
 
 
 def test_truncation_anywhere_is_noticed_in_fcs(run: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from stimage_sd.likelihood.mixture_moments import mixture_moments
+from stimage_sd.likelihood.predictive import mixture_moments
 
 
 @pytest.mark.parametrize("shape", [(1,), (6, 7), (130, 257)])

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stimage_sd.likelihood import predictive, shifts
-from stimage_sd.likelihood.mixture_moments import MixtureMoments
-from stimage_sd.pl._calibration import pit_histogram
+from stimage_sd.likelihood.pit import pit_histogram
+from stimage_sd.likelihood.predictive import MixtureMoments
+from stimage_sd.tl._fit.held_out_level import HeldOutSums, learn_shifts, prior_sd, spot_sd
 
 SD = st.floats(0.0, 1.2)
 MEAN = st.floats(1e-3, 200.0)
@@ -114,7 +115,7 @@ def test_a_distribution_moves_with_depth_as_thinned_counts_do(exposure: float) -
 
 def simulated(
     n_patients: int, n_sections: int, between: np.ndarray, within: float, *, seed: int = 0
-) -> tuple[shifts.HeldOutSums, list[str]]:
+) -> tuple[HeldOutSums, list[str]]:
     """Sums over held-out sections whose genes are shifted by patient and by section."""
     random = np.random.default_rng(seed)
     patients = np.repeat(np.arange(n_patients), n_sections)
@@ -123,12 +124,12 @@ def simulated(
     expected = np.tile(random.uniform(200, 5000, len(between)), (len(patients), 1))
     variance = 3 * expected
     counts = np.maximum(random.normal(expected * np.exp(shift), np.sqrt(variance)), 0)
-    return shifts.HeldOutSums(counts, expected, variance), [f"p{patient}" for patient in patients]
+    return HeldOutSums(counts, expected, variance), [f"p{patient}" for patient in patients]
 
 
 def test_variances_of_genes_are_learned_from_many_patients() -> None:
     between = np.repeat([0.1, 0.4, 0.9], 200)
-    section, patient = shifts.learn_shifts(*simulated(30, 3, between, 0.2))
+    section, patient = learn_shifts(*simulated(30, 3, between, 0.2))
     for value in (0.4, 0.9):
         expected = np.sqrt(value**2 + 0.2**2 / 3)
         assert np.sqrt((patient[between == value] ** 2).mean()) == pytest.approx(expected, rel=0.15)
@@ -139,24 +140,24 @@ def test_variances_of_genes_are_learned_from_many_patients() -> None:
 
 def test_few_patients_are_shrunk_towards_each_other_and_the_prior() -> None:
     between = np.repeat([0.1, 0.9], 300)
-    _, few = shifts.learn_shifts(*simulated(2, 3, between, 0.1))
-    _, many = shifts.learn_shifts(*simulated(40, 3, between, 0.1))
+    _, few = learn_shifts(*simulated(2, 3, between, 0.1))
+    _, many = learn_shifts(*simulated(40, 3, between, 0.1))
     assert few.std() < many.std()
     # without patients' shifts at all, the prior still holds a part
-    _, none = shifts.learn_shifts(*simulated(2, 3, np.zeros(300), 0.1))
+    _, none = learn_shifts(*simulated(2, 3, np.zeros(300), 0.1))
     assert 0.2 < np.median(none) < shifts.PATIENT.sd
 
 
 def test_one_patient_leaves_the_prior_to_another() -> None:
     sums, patients = simulated(1, 4, np.zeros(300), 0.17)
-    section, patient = shifts.learn_shifts(sums, patients)
-    assert np.unique(patient) == pytest.approx(shifts.prior_sd(1, 4)[1])
+    section, patient = learn_shifts(sums, patients)
+    assert np.unique(patient) == pytest.approx(prior_sd(1, 4)[1])
     assert np.median(section) == pytest.approx(0.17, rel=0.2)
-    same, other = shifts.learn_shifts(sums, None)
+    same, other = learn_shifts(sums, None)
     np.testing.assert_array_equal(np.stack([same, other]), np.stack([section, patient]))
     # a part of one section is no other section
-    alone = shifts.HeldOutSums(*(part[:1] for part in sums))
-    np.testing.assert_allclose(shifts.learn_shifts(alone, ["p0"])[0], shifts.prior_sd(1, 1)[0], rtol=1e-6)
+    alone = HeldOutSums(*(part[:1] for part in sums))
+    np.testing.assert_allclose(learn_shifts(alone, ["p0"])[0], prior_sd(1, 1)[0], rtol=1e-6)
 
 
 def test_the_row_is_that_of_the_patient() -> None:
@@ -197,17 +198,17 @@ def test_the_common_factor_of_a_spot_is_recovered() -> None:
     sections = np.repeat(["a", "b", "c"], 400)
     expected = random.uniform(500, 2000, 1200) * np.repeat([1.0, 0.5, 2.0], 400)  # exposures differ
     seen = random.poisson(expected * np.exp(0.4 * random.normal(size=1200)) * np.repeat([1.0, 3.0, 1.0], 400))
-    totals = shifts.HeldOutSums(seen, expected, expected)
-    assert shifts.spot_sd(totals, sections) == pytest.approx(0.4, rel=0.06)
-    exact = shifts.HeldOutSums(random.poisson(expected), expected, expected)
-    assert shifts.spot_sd(exact, sections) < 0.03
+    totals = HeldOutSums(seen, expected, expected)
+    assert spot_sd(totals, sections) == pytest.approx(0.4, rel=0.06)
+    exact = HeldOutSums(random.poisson(expected), expected, expected)
+    assert spot_sd(exact, sections) < 0.03
 
 
 def test_genes_without_counts_do_not_hide_the_shifts_of_others() -> None:
     sums, patients = simulated(12, 2, np.full(300, 0.6), 0.1)
-    few = shifts.HeldOutSums(*(np.concatenate([part, part[:, :60] / 5000], axis=1) for part in sums))
+    few = HeldOutSums(*(np.concatenate([part, part[:, :60] / 5000], axis=1) for part in sums))
     few.counts[:, 300:] = np.round(few.counts[:, 300:])
-    _, patient = shifts.learn_shifts(few, patients)
+    _, patient = learn_shifts(few, patients)
     assert np.median(patient[:300]) == pytest.approx(0.6, rel=0.15)
     # what counting hides is taken from the other genes
     assert np.median(patient[300:]) == pytest.approx(0.6, rel=0.25)

@@ -12,8 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
 
 from stimage_sd import contract, models, pp
-from stimage_sd.models._features import LEAST_TILES, FeatureSpace
-from stimage_sd.models._strangeness import distances, shrunk_covariance
+from stimage_sd.models._features import LEAST_TILES, FeatureSpace, distances, shrunk_covariance
 
 
 def embeddings(n_tiles: int, *, seed: int = 0, n_features: int = 20, shift: float = 0.0) -> np.ndarray:

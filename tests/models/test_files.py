@@ -185,7 +185,7 @@ def changed_config(model: NBModel, path: Path, **change: object) -> Path:
         ({"format_version": FORMAT_VERSION + 1}, rf"version {FORMAT_VERSION + 1}; this package reads up to .*upgrade"),
         ({"format_version": ...}, "config without a format version"),
         ({"format_version": "1"}, "config without a format version"),
-        ({"kind": "forest"}, r"kind 'forest'; this version knows \['adapted', .*, 'nb'\]. Update"),
+        ({"kind": "forest"}, r"kind 'forest'; this version knows \['adapted', .*, 'wrapped'\]. Update"),
         ({"genes": ["ERBB2", "CD4"]}, "damaged"),
         ({"genes": ...}, "damaged: 'genes'"),
         ({"head": "dispersion"}, "damaged"),
@@ -241,7 +241,7 @@ def test_arrays_that_are_not_finite_are_neither_saved_nor_loaded(model: NBModel,
     assert list(tmp_path.iterdir()) == []
     # a file of version 1 may hold them
     path = changed_config(model, tmp_path / "m.stimage")
-    arrays = {**model.parts()[1], "head.weight": weight}
+    arrays = {**model.to_parts()[1], "head.weight": weight}
     with pytest.raises(ValueError, match=rf"m\.stimage is damaged: {match}"):
         models.load(rewritten(path, model_safetensors=save(arrays)))
 

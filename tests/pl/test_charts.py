@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from scipy import stats
 
 from stimage_sd import contract, pl, tl
-from stimage_sd.pl._calibration import KEPT, LEVELS, coverage, cumulative
+from stimage_sd.likelihood.pit import coverage, cumulative
+from stimage_sd.pl._calibration import KEPT, LEVELS
 
 
 def line(ax: plt.Axes, label: str) -> np.ndarray:
@@ -96,6 +97,20 @@ def test_training_shows_all_but_an_early_spike(result) -> None:
     low, high = ax.get_ylim()
     assert low < 1.0
     assert 2.2 < high < 4.0
+
+
+def test_the_mean_loss_does_not_jump_where_a_member_stops(result) -> None:
+    # the member that stops first is far better
+    history = {
+        "epoch": [1, 2, 3, 1, 2, 3, 4, 5],
+        "member": [0, 0, 0, 1, 1, 1, 1, 1],
+        "training_nll": [1.0, 0.8, 0.6, 3.0, 2.8, 2.6, 2.4, 2.2],
+        "validation_nll": [1.1, 0.9, 0.7, 3.1, 2.9, 2.7, 2.5, 2.3],
+    }
+    ax = pl.training(replace(result.model, training={"history": history}))
+    np.testing.assert_allclose(line(ax, "training, mean")[:, 1], [2.0, 1.8, 1.6, 1.5, 1.4])
+    np.testing.assert_allclose(line(ax, "validation, mean")[:, 1], [2.1, 1.9, 1.7, 1.6, 1.5])
+    assert ax.get_title() == "2 members, 12 genes, head 'paper'"
 
 
 def test_training_of_a_model_without_history(result) -> None:

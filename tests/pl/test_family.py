@@ -13,16 +13,24 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from stimage_sd import contract, pl
+from stimage_sd import contract, pl, tl
 
 CONFUSION = pd.DataFrame({"truth": list("aabb"), "predicted": list("abab"), "n": [8, 2, 1, 9]})
 SURVIVAL = pd.DataFrame({"time": [5, 8, 9, 2, 3, 4], "event": 1, "risk_group": ["low"] * 3 + ["high"] * 3})
 NUCLEI = pd.DataFrame({"gene": "A", "score": np.linspace(-1, 1, 30), "area_px": np.arange(30.0)})
+SETS = pd.DataFrame({"gene_set": ["a", "b"], "n_overlap": [3, 2], "n_set": [4, 9], "p_value": [1e-4, 0.1],
+                     "q_value": [2e-4, 0.1]})  # fmt: skip
+CELLS = tl.CellScores(
+    pd.DataFrame({"section": "x", "f1": 0.6, "dice": 0.7, "panoptic_quality": 0.5, "accuracy": 0.8, "mean_f1": 0.4,
+                  "mean_iou": 0.3}, index=[0]),
+    pd.DataFrame({"section": list("xxyy"), "cell_type": ["immune", "stromal"] * 2, "f1": [0.9, 0.5, 0.7, 0.3]}),
+    CONFUSION,
+)  # fmt: skip
 
 
 PICTURES = [
     "tiles", "prediction", "uncertainty", "calibration", "latent", "scores", "training", "confusion", "survival",
-    "explanation_scores",
+    "explanation_scores", "enrichment", "cell_scores",
 ]  # fmt: skip
 
 
@@ -39,6 +47,8 @@ def draw(request: pytest.FixtureRequest, result: Any) -> Callable[..., Any]:
         "training": lambda **options: pl.training(result.model, **options),
         "confusion": lambda **options: pl.confusion(CONFUSION, **options),
         "survival": lambda **options: pl.survival(SURVIVAL, **options),
+        "enrichment": lambda **options: pl.enrichment(SETS, **options),
+        "cell_scores": lambda **options: pl.cell_scores(CELLS, **options),
         "explanation_scores": lambda **options: pl.explanation_scores(NUCLEI, **options),
     }[request.param]
 
@@ -182,9 +192,46 @@ def test_zoom_shows_a_part(result: Any) -> None:
         pl.prediction(result.section, "G0", zoom=(9000, 0, 9100, 100))
 
 
-def test_a_map_takes_one_section_and_says_so(result: Any) -> None:
-    assert len(pl.prediction({"only": result.section}, "G0")) == 2
-    with pytest.raises(ValueError, match=r"Expected one section, found a cohort of 2: \['a', 'b'\]. Pass one of them"):
-        pl.prediction({"a": result.section, "b": result.section}, "G0")
+def test_several_regions_are_windows_beside_the_whole_map(result: Any) -> None:
+    boxes = {"left": (60, 80, 160, 180), "right": (260, 80, 360, 180)}
+    prediction = pl.prediction(result.section, "G0", zoom=boxes)
+    whole = pl.prediction(result.section, "G0")
+    assert prediction.shape == (2, 3)
+    assert pl.prediction(result.section, ["G0", "G1"], zoom=boxes).shape == (2, 2, 3)
+    assert pl.uncertainty(result.section, "G0", zoom=boxes).shape == (4, 3)
+    for axes in (*prediction, pl.tiles(result.section, zoom=boxes)):
+        overview, *windows = axes
+        assert overview.get_xlim() == whole[0].get_xlim()
+        outlines = [patch.get_bbox().extents.tolist() for patch in overview.patches]
+        assert outlines == [list(box) for box in boxes.values()]
+        for window, (name, (left, top, right, bottom)) in zip(windows, boxes.items(), strict=True):
+            assert (window.get_xlim(), window.get_ylim()) == ((left, right), (bottom, top))
+            assert window.get_title() == name
+            # a value has one color in the map and in its windows
+            assert window.collections[0].norm.vmax == overview.collections[0].norm.vmax
+    assert [panel.get_title() for panel in pl.tiles(result.section, zoom=[(60, 80, 160, 180)])][1:] == ["1"]
+    with pytest.raises(ValueError, match="at least one region, found none"):
+        pl.tiles(result.section, zoom=[])
+    with pytest.raises(ValueError, match=r"Expected `zoom` as left, top, right, bottom .* found \(1, 2, 3\)"):
+        pl.tiles(result.section, zoom=[(1, 2, 3)])
+
+
+def test_maps_of_a_cohort_have_one_entry_per_section(result: Any) -> None:
+    cohort = {"a": result.section, "b": result.section}
+    axes = pl.prediction(cohort, "G0")
+    assert axes.shape == (2, 2)
+    assert [panel.get_title().split(" (")[0] for panel in axes[1]] == ["b: G0, observed", "b: G0, predicted"]
+    assert pl.prediction(cohort, ["G0", "G1"]).shape == (2, 2, 2)
+    assert pl.prediction({"only": result.section}, "G0").shape == (1, 2)
+    assert pl.uncertainty(cohort, ["G0"]).shape == (2, 1, 4)
+    assert pl.tiles(cohort).shape == (2,)
+    assert pl.tiles(cohort, ["keep", "tissue_fraction"]).shape == (2, 2)
+    for draw in (lambda: pl.prediction(cohort, "G0", zoom=(0, 0, 90, 90)), lambda: pl.tiles(cohort, zoom=(0, 0, 9, 9))):
+        with pytest.raises(ValueError, match=r"regions of one section, found a cohort of 2: \['a', 'b'\]"):
+            draw()
+    with pytest.raises(ValueError, match="`n_examples` shows tiles of one map"):
+        pl.tiles(cohort, n_examples=2)
     with pytest.raises(TypeError, match="Expected a SpatialData section"):
         pl.tiles(result.scores)
+    with pytest.raises(ValueError, match=r"Expected one section, found a cohort of 2: \['a', 'b'\]. Pass one of them"):
+        pl.calibration(cohort)

@@ -55,7 +55,7 @@ def test_observed_counts_clusters_and_sections(result, planted: Callable) -> Non
     np.testing.assert_array_equal(values, np.sort(np.concatenate(measured)))
     entries = [text.get_text() for text in axes[1].get_legend().get_texts()]
     assert entries == list(contract.predictions(result.section).obs["group"].cat.categories)
-    assert [text.get_text() for text in axes[2].get_legend().get_texts()] == ["test", "other"]
+    assert [text.get_text() for text in axes[2].get_legend().get_texts()] == ["other", "test"]
 
 
 def test_embeddings_are_drawn_and_colored_by_predictions(result) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import shapely
 from matplotlib.axes import Axes
@@ -44,17 +46,98 @@ def test_prediction_draws_counts_and_means_of_the_tables(result) -> None:
     table = contract.predictions(result.section)
     rows, counts = contract.align_to_spots(result.section, table)
     np.testing.assert_allclose(drawn_values(observed), np.log1p(counts[:, "G3"].X.toarray().ravel()))
-    np.testing.assert_allclose(drawn_values(predicted), np.log1p(table[:, "G3"].X.ravel()), rtol=1e-6)
+    # the section was measured at a depth of its own
+    depth = np.median(counts.X.toarray().sum(axis=1)) / table.uns["prediction"]["total"]
+    assert abs(depth - 1) > 0.01
+    np.testing.assert_allclose(drawn_values(predicted), np.log1p(depth * table[:, "G3"].X.ravel()), rtol=1e-6)
     np.testing.assert_allclose(predicted.collections[0].get_offsets(), table.obsm["spatial"])
     assert observed.get_title() == "G3, observed"
     r = pearsonr(drawn_values(predicted)[rows], drawn_values(observed))[0]
-    assert predicted.get_title() == f"G3, predicted (Pearson r = {r:.2f})"
+    assert predicted.get_title() == f"G3, predicted (r = {r:.2f})"
 
 
-def test_prediction_labels_both_color_bars(result) -> None:
+def color_bars(axes: np.ndarray) -> list[str]:
+    return [label for panel in axes.ravel()[0].figure.axes if (label := panel.get_xlabel())]
+
+
+def test_measured_and_predicted_share_one_scale_and_say_so(result) -> None:
     axes = pl.prediction(result.section, "G0")
-    labels = [panel.get_xlabel() for panel in axes[0].figure.axes]
-    assert [label for label in labels if label] == ["log(1 + count)", "log(1 + predicted mean count)"]
+    assert color_bars(axes) == [
+        "log(1 + count), at the section's depth\nmeasured counts and predicted means on one scale"
+    ]
+    ranges = {(panel.collections[0].norm.vmin, panel.collections[0].norm.vmax) for panel in axes}
+    together = np.concatenate([drawn_values(panel) for panel in axes])
+    assert ranges == {tuple(np.percentile(together, [1, 99]))}
+
+
+def test_ranges_of_their_own_are_asked_for(result) -> None:
+    axes = pl.prediction(result.section, "G0", scale="each")
+    assert color_bars(axes) == [
+        "log(1 + count) (own scale)",
+        "log(1 + predicted mean count), at the section's depth (own scale)",
+    ]
+    for panel in axes:
+        norm = panel.collections[0].norm
+        np.testing.assert_allclose((norm.vmin, norm.vmax), np.percentile(drawn_values(panel), [1, 99]))
+    with pytest.raises(ValueError, match=r"`scale` to be one of \['shared', 'each'\], found 'own'"):
+        pl.prediction(result.section, "G0", scale="own")
+
+
+def test_the_title_has_the_correlation_of_evaluate(result) -> None:
+    for gene in ("G0", "G5"):
+        r = result.scores.set_index("gene")["pearson"][gene]
+        assert f"(r = {r:.2f})" in pl.prediction(result.section, gene)[1].get_title()
+
+
+def test_counts_are_moved_to_the_depth_of_a_model_with_size_factors(planted: Callable) -> None:
+    cohort = planted(("a", "b", "test"), n_side=10, n_genes=12, depth=0.5)
+    section = cohort.sections.pop("test")
+    options = {"n_members": 3, "max_epochs": 1, "size_factors": "total"}
+    model = tl.fit_nb(cohort.sections, genes=cohort.genes, extractor="toy", **options)
+    tl.predict(section, model)
+    observed, predicted = pl.prediction(section, "G0")
+    table, counts = contract.predictions(section), contract.counts(section).X.toarray()
+    expected = np.log1p(counts[:, 0] * model.total / counts.sum(axis=1))
+    np.testing.assert_allclose(drawn_values(observed), expected)
+    np.testing.assert_allclose(drawn_values(predicted), np.log1p(table[:, "G0"].X.ravel()), rtol=1e-6)
+    assert color_bars(np.array([observed]))[0].startswith("log(1 + count), at the model's depth\n")
+    tl.predict(section, model, size_factors="total")
+    observed, _ = pl.prediction(section, "G0")
+    np.testing.assert_allclose(drawn_values(observed), np.log1p(counts[:, 0]))
+
+
+def test_a_cohort_has_one_range_and_one_bar_per_gene(result, planted: Callable) -> None:
+    other = planted(("other",), n_side=10, n_genes=12, depth=0.8).sections["other"]
+    tl.predict(other, result.model)
+    cohort = {"test": result.section, "other": other}
+    axes = pl.prediction(cohort, ["G0", "G1"])
+    assert len(color_bars(axes)) == 2
+    for place, gene in enumerate(("G0", "G1")):
+        panels = axes[:, place].ravel()
+        together = np.concatenate([drawn_values(panel) for panel in panels])
+        ranges = {(panel.collections[0].norm.vmin, panel.collections[0].norm.vmax) for panel in panels}
+        assert ranges == {tuple(np.percentile(together, [1, 99]))}
+        assert color_bars(axes)[place].startswith(f"{gene}: log(1 + count)")
+
+
+def test_classes_of_genes_are_drawn_with_their_auc(result) -> None:
+    section = with_tables(result.section, "tiles", "counts")
+    classifier = tl.fit_gene_classifier(section, genes=["G0", "G3"], extractor="toy")
+    tl.predict(section, classifier)
+    scores = tl.evaluate_genes_high(section).set_index("gene")
+    observed, predicted = pl.prediction(section, "G3", key="gene_classes")
+    counts = np.log1p(contract.counts(section)[:, "G3"].X.toarray().ravel())
+    np.testing.assert_array_equal(drawn_values(observed), counts > counts.mean())
+    table = section.tables["gene_classes"]
+    np.testing.assert_array_equal(drawn_values(predicted), table[:, "G3"].layers["high"].ravel())
+    assert predicted.get_title() == f"G3, predicted class (AUC = {scores['auc']['G3']:.2f})"
+    assert [text.get_text() for text in predicted.get_legend().get_texts()] == ["Low", "High"]
+    low, high = predicted.collections[0].to_rgba([0.0, 1.0])
+    handles = predicted.get_legend().legend_handles
+    assert [tuple(handle.get_markerfacecolor()) for handle in handles] != []
+    np.testing.assert_allclose(mpl.colors.to_rgba_array([handle.get_color() for handle in handles]), [low, high])
+    latent = pl.latent(section, "G3", basis="pca", key="gene_classes", use="embeddings", extractor="toy")
+    assert latent.figure.axes[-1].get_ylabel() == "probability of High"
 
 
 def test_prediction_has_a_scale_bar_of_a_round_length_where_mpp_is_known(result) -> None:
@@ -163,6 +246,29 @@ def test_uncertainty_draws_deviations_and_width(result) -> None:
 # tiles
 
 
+def test_tiles_by_category_of_tiles_predictions_and_spots(result) -> None:
+    """Clusters and annotations: paper, Figures S8c, S13a and S17a."""
+    section = with_tables(result.section, "tiles", "predictions", "counts")
+    kinds = np.where(contract.tiles(section).obsm["spatial"][:, 0] < 200, "tumor", "stroma")
+    contract.tiles(section).obs["kind"] = kinds
+    section.tables["predictions"].obs["cluster"] = pd.Categorical(kinds, categories=["stroma", "fat", "tumor"])
+    section.tables["counts"].obs["label"] = pd.Series(kinds, section.tables["counts"].obs_names).where(kinds == "tumor")
+    colors = {}
+    for column, names, drawn in (
+        ("kind", {"stroma", "tumor"}, 100), ("cluster", {"stroma", "fat", "tumor"}, 100), ("label", {"tumor"}, 40),
+    ):  # fmt: skip
+        panel = pl.tiles(section, column, palette={"tumor": "#ff0000"})
+        squares = panel.collections[0]
+        assert len(squares.get_paths()) == drawn
+        counts = {name: int((kinds == name).sum()) for name in names}
+        assert {text.get_text() for text in panel.get_legend().get_texts()} == {f"{n} ({k})" for n, k in counts.items()}
+        colors[column] = {tuple(face[:3]) for face in squares.get_facecolor()}
+        assert panel.get_title() == f"test: {column}"
+    assert (1.0, 0.0, 0.0) in colors["label"]
+    whole = pl.tiles({"one": section, "two": section}, "cluster")
+    assert [panel.get_title() for panel in whole] == ["one: cluster", "two: cluster"]
+
+
 def test_tiles_draws_every_tile_at_its_size(result) -> None:
     panel = pl.tiles(result.section)
     table = contract.tiles(result.section)
@@ -231,7 +337,7 @@ def test_more_examples_than_tiles_are_all_tiles(make_slide) -> None:
 def test_tiles_refuses_what_it_cannot_draw(result, make_spots, make_slide) -> None:
     with pytest.raises(KeyError, match=r"No column 'nothing' among the tiles'.*tissue_fraction"):
         pl.tiles(result.section, "nothing")
-    with pytest.raises(ValueError, match="column of numbers or truth values, found 'spot_id'"):
+    with pytest.raises(ValueError, match="or up to 40 categories, found 'spot_id' with 100"):
         pl.tiles(result.section, "spot_id")
     with pytest.raises(ValueError, match="`n_examples` of at least 0, found -1"):
         pl.tiles(result.section, n_examples=-1)
@@ -252,6 +358,6 @@ def test_prediction_shows_the_protein_that_was_compared_with(make_spots) -> None
     observed, _ = pl.prediction(sdata, "G0")
     np.testing.assert_allclose(observed.collections[0].get_array(), np.log1p(counts[:, 2]))
     assert [ax.get_xlabel() for ax in observed.figure.axes if "CD20" in ax.get_xlabel()] == [
-        "log(1 + intensity of CD20)"
+        "log(1 + intensity of CD20) (own scale)"
     ]
     assert len(pl.prediction(sdata, "G1")) == 1

@@ -11,7 +11,8 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from stimage_sd import pl
-from stimage_sd.pl._model_scores import paired_tests, wide
+from stimage_sd.pl._model_scores import paired_tests
+from stimage_sd.pl._score_tables import wide
 
 
 def cross_validated(n_genes: int = 40, sections: str = "xyz") -> pd.DataFrame:
@@ -105,9 +106,109 @@ def test_scores_of_models_refuses() -> None:
         pl.scores(table, metrics=["pearson"], reference="ridge")
     with pytest.raises(ValueError, match=r"`by` to be one of .* found 'gene'"):
         pl.scores(table, by="gene", metrics=["pearson"])
-    with pytest.raises(ValueError, match=r"`metrics` to be of .* found \['auc'\]"):
-        pl.scores(table, metrics=["auc"])
+    with pytest.raises(ValueError, match=r"`metrics` to be of .* found \['accuracy'\]"):
+        pl.scores(table, metrics=["accuracy"])
     with pytest.raises(ValueError, match=r"found a table lacking \['spearman'\]"):
         pl.scores(table, metrics=["spearman"])
     with pytest.raises(ValueError, match="found several of"):
         pl.scores(pd.concat([table, table]), metrics=["pearson"])
+    with pytest.raises(ValueError, match="one model under each name, found several models under 'all'"):
+        pl.scores({"all": table}, metrics=["pearson"])
+    with pytest.raises(ValueError, match="keyed by the model's name, found none"):
+        pl.scores({})
+
+
+def of_one_model(shift: float, sections: str = "xy") -> pd.DataFrame:
+    """Scores as of `tl.evaluate`."""
+    values = np.random.default_rng(1).normal(0.3, 0.1, (len(sections), 20)) + shift
+    genes = [f"G{number}" for number in range(20)] * len(sections)
+    return pd.DataFrame(
+        {
+            "section": np.repeat(list(sections), 20),
+            "gene": genes,
+            "pearson": values.ravel(),
+            "iou": 0.5 - values.ravel(),
+        }
+    )
+
+
+def test_tables_of_several_models_are_not_pooled() -> None:
+    first, second = of_one_model(0.0), of_one_model(0.2)
+    (by_name,) = pl.scores({"first": first, "second": second}, metrics=["pearson"])
+    labels = [label.get_text().split("\n")[:2] for label in by_name.get_xticklabels()]
+    medians = [scores.groupby("gene")["pearson"].mean().median() for scores in (second, first)]
+    assert labels == [["second", f"median {medians[0]:.2f}"], ["first", f"median {medians[1]:.2f}"]]
+    together = pd.concat([first.assign(model="first"), second.assign(model="second")])
+    (of_column,) = pl.scores(together, metrics=["pearson"])
+    assert [label.get_text() for label in of_column.get_xticklabels()] == [
+        label.get_text() for label in by_name.get_xticklabels()
+    ]
+    with pytest.raises(
+        ValueError, match=r"several of \{'section': 'x', 'gene': 'G0'\}\. Pass tables of several models"
+    ):
+        pl.scores(pd.concat([first, second]), metrics=["pearson"])
+
+
+def test_a_model_keeps_its_color_whatever_the_metric() -> None:
+    models = {"first": of_one_model(0.0), "second": of_one_model(0.2)}
+
+    def colors(metric: str, by: str) -> dict[str, tuple[float, ...]]:
+        (panel,) = pl.scores(models, metrics=[metric], by=by)
+        if by == "section":
+            patches = panel.get_legend().get_patches()
+            return {
+                text.get_text(): patch.get_facecolor()[:3]
+                for text, patch in zip(panel.get_legend().get_texts(), patches, strict=True)
+            }
+        names = [label.get_text().split("\n")[0] for label in panel.get_xticklabels()]
+        bodies = [drawn for drawn in panel.collections if len(drawn.get_offsets()) == 20]
+        return {name: tuple(body.get_facecolor()[0][:3]) for name, body in zip(names, bodies, strict=True)}
+
+    # the second model is best by the correlation, the first by the IoU
+    expected = colors("pearson", "model")
+    assert list(expected) == ["second", "first"]
+    assert list(colors("iou", "model")) == ["first", "second"]
+    for metric, by in (("iou", "model"), ("pearson", "section"), ("iou", "section")):
+        assert colors(metric, by) == expected
+
+
+def test_concordance_of_measured_beside_predicted_genes() -> None:
+    """Paper, Figure 5c: single genes, and models of several genes."""
+    random = np.random.default_rng(2)
+    screen = pd.DataFrame({"group": np.repeat(["HER2", "TNBC"], 15), "gene": [f"G{n}" for n in range(15)] * 2})
+    screens = {name: screen.assign(c_index=random.uniform(0.5, 0.7, 30)) for name in ("measured", "predicted")}
+    (panel,) = pl.scores(screens, by="section")
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["HER2", "TNBC"]
+    assert panel.get_ylabel() == "c-index"
+    medians = [drawn.get_ydata()[0] for drawn in panel.lines if drawn.get_linewidth() == 1.2]
+    assert sorted(medians) == pytest.approx(
+        sorted(part["c_index"].median() for table in screens.values() for _, part in table.groupby("group"))
+    )
+
+
+def test_scores_of_gene_classes_are_drawn_as_they_are() -> None:
+    table = of_one_model(0.0).drop(columns="pearson").assign(auc=0.7, balanced_accuracy=0.6)
+    titles = [panel.get_title() for panel in pl.scores(table)]
+    assert titles == ["High or Low", "High or Low", "pattern overlap"]
+
+
+def test_members_and_pools_stand_side_by_side() -> None:
+    """Paper, section 2.4 and Figure 2c."""
+    random = np.random.default_rng(3)
+    frames = [
+        pd.DataFrame(
+            {"section": section, "gene": ["A", "B"], "kind": kind, "number": number, "members": members,
+             "pearson": random.uniform(0, 0.5, 2)}
+        )
+        for section in "xy"
+        for kind, count, members in (("member", 6, "0"), ("pool", 4, "0 1 2"))
+        for number in range(count)
+    ]  # fmt: skip
+    table = pd.concat(frames, ignore_index=True)
+    (panel,) = pl.scores(table)
+    assert {text.get_text() for text in panel.get_legend().get_texts()} == {"single members", "pools of 3 members"}
+    points = [len(drawn.get_offsets()) for drawn in panel.collections]
+    assert sorted(points) == [4, 4, 6, 6]
+    medians = [drawn.get_ydata()[0] for drawn in panel.lines if drawn.get_linewidth() == 1.2]
+    means = table.groupby(["section", "kind", "number"])["pearson"].mean().groupby(["section", "kind"]).median()
+    assert sorted(medians) == pytest.approx(sorted(means))

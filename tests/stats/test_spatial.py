@@ -15,7 +15,7 @@ import squidpy as sq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stimage_sd.stats import _gene_blocks, lattice, spatial
+from stimage_sd.stats import lattice, spatial
 
 PITCH = 137.0
 
@@ -188,8 +188,8 @@ def test_morans_i_takes_sparse_and_float32_and_blocks(section, expression, monke
     sparse = spatial.morans_i(scipy.sparse.csr_matrix(predicted), graph.tocoo(), observed.astype(np.float32))
     np.testing.assert_allclose(sparse, dense, atol=1e-6)
     # Two blocks of genes, on threads.
-    monkeypatch.setattr(_gene_blocks, "VALUES", 1)
-    monkeypatch.setattr(_gene_blocks, "FEW", 0)
+    monkeypatch.setattr(spatial, "VALUES", 1)
+    monkeypatch.setattr(spatial, "FEW", 0)
     for one, other in ((predicted, observed), (np.asfortranarray(predicted), scipy.sparse.coo_array(observed))):
         np.testing.assert_allclose(spatial.morans_i(one, graph, other), dense, atol=1e-12)
 
@@ -275,7 +275,7 @@ def test_pattern_iou_equals_a_loop_over_images(section, expression, sigma, monke
     found = spatial.pattern_iou(predicted, scipy.sparse.csr_matrix(observed), points, sigma=sigma)
     np.testing.assert_allclose(found[:-1], expected, atol=1e-12)
     assert np.isnan(found[-1])
-    monkeypatch.setattr(_gene_blocks, "VALUES", 1)
+    monkeypatch.setattr(spatial, "VALUES", 1)
     np.testing.assert_array_equal(spatial.pattern_iou(predicted, observed, points, sigma=sigma), found)
 
 

@@ -35,7 +35,14 @@ def test_responders_are_told_and_chance_is_measured() -> None:
     pd.testing.assert_frame_equal(found.patients, again.patients)
     assert again.p_value == found.p_value
     ax = sti.pl.roc(found)
-    assert f"AUC {found.auc:.2f}" in ax.get_title()
+    assert ax.get_title() == f"AUC {found.auc:.2f} ({found.interval[0]:.2f} to {found.interval[1]:.2f}), p = 0.2"
+    of_frame = sti.pl.roc(found.patients)
+    assert of_frame.get_title() == f"AUC {found.auc:.2f}"
+    np.testing.assert_array_equal(of_frame.lines[-2].get_xydata(), ax.lines[-2].get_xydata())
+    with pytest.raises(ValueError, match="both responses in every fold, found one response in fold 1"):
+        sti.pl.roc(found.patients.assign(response=lambda frame: frame["response"].where(frame["fold"] != 1, 1)))
+    with pytest.raises(ValueError, match=r"`patients` of `stimage_sd\.tl\.drug_response`, found a table lacking"):
+        sti.pl.roc(found.folds)
     plt.close("all")
 
 

@@ -15,7 +15,7 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from stimage_sd import contract, models, pl, tl
-from stimage_sd.likelihood import shifts
+from stimage_sd.tl._fit.held_out_level import prior_sd
 from stimage_sd.tl._fit.seen import trained_patients
 from stimage_sd.tl._score.cross_validate import shallow_copy
 
@@ -466,7 +466,7 @@ def test_sections_of_partly_known_patients_are_calibrated_as_sections(cohort: An
     contract.remember(sections["a"], patient=None)
     contract.remember(sections["b"], patient="q")
     model = tl.fit_nb(sections, genes=cohort.genes, **(FIT | QUICK))
-    np.testing.assert_allclose(model.shifts[1], shifts.prior_sd(1, 3)[1], rtol=1e-6)
+    np.testing.assert_allclose(model.shifts[1], prior_sd(1, 3)[1], rtol=1e-6)
     # with the shifts of another patient, far lower levels would cover these sections
     assert model.interval_level > 0.8
 

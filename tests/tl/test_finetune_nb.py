@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from scipy import sparse, stats
 
-from stimage_sd import contract, models, pp, tl
+from stimage_sd import contract, models, pl, pp, tl
 from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models import _extractors
 from stimage_sd.models._features import FeatureSpace
@@ -110,6 +110,13 @@ def test_training_lowers_the_validation_loss(fitted):
     assert np.isfinite(history[["training_nll", "validation_nll"]]).all(axis=None)
     assert history["validation_nll"].min() < history["validation_nll"][0]
     assert fitted.training["metrics"]["validation_nll"] == [history["validation_nll"].min()]
+
+
+def test_losses_of_fine_tuning_are_drawn(fitted):
+    ax = pl.training(fitted)
+    (mean,) = [drawn for drawn in ax.lines if drawn.get_label() == "validation, mean"]
+    np.testing.assert_array_equal(mean.get_xydata(), fitted.history[["epoch", "validation_nll"]])
+    assert ax.get_title() == f"1 member, {len(fitted.genes)} genes, head {fitted.head!r}"
 
 
 def test_only_the_last_stage_changes(fitted):

@@ -16,7 +16,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import baselines, contract, models, tl
 from stimage_sd.models import NBModel
-from stimage_sd.tl._fit.split import held_out_tiles
+from stimage_sd.tl._fit.training_set import held_out_tiles
 
 OF = {"a": "P1", "b": "P1", "c": "P2", "d": "P2"}
 

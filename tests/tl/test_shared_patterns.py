@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 
-from stimage_sd.tl._fit.shared_patterns import find_patterns
+from stimage_sd.models._shared_patterns import find_patterns
 
 N_TILES, N_FEATURES, N_GENES = 240, 20, 30
 ONES = np.ones(N_TILES)

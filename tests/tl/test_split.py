@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial import cKDTree
 
-from stimage_sd.tl._fit.split import held_out_tiles
+from stimage_sd.tl._fit.training_set import held_out_tiles
 
 
 def sections_of(sizes: list[int]) -> np.ndarray:

@@ -208,6 +208,12 @@ def test_curves_show_groups_and_numbers_at_risk() -> None:
     texts = [text.get_text() for text in axes[0].texts]
     for name in ("low", "high"):
         assert str(int((part["risk_group"] == name).sum())) in texts
+    (panel,) = sti.pl.scores({"measured": found})
+    assert f"median {found.folds.groupby(['repeat', 'fold'])['c_index'].mean().median():.2f}" in (
+        panel.get_xticklabels()[0].get_text()
+    )
+    whole = sti.pl.survival(found)
+    assert [ax.get_title() for ax in whole] == [ax.get_title() for ax in axes]
     with pytest.raises(ValueError, match="found one in 'all'"):
         sti.pl.survival(found.patients.assign(group="all", risk_group="low"))
     with pytest.raises(ValueError, match="risk_groups"):

@@ -167,7 +167,7 @@ def predict(sdata: SpatialData, model: Any, say: Say) -> Prediction:
         If the section is too large for the app, too small for the model, or does not fit the model.
     """
     from stimage_sd import contract, tl
-    from stimage_sd._steps import prepare_for_model
+    from stimage_sd.pp._prepare import prepare_for_model
 
     try:
         _check_extent(sdata, model)

@@ -12,13 +12,7 @@ _DECIMALS = 6
 
 
 def affine(transformation: BaseTransformation, name: str) -> NDArray[np.float64]:
-    """Return a transformation as a ``(3, 3)`` matrix of x and y.
-
-    Raises
-    ------
-    ValueError
-        If x or y depends on z or on another axis.
-    """
+    """Return a transformation as a ``(3, 3)`` matrix of x and y."""
     try:
         whole = np.asarray(transformation.to_affine_matrix(_XYZ, _XYZ), dtype=np.float64)
     except ValueError as error:

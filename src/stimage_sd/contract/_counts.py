@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd.contract._elements import counts_problem, regions_of
-from stimage_sd.contract._genes import are_genes, without_versions
+from stimage_sd.contract._names import are_genes, without_versions
 from stimage_sd.contract._section import info, sample
-from stimage_sd.contract._tables import Against, counts_name, default_against
+from stimage_sd.contract._tables import Against, cell_table_names, counts_name, default_against, holds_counts
 from stimage_sd.contract._units import find_units, units_of
 
 
@@ -34,20 +34,9 @@ def counts(sdata: SpatialData, source: Source | None = None) -> AnnData:
 
     Antibodies and controls are left out by ``var["feature_types"]``. The result may be a copy, so do not write to it.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    source
-        Table and layer. The default table is the section's own. The default layer is the one passed to
-        `stimage_sd.io.from_spatialdata`, else ``X``.
-
-    Raises
-    ------
-    KeyError
-        If the table or layer does not exist, or if there are several tables and `source` names none of them.
-    ValueError
-        If the values are not counts, or a gene name is repeated.
+    - `sdata`: the section.
+    - `source`: table and layer. The default table is the section's own. The default layer is the one passed to
+      `stimage_sd.io.from_spatialdata`, else ``X``.
     """
     table_key, layer = source or Source()
     name = counts_name(sdata, table_key)
@@ -82,13 +71,7 @@ def _check_genes(names: pd.Index, where: str) -> None:
 
 
 def proteins(sdata: SpatialData, table_key: str | None = None) -> AnnData:
-    """Return the table of protein intensities: ``obs`` are measured units, ``var`` are channels.
-
-    Raises
-    ------
-    KeyError
-        If there is no such table, or if there are several and `table_key` names none of them.
-    """
+    """Return the table of protein intensities: ``obs`` are measured units, ``var`` are channels."""
     units = find_units(sdata, table_key=table_key, against="proteins")
     return _taken(sdata.tables[str(units.table)], units.rows, None)
 
@@ -138,13 +121,7 @@ def check_counts(values: Any, *, where: str, table: AnnData | None = None) -> No
 
 
 def count_type(values: Any) -> type[np.int32] | type[np.int64]:
-    """Return the dtype that holds counts exactly: int32 if all counts fit, else int64.
-
-    Raises
-    ------
-    ValueError
-        If a count fits neither.
-    """
+    """Return the dtype that holds counts exactly: int32 if all counts fit, else int64."""
     data = values.data if hasattr(values, "tocsr") else np.asarray(values)
     largest = data.max() if data.size else 0
     if largest > np.iinfo(np.int64).max:
@@ -161,25 +138,11 @@ def align_to_spots(
 ) -> tuple[NDArray[np.int64], AnnData]:
     """Match the rows of a tile table with the spots that the tiles sit on.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    table
-        A table with one row per tile and ``obs["spot_id"]``.
-    source
-        Table of counts or proteins, and layer.
-    against
-        ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
-
-    Returns
-    -------
-    Row numbers of `table` that have a measured spot, and the measured table in the same order.
-
-    Raises
-    ------
-    KeyError
-        If the tiles do not sit on spots, as in a grid layout.
+    - `sdata`: the section.
+    - `table`: a table with one row per tile and ``obs["spot_id"]``.
+    - `source`: table of counts or proteins, and layer.
+    - `against`: ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
+    - returns: row numbers of `table` that have a measured spot, and the measured table in the same order.
     """
     units = measured(sdata, against, source)
     if "spot_id" not in table.obs:
@@ -196,3 +159,26 @@ def align_to_spots(
             '`stimage_sd.pp.tile(sdata, layout="spots")` after the units were read or aggregated.'
         )
     return rows, units[where[rows]]
+
+
+def counts_of_shapes(sdata: SpatialData, shapes: str, source: Source | None = None) -> tuple[pd.Index, AnnData] | None:
+    """Return ids of measured cells among some shapes, and their counts, or `None` if no table has counts of them.
+
+    Parameters
+    ----------
+    sdata
+        The section.
+    shapes
+        Name of the shapes.
+    source
+        Table and layer. Default: the first table of counts that annotates the shapes.
+    """
+    table, layer = source or Source()
+    for name in [table] if table is not None else cell_table_names(sdata):
+        if not holds_counts(sdata, name) or shapes not in regions_of(sdata.tables[name]):
+            continue
+        units = units_of(sdata, name, shapes)
+        counted = counts(sdata, Source(name, layer))
+        where = counted.obs_names.get_indexer(units.names)
+        return units.ids[where >= 0], counted[where[where >= 0]]
+    return None

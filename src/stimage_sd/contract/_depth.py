@@ -22,14 +22,9 @@ _MOST_GENES = 2.0
 class Compared(NamedTuple):
     """Predicted distributions of some tiles and genes, at the depth of their spots.
 
-    Attributes
-    ----------
-    mean, aleatoric, epistemic, lower, upper
-        ``float64 (n_tiles, n_genes)``.
-    shift_sd
-        Standard deviation of the log of each gene's shift, ``(n_genes,)``. `None` for models without shifts.
-    size_factor
-        Depth of each tile, ``float64 (n_tiles,)``.
+    - `mean`, `aleatoric`, `epistemic`, `lower`, `upper`: ``float64 (n_tiles, n_genes)``.
+    - `shift_sd`: standard deviation of the log of each gene's shift, ``(n_genes,)``. `None` for models without shifts.
+    - `size_factor`: depth of each tile, ``float64 (n_tiles,)``.
     """
 
     mean: np.ndarray
@@ -64,20 +59,12 @@ def depth_problem(sdata: SpatialData, table: AnnData) -> str | None:
 def measured_exposure(table: AnnData, rows: np.ndarray, units: AnnData) -> float | None:
     """Return the depth of a section relative to the training sections, `None` for models without exposure.
 
-    Parameters
-    ----------
-    table
-        Predictions.
-    rows
-        Rows of `table` on measured spots.
-    units
-        Counts on these spots, of all measured genes.
-
-    Returns
-    -------
-    Median total count of the spots over the total of the model's median spot. If the section measured twice as many
-    genes as the totals of the model are of, or half as many, such as a panel, or if nuclei or squares are compared with
-    cells or bins, it is the sum of the counts of predicted genes over the sum of their predicted means.
+    - `table`: predictions.
+    - `rows`: rows of `table` on measured spots.
+    - `units`: counts on these spots, of all measured genes.
+    - returns: median total count of the spots over the total of the model's median spot. If the section measured twice
+      as many genes as the totals of the model are of, or half as many, such as a panel, or if nuclei or squares are
+      compared with cells or bins, it is the sum of the counts of predicted genes over the sum of their predicted means.
     """
     about = table.uns.get("prediction", {})
     if "exposure" not in about:
@@ -102,14 +89,9 @@ def exposure_of(counts: float, expected: float) -> float:
 def at_depth_of(table: AnnData, rows: np.ndarray, genes: Sequence[str], exposure: float | None = None) -> Compared:
     """Return predictions of some tiles and genes, moved to an exposure.
 
-    Parameters
-    ----------
-    table
-        Predictions.
-    rows, genes
-        Rows and predicted genes.
-    exposure
-        Depth of the section. `None`: as predicted.
+    - `table`: predictions.
+    - `rows`, `genes`: rows and predicted genes.
+    - `exposure`: depth of the section. `None`: as predicted.
     """
     columns = table.var_names.get_indexer(list(genes))
     mean, aleatoric, epistemic, lower, upper = (

@@ -31,22 +31,13 @@ def fingerprint(sdata: SpatialData, name: str, *, genes: Sequence[str], source: 
     A spot's hash depends only on its counts, not on names, positions or order. The smallest hashes are kept, so that
     a part of the section is recognized too.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    name
-        Name of the section in the cohort.
-    genes
-        Genes of the model. Their counts are hashed, because other genes may be dropped from the table. If these counts
-        do not tell spots apart, all genes are hashed.
-    source
-        Table and layer of the counts.
-
-    Returns
-    -------
-    ``section``: `name`. ``over``: the hashed genes, ``"genes"`` or ``"all"``. ``spots``: the hashes, empty if not even
-    all genes tell spots apart.
+    - `sdata`: the section.
+    - `name`: name of the section in the cohort.
+    - `genes`: genes of the model. Their counts are hashed, because other genes may be dropped from the table. If these
+      counts do not tell spots apart, all genes are hashed.
+    - `source`: table and layer of the counts.
+    - returns: ``section``: `name`. ``over``: the hashed genes, ``"genes"`` or ``"all"``. ``spots``: the hashes, empty
+      if not even all genes tell spots apart.
     """
     table = counts(sdata, source)
     for over in ("genes", "all"):
@@ -63,18 +54,11 @@ def is_seen(
 
     Spots are compared where possible. A fingerprint without usable spots is compared by section name.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    name
-        Name of the section in the cohort.
-    known
-        Fingerprints to compare with.
-    genes
-        Genes of the model that the fingerprints come from.
-    source
-        Table and layer of the counts.
+    - `sdata`: the section.
+    - `name`: name of the section in the cohort.
+    - `known`: fingerprints to compare with.
+    - `genes`: genes of the model that the fingerprints come from.
+    - `source`: table and layer of the counts.
     """
     table: AnnData | None = None
     hashes_by_genes: dict[str | None, NDArray[np.uint64]] = {}

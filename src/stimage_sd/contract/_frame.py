@@ -44,18 +44,11 @@ _XY = ("x", "y")
 class Frame:
     """The pixel grid of an image.
 
-    Attributes
-    ----------
-    image
-        Name of the image. `None` for a section without an H&E.
-    size
-        Width and height, px. `None` without an image.
-    sample
-        Sample id, for error messages.
-    transformations
-        SpatialData transformations from the pixels to each coordinate system of the image.
-    coordinate_system
-        The coordinate system that the user named. `None` allows any.
+    - `image`: name of the image. `None` for a section without an H&E.
+    - `size`: width and height, px. `None` without an image.
+    - `sample`: sample id, for error messages.
+    - `transformations`: SpatialData transformations from the pixels to each coordinate system of the image.
+    - `coordinate_system`: the coordinate system that the user named. `None` allows any.
     """
 
     image: str | None
@@ -65,14 +58,7 @@ class Frame:
     coordinate_system: str | None
 
     def matrix(self, element: Any, name: str) -> NDArray[np.float64]:
-        """Return the ``(3, 3)`` matrix from an element's intrinsic ``(x, y, 1)`` to pixels.
-
-        Raises
-        ------
-        ValueError
-            If the element and the image share no coordinate system, if two shared coordinate systems disagree, or if a
-            transformation is not affine or not invertible.
-        """
+        """Return the ``(3, 3)`` matrix from an element's intrinsic ``(x, y, 1)`` to pixels."""
         placed = get_transformation(element, get_all=True)
         shared = [system for system in self.transformations if system in placed]
         if self.coordinate_system is not None:
@@ -161,13 +147,7 @@ def image_size(sdata: SpatialData, image_key: str | None = None) -> tuple[int, i
 
 
 def image_extent(sdata: SpatialData, name: str) -> tuple[float, float, float, float]:
-    """Return left, right, bottom and top of an image in pixels of the H&E, to draw the image under a map.
-
-    Raises
-    ------
-    ValueError
-        If the image is rotated or mirrored relative to the H&E.
-    """
+    """Return left, right, bottom and top of an image in pixels of the H&E, to draw the image under a map."""
     matrix = pixel_frame(sdata).matrix(sdata.images[name], name)
     if turned(matrix):
         raise ValueError(f"The image {name!r} is rotated or mirrored on the H&E, so maps cannot be drawn on it.")
@@ -241,13 +221,7 @@ def mpp(sdata: SpatialData, image_key: str | None = None) -> float | None:
 
 
 def require_mpp(sdata: SpatialData, *, purpose: str, image_key: str | None = None) -> float:
-    """Return the micrometers per pixel of an image, by default of the H&E.
-
-    Raises
-    ------
-    ValueError
-        If the resolution is unknown. It is never guessed.
-    """
+    """Return the micrometers per pixel of an image, by default of the H&E."""
     resolution = mpp(sdata, image_key)
     if resolution is None:
         raise ValueError(
@@ -258,15 +232,7 @@ def require_mpp(sdata: SpatialData, *, purpose: str, image_key: str | None = Non
 
 
 def shapes_in_pixels(sdata: SpatialData, name: str, *, image_key: str | None = None) -> GeoDataFrame:
-    """Return shapes with geometry and radius in pixels of the H&E or of another image.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such shapes.
-    ValueError
-        If the shapes are not placed on the image, or if circles become ellipses there.
-    """
+    """Return shapes with geometry and radius in pixels of the H&E or of another image."""
     element, matrix = _shapes_and_matrix(sdata, name, image_key)
     if np.array_equal(matrix, np.eye(3)):
         return element

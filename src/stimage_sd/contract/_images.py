@@ -33,11 +33,6 @@ def image_name(sdata: SpatialData, image_key: str | None = None) -> str:
 
     In an object from other software, the H&E is the only RGB image, or the first RGB image that `image_key` names. The
     name is then stored in the section.
-
-    Raises
-    ------
-    KeyError
-        If there is no such image, or if there are several candidates for the H&E.
     """
     name = find_image(sdata, image_key)
     about = info(sdata)
@@ -165,16 +160,9 @@ def _steps(transformation: BaseTransformation) -> list[BaseTransformation]:
 def build_image(pyramid: list[da.Array], *, mpp: float | None = None) -> xr.DataTree:
     """Build a multiscale image element from lazy levels.
 
-    Parameters
-    ----------
-    pyramid
-        Levels, finest first, each ``uint8 (3, y, x)``.
-    mpp
-        Micrometers per pixel of the finest level, for the coordinate system ``"microns"``.
-
-    Returns
-    -------
-    A `DataTree` that `spatialdata` accepts as a multiscale image.
+    - `pyramid`: levels, finest first, each ``uint8 (3, y, x)``.
+    - `mpp`: micrometers per pixel of the finest level, for the coordinate system ``"microns"``.
+    - returns: a `DataTree` that `spatialdata` accepts as a multiscale image.
     """
     height, width = pyramid[0].shape[1:]
     scales: dict[str, xr.Dataset] = {}
@@ -212,18 +200,10 @@ def thumbnail(sdata: SpatialData, name: str, *, max_side: int = 1500) -> tuple[n
     The finest level with sides up to `max_side` is read. If there is no such level, the coarsest level is strided
     lazily, so that the full resolution is never in memory.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    name
-        Name of an image element.
-    max_side
-        Longest side of the thumbnail, px.
-
-    Returns
-    -------
-    The thumbnail, ``uint8 (y, x, 3)``, and the full-resolution pixels per thumbnail pixel.
+    - `sdata`: the section.
+    - `name`: name of an image element.
+    - `max_side`: longest side of the thumbnail, px.
+    - returns: the thumbnail, ``uint8 (y, x, 3)``, and the full-resolution pixels per thumbnail pixel.
     """
     pyramid = levels(sdata, name)
     fitting = [array for array in pyramid if max(array.shape[1:]) <= max_side]

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from scipy.spatial import KDTree
 from spatialdata import SpatialData
 
-from stimage_sd.contract._cells import outlines
 from stimage_sd.contract._counts import Source, align_to_spots, counts
 from stimage_sd.contract._elements import INSTANCES, annotate
 from stimage_sd.contract._frame import centers_in_pixels, shapes_in_pixels
 from stimage_sd.contract._names import INSTANCE_KEY, REGION_KEY, SPOT_COUNTS, SPOT_PROTEINS
+from stimage_sd.contract._results import outlines
 from stimage_sd.contract._section import sample
 from stimage_sd.contract._tables import Against, has_counts
 from stimage_sd.contract._tiles import check_free, tile_geometry, tiles, tiling
@@ -50,13 +50,7 @@ def predictions_key(on: str) -> str:
 
 
 def instances(sdata: SpatialData, on: str) -> AnnData:
-    """Return the table of the section's nuclei or squares with their embeddings.
-
-    Raises
-    ------
-    KeyError
-        If they were not embedded.
-    """
+    """Return the table of the section's nuclei or squares with their embeddings."""
     name = features_key(on)
     if name not in sdata.tables or INSTANCES not in sdata.tables[name].uns:
         raise KeyError(
@@ -79,18 +73,11 @@ def write_instances(
 
     Predictions of earlier nuclei or squares in the same shapes are removed, with a warning.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    on
-        ``"nuclei"`` or ``"grid"``.
-    shapes, ids
-        Name of their shapes, and their index.
-    centers
-        ``(n, 2)``, px of the H&E.
-    about
-        How they were laid, stored in ``uns``.
+    - `sdata`: the section.
+    - `on`: ``"nuclei"`` or ``"grid"``.
+    - `shapes`, `ids`: name of their shapes, and their index.
+    - `centers`: ``(n, 2)``, px of the H&E.
+    - `about`: how they were laid, stored in ``uns``.
     """
     name = features_key(on)
     check_free(sdata, name, of="tables")
@@ -147,13 +134,7 @@ def check_instance_key(sdata: SpatialData, key: str) -> None:
 
 
 def instance_shapes(sdata: SpatialData, table: AnnData, image_key: str | None = None) -> GeoDataFrame:
-    """Return the shapes of a table's nuclei or squares, in its order, in px of an image.
-
-    Raises
-    ------
-    ValueError
-        If the shapes of some are missing.
-    """
+    """Return the shapes of a table's nuclei or squares, in its order, in px of an image."""
     name = str(table.uns[INSTANCES]["shapes"])
     frame = shapes_in_pixels(sdata, name, image_key=image_key)
     return frame.iloc[_rows_of(sdata, table, name)]
@@ -187,17 +168,12 @@ def _rows_of(sdata: SpatialData, table: AnnData, name: str) -> NDArray[np.int64]
 class Within(NamedTuple):
     """Place of nuclei or squares among the kept tiles.
 
-    Attributes
-    ----------
-    tile
-        Row of the nearest kept tile, ``int64 (n,)``. -1 for those far from all tiles.
-    inside
-        Whether the center lies within the spot of that tile, or within the tile where tiles are not on spots.
-    uncovered
-        Share of each tile's spot, or of the tile, that none of them covers, ``float64 (n_tiles,)``. 0 for squares.
-    per_tile
-        How many there would be in the square of each tile, if they lay as densely as in its spot, ``float64
-        (n_tiles,)``.
+    - `tile`: row of the nearest kept tile, ``int64 (n,)``. -1 for those far from all tiles.
+    - `inside`: whether the center lies within the spot of that tile, or within the tile where tiles are not on spots.
+    - `uncovered`: share of each tile's spot, or of the tile, that none of them covers, ``float64 (n_tiles,)``. 0 for
+      squares.
+    - `per_tile`: how many there would be in the square of each tile, if they lay as densely as in its spot, ``float64
+      (n_tiles,)``.
     """
 
     tile: NDArray[np.int64]
@@ -274,25 +250,10 @@ def align_to_instances(
     A cell or bin belongs to the nucleus or square that its center lies in, else to the nucleus whose center lies in
     the cell. Of several nuclei in a cell, the one nearest to the center of the cell is taken.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    table
-        Nuclei or squares.
-    source
-        Table and layer of the counts.
-
-    Returns
-    -------
-    Row numbers of `table` that have measured units, and their counts in the same order.
-
-    Raises
-    ------
-    KeyError
-        If none has a measured unit.
-    ValueError
-        If the squares are smaller than the measured bins.
+    - `sdata`: the section.
+    - `table`: nuclei or squares.
+    - `source`: table and layer of the counts.
+    - returns: row numbers of `table` that have measured units, and their counts in the same order.
     """
     measured = counts(sdata, source)
     units = find_units(sdata, table_key=(source or Source()).table, against="counts")
@@ -333,15 +294,7 @@ def align_to_instances(
 def align(
     sdata: SpatialData, table: AnnData, source: Source | None = None, *, against: Against | None = "counts"
 ) -> tuple[NDArray[np.int64], AnnData]:
-    """Match the rows of a table of tiles with spots, or of nuclei or squares with cells or bins.
-
-    Raises
-    ------
-    KeyError
-        If nothing matches.
-    ValueError
-        If proteins are asked for on nuclei or squares.
-    """
+    """Match the rows of a table of tiles with spots, or of nuclei or squares with cells or bins."""
     if about_instances(table) is None:
         return align_to_spots(sdata, table, source, against=against)
     if against == "proteins":

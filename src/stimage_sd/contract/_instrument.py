@@ -26,23 +26,10 @@ from stimage_sd.contract._section import info, remember, sample
 def build_multichannel(pyramid: list[da.Array], *, channels: list[str], pixel_um: float) -> xr.DataTree:
     """Build a lazy multiscale image with any number of channels, in the instrument's micrometers.
 
-    Parameters
-    ----------
-    pyramid
-        Levels, finest first, each ``(c, y, x)`` of any integer or floating type.
-    channels
-        One unique name per channel.
-    pixel_um
-        Micrometers per pixel of the finest level.
-
-    Returns
-    -------
-    A `DataTree` that `spatialdata` accepts as a multiscale image, with a transformation to ``"instrument"``.
-
-    Raises
-    ------
-    ValueError
-        If the number of names differs from the number of channels, or a name is repeated.
+    - `pyramid`: levels, finest first, each ``(c, y, x)`` of any integer or floating type.
+    - `channels`: one unique name per channel.
+    - `pixel_um`: micrometers per pixel of the finest level.
+    - returns: a `DataTree` that `spatialdata` accepts as a multiscale image, with a transformation to ``"instrument"``.
     """
     if len(channels) != pyramid[0].shape[0] or len(set(channels)) != len(channels):
         raise ValueError(f"Expected {pyramid[0].shape[0]} different channel names, found {len(channels)}: {channels}.")
@@ -69,25 +56,11 @@ def build_multichannel(pyramid: list[da.Array], *, channels: list[str], pixel_um
 def place_instrument(sdata: SpatialData, matrix: np.ndarray) -> None:
     """Place the instrument's elements and tables on the pixels of the section.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    matrix
-        ``(3, 3)``, from ``(x, y, 1)`` in the instrument's micrometers to pixels of the H&E at full resolution.
-
-    Returns
-    -------
-    Nothing. Every element with a transformation to ``"instrument"`` gets one to each coordinate system of the H&E.
-    Every table with ``obsm["spatial_um"]`` gets ``obsm["spatial"]`` in pixels of the H&E. If the section's resolution
-    was unknown, it is set from the scale of the matrix.
-
-    Raises
-    ------
-    ValueError
-        If the matrix is not finite, affine and invertible.
-    KeyError
-        If the section has no element measured by an instrument.
+    - `sdata`: the section.
+    - `matrix`: ``(3, 3)``, from ``(x, y, 1)`` in the instrument's micrometers to pixels of the H&E at full resolution.
+    - returns: nothing. Every element with a transformation to ``"instrument"`` gets one to each coordinate system of
+      the H&E. Every table with ``obsm["spatial_um"]`` gets ``obsm["spatial"]`` in pixels of the H&E. If the section's
+      resolution was unknown, it is set from the scale of the matrix.
     """
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.shape != (3, 3) or not np.isfinite(matrix).all() or not np.allclose(matrix[2], [0.0, 0.0, 1.0]):

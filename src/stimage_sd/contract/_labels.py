@@ -27,14 +27,9 @@ _MASK_SIDE = 4096
 class LabelWindow(NamedTuple):
     """A rectangular part of a labels element.
 
-    Attributes
-    ----------
-    labels
-        ``int (y, x)``.
-    left, top
-        Corner of the first label pixel, px of the H&E.
-    pixel
-        H&E pixels per label pixel, along x and y.
+    - `labels`: ``int (y, x)``.
+    - `left`, `top`: corner of the first label pixel, px of the H&E.
+    - `pixel`: H&E pixels per label pixel, along x and y.
     """
 
     labels: np.ndarray
@@ -44,13 +39,7 @@ class LabelWindow(NamedTuple):
 
 
 def finest_labels(sdata: SpatialData, name: str) -> xr.DataArray:
-    """Return labels at their finest resolution, ``(y, x)``.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such labels.
-    """
+    """Return labels at their finest resolution, ``(y, x)``."""
     if name not in sdata.labels:
         raise KeyError(f"No labels {name!r} in section {sample(sdata)!r}; its labels: {sorted(sdata.labels)}.")
     element = sdata.labels[name]
@@ -62,21 +51,9 @@ def finest_labels(sdata: SpatialData, name: str) -> xr.DataArray:
 def label_window(sdata: SpatialData, name: str, box: tuple[float, float, float, float]) -> LabelWindow:
     """Return the part of a labels element inside a box, and read only that part.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    name
-        Name of the labels.
-    box
-        Left, top, right and bottom, px of the H&E.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such labels.
-    ValueError
-        If the labels are rotated or mirrored relative to the H&E.
+    - `sdata`: the section.
+    - `name`: name of the labels.
+    - `box`: left, top, right and bottom, px of the H&E.
     """
     array = finest_labels(sdata, name)
     matrix = pixel_frame(sdata).matrix(sdata.labels[name], name)
@@ -99,10 +76,8 @@ def mask_in_pixels(
 ) -> tuple[NDArray[np.bool_], tuple[float, float]]:
     """Return a mask of the nonzero labels over the whole H&E or another image.
 
-    Returns
-    -------
-    ``bool (y, x)``, and the H&E pixels per mask pixel, along y and x. Labels that cover the H&E are not resampled.
-    Other labels, such as those of a cropped or rotated section, are sampled by nearest neighbor.
+    - returns: ``bool (y, x)``, and the H&E pixels per mask pixel, along y and x. Labels that cover the H&E are not
+      resampled. Other labels, such as those of a cropped or rotated section, are sampled by nearest neighbor.
     """
     finest = finest_labels(sdata, name)
     # labels from other software may be as large as the slide

@@ -1,4 +1,4 @@
-"""Read and write the results of a section: tissue, nuclei, predictions, gene classes, explanations."""
+"""Read and write the results of a section: tissue, nuclei, predictions, gene classes, cell types, explanations."""
 
 from __future__ import annotations
 
@@ -29,6 +29,19 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+from typing import TYPE_CHECKING
+
+import shapely
+from numpy.typing import NDArray
+
+from stimage_sd.contract._elements import PREDICTED_CELLS, is_result
+from stimage_sd.contract._names import CELL_TYPES, REGION_KEY
+
+if TYPE_CHECKING:
+    from anndata import AnnData
+    from geopandas import GeoDataFrame
+
+
 def write_tissue(
     sdata: SpatialData,
     mask: NDArray[np.bool_],
@@ -39,18 +52,11 @@ def write_tissue(
 ) -> None:
     """Write the tissue labels and store their name in the section.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    mask
-        ``(y, x)`` bool, `True` on tissue, at low resolution.
-    downsample
-        Full-resolution pixels per mask pixel, along y and x.
-    image_key
-        The image that the tissue was found on, if not the section's H&E.
-    key_added
-        Name of the labels. By default ``"tissue"``, or ``"tissue_mask"`` if another element has that name.
+    - `sdata`: the section.
+    - `mask`: ``(y, x)`` bool, `True` on tissue, at low resolution.
+    - `downsample`: Full-resolution pixels per mask pixel, along y and x.
+    - `image_key`: the image that the tissue was found on, if not the section's H&E.
+    - `key_added`: name of the labels. By default ``"tissue"``, or ``"tissue_mask"`` if another element has that name.
     """
     name = key_added
     if name is None:
@@ -99,21 +105,9 @@ def write_shapes(sdata: SpatialData, frame: GeoDataFrame, *, name: str, image_ke
 def nuclei(sdata: SpatialData, shapes_key: str | None = None, image_key: str | None = None) -> GeoDataFrame:
     """Return the nuclei as polygons in H&E pixels.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    shapes_key
-        Name of the nuclei's shapes. ``"nuclei"`` by default.
-    image_key
-        The image whose pixels are used, if not the H&E.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such shapes.
-    ValueError
-        If the shapes are not placed on the H&E.
+    - `sdata`: the section.
+    - `shapes_key`: name of the nuclei's shapes. ``"nuclei"`` by default.
+    - `image_key`: the image whose pixels are used, if not the H&E.
     """
     name = NUCLEI if shapes_key is None else shapes_key
     if name not in sdata.shapes:
@@ -128,13 +122,7 @@ def nuclei(sdata: SpatialData, shapes_key: str | None = None, image_key: str | N
 
 
 def predictions(sdata: SpatialData, key: str = PREDICTIONS) -> AnnData:
-    """Return a table of predictions.
-
-    Raises
-    ------
-    KeyError
-        If the section has no such predictions.
-    """
+    """Return a table of predictions."""
     if key not in sdata.tables:
         others = [name for name, table in sdata.tables.items() if "prediction" in table.uns]
         hint = f" It has {others}: name one with `key=`." if others else ""
@@ -162,13 +150,7 @@ def check_prediction_key(sdata: SpatialData, key: str) -> None:
 
 
 def gene_classes(sdata: SpatialData, key: str = GENE_CLASSES) -> AnnData:
-    """Return the table of predicted gene classes.
-
-    Raises
-    ------
-    KeyError
-        If the section has no predicted gene classes.
-    """
+    """Return the table of predicted gene classes."""
     if key not in sdata.tables:
         raise KeyError(
             f"Section {sample(sdata)!r} has no predicted classes of genes. Run "
@@ -191,13 +173,7 @@ def _write_over_tiles(sdata: SpatialData, name: str, table: AnnData) -> None:
 
 
 def explained(sdata: SpatialData) -> GeoDataFrame:
-    """Return the explained nuclei, or else the explained segments of another kind, in H&E pixels.
-
-    Raises
-    ------
-    KeyError
-        If the section has no explained nuclei or segments.
-    """
+    """Return the explained nuclei, or else the explained segments of another kind, in H&E pixels."""
     for name in (NUCLEI_EXPLAINED, SEGMENTS_EXPLAINED):
         if name in sdata.shapes:
             return shapes_in_pixels(sdata, name)
@@ -207,13 +183,7 @@ def explained(sdata: SpatialData) -> GeoDataFrame:
 
 
 def explanations(sdata: SpatialData) -> AnnData:
-    """Return the table of explained tiles: ``obs`` are tiles, ``var`` are genes.
-
-    Raises
-    ------
-    KeyError
-        If the section has no explained tiles.
-    """
+    """Return the table of explained tiles: ``obs`` are tiles, ``var`` are genes."""
     if EXPLANATIONS not in sdata.tables:
         raise KeyError(
             f"Section {sample(sdata)!r} has no explained tiles. Run `stimage_sd.tl.explain(sdata, model, gene)` first."
@@ -233,3 +203,61 @@ def write_explained(sdata: SpatialData, frame: GeoDataFrame, *, of_nuclei: bool 
 def write_explanations(sdata: SpatialData, table: AnnData) -> None:
     """Write the table of explained tiles, and replace an earlier one."""
     _write_over_tiles(sdata, EXPLANATIONS, table)
+
+
+def cell_types(sdata: SpatialData) -> AnnData:
+    """Return the table of predicted cells: ``obs`` are nuclei, ``var`` are cell types."""
+    if CELL_TYPES not in sdata.tables:
+        raise KeyError(
+            f"Section {sample(sdata)!r} has no predicted cells. Run `stimage_sd.tl.predict(sdata, model)` with a cell "
+            "classifier first."
+        )
+    return sdata.tables[CELL_TYPES]
+
+
+def cell_shapes(sdata: SpatialData) -> str:
+    """Return the name of the predicted cells' shapes."""
+    return str(cell_types(sdata).obs[REGION_KEY].iloc[0])
+
+
+def outlines(frame: GeoDataFrame) -> NDArray[np.object_]:
+    """Return shapes as polygons. A multipolygon is replaced by its largest part.
+
+    >>> import geopandas, shapely
+    >>> apart = shapely.MultiPolygon([shapely.box(0, 0, 1, 1), shapely.box(5, 0, 9, 4)])
+    >>> outlines(geopandas.GeoDataFrame(geometry=[apart]))[0].area
+    16.0
+    """
+    shapes = np.array(frame.geometry.array, dtype=object)
+    for index in np.flatnonzero(shapely.get_type_id(shapes) != shapely.GeometryType.POLYGON):
+        shapes[index] = max(shapely.get_parts(shapes[index]), key=shapely.area)
+    return shapes
+
+
+def check_cells_can_be_written(sdata: SpatialData, name: str, *, call: str) -> None:
+    """Raise `ValueError` if predicted cells would replace a table or shapes that were not predicted."""
+    if CELL_TYPES in sdata.tables and not is_result(CELL_TYPES, sdata.tables[CELL_TYPES]):
+        raise ValueError(
+            f"Section {sample(sdata)!r} has a table {CELL_TYPES!r} already, and it holds no predicted cells. Rename it "
+            f"first: `sdata[{CELL_TYPES + '_measured'!r}] = sdata.tables.pop({CELL_TYPES!r})`."
+        )
+    if CELL_TYPES not in sdata.tables or cell_shapes(sdata) != name:
+        check_no_shapes(sdata, name, call=call)
+
+
+def write_cells(
+    sdata: SpatialData, frame: GeoDataFrame, table: AnnData, *, name: str, image_key: str | None = None
+) -> None:
+    """Write the table and shapes of predicted cells, and remove earlier predicted cells.
+
+    The coordinates of `frame` are pixels of `image_key`, or of the H&E by default.
+    """
+    shapes, parsed = pixel_frame(sdata, image_key).shapes(frame), annotate(table, region=name)
+    parsed.uns[PREDICTED_CELLS] = True
+    if CELL_TYPES in sdata.tables:
+        before = cell_shapes(sdata)
+        del sdata.tables[CELL_TYPES]
+        if before in sdata.shapes:
+            del sdata.shapes[before]
+    sdata.shapes[name] = shapes
+    sdata.tables[CELL_TYPES] = parsed

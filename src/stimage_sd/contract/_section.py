@@ -27,28 +27,13 @@ def register(sdata: SpatialData, *, sample: str, platform: str, image: str | Non
 
     Elements with the coordinate system ``"global"`` get ``"microns"`` if `mpp` is known.
 
-    Parameters
-    ----------
-    sdata
-        The object to turn into a section.
-    sample
-        Sample id.
-    platform
-        Name of the measuring platform, such as ``"visium"``.
-    image
-        Name of the H&E image element. `None` for a section without an H&E.
-    mpp
-        Micrometers per pixel of the H&E at full resolution. `None` if unknown. Without an H&E, the micrometers per
-        pixel of the instrument's image, whose pixels are then ``"global"``.
-
-    Returns
-    -------
-    The same object.
-
-    Raises
-    ------
-    ValueError
-        If `mpp` is not a positive number, if `sample` is empty or has a slash, or if `sdata` has no image `image`.
+    - `sdata`: the object to turn into a section.
+    - `sample`: sample id.
+    - `platform`: name of the measuring platform, such as ``"visium"``.
+    - `image`: name of the H&E image element. `None` for a section without an H&E.
+    - `mpp`: micrometers per pixel of the H&E at full resolution. `None` if unknown. Without an H&E, the micrometers per
+      pixel of the instrument's image, whose pixels are then ``"global"``.
+    - returns: the same object.
     """
     if mpp is not None and not (np.isfinite(mpp) and mpp > 0):
         raise ValueError(f"Expected `mpp` to be a positive number of micrometers per pixel, found {mpp!r}.")
@@ -78,11 +63,6 @@ def info(sdata: SpatialData) -> dict[str, Any]:
 
     Nothing is guessed for an object from other software. It has no resolution and no history, and its image is `None`
     until `image_name` finds it or the user names it. Use `remember` to write metadata.
-
-    Raises
-    ------
-    TypeError
-        If `sdata` is not a `SpatialData`.
     """
     if not isinstance(sdata, SpatialData):
         raise TypeError(f"Expected a SpatialData section, found {type(sdata).__name__}.")
@@ -120,12 +100,8 @@ def sample(sdata: SpatialData) -> str:
 def patients(cohort: Cohort, named: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return the patient of each section of a cohort, as far as known.
 
-    Parameters
-    ----------
-    cohort
-        Sections by sample id. The patient of a section is ``sdata.attrs["stimage_sd"]["patient"]``.
-    named
-        Patient by section, instead of what sections know. Sections that are not in the cohort are ignored.
+    - `cohort`: sections by sample id. The patient of a section is ``sdata.attrs["stimage_sd"]["patient"]``.
+    - `named`: patient by section, instead of what sections know. Sections that are not in the cohort are ignored.
     """
     found = {name: (named or {}).get(name, info(sdata).get("patient")) for name, sdata in cohort.items()}
     return {name: str(patient) for name, patient in found.items() if patient is not None}
@@ -166,15 +142,7 @@ def plain(value: Any) -> Any:
 
 
 def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
-    """Return `data` as a cohort. A single section becomes a cohort of one, under its sample id.
-
-    Raises
-    ------
-    TypeError
-        If `data` is neither a section nor a mapping of sections.
-    ValueError
-        If the cohort is empty.
-    """
+    """Return `data` as a cohort. A single section becomes a cohort of one, under its sample id."""
     if isinstance(data, SpatialData):
         return {sample(data): data}
     if not isinstance(data, Mapping):
@@ -188,15 +156,7 @@ def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
 
 
 def section(data: SpatialData | Cohort) -> SpatialData:
-    """Return `data` as a single section.
-
-    Raises
-    ------
-    TypeError
-        If `data` is neither a section nor a mapping of sections.
-    ValueError
-        If `data` is an empty cohort or has several sections.
-    """
+    """Return `data` as a single section."""
     if isinstance(data, SpatialData):
         return data
     cohort = sections(data)

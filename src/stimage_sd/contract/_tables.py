@@ -84,13 +84,7 @@ def cell_table_names(sdata: SpatialData) -> list[str]:
 
 
 def cell_table_name(sdata: SpatialData, table_key: str | None = None) -> str:
-    """Return the name of the table of a section's own units, not of spots aggregated from these.
-
-    Raises
-    ------
-    KeyError
-        If there is no such table, or if there are several and `table_key` names none of them.
-    """
+    """Return the name of the table of a section's own units, not of spots aggregated from these."""
     if table_key is not None:
         if table_key not in sdata.tables:
             raise KeyError(f"No table {table_key!r}; this section's tables: {sorted(sdata.tables)}.")

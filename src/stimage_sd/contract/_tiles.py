@@ -39,13 +39,7 @@ _ZEROS = 128
 
 
 def tiles(sdata: SpatialData) -> AnnData:
-    """Return the table of tiles.
-
-    Raises
-    ------
-    KeyError
-        If the section is not tiled.
-    """
+    """Return the table of tiles."""
     if TILES not in sdata.tables or TILE_SQUARES not in sdata.shapes:
         raise KeyError(f"Section {sample(sdata)!r} has no tiles. Run `stimage_sd.pp.tile(sdata)` first.")
     table = sdata.tables[TILES]
@@ -67,12 +61,8 @@ def tiling(sdata: SpatialData) -> dict[str, Any]:
 class TileGeometry(NamedTuple):
     """Centers and side of the tiles on an image.
 
-    Attributes
-    ----------
-    centers
-        ``float64 (n, 2)``, x and y, px of the image.
-    side
-        Side of a tile, px of the image.
+    - `centers`: ``float64 (n, 2)``, x and y, px of the image.
+    - `side`: side of a tile, px of the image.
     """
 
     centers: NDArray[np.float64]
@@ -82,19 +72,9 @@ class TileGeometry(NamedTuple):
 def tile_geometry(sdata: SpatialData, table: AnnData | None = None, image_key: str | None = None) -> TileGeometry:
     """Return the centers and side of tiles on an image, through the transformations of both.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    table
-        A table with one row per tile, or some of its rows. The table of all tiles by default.
-    image_key
-        The image. The section's H&E by default.
-
-    Raises
-    ------
-    ValueError
-        If the tiles are rotated or stretched on the image, or not placed on it.
+    - `sdata`: the section.
+    - `table`: a table with one row per tile, or some of its rows. The table of all tiles by default.
+    - `image_key`: the image. The section's H&E by default.
     """
     every = tiles(sdata)
     table = every if table is None else table
@@ -150,23 +130,10 @@ def tile_squares(
 ) -> NDArray[np.float64]:
     """Return the extents of tiles on an image.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    names
-        ``obs_names`` or ``instance_id`` of the wanted tiles, from the table of tiles. All tiles by default.
-    image_key
-        The image. The section's H&E by default.
-
-    Returns
-    -------
-    ``float64 (n, 4)``: left, top, right, bottom, px of the image.
-
-    Raises
-    ------
-    KeyError
-        If the section is not tiled, or has no such tile.
+    - `sdata`: the section.
+    - `names`: ``obs_names`` or ``instance_id`` of the wanted tiles, from the table of tiles. All tiles by default.
+    - `image_key`: the image. The section's H&E by default.
+    - returns: ``float64 (n, 4)``: left, top, right, bottom, px of the image.
     """
     table = tiles(sdata)
     rows = np.arange(table.n_obs)
@@ -190,21 +157,11 @@ def tile_squares(
 def write_tiles(sdata: SpatialData, obs: pd.DataFrame, tiling: dict[str, Any], image_key: str | None = None) -> None:
     """Write the table and squares of tiles, and remove the results of earlier tiles.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    obs
-        One row per tile, with ``x`` and ``y``, the center in pixels of the image.
-    tiling
-        The layout of the tiles: ``layout``, ``side_px``, ``target_px`` and, if the resolution is known, ``size_um``.
-    image_key
-        The image that was tiled, if not the section's H&E.
-
-    Warns
-    -----
-    UserWarning
-        If predictions, classes or explanations of earlier tiles were removed.
+    - `sdata`: the section.
+    - `obs`: one row per tile, with ``x`` and ``y``, the center in pixels of the image.
+    - `tiling`: the layout of the tiles: ``layout``, ``side_px``, ``target_px`` and, if the resolution is known,
+      ``size_um``.
+    - `image_key`: the image that was tiled, if not the section's H&E.
     """
     frame = pixel_frame(sdata, image_key)
     centers, half = obs[["x", "y"]].to_numpy(dtype=np.float64), tiling["side_px"] / 2
@@ -286,26 +243,15 @@ def write_embeddings(
 ) -> None:
     """Write the embeddings of all tiles and their settings, and remove outdated embeddings of neighbors.
 
-    Parameters
-    ----------
-    sdata
-        The section, tiled.
-    extractor
-        Name of the network.
-    values
-        ``float32 (n_tiles, n_fields * n_features)``.
-    image
-        The image that the tiles were cut from.
-    input_px
-        Side that the tiles were resampled to, px.
-    weights_hash
-        Hash of the network's weights. Empty if unknown.
-    fields_of_view
-        Sides of the squares around a tile, in tile sides.
-    stain
-        Settings of the stain normalization, as JSON. Empty without normalization.
-    source
-        The other software that computed the embeddings, if any.
+    - `sdata`: the section, tiled.
+    - `extractor`: name of the network.
+    - `values`: ``float32 (n_tiles, n_fields * n_features)``.
+    - `image`: the image that the tiles were cut from.
+    - `input_px`: side that the tiles were resampled to, px.
+    - `weights_hash`: hash of the network's weights. Empty if unknown.
+    - `fields_of_view`: sides of the squares around a tile, in tile sides.
+    - `stain`: settings of the stain normalization, as JSON. Empty without normalization.
+    - `source`: the other software that computed the embeddings, if any.
     """
     table = tiles(sdata)
     table.obsm[feature_key(extractor)] = values
@@ -324,15 +270,7 @@ def write_embeddings(
 
 
 def embeddings(sdata: SpatialData, extractor: str) -> np.ndarray:
-    """Return an extractor's embeddings, ``float32 (n_tiles, n_features)``.
-
-    Raises
-    ------
-    KeyError
-        If the embeddings were not computed.
-    ValueError
-        If the embeddings of some kept tiles, or of their neighbors, are zeros because a part of the store is missing.
-    """
+    """Return an extractor's embeddings, ``float32 (n_tiles, n_features)``."""
     table = tiles(sdata)
     key = feature_key(extractor)
     if key not in table.obsm:
@@ -356,14 +294,9 @@ def embeddings(sdata: SpatialData, extractor: str) -> np.ndarray:
 def check_finite(sdata: SpatialData, values: NDArray[Any], extractor: str) -> None:
     """Raise `ValueError` if embeddings of kept tiles are not finite.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    values
-        ``(n_tiles, n_features)``, of all tiles or of the kept tiles.
-    extractor
-        Name of the extractor, for the error message.
+    - `sdata`: the section.
+    - `values`: ``(n_tiles, n_features)``, of all tiles or of the kept tiles.
+    - `extractor`: name of the extractor, for the error message.
     """
     keep, names = tiles(sdata).obs["keep"].to_numpy(), tiles(sdata).obs_names
     # finite float32 values have a finite float64 sum, so no boolean copy of all values is needed

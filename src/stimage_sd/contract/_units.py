@@ -52,18 +52,11 @@ _KIND_WORD = re.compile(r"_(labels|boundaries|circles|polygons|shapes|segmentati
 class Units:
     """The measured units of a section.
 
-    Attributes
-    ----------
-    shapes
-        Name of the element (shapes, labels or points) that holds the units.
-    table
-        Name of the table that annotates the units. `None` without such a table.
-    rows
-        Rows of the table, ``int64 (n,)``, without rows of other sections and of units that were cropped away.
-    names
-        Names of the units: ``obs_names`` of the table, else the index of the shapes.
-    ids
-        Ids of the units in the element.
+    - `shapes`: name of the element (shapes, labels or points) that holds the units.
+    - `table`: name of the table that annotates the units. `None` without such a table.
+    - `rows`: rows of the table, ``int64 (n,)``, without rows of other sections and of units that were cropped away.
+    - `names`: names of the units: ``obs_names`` of the table, else the index of the shapes.
+    - `ids`: ids of the units in the element.
     """
 
     shapes: str
@@ -123,21 +116,9 @@ def find_units(
 ) -> Units:
     """Find the measured units: their shapes, and the table rows that annotate them.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    shapes_key, table_key
-        Names of the shapes and of the table, if not the section's own.
-    against
-        ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
-
-    Raises
-    ------
-    KeyError
-        If the shapes or the table are missing or ambiguous, as in an object of several sections.
-    ValueError
-        If the table annotates no element, or two units have the same name.
+    - `sdata`: the section.
+    - `shapes_key`, `table_key`: names of the shapes and of the table, if not the section's own.
+    - `against`: ``"counts"`` or ``"proteins"``. `None` prefers counts and falls back to proteins.
     """
     if shapes_key is None and table_key is None and info(sdata).get("unit_shapes") in sdata.shapes:
         shapes_key = str(info(sdata)["unit_shapes"])

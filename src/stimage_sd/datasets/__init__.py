@@ -14,5 +14,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_synthetic_visium": ["synthetic_visium"],
         "_synthetic_visium_hd": ["synthetic_visium_hd"],
         "_synthetic_xenium": ["synthetic_xenium"],
+        "_visium": ["visium"],
     },
 )

@@ -17,16 +17,10 @@ from stimage_sd.datasets._tissue_painter import Tissue
 class Look:
     """Appearance of the nuclei of a cell type.
 
-    Attributes
-    ----------
-    radius_um
-        Mean radius of a circle with the area of the nucleus, µm.
-    aspect
-        Smallest and largest ratio of long to short axis.
-    darkness
-        Mean gray value of hematoxylin that the painter draws.
-    subtypes
-        Names of the type in a single-cell reference.
+    - `radius_um`: mean radius of a circle with the area of the nucleus, µm.
+    - `aspect`: smallest and largest ratio of long to short axis.
+    - `darkness`: mean gray value of hematoxylin that the painter draws.
+    - `subtypes`: names of the type in a single-cell reference.
     """
 
     radius_um: float
@@ -57,17 +51,10 @@ def marker_names(n_markers: int) -> list[str]:
 def give_types(tissue: Tissue, nuclei: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Assign a cell type to each nucleus, and the appearance of the type.
 
-    Parameters
-    ----------
-    tissue
-        The tissue decides the types. Stroma has stromal and endothelial cells, the rest is cancer. Immune cells gather
-        where nuclei are dense.
-    nuclei
-        ``(n, 6)`` nuclei from `scatter_nuclei`.
-
-    Returns
-    -------
-    The nuclei that do not overlap, ``(m, 6)``, and their types as indices into `TYPES`, ``int64 (m,)``.
+    - `tissue`: the tissue decides the types. Stroma has stromal and endothelial cells, the rest is cancer. Immune cells
+      gather where nuclei are dense.
+    - `nuclei`: ``(n, 6)`` nuclei from `scatter_nuclei`.
+    - returns: the nuclei that do not overlap, ``(m, 6)``, and their types as indices into `TYPES`, ``int64 (m,)``.
     """
     generator = np.random.default_rng([tissue.seed, 40])
     points = nuclei[:, :2]
@@ -107,9 +94,7 @@ def _with_room(nuclei: np.ndarray, generator: np.random.Generator) -> np.ndarray
 def draw_markers(nuclei: np.ndarray, types: np.ndarray, *, n_markers: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Scatter the transcripts of the markers within nuclei.
 
-    Returns
-    -------
-    Positions ``(n, 2)``, pixels of the H&E, and indices of the markers in the order of `marker_names`.
+    - returns: positions ``(n, 2)``, pixels of the H&E, and indices of the markers in the order of `marker_names`.
     """
     generator = np.random.default_rng([seed, 41])
     counts = _counts(types, n_markers, generator)

@@ -41,23 +41,13 @@ def write_pyramid(
 ) -> np.ndarray:
     """Write a square image as a pyramidal TIFF with JPEG tiles.
 
-    Parameters
-    ----------
-    path
-        File to write.
-    strips
-        Strips of the image from top to bottom, ``uint8 (STRIP, size, 3)``. The last strip may be lower.
-    size
-        Side of the image, px.
-    mpp
-        Micrometers per pixel, for the resolution tags.
-    describe
-        Function from the side of a level, px, to its description. With `describe`, the images have the order of an
-        Aperio slide, with a thumbnail as the second image.
-
-    Returns
-    -------
-    The coarsest level, ``uint8 (side, side, 3)``.
+    - `path`: file to write.
+    - `strips`: strips of the image from top to bottom, ``uint8 (STRIP, size, 3)``. The last strip may be lower.
+    - `size`: side of the image, px.
+    - `mpp`: micrometers per pixel, for the resolution tags.
+    - `describe`: function from the side of a level, px, to its description. With `describe`, the images have the order
+      of an Aperio slide, with a thumbnail as the second image.
+    - returns: the coarsest level, ``uint8 (side, side, 3)``.
     """
     sides = level_sides(size)
     common: dict[str, Any] = {"compression": "jpeg", "metadata": None, "software": False}

@@ -136,12 +136,8 @@ def synthetic_visium_hd(
 class _Array:
     """Square array of barcodes on the slide, and its position on the H&E.
 
-    Parameters
-    ----------
-    um
-        Side of the array, µm.
-    to_image
-        ``(3, 3)`` matrix from micrometers along columns and rows to pixels of the H&E.
+    - `um`: side of the array, µm.
+    - `to_image`: ``(3, 3)`` matrix from micrometers along columns and rows to pixels of the H&E.
     """
 
     um: int

@@ -42,14 +42,9 @@ class Cells:
 
     Nuclei are expanded by up to `EXPANSION_UM`, or up to half the distance to the next nucleus.
 
-    Parameters
-    ----------
-    nuclei
-        ``(n, 6)`` nuclei from `scatter_nuclei`, pixels of the H&E.
-    to_um
-        ``(3, 3)`` similarity from pixels of the H&E to instrument micrometers.
-    version
-        Version of the format.
+    - `nuclei`: ``(n, 6)`` nuclei from `scatter_nuclei`, pixels of the H&E.
+    - `to_um`: ``(3, 3)`` similarity from pixels of the H&E to instrument micrometers.
+    - `version`: version of the format.
     """
 
     def __init__(self, nuclei: np.ndarray, to_um: np.ndarray, version: str) -> None:

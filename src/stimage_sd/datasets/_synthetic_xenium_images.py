@@ -30,20 +30,12 @@ DARK, BACKGROUND, GAIN = 90.0, 110.0, 22.0
 class DapiPainter:
     """Draws nuclei as in a fluorescence microscope.
 
-    Parameters
-    ----------
-    tissue
-        Tissue with the nuclei.
-    reach
-        `Tissue.eccentricity` of the outline of the tissue.
-    nuclei
-        ``(n, 6)`` nuclei from `scatter_nuclei`, pixels of the H&E.
-    to_dapi
-        ``(3, 3)`` similarity from pixels of the H&E to pixels of the DAPI image.
-    size
-        Side of the image, px.
-    pixel_um
-        Micrometers per pixel.
+    - `tissue`: tissue with the nuclei.
+    - `reach`: `Tissue.eccentricity` of the outline of the tissue.
+    - `nuclei`: ``(n, 6)`` nuclei from `scatter_nuclei`, pixels of the H&E.
+    - `to_dapi`: ``(3, 3)`` similarity from pixels of the H&E to pixels of the DAPI image.
+    - `size`: side of the image, px.
+    - `pixel_um`: micrometers per pixel.
     """
 
     tissue: Tissue
@@ -112,20 +104,12 @@ def write_ome_pyramid(
 ) -> None:
     """Write streamed strips as a tiled OME-TIFF, with coarser levels in sub-directories.
 
-    Parameters
-    ----------
-    path
-        File to write.
-    strips
-        Strips of `TILE` rows of the image from top to bottom. The last strip may be lower.
-    shape
-        Shape of the image, ``(y, x)`` or ``(y, x, 3)``.
-    dtype
-        Type of the pixels.
-    metadata
-        Metadata for the OME-XML.
-    options
-        Compression and other arguments of `tifffile.TiffWriter.write`.
+    - `path`: file to write.
+    - `strips`: strips of `TILE` rows of the image from top to bottom. The last strip may be lower.
+    - `shape`: shape of the image, ``(y, x)`` or ``(y, x, 3)``.
+    - `dtype`: type of the pixels.
+    - `metadata`: metadata for the OME-XML.
+    - `options`: compression and other arguments of `tifffile.TiffWriter.write`.
     """
     shapes = [shape]
     while max(shapes[-1][:2]) > COARSEST:

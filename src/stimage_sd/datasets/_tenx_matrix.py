@@ -25,20 +25,12 @@ def write_10x_h5(
 
     The file holds genes × barcodes by columns. The same arrays are barcodes × genes by rows.
 
-    Parameters
-    ----------
-    path
-        File to write.
-    counts
-        ``(n_barcodes, n_genes)``.
-    barcodes
-        Names of the spots, bins or cells.
-    genes
-        Names of the features.
-    attributes
-        Further attributes of the file, such as software, chemistry and library.
-    feature_types
-        One type per feature. By default ``"Gene Expression"``.
+    - `path`: file to write.
+    - `counts`: ``(n_barcodes, n_genes)``.
+    - `barcodes`: names of the spots, bins or cells.
+    - `genes`: names of the features.
+    - `attributes`: further attributes of the file, such as software, chemistry and library.
+    - `feature_types`: one type per feature. By default ``"Gene Expression"``.
     """
     counts = sp.csr_matrix(counts)
     counts.sort_indices()

@@ -59,14 +59,9 @@ def make_stain(seed: int | None) -> Stain:
 class Tissue:
     """A synthetic tissue on a square image.
 
-    Parameters
-    ----------
-    size
-        Side of the image, px.
-    mpp
-        Micrometers per pixel.
-    seed
-        Seed of the fields, outline, nuclei and textures.
+    - `size`: side of the image, px.
+    - `mpp`: micrometers per pixel.
+    - `seed`: seed of the fields, outline, nuclei and textures.
     """
 
     size: int
@@ -109,22 +104,12 @@ def paint(
 ) -> Iterator[np.ndarray]:
     """Paint a tissue in strips from top to bottom.
 
-    Parameters
-    ----------
-    tissue
-        The tissue.
-    reach
-        `Tissue.eccentricity` of the outline of the tissue.
-    stain
-        The staining.
-    strip
-        Rows per strip, px.
-    nuclei
-        ``(n, 6)`` nuclei, sorted from top to bottom. By default from `scatter_nuclei`.
-
-    Yields
-    ------
-    Strips ``uint8 (strip, size, 3)``. The last strip may be lower.
+    - `tissue`: the tissue.
+    - `reach`: `Tissue.eccentricity` of the outline of the tissue.
+    - `stain`: the staining.
+    - `strip`: rows per strip, px.
+    - `nuclei`: ``(n, 6)`` nuclei, sorted from top to bottom. By default from `scatter_nuclei`.
+    - yields: strips ``uint8 (strip, size, 3)``. The last strip may be lower.
     """
     painter = _Painter(tissue, reach, stain, scatter_nuclei(tissue, reach) if nuclei is None else nuclei)
     for start in range(0, tissue.size, strip):

@@ -33,17 +33,10 @@ def check_folder(path: str | Path) -> Path:
 def draw_genes(n_genes: int, seed: int) -> pd.DataFrame:
     """Draw the dependence of genes on the tissue.
 
-    Parameters
-    ----------
-    n_genes
-        Number of genes. A third of the genes, ``NOISE...``, do not depend on the tissue.
-    seed
-        The ``gene_seed``.
-
-    Returns
-    -------
-    One row per gene, with ``intercept`` (log mean of a spot of 55 µm), one coefficient per field, and ``dispersion``,
-    the r of NB(r, p). A coefficient is per standard deviation of the field from 0.5.
+    - `n_genes`: number of genes. A third of the genes, ``NOISE...``, do not depend on the tissue.
+    - `seed`: the ``gene_seed``.
+    - returns: one row per gene, with ``intercept`` (log mean of a spot of 55 µm), one coefficient per field, and
+      ``dispersion``, the r of NB(r, p). A coefficient is per standard deviation of the field from 0.5.
     """
     generator = np.random.default_rng([seed, 20])
     n_noise = n_genes // 3
@@ -76,23 +69,13 @@ def draw_spot_counts(
 ) -> tuple[pd.DataFrame, sp.csr_matrix]:
     """Draw the negative binomial counts of spots of 55 µm.
 
-    Parameters
-    ----------
-    tissue
-        The tissue.
-    centers
-        Centers of the spots, ``(n_spots, 2)`` x, y, px.
-    names
-        One name per spot.
-    genes
-        Genes from `draw_genes`.
-    seed
-        Seed of the counts.
-
-    Returns
-    -------
-    A table and the counts. The table has one row per spot, with the fields, 0 to 1, and ``size_factor``. The counts are
-    ``int32 (n_spots, n_genes)``.
+    - `tissue`: the tissue.
+    - `centers`: centers of the spots, ``(n_spots, 2)`` x, y, px.
+    - `names`: one name per spot.
+    - `genes`: genes from `draw_genes`.
+    - `seed`: seed of the counts.
+    - returns: a table and the counts. The table has one row per spot, with the fields, 0 to 1, and ``size_factor``. The
+      counts are ``int32 (n_spots, n_genes)``.
     """
     generator = np.random.default_rng([seed, 21])
     spots = pd.DataFrame({name: tissue.at(name, centers) for name in FIELDS}, index=names)

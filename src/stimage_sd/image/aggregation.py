@@ -27,25 +27,17 @@ _ROUNDING = 1e-6
 class Regions(NamedTuple):
     """Circles or polygons sorted into a grid, made by `circles` and `polygons`.
 
-    Attributes
-    ----------
-    bounds
-        ``float64 (n_regions, 4)``: lowest x and y, highest x and y.
-    circle
-        ``float64 (n_regions, 3)``: center x and y, squared radius. Polygons have no rows.
-    edge
-        ``float64 (n_edges, 4)``: x and y of the lower end of an edge, y of the upper end, and dx/dy. A shared edge has
-        the same four numbers in both polygons, so a point near the edge is in exactly one polygon. Polygons are cut
-        into slabs along y. Edges are listed by slab, and an edge appears in every slab that it crosses.
-    edge_start, slab_start, slabs_per_unit
-        First edge of each slab, int64. First slab of each region, ``int64 (n_regions + 1,)``. Number of slabs per unit
-        of y for each region.
-    corner, cell
-        x and y of the grid corner ``(2,)``, and side of a cell.
-    rows, columns
-        Size of the grid.
-    member, member_start
-        ``int32``: regions that touch a cell, listed by cell. ``int64``: first entry of each cell.
+    - `bounds`: ``float64 (n_regions, 4)``: lowest x and y, highest x and y.
+    - `circle`: ``float64 (n_regions, 3)``: center x and y, squared radius. Polygons have no rows.
+    - `edge`: ``float64 (n_edges, 4)``: x and y of the lower end of an edge, y of the upper end, and dx/dy. A shared
+      edge has the same four numbers in both polygons, so a point near the edge is in exactly one polygon. Polygons are
+      cut into slabs along y. Edges are listed by slab, and an edge appears in every slab that it crosses.
+    - `edge_start`, `slab_start`, `slabs_per_unit`: first edge of each slab, int64. First slab of each region, ``int64
+      (n_regions + 1,)``. Number of slabs per unit of y for each region.
+    - `corner`, `cell`: x and y of the grid corner ``(2,)``, and side of a cell.
+    - `rows`, `columns`: size of the grid.
+    - `member`, `member_start`: ``int32``: regions that touch a cell, listed by cell. ``int64``: first entry of each
+      cell.
     """
 
     bounds: np.ndarray
@@ -65,24 +57,10 @@ class Regions(NamedTuple):
 def circles(centers: ArrayLike, radii: ArrayLike) -> Regions:
     """Sort circles into a grid.
 
-    Parameters
-    ----------
-    centers
-        ``(n_regions, 2)`` x and y, in any unit.
-    radii
-        ``(n_regions,)``, or one radius for all, in the same unit. Points on the rim are inside.
+    - `centers`: ``(n_regions, 2)`` x and y, in any unit.
+    - `radii`: ``(n_regions,)``, or one radius for all, in the same unit. Points on the rim are inside.
+    - returns: the regions.
 
-    Returns
-    -------
-    The regions.
-
-    Raises
-    ------
-    ValueError
-        If there is no circle, a center is not finite, or a radius is not positive.
-
-    Examples
-    --------
     >>> two = circles([[0.0, 0.0], [10.0, 0.0]], 1.0)
     >>> count(two, [0.5, 9.0, 5.0], [0.5, 0.0, 0.0], [0, 1, 1], n_labels=2).toarray().tolist()
     [[1, 0], [0, 1]]
@@ -100,24 +78,11 @@ def circles(centers: ArrayLike, radii: ArrayLike) -> Regions:
 def polygons(rings: Sequence[Sequence[ArrayLike]]) -> Regions:
     """Sort polygons into a grid.
 
-    Parameters
-    ----------
-    rings
-        Rings of each polygon, each ``(n_vertices, 2)`` x and y, closed or not, in any unit. Holes and further parts are
-        rings too. By the even-odd rule a point is inside if it is inside an odd number of rings. A rectangle includes
-        its left and lower edges (low x, low y) only, so tiles that touch share no point.
+    - `rings`: rings of each polygon, each ``(n_vertices, 2)`` x and y, closed or not, in any unit. Holes and further
+      parts are rings too. By the even-odd rule a point is inside if it is inside an odd number of rings. A rectangle
+      includes its left and lower edges (low x, low y) only, so tiles that touch share no point.
+    - returns: the regions.
 
-    Returns
-    -------
-    The regions.
-
-    Raises
-    ------
-    ValueError
-        If there is no polygon, or a ring has fewer than three vertices or a vertex that is not finite.
-
-    Examples
-    --------
     >>> square = polygons([[[[0.0, 0.0], [2.0, 0.0], [2.0, 2.0], [0.0, 2.0]]]])
     >>> count(square, [1.0, 3.0], [1.0, 1.0], [0, 0], n_labels=1).toarray().tolist()
     [[1]]
@@ -231,30 +196,13 @@ def count(
 ) -> sp.csr_matrix:
     """Count the points per region and label. Points in several regions count in each of them.
 
-    Parameters
-    ----------
-    regions
-        Circles or polygons.
-    x, y
-        ``(n_points,)`` of any numeric type. Non-finite points are in no region.
-    labels
-        ``(n_points,)`` whole numbers below `n_labels`. Points with a negative label are left out.
-    n_labels
-        Number of labels.
-    matrix
-        ``(2, 3)``, maps ``(x, y, 1)`` to the coordinates of the regions.
+    - `regions`: circles or polygons.
+    - `x`, `y`: ``(n_points,)`` of any numeric type. Non-finite points are in no region.
+    - `labels`: ``(n_points,)`` whole numbers below `n_labels`. Points with a negative label are left out.
+    - `n_labels`: number of labels.
+    - `matrix`: ``(2, 3)``, maps ``(x, y, 1)`` to the coordinates of the regions.
+    - returns: sparse counts, ``int32 (n_regions, n_labels)``, with sorted column numbers.
 
-    Returns
-    -------
-    Sparse counts, ``int32 (n_regions, n_labels)``, with sorted column numbers.
-
-    Raises
-    ------
-    ValueError
-        If `x`, `y` and `labels` differ in length, or a label is not below `n_labels`.
-
-    Examples
-    --------
     >>> shifted = np.array([[1.0, 0.0, 100.0], [0.0, 1.0, 0.0]])
     >>> count(circles([[100.0, 0.0]], 1.0), [0.0, 100.0], [0.0, 0.0], [0, 0], n_labels=1, matrix=shifted).toarray()
     array([[1]], dtype=int32)
@@ -274,23 +222,13 @@ def count(
 def sum_pixels(regions: Regions, block: np.ndarray, *, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sum the pixels with centers in each region, per channel.
 
-    Parameters
-    ----------
-    regions
-        Circles or polygons.
-    block
-        Image or part of an image, ``(n_channels, y, x)`` of any numeric type.
-    matrix
-        ``(2, 3)``, maps ``(column, row, 1)`` of the block to the coordinates of the regions. The center of the first
-        pixel is at (0.5, 0.5).
+    - `regions`: circles or polygons.
+    - `block`: image or part of an image, ``(n_channels, y, x)`` of any numeric type.
+    - `matrix`: ``(2, 3)``, maps ``(column, row, 1)`` of the block to the coordinates of the regions. The center of the
+      first pixel is at (0.5, 0.5).
+    - returns: sums, ``float64 (n_regions, n_channels)``, exact for images of whole numbers. Number of pixels, ``int64
+      (n_regions,)``.
 
-    Returns
-    -------
-    Sums, ``float64 (n_regions, n_channels)``, exact for images of whole numbers. Number of pixels,
-    ``int64 (n_regions,)``.
-
-    Examples
-    --------
     >>> image = np.arange(16).reshape(1, 4, 4)
     >>> sums, pixels = sum_pixels(circles([[2.0, 2.0]], 1.0), image, matrix=np.eye(2, 3))
     >>> sums.tolist(), pixels.tolist()

@@ -14,26 +14,14 @@ def one_to_one(
 ) -> NDArray[np.int64]:
     """Choose pairs from candidates so that every object has at most one partner.
 
-    Parameters
-    ----------
-    rows, columns
-        Numbers of the objects of the candidate pairs, ``(n,)`` each.
-    cost
-        Cost of each pair, from 0 to `most`.
-    most
-        Largest possible cost of a pair.
+    - `rows`, `columns`: numbers of the objects of the candidate pairs, ``(n,)`` each.
+    - `cost`: cost of each pair, from 0 to `most`.
+    - `most`: largest possible cost of a pair.
+    - returns: numbers of the chosen pairs, in the order of `rows`.
 
-    Returns
-    -------
-    Numbers of the chosen pairs, in the order of `rows`.
-
-    Notes
-    -----
     The assignment has the most pairs, and among such assignments the lowest total cost (Hungarian algorithm). Each
     connected group of candidates is assigned separately, which is fast for the cells of a slide.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> one_to_one(np.array([0, 0, 1]), np.array([0, 1, 0]), np.array([0.1, 0.4, 0.4]), most=1.0).tolist()
     [1, 2]

@@ -22,14 +22,10 @@ _F1_WEIGHTS = (2.0, 2.0, 1.0, 1.0)
 class ClassScores(NamedTuple):
     """Scores of classes, each ``(n_classes,)``, NaN where a score has no cells.
 
-    Attributes
-    ----------
-    n_truth, n_found
-        Number of true and of predicted cells of the class.
-    f1_hovernet
-        F1 of the class as published for HoVer-Net, over matched and unmatched cells.
-    precision, recall, f1
-        Standard scores. A predicted cell is correct if it is matched to a true cell of the same class.
+    - `n_truth`, `n_found`: number of true and of predicted cells of the class.
+    - `f1_hovernet`: F1 of the class as published for HoVer-Net, over matched and unmatched cells.
+    - `precision`, `recall`, `f1`: standard scores. A predicted cell is correct if it is matched to a true cell of the
+      same class.
     """
 
     n_truth: NDArray[np.int64]
@@ -45,23 +41,13 @@ def match_centers(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Match cells by their centers: as many pairs as possible, then least total distance.
 
-    Parameters
-    ----------
-    truth, found
-        Cell centers, ``(n, 2)`` and ``(m, 2)``, in one unit.
-    radius
-        Largest distance of a pair, in the same unit.
+    - `truth`, `found`: cell centers, ``(n, 2)`` and ``(m, 2)``, in one unit.
+    - `radius`: largest distance of a pair, in the same unit.
+    - returns: rows of the matched pairs in `truth` and in `found`, in the order of `truth`. Each row appears at most
+      once.
 
-    Returns
-    -------
-    Rows of the matched pairs in `truth` and in `found`, in the order of `truth`. Each row appears at most once.
-
-    Notes
-    -----
     Pairs are chosen by `stimage_sd.image.assignment.one_to_one`.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> match_centers(np.array([[0.0, 0], [9, 0]]), np.array([[9.0, 2], [50, 0]]), radius=12)
     (array([1]), array([0]))
@@ -78,8 +64,6 @@ def match_centers(
 def confusion(truth: NDArray[np.integer], found: NDArray[np.integer], *, n_classes: int) -> NDArray[np.int64]:
     """Count pairs of true (rows) and predicted (columns) classes of matched cells.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> confusion(np.array([0, 1, 1]), np.array([0, 0, 1]), n_classes=2).tolist()
     [[1, 0], [1, 1]]
@@ -97,21 +81,11 @@ def class_scores(
 ) -> ClassScores:
     """Score the classes of matched and unmatched cells.
 
-    Parameters
-    ----------
-    truth, found
-        Class of every true and every predicted cell, 0 to ``n_classes - 1``.
-    pairs
-        Rows of the matched cells in `truth` and in `found`.
-    n_classes
-        Number of classes.
+    - `truth`, `found`: class of every true and every predicted cell, 0 to ``n_classes - 1``.
+    - `pairs`: rows of the matched cells in `truth` and in `found`.
+    - `n_classes`: number of classes.
+    - returns: the scores.
 
-    Returns
-    -------
-    The scores.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> rows = np.array([0, 1, 2])
     >>> class_scores(np.array([0, 0, 1]), np.array([0, 1, 1]), (rows, rows), n_classes=2).f1.round(2)
@@ -143,17 +117,9 @@ def _ratios(part: NDArray[np.generic], whole: NDArray[np.generic]) -> NDArray[np
 def entropy(probabilities: NDArray[np.floating]) -> NDArray[np.float64]:
     """Compute the entropy of class probabilities, scaled from 0 (certain) to 1 (uniform).
 
-    Parameters
-    ----------
-    probabilities
-        Class probabilities, ``(n, n_classes)``.
+    - `probabilities`: class probabilities, ``(n, n_classes)``.
+    - returns: ``float64 (n,)``.
 
-    Returns
-    -------
-    ``float64 (n,)``.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> entropy(np.array([[0.5, 0.5], [1.0, 0.0]])).tolist()
     [1.0, 0.0]
@@ -166,21 +132,11 @@ def entropy(probabilities: NDArray[np.floating]) -> NDArray[np.float64]:
 def calibration_error(confidence: NDArray[np.floating], right: NDArray[np.bool_], *, n_bins: int = 10) -> float:
     """Compute the expected calibration error, the mean difference of accuracy and confidence.
 
-    Parameters
-    ----------
-    confidence
-        Probability of the predicted class, ``(n,)``.
-    right
-        Whether the predicted class is correct, ``(n,)``.
-    n_bins
-        Number of bins of equal width between 0 and 1.
+    - `confidence`: probability of the predicted class, ``(n,)``.
+    - `right`: whether the predicted class is correct, ``(n,)``.
+    - `n_bins`: number of bins of equal width between 0 and 1.
+    - returns: mean over cells of the absolute difference in their bin (Naeini et al. 2015), NaN without cells.
 
-    Returns
-    -------
-    Mean over cells of the absolute difference in their bin (Naeini et al. 2015), NaN without cells.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> calibration_error(np.array([0.8, 0.8, 0.8, 0.8, 0.8]), np.array([1, 1, 1, 1, 0], bool))
     0.0
@@ -195,8 +151,6 @@ def calibration_error(confidence: NDArray[np.floating], right: NDArray[np.bool_]
 def separation(uncertainty: NDArray[np.floating], right: NDArray[np.bool_]) -> float:
     """Return the ROC AUC of uncertainty for detecting wrong predictions, NaN if all are right or all wrong.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> separation(np.array([0.1, 0.9, 0.2]), np.array([True, False, True]))
     1.0

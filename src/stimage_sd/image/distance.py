@@ -13,17 +13,9 @@ def edge_distance(inside: NDArray[np.uint8]) -> NDArray[np.float32]:
     OpenCV's exact transform can differ in the last digit between two calls for the same mask. Squared distances are
     whole numbers, so rounding them gives the same result every time.
 
-    Parameters
-    ----------
-    inside
-        Mask, ``uint8 (y, x)``, nonzero inside.
+    - `inside`: mask, ``uint8 (y, x)``, nonzero inside.
+    - returns: distances, ``float32 (y, x)``, 0 outside.
 
-    Returns
-    -------
-    Distances, ``float32 (y, x)``, 0 outside.
-
-    Examples
-    --------
     >>> mask = np.zeros((3, 5), np.uint8)
     >>> mask[:, 1:4] = 1
     >>> edge_distance(mask)[1].tolist()

@@ -33,18 +33,10 @@ _LEAST_MARKER, _LEAST_NUCLEUS, _LEAST_PX = 0.03, 0.06, 4
 def hv_maps(labels: NDArray[np.integer]) -> NDArray[np.float32]:
     """Compute the horizontal and vertical distance maps of a label map.
 
-    Parameters
-    ----------
-    labels
-        Integer label map, ``(y, x)``, 0 outside nuclei.
+    - `labels`: integer label map, ``(y, x)``, 0 outside nuclei.
+    - returns: ``float32 (2, y, x)``, horizontal and vertical, −1 to 1, and 0 outside nuclei. Distances are from the
+      mean position of the pixels of a nucleus. Each side is scaled by its farthest pixel.
 
-    Returns
-    -------
-    ``float32 (2, y, x)``, horizontal and vertical, −1 to 1, and 0 outside nuclei. Distances are from the mean position
-    of the pixels of a nucleus. Each side is scaled by its farthest pixel.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> hv_maps(np.array([[0, 7, 7, 7, 7, 7]]))[0]
     array([[ 0. , -1. , -0.5,  0. ,  0.5,  1. ]], dtype=float32)
@@ -70,21 +62,11 @@ def hv_watershed(
 ) -> NDArray[np.int32]:
     """Segment nuclei from the nuclear probability and the distance maps.
 
-    Parameters
-    ----------
-    nuclear
-        Nuclear probability, ``(y, x)``, 0 to 1.
-    hv
-        Horizontal and vertical distance map, ``(2, y, x)``, −1 to 1.
-    nucleus_px
-        Approximate diameter of a nucleus, px. It sets the smoothing and the smallest areas.
+    - `nuclear`: nuclear probability, ``(y, x)``, 0 to 1.
+    - `hv`: horizontal and vertical distance map, ``(2, y, x)``, −1 to 1.
+    - `nucleus_px`: approximate diameter of a nucleus, px. It sets the smoothing and the smallest areas.
+    - returns: label map, ``int32 (y, x)``, numbered from 1, with 0 outside nuclei.
 
-    Returns
-    -------
-    Label map, ``int32 (y, x)``, numbered from 1, with 0 outside nuclei.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> labels = np.zeros((40, 60), int)
     >>> labels[10:30, 10:30], labels[10:30, 30:50] = 1, 2

@@ -18,16 +18,11 @@ from stimage_sd.image.assignment import one_to_one
 class Overlaps(NamedTuple):
     """Objects of two label maps and their shared pixels.
 
-    Attributes
-    ----------
-    truth_labels, found_labels
-        ``int64 (n_truth,)`` and ``(n_found,)``: labels in ascending order, without 0.
-    truth_areas, found_areas
-        Areas in the same order, ``int64`` in px, ``float64`` for polygons.
-    truth_rows, found_rows
-        ``int64 (n_pairs,)``: rows of the objects in these lists, for pairs that share at least one pixel.
-    shared
-        ``int64 (n_pairs,)``: pixels that a pair shares.
+    - `truth_labels`, `found_labels`: ``int64 (n_truth,)`` and ``(n_found,)``: labels in ascending order, without 0.
+    - `truth_areas`, `found_areas`: areas in the same order, ``int64`` in px, ``float64`` for polygons.
+    - `truth_rows`, `found_rows`: ``int64 (n_pairs,)``: rows of the objects in these lists, for pairs that share at
+      least one pixel.
+    - `shared`: ``int64 (n_pairs,)``: pixels that a pair shares.
     """
 
     truth_labels: NDArray[np.int64]
@@ -61,12 +56,9 @@ class Overlaps(NamedTuple):
 class Matches(NamedTuple):
     """Matched pairs of a true and a found object.
 
-    Attributes
-    ----------
-    truth_rows, found_rows
-        ``int64 (n_matched,)``: rows of `Overlaps.truth_labels` and `Overlaps.found_labels`, each at most once.
-    iou
-        ``float64 (n_matched,)``, above the threshold.
+    - `truth_rows`, `found_rows`: ``int64 (n_matched,)``: rows of `Overlaps.truth_labels` and `Overlaps.found_labels`,
+      each at most once.
+    - `iou`: ``float64 (n_matched,)``, above the threshold.
     """
 
     truth_rows: NDArray[np.int64]
@@ -79,21 +71,14 @@ class InstanceScores(NamedTuple):
 
     Scores with a denominator of 0 are NaN, for example if an image has no true and no found objects.
 
-    Attributes
-    ----------
-    n_truth, n_found, n_matched
-        Number of true objects, of found objects, and of pairs with an IoU above the threshold.
-    precision, recall, f1
-        Detection scores. `f1` is also called detection quality, DQ.
-    segmentation_quality
-        Mean IoU of the matched pairs, SQ. It is 0 if there are objects but no matches.
-    panoptic_quality
-        Product of `f1` and `segmentation_quality`, PQ (Kirillov et al. 2019).
-    aggregated_jaccard
-        AJI (Kumar et al. 2017). The pixels that true objects share with their best partner, over the union of these
-        pairs plus the pixels of found objects without a partner.
-    dice
-        Dice score over the pixels of all objects together.
+    - `n_truth`, `n_found`, `n_matched`: number of true objects, of found objects, and of pairs with an IoU above the
+      threshold.
+    - `precision`, `recall`, `f1`: detection scores. `f1` is also called detection quality, DQ.
+    - `segmentation_quality`: mean IoU of the matched pairs, SQ. It is 0 if there are objects but no matches.
+    - `panoptic_quality`: product of `f1` and `segmentation_quality`, PQ (Kirillov et al. 2019).
+    - `aggregated_jaccard`: AJI (Kumar et al. 2017). The pixels that true objects share with their best partner, over
+      the union of these pairs plus the pixels of found objects without a partner.
+    - `dice`: dice score over the pixels of all objects together.
     """
 
     n_truth: int
@@ -111,22 +96,9 @@ class InstanceScores(NamedTuple):
 def overlaps(truth: NDArray[np.integer], found: NDArray[np.integer]) -> Overlaps:
     """Count the pixels shared by true and found objects.
 
-    Parameters
-    ----------
-    truth, found
-        Integer label maps of one shape, 0 outside objects. Labels need not be consecutive.
+    - `truth`, `found`: integer label maps of one shape, 0 outside objects. Labels need not be consecutive.
+    - returns: the objects, their areas, and every pair that shares a pixel.
 
-    Returns
-    -------
-    The objects, their areas, and every pair that shares a pixel.
-
-    Raises
-    ------
-    ValueError
-        If the maps differ in shape, are not integer, or contain negative labels.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> pairs = overlaps(np.array([[1, 1, 0, 7]]), np.array([[0, 4, 4, 4]]))
     >>> pairs.truth_labels, pairs.found_areas, pairs.shared
@@ -162,25 +134,11 @@ def overlaps(truth: NDArray[np.integer], found: NDArray[np.integer]) -> Overlaps
 def matches(pairs: Overlaps, *, threshold: float = 0.5) -> Matches:
     """Match objects by their intersection over union.
 
-    Parameters
-    ----------
-    pairs
-        Overlaps of the objects, from `overlaps`.
-    threshold
-        Pairs with a larger IoU are the same object. Must be at least 0.5, so that partners are unique.
+    - `pairs`: overlaps of the objects, from `overlaps`.
+    - `threshold`: pairs with a larger IoU are the same object. Must be at least 0.5, so that partners are unique.
+    - returns: the matched pairs, ordered by row of the true object. Where polygons of one side overlap, an object may
+      have several candidates. The assignment then has as many pairs as possible, with the highest total IoU.
 
-    Returns
-    -------
-    The matched pairs, ordered by row of the true object. Where polygons of one side overlap, an object may have several
-    candidates. The assignment then has as many pairs as possible, with the highest total IoU.
-
-    Raises
-    ------
-    ValueError
-        If the threshold is not between 0.5 and 1.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> matches(overlaps(np.array([[1, 1, 1, 2]]), np.array([[5, 5, 0, 0]]))).iou.round(2)
     array([0.67])
@@ -198,24 +156,10 @@ def instance_scores(
 ) -> InstanceScores:
     """Score found objects against true objects.
 
-    Parameters
-    ----------
-    truth, found
-        Integer label maps of one shape, 0 outside objects.
-    threshold
-        IoU above which two objects are the same, at least 0.5.
+    - `truth`, `found`: integer label maps of one shape, 0 outside objects.
+    - `threshold`: IoU above which two objects are the same, at least 0.5.
+    - returns: the scores.
 
-    Returns
-    -------
-    The scores.
-
-    Raises
-    ------
-    ValueError
-        If the maps differ in shape or are not label maps, or the threshold is not between 0.5 and 1.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> truth = np.array([[1, 1, 1, 0, 2, 2]])
     >>> found = np.array([[1, 1, 0, 0, 0, 3]])
@@ -229,19 +173,10 @@ def instance_scores(
 def scores_of_overlaps(pairs: Overlaps, *, threshold: float = 0.5) -> InstanceScores:
     """Score found objects against true objects from their overlaps, as `instance_scores` does.
 
-    Parameters
-    ----------
-    pairs
-        Overlaps of label maps, from `overlaps`, or of polygons.
-    threshold
-        IoU above which two objects are the same, at least 0.5.
+    - `pairs`: overlaps of label maps, from `overlaps`, or of polygons.
+    - `threshold`: IoU above which two objects are the same, at least 0.5.
+    - returns: the scores.
 
-    Returns
-    -------
-    The scores.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> scores_of_overlaps(overlaps(np.array([[1, 1, 2]]), np.array([[1, 1, 0]]))).recall
     0.5

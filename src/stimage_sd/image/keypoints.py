@@ -19,12 +19,8 @@ _MOST_MATCHES = 4_000
 class Picture:
     """Image for `align`.
 
-    Attributes
-    ----------
-    contrast
-        Nuclear contrast, ``uint8 (y, x)``, from `stimage_sd.image.nuclear_contrast.nuclear_contrast`.
-    padding
-        Area that was not scanned, ``bool (y, x)``.
+    - `contrast`: nuclear contrast, ``uint8 (y, x)``, from `stimage_sd.image.nuclear_contrast.nuclear_contrast`.
+    - `padding`: area that was not scanned, ``bool (y, x)``.
     """
 
     contrast: np.ndarray
@@ -48,16 +44,10 @@ class Picture:
 class Features:
     """SIFT features of an image.
 
-    Attributes
-    ----------
-    points
-        Positions x and y, ``float64 (n, 2)``, px.
-    angles
-        Orientations, ``(n,)``, radians from x toward y.
-    sizes
-        Diameters, ``(n,)``, px.
-    descriptors
-        SIFT descriptors, ``float32 (n, 128)``, of unit length.
+    - `points`: positions x and y, ``float64 (n, 2)``, px.
+    - `angles`: orientations, ``(n,)``, radians from x toward y.
+    - `sizes`: diameters, ``(n,)``, px.
+    - `descriptors`: SIFT descriptors, ``float32 (n, 128)``, of unit length.
     """
 
     points: np.ndarray
@@ -79,16 +69,9 @@ class Features:
 def detect(picture: Picture, *, most: int = _MOST_FEATURES) -> Features:
     """Find SIFT features spread over the image, except on padding and its border.
 
-    Parameters
-    ----------
-    picture
-        The image.
-    most
-        Maximum number of features.
-
-    Returns
-    -------
-    The features, with square-root descriptors (Arandjelović and Zisserman 2012).
+    - `picture`: the image.
+    - `most`: maximum number of features.
+    - returns: the features, with square-root descriptors (Arandjelović and Zisserman 2012).
     """
     border = cv2.dilate(picture.padding.astype(np.uint8), np.ones((17, 17), np.uint8))
     busy = [
@@ -116,16 +99,9 @@ def detect(picture: Picture, *, most: int = _MOST_FEATURES) -> Features:
 def match(moving: Features, fixed: Features, *, ratio: float = 0.97) -> tuple[np.ndarray, np.ndarray]:
     """Match features that are mutual nearest neighbors and pass the ratio test.
 
-    Parameters
-    ----------
-    moving, fixed
-        Features of the two images.
-    ratio
-        Largest ratio of the distances to the nearest and the second nearest descriptor (Lowe 2004).
-
-    Returns
-    -------
-    Numbers of the matched features in `moving` and in `fixed`, most distinctive first.
+    - `moving`, `fixed`: features of the two images.
+    - `ratio`: largest ratio of the distances to the nearest and the second nearest descriptor (Lowe 2004).
+    - returns: numbers of the matched features in `moving` and in `fixed`, most distinctive first.
     """
     if len(moving.points) < 2 or len(fixed.points) < 2:
         return np.empty(0, int), np.empty(0, int)

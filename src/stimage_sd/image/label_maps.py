@@ -13,17 +13,12 @@ from scipy import ndimage
 class Objects(NamedTuple):
     """Objects of a label map, ordered by label.
 
-    Attributes
-    ----------
-    labels
-        Labels in ascending order, ``int64 (n_objects,)``.
-    centers
-        Mean x and y of the pixels of each object, ``float64 (n_objects, 2)``, px. The center of the first pixel is at
-        0.5.
-    eccentricity
-        Eccentricity of the ellipse with the same second moments, ``float64 (n_objects,)``, from 0 (circle) to 1 (line).
-    mean
-        Mean of the given values per object, ``float64 (n_objects,)``.
+    - `labels`: labels in ascending order, ``int64 (n_objects,)``.
+    - `centers`: mean x and y of the pixels of each object, ``float64 (n_objects, 2)``, px. The center of the first
+      pixel is at 0.5.
+    - `eccentricity`: eccentricity of the ellipse with the same second moments, ``float64 (n_objects,)``, from 0
+      (circle) to 1 (line).
+    - `mean`: mean of the given values per object, ``float64 (n_objects,)``.
     """
 
     labels: NDArray[np.int64]
@@ -35,19 +30,10 @@ class Objects(NamedTuple):
 def measure_objects(labels: NDArray[np.integer], values: NDArray[np.floating]) -> Objects:
     """Measure center, eccentricity and mean value of the objects of a label map.
 
-    Parameters
-    ----------
-    labels
-        Integer label map, ``(y, x)``, 0 outside objects.
-    values
-        Image to average, such as a stain, ``(y, x)``.
+    - `labels`: integer label map, ``(y, x)``, 0 outside objects.
+    - `values`: image to average, such as a stain, ``(y, x)``.
+    - returns: the objects.
 
-    Returns
-    -------
-    The objects.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> found = measure_objects(np.array([[0, 3, 3], [0, 3, 3]]), np.ones((2, 3)))
     >>> found.labels, found.centers, found.eccentricity
@@ -75,19 +61,10 @@ def measure_objects(labels: NDArray[np.integer], values: NDArray[np.floating]) -
 def means_within(labels: NDArray[np.integer], values: NDArray[np.floating]) -> NDArray[np.float64]:
     """Average values over the pixels of each object.
 
-    Parameters
-    ----------
-    labels
-        Integer label map, ``(y, x)``, 0 outside objects.
-    values
-        Images to average, ``(y, x, n_values)``.
+    - `labels`: integer label map, ``(y, x)``, 0 outside objects.
+    - `values`: images to average, ``(y, x, n_values)``.
+    - returns: means, ``float64 (n_objects, n_values)``, ordered by label.
 
-    Returns
-    -------
-    Means, ``float64 (n_objects, n_values)``, ordered by label.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> means_within(np.array([[0, 3, 3]]), np.array([[[9.0], [1.0], [2.0]]]))
     array([[1.5]])
@@ -105,17 +82,9 @@ def axes_lengths(
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """Compute the axis lengths of ellipses with given second moments.
 
-    Parameters
-    ----------
-    down, right, both
-        Central second moments along rows, along columns, and mixed, px².
+    - `down`, `right`, `both`: central second moments along rows, along columns, and mixed, px².
+    - returns: major and minor axis lengths, px.
 
-    Returns
-    -------
-    Major and minor axis lengths, px.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> axes_lengths(np.array([4.0]), np.array([1.0]), np.array([0.0]))
     (array([8.]), array([4.]))
@@ -127,8 +96,6 @@ def axes_lengths(
 def eccentricities(major: NDArray[np.floating], minor: NDArray[np.floating]) -> NDArray[np.floating]:
     """Compute the eccentricity of ellipses from their axis lengths, 0 for a circle.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> eccentricities(np.array([5.0]), np.array([3.0]))
     array([0.8])
@@ -141,22 +108,13 @@ def trace_objects(
 ) -> list[NDArray[np.int32]]:
     """Trace the outer outlines of objects.
 
-    Parameters
-    ----------
-    labels
-        Integer label map, ``(y, x)``, 0 outside objects.
-    chosen
-        Labels of the objects to trace.
-    tolerance
-        Corners within this distance of the simplified line are dropped, px.
+    - `labels`: integer label map, ``(y, x)``, 0 outside objects.
+    - `chosen`: labels of the objects to trace.
+    - `tolerance`: corners within this distance of the simplified line are dropped, px.
+    - returns: for each label in `chosen`, column and row of the corner pixels of the border, ``int32 (n_points, 2)``.
+      For objects in several pieces this is the piece with the longest border. The true outline lies half a pixel
+      further out.
 
-    Returns
-    -------
-    For each label in `chosen`, column and row of the corner pixels of the border, ``int32 (n_points, 2)``. For objects
-    in several pieces this is the piece with the longest border. The true outline lies half a pixel further out.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> labels = np.zeros((6, 6), int)
     >>> labels[1:4, 2:5] = 7

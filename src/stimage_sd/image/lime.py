@@ -24,26 +24,11 @@ ALL_SEGMENTS = 100_000
 def perturbations(n_samples: int, n_segments: int, *, seed: int) -> np.ndarray:
     """Draw the segments that each perturbed image shows.
 
-    Parameters
-    ----------
-    n_samples
-        Number of perturbed images.
-    n_segments
-        Number of segments of the image.
-    seed
-        Random seed, same as `random_state` of ``lime_image.LimeImageExplainer``.
+    - `n_samples`: number of perturbed images.
+    - `n_segments`: number of segments of the image.
+    - `seed`: random seed, same as `random_state` of ``lime_image.LimeImageExplainer``.
+    - returns: ``int (n_samples, n_segments)``: 1 for shown, 0 for hidden. The first image shows all segments.
 
-    Returns
-    -------
-    ``int (n_samples, n_segments)``: 1 for shown, 0 for hidden. The first image shows all segments.
-
-    Raises
-    ------
-    ValueError
-        If there are no samples or no segments.
-
-    Examples
-    --------
     >>> perturbations(3, 4, seed=0)[0]
     array([1, 1, 1, 1])
     """
@@ -59,22 +44,12 @@ def perturbations(n_samples: int, n_segments: int, *, seed: int) -> np.ndarray:
 def hidden_image(image: np.ndarray, segments: np.ndarray, color: int | Sequence[int] | None) -> np.ndarray:
     """Return the image that replaces hidden segments.
 
-    Parameters
-    ----------
-    image
-        Original image, ``uint8 (..., 3)``.
-    segments
-        Segment number per pixel, ``int (...)``. Pixels with a negative number are never hidden.
-    color
-        One value for all channels, or one value per channel. `None` uses the mean of each segment, rounded down as in
-        `lime`.
+    - `image`: original image, ``uint8 (..., 3)``.
+    - `segments`: segment number per pixel, ``int (...)``. Pixels with a negative number are never hidden.
+    - `color`: one value for all channels, or one value per channel. `None` uses the mean of each segment, rounded down
+      as in `lime`.
+    - returns: ``uint8 (..., 3)``.
 
-    Returns
-    -------
-    ``uint8 (..., 3)``.
-
-    Examples
-    --------
     >>> image = np.array([[[0, 0, 0], [9, 9, 9]]], np.uint8)
     >>> hidden_image(image, np.array([[0, 0]]), None)[0, 0]
     array([4, 4, 4], dtype=uint8)
@@ -94,21 +69,11 @@ def hidden_image(image: np.ndarray, segments: np.ndarray, color: int | Sequence[
 def perturbed_images(image: np.ndarray, hidden: np.ndarray, segments: np.ndarray, shown: np.ndarray) -> np.ndarray:
     """Build perturbed images from shown and hidden segments.
 
-    Parameters
-    ----------
-    image, hidden
-        Images for shown and for hidden segments, ``uint8 (height, width, 3)``.
-    segments
-        Segment number per pixel, ``int (height, width)``. Pixels with a negative number are always shown.
-    shown
-        Shown segments per image, ``(n_images, n_segments)``, from `perturbations`.
+    - `image`, `hidden`: images for shown and for hidden segments, ``uint8 (height, width, 3)``.
+    - `segments`: segment number per pixel, ``int (height, width)``. Pixels with a negative number are always shown.
+    - `shown`: shown segments per image, ``(n_images, n_segments)``, from `perturbations`.
+    - returns: ``uint8 (n_images, height, width, 3)``.
 
-    Returns
-    -------
-    ``uint8 (n_images, height, width, 3)``.
-
-    Examples
-    --------
     >>> image = np.full((1, 2, 3), 9, np.uint8)
     >>> perturbed_images(image, image * 0, np.array([[0, 1]]), np.array([[1, 0]]))[0, 0, :, 0]
     array([9, 0], dtype=uint8)
@@ -130,14 +95,10 @@ def perturbed_images(image: np.ndarray, hidden: np.ndarray, segments: np.ndarray
 class Surrogate:
     """Linear models of network outputs as functions of the shown segments.
 
-    Attributes
-    ----------
-    weights
-        ``float64 (n_segments, n_outputs)``: weight of each segment per output, 0 for segments not in the model.
-    intercepts
-        ``float64 (n_outputs,)``.
-    scores
-        ``float64 (n_outputs,)``: R² weighted by the kernel.
+    - `weights`: ``float64 (n_segments, n_outputs)``: weight of each segment per output, 0 for segments not in the
+      model.
+    - `intercepts`: ``float64 (n_outputs,)``.
+    - `scores`: ``float64 (n_outputs,)``: R² weighted by the kernel.
     """
 
     weights: np.ndarray
@@ -155,26 +116,14 @@ def fit_surrogate(
 ) -> Surrogate:
     """Fit linear models to network outputs for perturbed images, with `LimeBase` from `lime`.
 
-    Parameters
-    ----------
-    shown
-        Shown segments per image, ``(n_samples, n_segments)``, from `perturbations`.
-    outputs
-        Network outputs, ``(n_samples, n_outputs)``.
-    kernel_width
-        Width of the exponential kernel, which weights images by cosine distance from the first image.
-    feature_selection
-        Method of `lime` to select segments: ``"auto"``, ``"none"``, ``"forward_selection"``, ``"highest_weights"`` or
-        ``"lasso_path"``.
-    n_features
-        Maximum number of segments in a linear model.
+    - `shown`: shown segments per image, ``(n_samples, n_segments)``, from `perturbations`.
+    - `outputs`: network outputs, ``(n_samples, n_outputs)``.
+    - `kernel_width`: width of the exponential kernel, which weights images by cosine distance from the first image.
+    - `feature_selection`: method of `lime` to select segments: ``"auto"``, ``"none"``, ``"forward_selection"``,
+      ``"highest_weights"`` or ``"lasso_path"``.
+    - `n_features`: maximum number of segments in a linear model.
+    - returns: the models.
 
-    Returns
-    -------
-    The models.
-
-    Examples
-    --------
     >>> shown = perturbations(200, 3, seed=0)
     >>> surrogate = fit_surrogate(shown, shown @ [[2.0], [0.0], [-1.0]])
     >>> bool((abs(surrogate.weights.ravel() - [2, 0, -1]) < 0.2).all())
@@ -203,18 +152,11 @@ def _kernel(distances: np.ndarray, width: float) -> np.ndarray:
 def agreement(weights: np.ndarray) -> np.ndarray:
     """Compute the mean correlation between explanations of the same outputs.
 
-    Parameters
-    ----------
-    weights
-        Weights of several explanations, such as different seeds, ``float64 (n_explanations, n_segments, n_outputs)``.
+    - `weights`: weights of several explanations, such as different seeds, ``float64 (n_explanations, n_segments,
+      n_outputs)``.
+    - returns: ``float64 (n_outputs,)``: mean of Pearson's correlation over all pairs of explanations. NaN if an
+      explanation is constant, or for fewer than two explanations or three segments.
 
-    Returns
-    -------
-    ``float64 (n_outputs,)``: mean of Pearson's correlation over all pairs of explanations. NaN if an explanation is
-    constant, or for fewer than two explanations or three segments.
-
-    Examples
-    --------
     >>> agreement(np.array([[[0.0], [1.0], [2.0]], [[0.0], [2.0], [4.0]]]))
     array([1.])
     """

@@ -27,17 +27,9 @@ _CELL, _OPENING = 8, 4
 def hematoxylin(rgb: np.ndarray) -> np.ndarray:
     """Compute the hematoxylin channel by color deconvolution (Ruifrok and Johnston 2001).
 
-    Parameters
-    ----------
-    rgb
-        H&E image, ``uint8 (3, y, x)``.
+    - `rgb`: H&E image, ``uint8 (3, y, x)``.
+    - returns: Natural-log optical density, ``float32 (y, x)``, not negative.
 
-    Returns
-    -------
-    Natural-log optical density, ``float32 (y, x)``, not negative.
-
-    Examples
-    --------
     >>> hematoxylin(np.full((3, 1, 1), 255, np.uint8))
     array([[0.]], dtype=float32)
     """
@@ -50,14 +42,8 @@ def hematoxylin(rgb: np.ndarray) -> np.ndarray:
 def find_padding(intensity: np.ndarray) -> np.ndarray:
     """Find padding of unscanned areas: flat areas of 32 px and more at the image border.
 
-    Parameters
-    ----------
-    intensity
-        Image, ``uint8 (y, x)``.
-
-    Returns
-    -------
-    Padding mask, ``bool (y, x)``, some pixels wider than the padding.
+    - `intensity`: image, ``uint8 (y, x)``.
+    - returns: padding mask, ``bool (y, x)``, some pixels wider than the padding.
     """
     square = np.ones((3, 3), np.uint8)
     flat = (cv2.dilate(intensity, square) == cv2.erode(intensity, square)).astype(np.uint8) * np.uint8(255)
@@ -76,20 +62,12 @@ def find_padding(intensity: np.ndarray) -> np.ndarray:
 def nuclear_contrast(intensity: np.ndarray, padding: np.ndarray, *, nucleus_px: float) -> np.ndarray:
     """Compute the local contrast of each pixel at the size of nuclei.
 
-    Parameters
-    ----------
-    intensity
-        Nuclear stain, ``uint8 (y, x)``.
-    padding
-        Padding mask, ``bool (y, x)``, left out of all means.
-    nucleus_px
-        Approximate diameter of a nucleus, px. Detail below a quarter of this is blurred, and background above about
-        five times this is removed.
-
-    Returns
-    -------
-    ``uint8 (y, x)``: `NEUTRAL` at the mean of the surroundings, with 32 units per standard deviation of the
-    surroundings.
+    - `intensity`: nuclear stain, ``uint8 (y, x)``.
+    - `padding`: padding mask, ``bool (y, x)``, left out of all means.
+    - `nucleus_px`: approximate diameter of a nucleus, px. Detail below a quarter of this is blurred, and background
+      above about five times this is removed.
+    - returns: ``uint8 (y, x)``: `NEUTRAL` at the mean of the surroundings, with 32 units per standard deviation of the
+      surroundings.
     """
     step = max(1, min(intensity.shape) // 1000)
     sample = _contrast_parts(intensity[::step, ::step], padding[::step, ::step], nucleus_px / step)[1]
@@ -131,18 +109,10 @@ def _blur(image: np.ndarray, sigma: float) -> np.ndarray:
 def windows(shape: tuple[int, ...], *, margin: int, side: int = _TILE) -> Iterator[tuple[Window, Window]]:
     """Yield squares that cover an image.
 
-    Parameters
-    ----------
-    shape
-        ``(y, x)`` of the image, px.
-    margin
-        Width of the margin around a square, px.
-    side
-        Side of a square, px.
-
-    Returns
-    -------
-    For each square, the slices of rows and columns, and the same with margin, clipped at the image border.
+    - `shape`: ``(y, x)`` of the image, px.
+    - `margin`: width of the margin around a square, px.
+    - `side`: side of a square, px.
+    - returns: for each square, the slices of rows and columns, and the same with margin, clipped at the image border.
     """
     height, width = shape
     for top in range(0, height, side):

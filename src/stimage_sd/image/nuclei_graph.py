@@ -31,15 +31,10 @@ _APART = 7
 class NucleiGraphs(NamedTuple):
     """Nuclei of tiles, padded to one number of nuclei per tile.
 
-    Attributes
-    ----------
-    features
-        Measurements named in `FEATURES`, ``float32 (n_tiles, n_nuclei, 18)``, in px and optical densities. Padding is
-        0.
-    present
-        Whether an entry is a nucleus, ``bool (n_tiles, n_nuclei)``.
-    edges
-        Symmetric adjacency of the nuclei, ``bool (n_tiles, n_nuclei, n_nuclei)``.
+    - `features`: measurements named in `FEATURES`, ``float32 (n_tiles, n_nuclei, 18)``, in px and optical densities.
+      Padding is 0.
+    - `present`: whether an entry is a nucleus, ``bool (n_tiles, n_nuclei)``.
+    - `edges`: symmetric adjacency of the nuclei, ``bool (n_tiles, n_nuclei, n_nuclei)``.
     """
 
     features: NDArray[np.float32]
@@ -50,26 +45,14 @@ class NucleiGraphs(NamedTuple):
 def nuclei_graphs(tiles: NDArray[np.uint8], *, n_nuclei: int = 128, n_neighbors: int = 5) -> NucleiGraphs:
     """Find, measure and link the nuclei of tiles.
 
-    Parameters
-    ----------
-    tiles
-        RGB tiles, ``uint8 (n_tiles, height, width, 3)``, at about 0.5 µm per pixel.
-    n_nuclei
-        Maximum number of nuclei per tile. The nuclei nearest to the tile center are kept.
-    n_neighbors
-        Each nucleus is linked with this many nearest nuclei, in both directions.
+    - `tiles`: RGB tiles, ``uint8 (n_tiles, height, width, 3)``, at about 0.5 µm per pixel.
+    - `n_nuclei`: maximum number of nuclei per tile. The nuclei nearest to the tile center are kept.
+    - `n_neighbors`: each nucleus is linked with this many nearest nuclei, in both directions.
+    - returns: the graphs.
 
-    Returns
-    -------
-    The graphs.
-
-    Notes
-    -----
     Nuclei are areas with hematoxylin above Otsu's threshold (color deconvolution of Ruifrok and Johnston 2001).
     A watershed from the peaks of the distance to the edge separates touching nuclei.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.image.nuclei_graph import nuclei_graphs
     >>> tile = np.full((40, 40, 3), 255, np.uint8)
@@ -95,17 +78,9 @@ def nuclei_graphs(tiles: NDArray[np.uint8], *, n_nuclei: int = 128, n_neighbors:
 def standardized(graphs: NucleiGraphs) -> NucleiGraphs:
     """Scale each feature to mean 0 and standard deviation 1 over all nuclei, such as those of one section.
 
-    Parameters
-    ----------
-    graphs
-        Graphs of all tiles of a section.
+    - `graphs`: graphs of all tiles of a section.
+    - returns: the graphs with scaled features.
 
-    Returns
-    -------
-    The graphs with scaled features.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> features = np.arange(4, dtype=np.float32).reshape(1, 4, 1)
     >>> present = np.array([[True, True, True, False]])

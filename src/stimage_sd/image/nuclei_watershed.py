@@ -31,22 +31,14 @@ class Recipe(NamedTuple):
 
     The defaults were chosen on eleven small patches of three fields (docs, "Nuclei without a network").
 
-    Attributes
-    ----------
-    blur
-        Standard deviation of the Gaussian for hematoxylin.
-    least
-        Smallest hematoxylin of a nucleus, in multiples of Otsu's threshold.
-    surroundings, contrast
-        Standard deviation of the Gaussian for the local mean, and smallest ratio of a nucleus to the local mean.
-    opening
-        Radius of the disk that opens each nucleus. Thinner spurs are removed.
-    ridge
-        Standard deviation of the Gaussian for the distance to the edge.
-    apart
-        Distance within which a peak has no higher peak.
-    hole, smallest, largest
-        Areas of the largest filled hole, the smallest nucleus and the largest nucleus.
+    - `blur`: standard deviation of the Gaussian for hematoxylin.
+    - `least`: smallest hematoxylin of a nucleus, in multiples of Otsu's threshold.
+    - `surroundings`, `contrast`: standard deviation of the Gaussian for the local mean, and smallest ratio of a nucleus
+      to the local mean.
+    - `opening`: radius of the disk that opens each nucleus. Thinner spurs are removed.
+    - `ridge`: standard deviation of the Gaussian for the distance to the edge.
+    - `apart`: distance within which a peak has no higher peak.
+    - `hole`, `smallest`, `largest`: areas of the largest filled hole, the smallest nucleus and the largest nucleus.
     """
 
     blur: float = 0.03
@@ -69,28 +61,16 @@ def nuclei_watershed(
 ) -> NDArray[np.int32]:
     """Segment the nuclei of an H&E image.
 
-    Parameters
-    ----------
-    image
-        RGB H&E image, ``uint8 (y, x, 3)``.
-    threshold
-        Otsu's threshold of hematoxylin for the section, natural-log optical density, from `otsu_of_histogram`.
-    nucleus_px
-        Approximate diameter of a nucleus, px.
-    recipe
-        Parameters of the method.
+    - `image`: RGB H&E image, ``uint8 (y, x, 3)``.
+    - `threshold`: Otsu's threshold of hematoxylin for the section, natural-log optical density, from
+      `otsu_of_histogram`.
+    - `nucleus_px`: approximate diameter of a nucleus, px.
+    - `recipe`: parameters of the method.
+    - returns: label map, ``int32 (y, x)``. Nuclei are numbered from 1 in the order of their first pixel, row by row.
+      The background is 0.
 
-    Returns
-    -------
-    Label map, ``int32 (y, x)``. Nuclei are numbered from 1 in the order of their first pixel, row by row. The
-    background is 0.
-
-    Notes
-    -----
     A label depends on pixels up to about six nucleus diameters away, and mostly on much nearer pixels.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> tile = np.full((40, 40, 3), (240, 200, 225), np.uint8)
     >>> tile[5:15, 5:15] = tile[25:35, 20:30] = (80, 60, 140)
@@ -113,23 +93,13 @@ def separate(
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Separate touching blobs by a watershed from the peaks of the distance to their edge.
 
-    Parameters
-    ----------
-    inside
-        Mask, ``uint8 (y, x)``, nonzero inside blobs.
-    blur
-        Standard deviation of the Gaussian for the distance, px. It removes small peaks along ridges.
-    apart
-        Side of the square around a peak without a higher peak, px, odd.
-    least_radius
-        Smallest distance of a peak to the edge, px.
+    - `inside`: mask, ``uint8 (y, x)``, nonzero inside blobs.
+    - `blur`: standard deviation of the Gaussian for the distance, px. It removes small peaks along ridges.
+    - `apart`: side of the square around a peak without a higher peak, px, odd.
+    - `least_radius`: smallest distance of a peak to the edge, px.
+    - returns: label map ``int32 (y, x)``, numbered from 1 with 0 outside, and distance to the edge ``float32 (y, x)``,
+      px.
 
-    Returns
-    -------
-    Label map ``int32 (y, x)``, numbered from 1 with 0 outside, and distance to the edge ``float32 (y, x)``, px.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> two = np.zeros((20, 36), np.uint8)
     >>> _ = cv2.circle(two, (10, 10), 8, 1, -1), cv2.circle(two, (24, 10), 8, 1, -1)
@@ -149,21 +119,11 @@ def hematoxylin_histogram(
 ) -> NDArray[np.float32]:
     """Compute the hematoxylin histogram of tissue pixels, smoothed as in `nuclei_watershed`.
 
-    Parameters
-    ----------
-    image
-        RGB H&E image, ``uint8 (y, x, 3)``.
-    nucleus_px
-        Approximate diameter of a nucleus, px.
-    recipe
-        Parameters of the method.
+    - `image`: RGB H&E image, ``uint8 (y, x, 3)``.
+    - `nucleus_px`: approximate diameter of a nucleus, px.
+    - `recipe`: parameters of the method.
+    - returns: number of pixels per bin, ``float32 (512,)``. Histograms of several images of one section can be added.
 
-    Returns
-    -------
-    Number of pixels per bin, ``float32 (512,)``. Histograms of several images of one section can be added.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> hematoxylin_histogram(np.full((4, 4, 3), 120, np.uint8), nucleus_px=8).sum()
     np.float32(16.0)
@@ -176,17 +136,9 @@ def hematoxylin_histogram(
 def otsu_of_histogram(histogram: NDArray[np.floating]) -> float:
     """Compute Otsu's threshold of a section from its hematoxylin histogram.
 
-    Parameters
-    ----------
-    histogram
-        Histogram from `hematoxylin_histogram`, or a sum of such histograms, ``(512,)``.
+    - `histogram`: histogram from `hematoxylin_histogram`, or a sum of such histograms, ``(512,)``.
+    - returns: threshold of hematoxylin, natural-log optical density. Infinite if no pixel is on tissue.
 
-    Returns
-    -------
-    Threshold of hematoxylin, natural-log optical density. Infinite if no pixel is on tissue.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> pixels = np.zeros(512)
     >>> pixels[40:60], pixels[200:220] = 9, 3
@@ -203,19 +155,10 @@ def otsu_of_histogram(histogram: NDArray[np.floating]) -> float:
 def percentiles_of_histogram(histogram: NDArray[np.floating], percentiles: tuple[float, ...]) -> list[float]:
     """Compute percentiles of hematoxylin of a section, to the width of a bin.
 
-    Parameters
-    ----------
-    histogram
-        Histogram from `hematoxylin_histogram`, or a sum of such histograms, ``(512,)``, not all 0.
-    percentiles
-        Percentiles, from 0 to 100.
+    - `histogram`: histogram from `hematoxylin_histogram`, or a sum of such histograms, ``(512,)``, not all 0.
+    - `percentiles`: percentiles, from 0 to 100.
+    - returns: Natural-log optical densities.
 
-    Returns
-    -------
-    Natural-log optical densities.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> [round(value, 2) for value in percentiles_of_histogram(np.ones(512), (25, 50))]
     [1.0, 2.0]

@@ -26,18 +26,10 @@ def find_patches(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find patches of the moving image in the fixed image, near the position given by a matrix.
 
-    Parameters
-    ----------
-    moving, fixed
-        The images.
-    matrix
-        Affine matrix ``(3, 3)``, moving px to fixed px.
-    inverted
-        Whether bright areas in one image are dark in the other.
-
-    Returns
-    -------
-    Centers ``(n, 2)`` of the clearly found patches in moving px, and their positions in fixed px.
+    - `moving`, `fixed`: the images.
+    - `matrix`: affine matrix ``(3, 3)``, moving px to fixed px.
+    - `inverted`: whether bright areas in one image are dark in the other.
+    - returns: centers ``(n, 2)`` of the clearly found patches in moving px, and their positions in fixed px.
     """
     linear = matrix[:2, :2]
     scale = float(np.sqrt(abs(np.linalg.det(linear))))

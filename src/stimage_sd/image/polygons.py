@@ -14,17 +14,9 @@ def polygon_overlaps(truth: NDArray[np.object_], found: NDArray[np.object_]) -> 
 
     For label maps use `stimage_sd.image.instance_scores.overlaps`.
 
-    Parameters
-    ----------
-    truth, found
-        Object arrays of polygons.
+    - `truth`, `found`: object arrays of polygons.
+    - returns: the objects, numbered from 1, with their areas and all pairs with a shared area.
 
-    Returns
-    -------
-    The objects, numbered from 1, with their areas and all pairs with a shared area.
-
-    Examples
-    --------
     >>> import numpy as np, shapely
     >>> squares = np.array([shapely.box(0, 0, 2, 2)])
     >>> polygon_overlaps(squares, np.array([shapely.box(1, 0, 3, 2)])).iou.round(2)
@@ -49,17 +41,9 @@ def polygon_overlaps(truth: NDArray[np.object_], found: NDArray[np.object_]) -> 
 def covered_areas(truth: NDArray[np.object_], found: NDArray[np.object_]) -> tuple[float, float, float]:
     """Compute the areas covered by true polygons, by found polygons, and by both.
 
-    Parameters
-    ----------
-    truth, found
-        Object arrays of polygons.
+    - `truth`, `found`: object arrays of polygons.
+    - returns: areas covered by true polygons, by found polygons, and by both. Overlaps within one set count once.
 
-    Returns
-    -------
-    Areas covered by true polygons, by found polygons, and by both. Overlaps within one set count once.
-
-    Examples
-    --------
     >>> import numpy as np, shapely
     >>> squares = np.array([shapely.box(0, 0, 2, 2), shapely.box(1, 0, 3, 2)])
     >>> covered_areas(squares, squares[:1])

@@ -53,14 +53,8 @@ GRAY_SPREAD, GRAY_DENSITY, BLACK_DENSITY = 0.3, 0.35, 0.9
 def glass_color(rgb: np.ndarray) -> np.ndarray:
     """Estimate the color of unstained glass, the 99th percentile of each channel and at least 200.
 
-    Parameters
-    ----------
-    rgb
-        RGB image, ``uint8 (y, x, 3)``.
-
-    Returns
-    -------
-    Glass color, ``float64 (3,)``.
+    - `rgb`: RGB image, ``uint8 (y, x, 3)``.
+    - returns: glass color, ``float64 (3,)``.
     """
     return np.maximum(np.percentile(rgb.reshape(-1, 3), 99, axis=0), 200.0)
 
@@ -68,15 +62,10 @@ def glass_color(rgb: np.ndarray) -> np.ndarray:
 def edge_energy(gray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute edges and detail of a working image, averaged to map pixels.
 
-    Parameters
-    ----------
-    gray
-        Gray values from 0 to 1, ``float32 (y, x)``. Both sides must be multiples of `REDUCTION`.
-
-    Returns
-    -------
-    Two maps, ``float32 (y / REDUCTION, x / REDUCTION)``. The first is the mean absolute Laplacian (4 neighbors), the
-    second the mean absolute difference from the image after a Gaussian of standard deviation `DETAIL`.
+    - `gray`: gray values from 0 to 1, ``float32 (y, x)``. Both sides must be multiples of `REDUCTION`.
+    - returns: two maps, ``float32 (y / REDUCTION, x / REDUCTION)``. The first is the mean absolute Laplacian (4
+      neighbors), the second the mean absolute difference from the image after a Gaussian of standard deviation
+      `DETAIL`.
     """
     edges = np.abs(cv2.Laplacian(gray, cv2.CV_32F, ksize=1, borderType=cv2.BORDER_REFLECT_101))
     detail = np.abs(gray - cv2.GaussianBlur(gray, (0, 0), DETAIL, borderType=cv2.BORDER_REFLECT_101))
@@ -87,18 +76,11 @@ def edge_energy(gray: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def sharpness(edges: np.ndarray, detail: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Compute the sharpness of the neighborhood of each map pixel.
 
-    Parameters
-    ----------
-    edges, detail
-        Maps from `edge_energy`, ``float32 (y, x)``.
-    inside
-        Area to judge, ``bool (y, x)``.
-
-    Returns
-    -------
-    The ratio of edges to detail, the edges, and the judged area. Ratio and edges are Gaussian means over `NEIGHBORHOOD`
-    of the area at least `MARGIN` inside, ``float32 (y, x)``. The ratio does not depend on image contrast. The judged
-    area is ``bool (y, x)``.
+    - `edges`, `detail`: maps from `edge_energy`, ``float32 (y, x)``.
+    - `inside`: area to judge, ``bool (y, x)``.
+    - returns: the ratio of edges to detail, the edges, and the judged area. Ratio and edges are Gaussian means over
+      `NEIGHBORHOOD` of the area at least `MARGIN` inside, ``float32 (y, x)``. The ratio does not depend on image
+      contrast. The judged area is ``bool (y, x)``.
     """
     inner = cv2.erode(inside.astype(np.uint8), disk(MARGIN), borderType=cv2.BORDER_REPLICATE).astype(np.float32)
     weight = cv2.GaussianBlur(inner, (0, 0), NEIGHBORHOOD)
@@ -112,17 +94,9 @@ def sharpness(edges: np.ndarray, detail: np.ndarray, inside: np.ndarray) -> tupl
 def blurry(edges: np.ndarray, detail: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Find areas that are out of focus or have no structure to focus on.
 
-    Parameters
-    ----------
-    edges, detail, inside
-        As in `sharpness`.
+    - `edges`, `detail`, `inside`: as in `sharpness`.
+    - returns: blurry areas, ``bool (y, x)``: ratio below `LEAST_SHARPNESS`, or edges below `LEAST_EDGES`.
 
-    Returns
-    -------
-    Blurry areas, ``bool (y, x)``: ratio below `LEAST_SHARPNESS`, or edges below `LEAST_EDGES`.
-
-    Notes
-    -----
     HistoQC's ``BlurDetectionModule`` thresholds the smoothed absolute Laplacian alone. Pale slides then count as
     blurry, and dark slides never do. Dividing by the detail corrects for the contrast of the image. The ratio is high
     in noise without tissue, so HistoQC's threshold stays as the second condition.
@@ -134,23 +108,12 @@ def blurry(edges: np.ndarray, detail: np.ndarray, inside: np.ndarray) -> np.ndar
 def ink(rgb: np.ndarray, glass: np.ndarray, *, thickness: float, least_area: float) -> np.ndarray:
     """Find blue, green, red and black strokes of a marker pen.
 
-    Parameters
-    ----------
-    rgb
-        RGB image, ``uint8 (y, x, 3)``.
-    glass
-        Color of unstained glass, ``(3,)``.
-    thickness
-        Width of the thinnest stroke, px. Thinner structures are not ink.
-    least_area
-        Area of the smallest mark, px.
+    - `rgb`: RGB image, ``uint8 (y, x, 3)``.
+    - `glass`: color of unstained glass, ``(3,)``.
+    - `thickness`: width of the thinnest stroke, px. Thinner structures are not ink.
+    - `least_area`: area of the smallest mark, px.
+    - returns: ink mask, ``bool (y, x)``.
 
-    Returns
-    -------
-    Ink mask, ``bool (y, x)``.
-
-    Notes
-    -----
     Ink differs from stained tissue in the shares of red, green and blue optical density, and in size. Saturated inks
     are found on glass and on tissue. Violet inks with the color of hematoxylin, pale inks on tissue, and blue ink on
     strong eosin are not found. A pool of red blood cells as large as a pen mark may be mistaken for red ink.
@@ -178,25 +141,13 @@ def dark_lines(
 ) -> np.ndarray:
     """Find thin, dark, gray lines and enclosed areas: air bubbles, edges of coverslips, hairs.
 
-    Parameters
-    ----------
-    rgb
-        RGB image, ``uint8 (y, x, 3)``.
-    glass
-        Color of unstained glass, ``(3,)``.
-    thickness
-        Width above which a line is a pen stroke, px.
-    least_length
-        Length of the shortest line, px, measured as the longer side of its bounding box.
-    most_enclosed
-        Area of the largest bubble inside a closed line, px.
+    - `rgb`: RGB image, ``uint8 (y, x, 3)``.
+    - `glass`: color of unstained glass, ``(3,)``.
+    - `thickness`: width above which a line is a pen stroke, px.
+    - `least_length`: length of the shortest line, px, measured as the longer side of its bounding box.
+    - `most_enclosed`: area of the largest bubble inside a closed line, px.
+    - returns: mask of lines and bubbles, ``bool (y, x)``.
 
-    Returns
-    -------
-    Mask of lines and bubbles, ``bool (y, x)``.
-
-    Notes
-    -----
     Bubbles are found by their gray rim. The rim is not found where it crosses strongly stained tissue. If the rim is
     not closed, only the rim is marked. Dust is shorter than `least_length`.
     """
@@ -223,20 +174,11 @@ def dark_lines(
 def count_small_regions(rgb: np.ndarray, glass: np.ndarray, excluded: np.ndarray, *, areas: tuple[float, float]) -> int:
     """Count specks of tissue, small islands of absorbing pixels.
 
-    Parameters
-    ----------
-    rgb
-        RGB image, ``uint8 (y, x, 3)``.
-    glass
-        Color of unstained glass, ``(3,)``.
-    excluded
-        Artifacts, ``bool (y, x)``. Pixels near artifacts are not counted.
-    areas
-        Range of counted areas, px: lower limit (included) and upper limit (excluded).
-
-    Returns
-    -------
-    Number of 8-connected regions of pixels with mean optical density above `LEAST_TISSUE`.
+    - `rgb`: RGB image, ``uint8 (y, x, 3)``.
+    - `glass`: color of unstained glass, ``(3,)``.
+    - `excluded`: artifacts, ``bool (y, x)``. Pixels near artifacts are not counted.
+    - `areas`: range of counted areas, px: lower limit (included) and upper limit (excluded).
+    - returns: number of 8-connected regions of pixels with mean optical density above `LEAST_TISSUE`.
     """
     # the faint border of an artifact breaks up into specks
     near = cv2.dilate(excluded.astype(np.uint8), disk(3)) > 0

@@ -34,23 +34,14 @@ _SCALES = (0.2, 5.0)
 class Alignment:
     """Alignment of a moving image with a fixed image, with measures of its quality.
 
-    Attributes
-    ----------
-    matrix
-        Transformation ``float64 (3, 3)``, moving px to fixed px.
-    residual_px
-        Median distance of clearly found patches from their position under a transformation fitted without them, fixed
-        px. Infinite for too few patches.
-    n_inliers
-        Number of clearly found patches within the tolerance of the transformation.
-    n_patches
-        Number of clearly found patches.
-    n_matches
-        Number of matched features that agree on the coarse transformation.
-    mirrored
-        Whether the moving image shows the tissue from behind.
-    inverted
-        Whether bright areas in one image are dark in the other.
+    - `matrix`: transformation ``float64 (3, 3)``, moving px to fixed px.
+    - `residual_px`: median distance of clearly found patches from their position under a transformation fitted without
+      them, fixed px. Infinite for too few patches.
+    - `n_inliers`: number of clearly found patches within the tolerance of the transformation.
+    - `n_patches`: number of clearly found patches.
+    - `n_matches`: number of matched features that agree on the coarse transformation.
+    - `mirrored`: whether the moving image shows the tissue from behind.
+    - `inverted`: whether bright areas in one image are dark in the other.
     """
 
     matrix: np.ndarray
@@ -69,21 +60,11 @@ class Alignment:
 def fit(source: np.ndarray, target: np.ndarray, kind: TransformKind, weights: np.ndarray | None = None) -> np.ndarray:
     """Fit a transformation to paired points by weighted least squares.
 
-    Parameters
-    ----------
-    source, target
-        Points, ``(n, 2)``. At least 2 pairs for a similarity and 3 for an affine transformation.
-    kind
-        ``"similarity"`` (rotation, one scale and shift, without mirroring) or ``"affine"``.
-    weights
-        Weights, ``(n,)``, not negative. All 1 by default.
+    - `source`, `target`: points, ``(n, 2)``. At least 2 pairs for a similarity and 3 for an affine transformation.
+    - `kind`: ``"similarity"`` (rotation, one scale and shift, without mirroring) or ``"affine"``.
+    - `weights`: weights, ``(n,)``, not negative. All 1 by default.
+    - returns: matrix ``float64 (3, 3)``, source to target.
 
-    Returns
-    -------
-    Matrix ``float64 (3, 3)``, source to target.
-
-    Examples
-    --------
     >>> square = np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])
     >>> fit(square, 2 * square + [3, 4], "similarity").round(6) + 0.0
     array([[2., 0., 3.],
@@ -118,23 +99,13 @@ def agree(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the similarity that most pairs of points agree on, by RANSAC on samples of two pairs.
 
-    Parameters
-    ----------
-    source, target
-        ``(n, 2)`` points.
-    tolerance
-        Distance within which a pair agrees, target px.
-    seed
-        Seed of the sampling.
-    prior
-        Scale ``(n,)`` and rotation ``(n,)``, radians, known per pair. Samples that contradict them are skipped.
-    n_samples
-        Number of samples.
-
-    Returns
-    -------
-    The matrix ``(3, 3)`` and the pairs that agree with it, ``bool (n,)``. No pair agrees if no similarity was found. Of
-    pairs that share a point only the nearest counts.
+    - `source`, `target`: ``(n, 2)`` points.
+    - `tolerance`: distance within which a pair agrees, target px.
+    - `seed`: seed of the sampling.
+    - `prior`: scale ``(n,)`` and rotation ``(n,)``, radians, known per pair. Samples that contradict them are skipped.
+    - `n_samples`: number of samples.
+    - returns: the matrix ``(3, 3)`` and the pairs that agree with it, ``bool (n,)``. No pair agrees if no similarity
+      was found. Of pairs that share a point only the nearest counts.
     """
     nothing = np.eye(3), np.zeros(len(source), bool)
     if len(source) < 2:
@@ -176,21 +147,12 @@ def settle(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fit repeatedly to the pairs that agree, with Tukey's biweight.
 
-    Parameters
-    ----------
-    source, target
-        ``(n, 2)`` points.
-    matrix
-        Initial matrix, ``(3, 3)``.
-    kind
-        Kind of transformation.
-    tolerance
-        Distance within which a pair agrees, target px.
-
-    Returns
-    -------
-    The matrix ``(3, 3)`` and the pairs that agree with it, ``bool (n,)``. Of pairs that share a point only the nearest
-    counts.
+    - `source`, `target`: ``(n, 2)`` points.
+    - `matrix`: initial matrix, ``(3, 3)``.
+    - `kind`: kind of transformation.
+    - `tolerance`: distance within which a pair agrees, target px.
+    - returns: the matrix ``(3, 3)`` and the pairs that agree with it, ``bool (n,)``. Of pairs that share a point only
+      the nearest counts.
     """
     fewest = 3 if kind == "similarity" else 6
     inliers = np.zeros(len(source), bool)
@@ -234,23 +196,13 @@ def align(
 
     Same polarity and one image inverted are tried first, then both with the moving image mirrored.
 
-    Parameters
-    ----------
-    moving, fixed
-        The images, at about the same resolution. A factor of 4 in either direction is tolerated.
-    accept
-        Function that returns whether an alignment is good enough to stop.
-    kind
-        Kind of transformation.
-    tolerance
-        Distance within which a patch agrees with the transformation, fixed px.
-    seed
-        Seed of the random sampling. The same seed gives the same result.
-
-    Returns
-    -------
-    The first accepted alignment, or else the alignment with the most inliers. Without any candidate, the identity with
-    no inliers.
+    - `moving`, `fixed`: the images, at about the same resolution. A factor of 4 in either direction is tolerated.
+    - `accept`: function that returns whether an alignment is good enough to stop.
+    - `kind`: kind of transformation.
+    - `tolerance`: distance within which a patch agrees with the transformation, fixed px.
+    - `seed`: seed of the random sampling. The same seed gives the same result.
+    - returns: the first accepted alignment, or else the alignment with the most inliers. Without any candidate, the
+      identity with no inliers.
     """
     best = Alignment(np.eye(3))
     for candidate in _candidates(moving, fixed, seed=seed):

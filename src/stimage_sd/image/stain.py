@@ -28,19 +28,10 @@ LEAST_SHARE = 0.05
 def optical_density(rgb: np.ndarray, white_point: np.ndarray) -> np.ndarray:
     """Compute natural-log optical density, ``-log((rgb + 1) / (white + 1))``.
 
-    Parameters
-    ----------
-    rgb
-        Intensities from 0 to 255, ``(..., 3)``.
-    white_point
-        Intensities of unstained glass, ``(3,)``.
+    - `rgb`: intensities from 0 to 255, ``(..., 3)``.
+    - `white_point`: intensities of unstained glass, ``(3,)``.
+    - returns: ``float64 (..., 3)``.
 
-    Returns
-    -------
-    ``float64 (..., 3)``.
-
-    Examples
-    --------
     >>> optical_density(np.array([255, 255, 255]), np.array([255, 255, 255])) == 0
     array([ True,  True,  True])
     """
@@ -50,8 +41,6 @@ def optical_density(rgb: np.ndarray, white_point: np.ndarray) -> np.ndarray:
 def angle_between(first: np.ndarray, second: np.ndarray) -> float:
     """Return the angle between two vectors, in degrees.
 
-    Examples
-    --------
     >>> round(angle_between(HEMATOXYLIN, EOSIN), 1)
     39.4
     """
@@ -62,19 +51,10 @@ def angle_between(first: np.ndarray, second: np.ndarray) -> float:
 def why_inseparable(matrix: np.ndarray, amounts: np.ndarray) -> str | None:
     """Return why two fitted stains are not hematoxylin and eosin, or `None` if they are.
 
-    Parameters
-    ----------
-    matrix
-        Stain matrix ``(3, 3)``, with columns hematoxylin, eosin and residual.
-    amounts
-        High percentiles of the concentrations of hematoxylin and eosin, ``(2,)``.
+    - `matrix`: stain matrix ``(3, 3)``, with columns hematoxylin, eosin and residual.
+    - `amounts`: high percentiles of the concentrations of hematoxylin and eosin, ``(2,)``.
+    - returns: the reason: the vectors coincide, or one stain is almost absent.
 
-    Returns
-    -------
-    The reason: the vectors coincide, or one stain is almost absent.
-
-    Examples
-    --------
     >>> why_inseparable(np.stack([HEMATOXYLIN, EOSIN, np.cross(HEMATOXYLIN, EOSIN)], axis=1), np.array([1.0, 0.5]))
     >>> why_inseparable(np.stack([EOSIN + [0.0, 0.0, 0.01], EOSIN, HEMATOXYLIN], axis=1), np.array([1.0, 0.5]))
     'the vectors of hematoxylin and eosin are 0.6 degrees apart'
@@ -93,16 +73,9 @@ def why_inseparable(matrix: np.ndarray, amounts: np.ndarray) -> str | None:
 def transfer_matrix(source: np.ndarray, target: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """Return the linear map of optical densities from one staining to another.
 
-    Parameters
-    ----------
-    source, target
-        Stain matrices ``(3, 3)``, with unit-length columns hematoxylin, eosin and residual.
-    scale
-        Factors of the hematoxylin and eosin concentrations, ``(2,)``. The residual is unchanged.
-
-    Returns
-    -------
-    ``float64 (3, 3)``: ``target @ diag(scale, 1) @ inverse(source)``.
+    - `source`, `target`: stain matrices ``(3, 3)``, with unit-length columns hematoxylin, eosin and residual.
+    - `scale`: factors of the hematoxylin and eosin concentrations, ``(2,)``. The residual is unchanged.
+    - returns: ``float64 (3, 3)``: ``target @ diag(scale, 1) @ inverse(source)``.
     """
     return target @ np.diag([scale[0], scale[1], 1.0]) @ np.linalg.inv(source)
 
@@ -110,17 +83,10 @@ def transfer_matrix(source: np.ndarray, target: np.ndarray, scale: np.ndarray) -
 def transfer_tables(matrix: np.ndarray, source_white: np.ndarray, target_white: np.ndarray) -> np.ndarray:
     """Compute the lookup tables of a stain transfer.
 
-    Parameters
-    ----------
-    matrix
-        Linear map of optical densities, ``(3, 3)``.
-    source_white, target_white
-        White points of the two images, ``(3,)``.
-
-    Returns
-    -------
-    Factor per output channel, input channel and input value, ``float32 (3, 3, 256)``. The product over input channels,
-    minus 1, is the output intensity.
+    - `matrix`: linear map of optical densities, ``(3, 3)``.
+    - `source_white`, `target_white`: white points of the two images, ``(3,)``.
+    - returns: factor per output channel, input channel and input value, ``float32 (3, 3, 256)``. The product over input
+      channels, minus 1, is the output intensity.
     """
     density = optical_density(np.repeat(np.arange(256)[:, None], 3, axis=1), source_white)  # (256, 3)
     tables = np.exp(-matrix[:, :, None] * density.T[None])
@@ -131,16 +97,9 @@ def transfer_tables(matrix: np.ndarray, source_white: np.ndarray, target_white: 
 def apply_tables(image: np.ndarray, tables: np.ndarray) -> np.ndarray:
     """Apply the lookup tables of a stain transfer to an image.
 
-    Parameters
-    ----------
-    image
-        ``uint8 (3, y, x)``.
-    tables
-        Tables from `transfer_tables`, ``float32 (3, 3, 256)``.
-
-    Returns
-    -------
-    ``uint8 (3, y, x)``, clipped and rounded.
+    - `image`: ``uint8 (3, y, x)``.
+    - `tables`: tables from `transfer_tables`, ``float32 (3, 3, 256)``.
+    - returns: ``uint8 (3, y, x)``, clipped and rounded.
     """
     image = np.ascontiguousarray(image)
     out = np.empty_like(image)
@@ -167,16 +126,10 @@ def reinhard_transfer(
 ) -> np.ndarray:
     """Match mean and deviation of l, alpha and beta to a target (Reinhard et al. 2001).
 
-    Parameters
-    ----------
-    image
-        ``uint8 (3, y, x)``.
-    source_mean, source_deviation, target_mean, target_deviation
-        Statistics of l, alpha and beta over tissue, ``(3,)``.
-
-    Returns
-    -------
-    ``uint8 (3, y, x)``, clipped and rounded.
+    - `image`: ``uint8 (3, y, x)``.
+    - `source_mean`, `source_deviation`, `target_mean`, `target_deviation`: statistics of l, alpha and beta over tissue,
+      ``(3,)``.
+    - returns: ``uint8 (3, y, x)``, clipped and rounded.
     """
     gain = np.asarray(target_deviation) / np.maximum(source_deviation, 1e-6)
     # the chain log LMS -> lab -> matched lab -> log LMS is one affine map
@@ -211,13 +164,7 @@ def _reinhard(
 def tissue_lab(rgb: np.ndarray) -> np.ndarray:
     """Compute the decorrelated l, alpha and beta of pixels (Reinhard et al. 2001).
 
-    Parameters
-    ----------
-    rgb
-        Intensities from 0 to 255, ``(n, 3)``.
-
-    Returns
-    -------
-    The three channels, ``float64 (n, 3)``.
+    - `rgb`: intensities from 0 to 255, ``(n, 3)``.
+    - returns: the three channels, ``float64 (n, 3)``.
     """
     return np.log(np.asarray(rgb, dtype=np.float64) @ RGB_TO_LMS.T + 1) @ LMS_TO_LAB.T

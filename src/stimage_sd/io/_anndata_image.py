@@ -29,14 +29,9 @@ _STLEARN = ("imagecol", "imagerow")
 class Library:
     """An entry of ``uns["spatial"]``.
 
-    Attributes
-    ----------
-    name
-        Key of the entry, or `None` where ``uns["spatial"]`` has no entry.
-    images, scalefactors, metadata
-        Parts of the entry, unchanged.
-    quality
-        Name of the image whose pixels stLearn's columns of ``obs`` count.
+    - `name`: key of the entry, or `None` where ``uns["spatial"]`` has no entry.
+    - `images`, `scalefactors`, `metadata`: parts of the entry, unchanged.
+    - `quality`: name of the image whose pixels stLearn's columns of ``obs`` count.
     """
 
     name: str | None = None
@@ -114,20 +109,12 @@ def positions_of(adata: AnnData, library: Library) -> NDArray[np.float64]:
 class Picture:
     """An image and the transformation of ``obsm["spatial"]`` to its pixels: ``spatial * scale + shift``.
 
-    Attributes
-    ----------
-    levels
-        Pyramid levels, finest first, each a lazy ``uint8 (3, y, x)``.
-    name
-        Description, for errors and the history.
-    scale, shift
-        Scale and shift of x and y.
-    mpp
-        Micrometers per pixel that the file states, or `None`.
-    is_crop
-        Whether the image is a crop of the full-resolution image.
-    is_reduced
-        Whether the image is a reduced image of the library.
+    - `levels`: pyramid levels, finest first, each a lazy ``uint8 (3, y, x)``.
+    - `name`: description, for errors and the history.
+    - `scale`, `shift`: scale and shift of x and y.
+    - `mpp`: micrometers per pixel that the file states, or `None`.
+    - `is_crop`: whether the image is a crop of the full-resolution image.
+    - `is_reduced`: whether the image is a reduced image of the library.
     """
 
     levels: list[da.Array]

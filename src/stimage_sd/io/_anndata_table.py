@@ -28,16 +28,11 @@ _OWN_UNS = ("spatial", TableModel.ATTRS_KEY)
 class Counts:
     """Location of the counts in an `AnnData`.
 
-    Attributes
-    ----------
-    where
-        Location in words.
-    values
-        The table's ``X``. `None` keeps the ``X`` of `adata`.
-    layer, layer_values
-        Layer of counts where ``X`` holds other values, with its values if `adata` lacks the layer.
-    of_raw
-        Whether the table has the genes of ``adata.raw`` because `adata` has other genes.
+    - `where`: location in words.
+    - `values`: the table's ``X``. `None` keeps the ``X`` of `adata`.
+    - `layer`, `layer_values`: layer of counts where ``X`` holds other values, with its values if `adata` lacks the
+      layer.
+    - `of_raw`: whether the table has the genes of ``adata.raw`` because `adata` has other genes.
     """
 
     where: str

@@ -19,8 +19,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-import readfcs
-from flowio.exceptions import FlowIOException
 
 from stimage_sd.io._section import check_unique
 from stimage_sd.io._text import open_text, punctuation
@@ -97,7 +95,7 @@ NUMBERED = re.compile(r"(umap|tsne|pc|kmeans|leiden|louvain|cluster)\d+")
 NUMBERS = re.compile(r"^n_?(count|feature|gene|umi|transcript)", re.IGNORECASE)
 #: statistics left out where the channel has a mean
 REPEATS = {"median", "sum", "total", "integrated", "mode"}
-NOT_FCS = (FlowIOException, ValueError, KeyError, IndexError, EOFError, NotImplementedError)
+NOT_FCS = (ValueError, KeyError, IndexError, EOFError, NotImplementedError)
 NOT_TEXT = (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, EOFError, gzip.BadGzipFile, zlib.error)
 
 
@@ -105,28 +103,16 @@ NOT_TEXT = (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError, EOFErro
 class CellTable:
     """Segmented cells of one image.
 
-    Parameters
-    ----------
-    path
-        File that was read.
-    ids
-        Unique cell ids; integers where all ids are integers.
-    positions
-        ``(n, 2)`` x, y of the cell centers, in `unit`.
-    unit
-        Pixels of the image, or micrometers.
-    areas
-        ``(n,)`` cell areas in square `area_unit`, or `None` where the table has no areas.
-    area_unit
-        Pixels or micrometers, squared in `areas`.
-    intensities
-        ``float32 (n, n_channels)``.
-    columns
-        Names of the intensity columns in the file.
-    channels
-        Channel names from those columns. A name may be empty or repeated.
-    others
-        The remaining columns.
+    - `path`: file that was read.
+    - `ids`: unique cell ids; integers where all ids are integers.
+    - `positions`: ``(n, 2)`` x, y of the cell centers, in `unit`.
+    - `unit`: pixels of the image, or micrometers.
+    - `areas`: ``(n,)`` cell areas in square `area_unit`, or `None` where the table has no areas.
+    - `area_unit`: pixels or micrometers, squared in `areas`.
+    - `intensities`: ``float32 (n, n_channels)``.
+    - `columns`: names of the intensity columns in the file.
+    - `channels`: channel names from those columns. A name may be empty or repeated.
+    - `others`: the remaining columns.
     """
 
     path: Path
@@ -157,20 +143,8 @@ class CellTable:
 def read_cells(path: Path, wanted: Collection[str] = ()) -> CellTable:
     """Read a table of segmented cells.
 
-    Parameters
-    ----------
-    path
-        A ``.csv``, ``.tsv`` or ``.txt`` (tabs) file, plain or gzipped (``.gz``), or an ``.fcs`` file.
-    wanted
-        Numeric columns to read as intensities, whatever their names.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If the file is empty, truncated or of another kind, lacks positions or intensities, has repeated ids or cells of
-        several images, or if positions, areas or intensities are not finite numbers.
+    - `path`: a ``.csv``, ``.tsv`` or ``.txt`` (tabs) file, plain or gzipped (``.gz``), or an ``.fcs`` file.
+    - `wanted`: numeric columns to read as intensities, whatever their names.
     """
     if not path.is_file():
         kind = "a folder" if path.is_dir() else "nothing"
@@ -257,11 +231,19 @@ def _last_row(path: Path, separator: str, encoding: str) -> list[str]:
 def _read_fcs(path: Path) -> pd.DataFrame:
     """Read the events of an FCS file with ``short:long`` names, as in the CSV of the CODEX Processor."""
     try:
+        import readfcs
+        from flowio.exceptions import FlowIOException
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f'Found no {error.name}, which {path} needs. Install it with `pip install "stimage-sd[codex]"`, or export '
+            "the cells as CSV."
+        ) from error
+    try:
         file = readfcs.ReadFCS(path)
         stated = int(file.meta["tot"])
         several = int(file.meta["nextdata"]) != 0
         events, names = file.data, file.channels
-    except NOT_FCS as error:
+    except (FlowIOException, *NOT_FCS) as error:
         raise ValueError(
             f"Expected a complete FCS file, found that {path} is empty, truncated, damaged or not FCS "
             f"({' '.join(str(error).split()) or type(error).__name__}). Copy or export it again."

@@ -53,7 +53,8 @@ def codex(
     Parameters
     ----------
     cells
-        Table of segmented cells: ``.csv``, ``.tsv`` or ``.txt`` (tabs), plain or gzipped, or ``.fcs``. Known layouts:
+        Table of segmented cells: ``.csv``, ``.tsv`` or ``.txt`` (tabs), plain or gzipped, or ``.fcs``
+        (extra ``codex``). Known layouts:
 
         - CODEX Processor: ``x:x``, ``cyc002_ch003:Ki67``;
         - QuPath: ``Centroid X µm`` with ``CD8: Cell: Mean``, ``Cell: CD8 mean``, or ``CD8: Mean`` of StarDist nuclei;
@@ -108,6 +109,8 @@ def codex(
     ------
     FileNotFoundError
         If a file is missing.
+    ModuleNotFoundError
+        If `cells` is an FCS file and the extra ``codex`` is not installed.
     ValueError
         If a file is truncated, empty or of another kind; the table lacks positions or has cells of several regions,
         repeated ids or non-finite values; most cells lie off the image; the pixel size is unknown; a channel of

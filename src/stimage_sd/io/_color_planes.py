@@ -30,13 +30,7 @@ NO_NAME = re.compile(r"(channel|ch|c)?[\s:_-]*\d*(:\d+)*")
 
 
 def are_colors(path: Path, tiff: tifffile.TiffFile, image: TiffImage) -> bool:
-    """Return whether an image is red, green and blue in three 8-bit planes.
-
-    Warns
-    -----
-    UserWarning
-        If the file does not say what its planes are, and they are taken for colors because they are bright.
-    """
+    """Return whether an image is red, green and blue in three 8-bit planes."""
     series = image.series
     if series.axes != "CYX" or series.shape[0] != 3 or series.dtype != np.uint8 or len(image.pages(0)) != 3:
         return False

@@ -14,9 +14,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract
-from stimage_sd.io._object_cells import gathered_cells
-from stimage_sd.io._object_resolution import PLAUSIBLE, stated_mpp
-from stimage_sd.io._object_samples import split_samples
+from stimage_sd.io._other_objects import PLAUSIBLE, gathered_cells, split_samples, stated_mpp
 from stimage_sd.io._section import check_mpp
 from stimage_sd.io._wsidata import is_wsi, section_of_wsi
 

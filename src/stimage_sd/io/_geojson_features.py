@@ -48,13 +48,7 @@ Row = dict[str, Any]
 
 
 def read_features(path: Path) -> list[Feature]:
-    """Read the features of a plain, gzipped or zipped file. Children follow their parent.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged or not GeoJSON.
-    """
+    """Read the features of a plain, gzipped or zipped file. Children follow their parent."""
     try:
         content = json.loads(_unpacked(path).decode("utf-8-sig"))
     except _DAMAGE as error:
@@ -87,13 +81,7 @@ def write_features(path: Path, features: Iterable[Feature]) -> None:
 
 
 def rows_of(features: list[Feature], *, outline: Outline = "cell") -> list[Row]:
-    """Convert features to rows. Points and lines are left out.
-
-    Raises
-    ------
-    ValueError
-        If a geometry is a GeometryCollection, is empty or has too few points.
-    """
+    """Convert features to rows. Points and lines are left out."""
     rows = (_row(feature, index=index, outline=outline) for index, feature in enumerate(features))
     return [row for row in rows if row is not None]
 
@@ -144,12 +132,8 @@ def _areas_of(geometry: shapely.Geometry) -> shapely.Geometry:
 def features_of(frame: gpd.GeoDataFrame, *, ellipses: bool = False) -> Iterator[Feature]:
     """Convert shapes with the columns `COLUMNS` to features. Other numeric columns become measurements.
 
-    Parameters
-    ----------
-    frame
-        Shapes in pixels of the image.
-    ellipses
-        Whether QuPath should read the polygons as circles.
+    - `frame`: shapes in pixels of the image.
+    - `ellipses`: whether QuPath should read the polygons as circles.
     """
     names, values = _measurements(frame)
     columns = [frame[name].astype(object).to_list() for name in COLUMNS]

@@ -46,52 +46,43 @@ class _Markers:
 def check_jpeg(data: bytes | memoryview, tables: bytes | None = None) -> None:
     """Check the compressed data of a JPEG image, or only its first markers if progressive or lossless.
 
-    Parameters
-    ----------
-    data
-        Image data, from the first marker to the last.
-    tables
-        Tables that are stored outside `data`, as for a TIFF page.
-
-    Raises
-    ------
-    ValueError
-        If the data are damaged.
+    - `data`: image data, from the first marker to the last.
+    - `tables`: tables that are stored outside `data`, as for a TIFF page.
     """
-    said = _Markers()
+    markers = _Markers()
     try:
         if tables:
-            _read_markers(memoryview(tables), said)
-        _read_markers(memoryview(data), said)
+            _read_markers(memoryview(tables), markers)
+        _read_markers(memoryview(data), markers)
     except (struct.error, IndexError) as error:
         raise ValueError("the JPEG data has a marker that ends too early") from error
-    if not said.start:
+    if not markers.start:
         raise ValueError("the JPEG data has no image")
-    components = said.components
-    whole = len(said.selectors) == len(components) and 0 not in (said.height, said.width)
-    if said.frame not in SEQUENTIAL or not whole:
+    components = markers.components
+    whole = len(markers.selectors) == len(components) and 0 not in (markers.height, markers.width)
+    if markers.frame not in SEQUENTIAL or not whole:
         return
     single = len(components) == 1
     across, down = (1, 1) if single else (max(sides[axis] for sides in components.values()) for axis in (0, 1))
-    names, order = sorted(said.codes), []
+    names, order = sorted(markers.codes), []
     try:
-        for index, (component, chosen) in enumerate(said.selectors):
+        for index, (component, chosen) in enumerate(markers.selectors):
             horizontal, vertical, _ = components[component]
             one = (index, names.index(chosen >> 4), names.index(0x10 | (chosen & 15)))
             order += [one] * (1 if single else horizontal * vertical)
-        steps = np.stack([said.steps[components[component][2]] for component, _ in said.selectors])
+        steps = np.stack([markers.steps[components[component][2]] for component, _ in markers.selectors])
     except (KeyError, ValueError) as error:
         raise ValueError("the JPEG data lacks a table or a component") from error
-    units = -(-said.width // (8 * across)) * -(-said.height // (8 * down))
-    codes = tuple(said.codes[name] for name in names)
+    units = -(-markers.width // (8 * across)) * -(-markers.height // (8 * down))
+    codes = tuple(markers.codes[name] for name in names)
     result = _follow(
-        np.frombuffer(data, np.uint8), said.start, units, said.interval, np.array(order), _stacked(codes), steps
+        np.frombuffer(data, np.uint8), markers.start, units, markers.interval, np.array(order), _stacked(codes), steps
     )
     if result != WHOLE:
         raise ValueError(f"the JPEG data {REASONS[result]}")
 
 
-def _read_markers(view: memoryview, said: _Markers) -> None:
+def _read_markers(view: memoryview, markers: _Markers) -> None:
     """Read the markers before the first scan, and the start of the scan."""
     if bytes(view[:2]) != b"\xff\xd8":
         raise ValueError("the JPEG data does not begin with the JPEG start marker")
@@ -108,38 +99,38 @@ def _read_markers(view: memoryview, said: _Markers) -> None:
         body = bytes(view[place + 4 : place + 2 + struct.unpack_from(">H", view, place + 2)[0]])
         place += 4 + len(body)
         if marker == HUFFMAN:
-            _read_tables(body, said)
+            _read_tables(body, markers)
         elif marker == QUANTIZATION:
-            _read_steps(body, said)
+            _read_steps(body, markers)
         elif marker == RESTART_INTERVAL:
-            said.interval = struct.unpack(">H", body)[0]
+            markers.interval = struct.unpack(">H", body)[0]
         elif marker in FRAMES:
             # codes of 12-bit samples are longer and are not checked
-            said.frame = marker if body[0] == 8 else 0
-            said.height, said.width = struct.unpack_from(">HH", body, 1)
+            markers.frame = marker if body[0] == 8 else 0
+            markers.height, markers.width = struct.unpack_from(">HH", body, 1)
             places = range(6, 6 + 3 * body[5], 3)
-            said.components = {body[at]: (body[at + 1] >> 4, body[at + 1] & 15, body[at + 2]) for at in places}
-            if any(0 in sides[:2] for sides in said.components.values()):
+            markers.components = {body[at]: (body[at + 1] >> 4, body[at + 1] & 15, body[at + 2]) for at in places}
+            if any(0 in sides[:2] for sides in markers.components.values()):
                 raise ValueError("the JPEG data has a component without a size")
         elif marker == SCAN:
-            said.selectors = [(body[at], body[at + 1]) for at in range(1, 1 + 2 * body[0], 2)]
-            said.start = place
+            markers.selectors = [(body[at], body[at + 1]) for at in range(1, 1 + 2 * body[0], 2)]
+            markers.start = place
             return
 
 
-def _read_tables(body: bytes, said: _Markers) -> None:
+def _read_tables(body: bytes, markers: _Markers) -> None:
     place = 0
     while place < len(body):
         end = place + 17 + sum(body[place + 1 : place + 17])
-        said.codes[body[place]] = body[place + 1 : end]
+        markers.codes[body[place]] = body[place + 1 : end]
         place = end
 
 
-def _read_steps(body: bytes, said: _Markers) -> None:
+def _read_steps(body: bytes, markers: _Markers) -> None:
     place = 0
     while place < len(body):
         kind, end = (">u2", place + 129) if body[place] >> 4 else ("u1", place + 65)
-        said.steps[body[place] & 15] = np.frombuffer(body[place + 1 : end], kind, 64).astype(np.int32)
+        markers.steps[body[place] & 15] = np.frombuffer(body[place + 1 : end], kind, 64).astype(np.int32)
         place = end
 
 

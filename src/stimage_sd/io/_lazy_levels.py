@@ -18,9 +18,8 @@ import tifffile
 from dask.base import tokenize
 
 from stimage_sd.contract import CHUNK
-from stimage_sd.io._file_state import FileState
 from stimage_sd.io._multichannel_levels import Index3, as_slices
-from stimage_sd.io._tiff_pages import Place, open_page, place_of
+from stimage_sd.io._tiff_pages import FileState, Place, open_page, place_of
 from stimage_sd.io._tiff_region import read_region
 
 #: errors from reading a chunk of a damaged file

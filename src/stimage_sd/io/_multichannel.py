@@ -17,10 +17,16 @@ from anndata.utils import make_index_unique
 from pandas import Index
 
 from stimage_sd.io._multichannel_levels import extend_channels, file_levels
-from stimage_sd.io._pixel_size import tiff_pixel_um
 from stimage_sd.io._section import require_file
 from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
-from stimage_sd.io._tiff_images import NoSuchImage, choose_image, ome_image, pixels_of, warn_of_orientation
+from stimage_sd.io._tiff_images import (
+    NoSuchImage,
+    choose_image,
+    ome_image,
+    pixels_of,
+    tiff_pixel_um,
+    warn_of_orientation,
+)
 from stimage_sd.io._tiff_open import BROKEN, DamagedFile, OtherFile, open_tiff
 from stimage_sd.io._tiff_region import UNCOMPRESSED
 
@@ -32,17 +38,11 @@ PAGE_NAME = 285
 class MultichannelImage:
     """An image with many channels.
 
-    Parameters
-    ----------
-    levels
-        Pyramid levels, finest first, each a lazy ``(c, y, x)`` with the dtype of the file. The longer side of the
-        coarsest level is at most 1,024 px.
-    channels
-        Unique channel names.
-    named
-        Whether the file names all channels. Unnamed channels are called ``channel_1``, ``channel_2``, ...
-    pixel_um
-        Micrometers per pixel of the finest level, or `None` where the file states no pixel size.
+    - `levels`: pyramid levels, finest first, each a lazy ``(c, y, x)`` with the dtype of the file. The longer side of
+      the coarsest level is at most 1,024 px.
+    - `channels`: unique channel names.
+    - `named`: whether the file names all channels. Unnamed channels are called ``channel_1``, ``channel_2``, ...
+    - `pixel_um`: micrometers per pixel of the finest level, or `None` where the file states no pixel size.
     """
 
     levels: list[da.Array]
@@ -56,39 +56,16 @@ def open_multichannel(
 ) -> MultichannelImage:
     """Open a TIFF with one or more channels as a lazy pyramid.
 
-    Parameters
-    ----------
-    path
-        An OME-TIFF, QPTIFF, ImageJ or multi-page TIFF. For an OME-TIFF in several files, the file that describes
-        all of them.
-    series
-        Image to read from a file with several images: its number in the file, from 0, or its name. Default: the
-        largest.
-    several_files
-        Whether to read the other files of an OME-TIFF in several files, from the same folder. By default such an image
-        is refused, since a file would decide which other files are read.
+    - `path`: an OME-TIFF, QPTIFF, ImageJ or multi-page TIFF. For an OME-TIFF in several files, the file that describes
+      all of them.
+    - `series`: image to read from a file with several images: its number in the file, from 0, or its name. Default: the
+      largest.
+    - `several_files`: whether to read the other files of an OME-TIFF in several files, from the same folder. By default
+      such an image is refused, since a file would decide which other files are read.
+    - returns: the pyramid, the channel names and the pixel size. Names are from the OME-XML, the ``Biomarker`` or
+      ``Name`` of each QPTIFF page, ImageJ's labels, or the page names. A repeated name gets a suffix. Levels that the
+      file lacks are computed lazily from finer levels.
 
-    Returns
-    -------
-    The pyramid, the channel names and the pixel size. Names are from the OME-XML, the ``Biomarker`` or ``Name`` of each
-    QPTIFF page, ImageJ's labels, or the page names. A repeated name gets a suffix. Levels that the file lacks are
-    computed lazily from finer levels.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file, or a file that it refers to, does not exist.
-    ValueError
-        If a file is truncated, empty, damaged, not TIFF, or exceeds the limits; if it refers to other files that may
-        not be read; or if the image is a stack of focal planes.
-
-    Warns
-    -----
-    UserWarning
-        If the image is the largest of several, states an orientation, or ends in rows or tiles of zeros.
-
-    Examples
-    --------
     >>> import tempfile
     >>> import numpy as np
     >>> path = Path(tempfile.mkdtemp()) / "two.ome.tif"

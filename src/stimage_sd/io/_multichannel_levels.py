@@ -17,10 +17,9 @@ import tifffile
 from dask.base import tokenize
 
 from stimage_sd.contract import CHUNK
-from stimage_sd.io._file_state import FileState
 from stimage_sd.io._pyramid import COARSEST
 from stimage_sd.io._tiff_open import BROKEN, DamagedFile
-from stimage_sd.io._tiff_pages import Place, open_page, page_at, page_below, place_of
+from stimage_sd.io._tiff_pages import FileState, Place, open_page, page_at, page_below, place_of
 from stimage_sd.io._tiff_region import read_region
 
 #: dtypes that OpenCV can average

@@ -74,20 +74,12 @@ def cached_pyramid(
 ) -> list[da.Array]:
     """Return the pyramid of an image from the cache, or stream the image once to build the pyramid.
 
-    Parameters
-    ----------
-    source
-        The image file. Its path, size and modification time are in the cache key, so a changed file is read again.
-    part
-        Name of the image within the file. Also in the cache key.
-    height, width
-        Size of the finest level, px.
-    open_rows
-        Opens the image for reading from top to bottom. Called only if the cache has no pyramid.
-
-    Returns
-    -------
-    Levels, finest first, lazy ``uint8 (3, y, x)``.
+    - `source`: the image file. Its path, size and modification time are in the cache key, so a changed file is read
+      again.
+    - `part`: name of the image within the file. Also in the cache key.
+    - `height`, `width`: size of the finest level, px.
+    - `open_rows`: opens the image for reading from top to bottom. Called only if the cache has no pyramid.
+    - returns: levels, finest first, lazy ``uint8 (3, y, x)``.
     """
     state = source.stat()
     identity = f"{LAYOUT}|{source.resolve()}|{state.st_size}|{state.st_mtime_ns}|{part}"

@@ -29,11 +29,10 @@ from stimage_sd.contract import CHUNK
 from stimage_sd.io._color_planes import are_colors
 from stimage_sd.io._jpeg_check import check_jpeg
 from stimage_sd.io._lazy_levels import TiffLevel, as_dask, openslide_levels, openslide_properties, tiff_levels
-from stimage_sd.io._pixel_size import plausible, tiff_pixel_um
 from stimage_sd.io._pyramid import ReadRows, cached_pyramid, extend_lazily
 from stimage_sd.io._section import require_file
 from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
-from stimage_sd.io._tiff_images import choose_image, ome_image, warn_of_orientation
+from stimage_sd.io._tiff_images import choose_image, ome_image, plausible, tiff_pixel_um, warn_of_orientation
 from stimage_sd.io._tiff_open import DamagedFile, open_tiff
 from stimage_sd.io._tiff_region import UNCOMPRESSED, block_shape
 
@@ -52,35 +51,13 @@ NAMES_A_FILE = re.compile(r"\s*(\w*file(_\d+)?|macroimage)\s*(\([\d,\s]*\))?\s*"
 def open_raster(path: str | Path, *, series: int | str | None = None) -> tuple[list[da.Array], float | None]:
     """Open an H&E image lazily, as a pyramid.
 
-    Parameters
-    ----------
-    path
-        A JPEG, PNG or TIFF file, or a slide in a format that OpenSlide knows (SVS, NDPI, MRXS, SCN, ...).
-    series
-        Image to read from a TIFF with several images: its number in file order, from 0, or its name. By default the
-        largest image.
+    - `path`: a JPEG, PNG or TIFF file, or a slide in a format that OpenSlide knows (SVS, NDPI, MRXS, SCN, ...).
+    - `series`: image to read from a TIFF with several images: its number in file order, from 0, or its name. By default
+      the largest image.
+    - returns: the levels and the resolution. Levels are lazy ``uint8 (3, y, x)`` arrays, finest first, in chunks of at
+      most 1,024 px. The longer side of the coarsest level is at most 1,024 px. The resolution is the micrometers per
+      pixel stated in the file, or `None` if the file states none.
 
-    Returns
-    -------
-    The levels and the resolution. Levels are lazy ``uint8 (3, y, x)`` arrays, finest first, in chunks of at most
-    1,024 px. The longer side of the coarsest level is at most 1,024 px. The resolution is the micrometers per pixel
-    stated in the file, or `None` if the file states none.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If the file is not an image, is truncated or damaged, refers to another file, or is not 8-bit RGB.
-
-    Warns
-    -----
-    UserWarning
-        If the image has an alpha channel (it is blended with white and dropped), states an orientation, or is the
-        largest of several. Also if three separate planes are read as colors because they are bright.
-
-    Examples
-    --------
     >>> import cv2, numpy as np, tempfile
     >>> path = Path(tempfile.mkdtemp()) / "white.png"
     >>> _ = cv2.imwrite(str(path), np.full((3000, 2000, 3), 255, np.uint8))
@@ -124,29 +101,11 @@ def raster_size(path: Path) -> tuple[int, int]:
 def raster_from_array(array: np.ndarray | da.Array) -> list[da.Array]:
     """Build a pyramid from an image in memory or from a lazy array.
 
-    Parameters
-    ----------
-    array
-        RGB ``(y, x, 3)`` or ``(3, y, x)``, or RGB with an alpha channel ``(y, x, 4)``. Values are ``uint8``, other
-        numbers from 0 to 255, or floating-point numbers from 0 to 1. The function computes the range of the values.
-        Values are converted to ``uint8`` when they are read.
+    - `array`: RGB ``(y, x, 3)`` or ``(3, y, x)``, or RGB with an alpha channel ``(y, x, 4)``. Values are ``uint8``,
+      other numbers from 0 to 255, or floating-point numbers from 0 to 1. The function computes the range of the values.
+      Values are converted to ``uint8`` when they are read.
+    - returns: lazy levels ``uint8 (3, y, x)``, finest first. Coarser levels of a lazy array are computed on access.
 
-    Returns
-    -------
-    Lazy levels ``uint8 (3, y, x)``, finest first. Coarser levels of a lazy array are computed on access.
-
-    Raises
-    ------
-    ValueError
-        If the array is not RGB, or has values outside 0 to 255.
-
-    Warns
-    -----
-    UserWarning
-        If the image has an alpha channel. It is blended with white and dropped.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> [level.shape for level in raster_from_array(np.zeros((1500, 1300, 3), np.uint8))]
     [(3, 1500, 1300), (3, 750, 650)]

@@ -36,19 +36,12 @@ def assemble(
 ) -> SpatialData:
     """Build a section from the levels of an H&E and a table of spots.
 
-    Parameters
-    ----------
-    levels
-        Levels of the H&E, ``uint8 (3, y, x)``, finest first.
-    table
-        Raw counts, one row per spot. ``obsm["spatial"]`` holds the centers of the spots, px of the finest level.
-        The table is stored in the section, without spots outside the image.
-    diameter_px
-        Diameter of a spot, px of the finest level.
-    sample, platform, mpp
-        As in `contract.register`.
-    proteins
-        Antibody counts of the same spots in the same order.
+    - `levels`: levels of the H&E, ``uint8 (3, y, x)``, finest first.
+    - `table`: raw counts, one row per spot. ``obsm["spatial"]`` holds the centers of the spots, px of the finest level.
+      The table is stored in the section, without spots outside the image.
+    - `diameter_px`: diameter of a spot, px of the finest level.
+    - `sample`, `platform`, `mpp`: as in `contract.register`.
+    - `proteins`: antibody counts of the same spots in the same order.
     """
     centers = np.asarray(table.obsm["spatial"], dtype=np.float64)
     table.obsm["spatial"] = centers
@@ -82,13 +75,7 @@ def on_image(
     image: str = "its image",
     mend: str = "Pass the image these positions were measured on, at full resolution.",
 ) -> NDArray[np.bool_]:
-    """Return which centers ``(x, y)`` lie on an image of ``(y, x)`` pixels, and warn about centers outside.
-
-    Raises
-    ------
-    ValueError
-        If there are no centers, a center is not finite, or most centers lie outside the image.
-    """
+    """Return which centers ``(x, y)`` lie on an image of ``(y, x)`` pixels, and warn about centers outside."""
     if not len(centers):
         raise ValueError(f"Expected {what} in {where}, found none. Pass the files of a section that has some.")
     unknown = ~np.isfinite(centers).all(axis=1)

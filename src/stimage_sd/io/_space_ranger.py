@@ -25,14 +25,9 @@ HIRES = "tissue_hires_image.png"
 class HE(NamedTuple):
     """H&E of a run.
 
-    Attributes
-    ----------
-    levels
-        Levels, ``uint8 (3, y, x)``, finest first.
-    scale
-        Pixels of the H&E per full-resolution pixel.
-    mpp
-        Micrometers per pixel that the given image states, `None` if it states none.
+    - `levels`: levels, ``uint8 (3, y, x)``, finest first.
+    - `scale`: pixels of the H&E per full-resolution pixel.
+    - `mpp`: micrometers per pixel that the given image states, `None` if it states none.
     """
 
     levels: list[da.Array]
@@ -76,26 +71,10 @@ def open_he(
 ) -> HE:
     """Open the full-resolution image of a run, or its ``tissue_hires_image.png`` without `image`.
 
-    Parameters
-    ----------
-    image
-        The full-resolution image.
-    hires, hires_scale
-        The image that Space Ranger wrote, and its pixels per full-resolution pixel.
-    beside, sample
-        A file beside `hires`, and the name of the sample, for messages.
-    stacklevel
-        Level of the warnings, as seen from the caller.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is neither image.
-
-    Warns
-    -----
-    UserWarning
-        If no image is given, or the image does not have the size that the scale factors imply.
+    - `image`: the full-resolution image.
+    - `hires`, `hires_scale`: the image that Space Ranger wrote, and its pixels per full-resolution pixel.
+    - `beside`, `sample`: a file beside `hires`, and the name of the sample, for messages.
+    - `stacklevel`: level of the warnings, as seen from the caller.
     """
     if image is None:
         if hires is None:

@@ -32,18 +32,12 @@ SCALE = "protein_scaling_factor"
 class Matrix:
     """Counts of all feature types, as stored in the file.
 
-    Parameters
-    ----------
-    values
-        ``(n_barcodes, n_features)``.
-    barcodes
-        Unique names of the spots, bins or cells.
-    features
-        One row per feature, indexed by name: ``gene_ids``, ``feature_types``, and ``genome`` if there are several.
-    version
-        Version of the software that wrote the file, as stated in the file.
-    protein_scale
-        Factor from the intensity of a protein to its stored value.
+    - `values`: ``(n_barcodes, n_features)``.
+    - `barcodes`: unique names of the spots, bins or cells.
+    - `features`: one row per feature, indexed by name: ``gene_ids``, ``feature_types``, and ``genome`` if there are
+      several.
+    - `version`: version of the software that wrote the file, as stated in the file.
+    - `protein_scale`: factor from the intensity of a protein to its stored value.
     """
 
     values: sp.csr_matrix
@@ -54,15 +48,7 @@ class Matrix:
 
 
 def read_matrix(path: Path) -> Matrix:
-    """Read a matrix from an HDF5 file or a folder of Matrix Market files.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file of the folder is missing.
-    ValueError
-        If a file is truncated, damaged, of another kind or empty, or has a barcode twice.
-    """
+    """Read a matrix from an HDF5 file or a folder of Matrix Market files."""
     if path.is_dir():
         matrix = _read_folder(path)
     else:
@@ -80,13 +66,7 @@ def read_matrix(path: Path) -> Matrix:
 
 
 def tables_of(matrix: Matrix, rows: np.ndarray | None, *, where: str) -> dict[str, AnnData]:
-    """Return the table of counts, and the table of proteins if there are any, for the given rows of a matrix.
-
-    Raises
-    ------
-    ValueError
-        If there are no genes, or the values of the genes are not counts.
-    """
+    """Return the table of counts, and the table of proteins if there are any, for the given rows of a matrix."""
     kinds = matrix.features["feature_types"]
     genes, proteins = np.asarray(kinds == GENES), np.asarray(kinds.isin(PROTEINS))
     if not genes.any():

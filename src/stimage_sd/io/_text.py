@@ -24,15 +24,7 @@ MOST_IN_A_LINE = 1 << 24
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """Open a file as text, without its byte order mark. Gzip is recognized by the first bytes.
-
-    Raises
-    ------
-    ValueError
-        If the first line is too long for a table. Each column needs memory, even without data.
-    UnicodeDecodeError
-        While reading, if the file is not text.
-    """
+    """Open a file as text, without its byte order mark. Gzip is recognized by the first bytes."""
     text = io.TextIOWrapper(_open(path), encoding=encoding_of(path), newline="")
     if len(text.readline(MOST_IN_A_LINE + 1)) > MOST_IN_A_LINE:
         text.close()

@@ -66,23 +66,8 @@ class DamagedFile(ValueError):
 def open_tiff(path: Path, *, several_files: bool = False) -> Iterator[tifffile.TiffFile]:
     """Open a TIFF after checking that it is complete and within the limits.
 
-    Parameters
-    ----------
-    path
-        The file.
-    several_files
-        Whether an OME-TIFF may keep planes in other files of the same folder.
-
-    Raises
-    ------
-    DamagedFile
-        If the file is truncated, damaged or exceeds a limit.
-    FileNotFoundError
-        If the file refers to another file that does not exist.
-    ValueError
-        If the file refers to another file that may not be read.
-    tifffile.TiffFileError
-        If the file is not a TIFF.
+    - `path`: the file.
+    - `several_files`: whether an OME-TIFF may keep planes in other files of the same folder.
     """
     with _reports_of_damage() as reports, _open(path, several_files=several_files) as tiff:
         try:

@@ -51,17 +51,8 @@ def kind_of(page: tifffile.TiffPage) -> np.dtype:
 def read_region(page: tifffile.TiffPage, samples: slice, rows: slice, columns: slice) -> np.ndarray:
     """Return a region of a page as ``(sample, y, x)``.
 
-    Parameters
-    ----------
-    page
-        The page. Its file is open and has a lock.
-    samples, rows, columns
-        The region, as slices with step 1.
-
-    Raises
-    ------
-    ValueError
-        If a strip or tile of the region is missing or damaged.
+    - `page`: the page. Its file is open and has a lock.
+    - `samples`, `rows`, `columns`: the region, as slices with step 1.
     """
     planes = range(*samples.indices(page.samplesperpixel))
     top, bottom, _ = rows.indices(page.imagelength)

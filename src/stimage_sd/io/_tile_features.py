@@ -110,18 +110,11 @@ def read_tile_features(data: SpatialData, path: str | Path, *, extractor: str, s
 class _Patches:
     """Patches and features of a file.
 
-    Attributes
-    ----------
-    centers
-        ``(n, 2)``, x and y, px of level 0.
-    features
-        ``float32 (n, d)``.
-    side_px, target_px
-        Side of a patch at level 0, and side of the input of the network, px.
-    source
-        Tool that wrote the file, from the attributes of the file.
-    stated_size
-        Width and height of the slide as stated in the file, px.
+    - `centers`: ``(n, 2)``, x and y, px of level 0.
+    - `features`: ``float32 (n, d)``.
+    - `side_px`, `target_px`: side of a patch at level 0, and side of the input of the network, px.
+    - `source`: tool that wrote the file, from the attributes of the file.
+    - `stated_size`: width and height of the slide as stated in the file, px.
     """
 
     centers: NDArray[np.float64]

@@ -20,10 +20,10 @@ from stimage_sd._squidpy import attach_spatial
 from stimage_sd.io._section import on_image
 from stimage_sd.io._space_ranger import HE, HIRES, SCALEFACTORS, TOLERANCE, find_entry, open_he, sample_name
 from stimage_sd.io._tenx import Matrix, read_matrix, tables_of
-from stimage_sd.io._visium_hd_cells import read_cells
 from stimage_sd.io._visium_hd_parts import (
     Positions,
     Scale,
+    read_cells,
     read_positions,
     read_scale,
     read_slide_transform,

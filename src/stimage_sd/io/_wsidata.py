@@ -15,7 +15,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
 from stimage_sd import contract
-from stimage_sd.io._object_resolution import PLAUSIBLE
+from stimage_sd.io._other_objects import PLAUSIBLE
 from stimage_sd.io._slide import slide as read_slide
 
 #: attributes of LazySlide objects, and names of their elements
@@ -42,11 +42,6 @@ def section_of_wsi(
     """Build a section from an object of LazySlide.
 
     The shapes ``tiles`` become tiles, their features become embeddings, and ``tissues`` become the tissue labels.
-
-    Raises
-    ------
-    ValueError
-        If the object holds no image and no slide is given, or the slide is another one.
     """
     inside = image if image is not None else _IMAGE if _IMAGE in data.images and slide is None else None
     section = _slide_of(data, slide, inside, mpp, sample)
@@ -74,11 +69,6 @@ def _placed(data: SpatialData, name: str, inside: str | None) -> GeoDataFrame:
     """Return shapes in pixels of the slide.
 
     If the store holds the image, the transformations are applied. Otherwise the shapes are returned as stored.
-
-    Raises
-    ------
-    ValueError
-        If the store does not hold the image, and the shapes were moved.
     """
     if inside is not None:
         return contract.shapes_in_pixels(data, name, image_key=inside)

@@ -46,15 +46,8 @@ class Morphology:
 def open_morphology(files: list[Path]) -> Morphology:
     """Open the morphology image.
 
-    Parameters
-    ----------
-    files
-        One file, or one file per stain. Either the first file describes all stains, or each file only its own stain.
-
-    Raises
-    ------
-    ValueError
-        If the stains are of different sizes.
+    - `files`: one file, or one file per stain. Either the first file describes all stains, or each file only its own
+      stain.
     """
     # The instrument writes one file per stain, and each file describes all stains.
     whole = open_multichannel(files[0], several_files=True)
@@ -82,13 +75,7 @@ def _name_dapi(image: MultichannelImage) -> MultichannelImage:
 
 
 def pixel_size(given: float | None, experiment: Mapping[str, Any], morphology: Morphology | None) -> tuple[float, str]:
-    """Return the micrometers per pixel of the morphology image, and their source.
-
-    Raises
-    ------
-    ValueError
-        If ``experiment.xenium`` and the image disagree.
-    """
+    """Return the micrometers per pixel of the morphology image, and their source."""
     if given is not None:
         return float(given), "given"
     stated = None if morphology is None else morphology.image.pixel_um
@@ -144,16 +131,11 @@ def build_dapi(morphology: Morphology, pixel_um: float, origin_um: tuple[float, 
 class HE:
     """An H&E and its position.
 
-    Parameters
-    ----------
-    levels
-        Levels of the H&E, finest first.
-    mpp
-        Micrometers per pixel, or `None` if unknown.
-    alignment
-        ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image, or `None` without an alignment.
-    from_um
-        ``(3, 3)`` matrix from instrument micrometers to pixels of the H&E, or `None` without an alignment.
+    - `levels`: levels of the H&E, finest first.
+    - `mpp`: micrometers per pixel, or `None` if unknown.
+    - `alignment`: ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image, or `None` without an
+      alignment.
+    - `from_um`: ``(3, 3)`` matrix from instrument micrometers to pixels of the H&E, or `None` without an alignment.
     """
 
     levels: list[da.Array]
@@ -172,18 +154,11 @@ def open_he(
 ) -> HE:
     """Open the H&E, and find and check its alignment.
 
-    Parameters
-    ----------
-    file
-        File of the H&E.
-    alignment
-        Alignment of the H&E. By default searched in the folder of the H&E and in the bundle.
-    bundle
-        Folder of the bundle.
-    to_um
-        ``(3, 3)`` matrix from pixels of the morphology image to instrument micrometers.
-    centers
-        ``(n_cells, 2)`` x, y of the cells, instrument micrometers.
+    - `file`: file of the H&E.
+    - `alignment`: alignment of the H&E. By default searched in the folder of the H&E and in the bundle.
+    - `bundle`: folder of the bundle.
+    - `to_um`: ``(3, 3)`` matrix from pixels of the morphology image to instrument micrometers.
+    - `centers`: ``(n_cells, 2)`` x, y of the cells, instrument micrometers.
     """
     levels, stated = open_raster(file)
     given = alignment if alignment is not None else find_alignment(file, bundle)
@@ -211,13 +186,7 @@ def open_he(
 
 
 def find_alignment(he_image: Path, bundle: Path) -> Path | None:
-    """Return the alignment file in the folder of the H&E or in the bundle, or `None` if there is none.
-
-    Raises
-    ------
-    ValueError
-        If several files match.
-    """
+    """Return the alignment file in the folder of the H&E or in the bundle, or `None` if there is none."""
     stem = he_image.name
     for ending in (".tif", ".tiff", ".btf", ".ome"):
         stem = stem.removesuffix(ending)
@@ -234,16 +203,7 @@ def find_alignment(he_image: Path, bundle: Path) -> Path | None:
 
 
 def read_alignment(alignment: str | Path | np.ndarray) -> np.ndarray:
-    """Read and check the ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If the file is not 3 × 3 numbers, the array is not 3 × 3 or 2 × 3, or the matrix is not an invertible affine
-        map.
-    """
+    """Read and check the ``(3, 3)`` matrix from pixels of the H&E to pixels of the morphology image."""
     if isinstance(alignment, str | Path):
         path = require_file(alignment, what="an alignment (a CSV file of 3 x 3 numbers)")
         # A file of two rows may be truncated, so only 3 × 3 is accepted.

@@ -16,17 +16,9 @@ _LEAST = 1e-3
 def median_total(totals: np.ndarray) -> float:
     """Return the median total count per spot, which corresponds to a size factor of 1.
 
-    Parameters
-    ----------
-    totals
-        Total count per spot, over all measured genes.
+    - `totals`: total count per spot, over all measured genes.
+    - returns: the median, at least 1.
 
-    Returns
-    -------
-    The median, at least 1.
-
-    Examples
-    --------
     >>> from stimage_sd.likelihood.depth import median_total
     >>> median_total([500.0, 1000.0, 4000.0])
     1000.0
@@ -37,19 +29,10 @@ def median_total(totals: np.ndarray) -> float:
 def size_factors(totals: np.ndarray, total: float) -> np.ndarray:
     """Compute the size factor of each spot, its total count divided by a reference total.
 
-    Parameters
-    ----------
-    totals
-        Total count per spot, over all measured genes.
-    total
-        Total count that corresponds to a size factor of 1.
+    - `totals`: total count per spot, over all measured genes.
+    - `total`: total count that corresponds to a size factor of 1.
+    - returns: size factors, ``float64 (n_spots,)``, at least 0.001.
 
-    Returns
-    -------
-    Size factors, ``float64 (n_spots,)``, at least 0.001.
-
-    Examples
-    --------
     >>> from stimage_sd.likelihood.depth import size_factors
     >>> size_factors([500.0, 0.0], 1000.0).tolist()
     [0.5, 0.001]
@@ -60,19 +43,11 @@ def size_factors(totals: np.ndarray, total: float) -> np.ndarray:
 def at_depth(p: np.ndarray, factors: np.ndarray) -> np.ndarray:
     """Convert the success probability of NB(r, p) to another depth, at the same `r`.
 
-    Parameters
-    ----------
-    p
-        Probability of success at a size factor of 1, ``(n_members, n_tiles, n_genes)``.
-    factors
-        Size factor per tile, ``(n_tiles,)``.
+    - `p`: probability of success at a size factor of 1, ``(n_members, n_tiles, n_genes)``.
+    - `factors`: size factor per tile, ``(n_tiles,)``.
+    - returns: ``p / (p + s (1 - p))``, ``float64`` of the shape of `p`. In float32 the mean would be lost for `p` near
+      1.
 
-    Returns
-    -------
-    ``p / (p + s (1 - p))``, ``float64`` of the shape of `p`. In float32 the mean would be lost for `p` near 1.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.depth import at_depth
     >>> at_depth(np.array([[[0.5]]]), np.array([3.0])).tolist()

@@ -29,11 +29,6 @@ def expected_log1p(mean: np.ndarray, variance: np.ndarray, *, scale: np.ndarray 
     -------
     Expectations, ``float64``, of the shape of `mean`.
 
-    Raises
-    ------
-    ValueError
-        If a mean or scale is negative or not finite.
-
     Notes
     -----
     Frullani's integral is :math:`\log(1 + y) = \int_0^\infty (1 - e^{-ty})\,e^{-t}/t\,dt`. Its expectation needs only

@@ -23,18 +23,12 @@ Parameters = dict[str, Array]
 class Head(NamedTuple):
     """One parametrization of the negative binomials of all genes.
 
-    Attributes
-    ----------
-    initial
-        ``(key, mean, dispersion, n_members, n_features) -> parameters``: every member predicts the mean-only fit of
-        each gene, with slightly different weights per member.
-    log_prob
-        ``(parameters, features, counts, size_factors) -> (n_members, n_tiles, n_genes)``. Features are
-        ``(n_tiles, n_features)``, or ``(n_members, n_tiles, n_features)``.
-    summed_log_prob
-        `log_prob` summed over genes, ``(n_members, n_tiles)``, for training.
-    r_and_p
-        ``(parameters, features) -> r, p``, each ``(n_members, n_tiles, n_genes)``.
+    - `initial`: ``(key, mean, dispersion, n_members, n_features) -> parameters``: every member predicts the mean-only
+      fit of each gene, with slightly different weights per member.
+    - `log_prob`: ``(parameters, features, counts, size_factors) -> (n_members, n_tiles, n_genes)``. Features are
+      ``(n_tiles, n_features)``, or ``(n_members, n_tiles, n_features)``.
+    - `summed_log_prob`: `log_prob` summed over genes, ``(n_members, n_tiles)``, for training.
+    - `r_and_p`: ``(parameters, features) -> r, p``, each ``(n_members, n_tiles, n_genes)``.
     """
 
     initial: Callable[..., Parameters]

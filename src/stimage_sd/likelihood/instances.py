@@ -37,18 +37,11 @@ _BACKGROUND = 0.2
 class Bags(NamedTuple):
     """Spots with their nuclei, as arrays of numpy or JAX.
 
-    Attributes
-    ----------
-    context
-        Features of the spots, ``float32 (n_members, n_spots, n_context)``.
-    features
-        Features of the nuclei, ``float32 (n_members, n_nuclei, n_features)``.
-    spot
-        Spot of each nucleus, ``int32 (n_nuclei,)``. ``n_spots`` marks padding.
-    background
-        Share of each spot that no nucleus covers, ``float32 (n_spots,)``.
-    crowding
-        Log of the number of nuclei per area, relative to the training spots, ``float32 (n_spots,)``.
+    - `context`: features of the spots, ``float32 (n_members, n_spots, n_context)``.
+    - `features`: features of the nuclei, ``float32 (n_members, n_nuclei, n_features)``.
+    - `spot`: spot of each nucleus, ``int32 (n_nuclei,)``. ``n_spots`` marks padding.
+    - `background`: share of each spot that no nucleus covers, ``float32 (n_spots,)``.
+    - `crowding`: log of the number of nuclei per area, relative to the training spots, ``float32 (n_spots,)``.
     """
 
     context: Any
@@ -64,16 +57,10 @@ def initial(
 ) -> Parameters:  # fmt: skip
     """Return parameters with which a spot of `n_nuclei` nuclei has nearly the mean-only fit of each gene.
 
-    Parameters
-    ----------
-    key
-        Random key.
-    mean, dispersion
-        Mean-only fit of the counts of spots, ``(n_genes,)``.
-    n_members, n_features, n_context
-        Numbers of members, of features of a nucleus, and of a spot.
-    n_nuclei
-        Mean number of nuclei of a spot.
+    - `key`: random key.
+    - `mean`, `dispersion`: Mean-only fit of the counts of spots, ``(n_genes,)``.
+    - `n_members`, `n_features`, `n_context`: numbers of members, of features of a nucleus, and of a spot.
+    - `n_nuclei`: mean number of nuclei of a spot.
     """
     r = np.minimum(dispersion, 0.9 * R_LOGITS[1])
     keys = jax.random.split(key, 6)
@@ -122,14 +109,9 @@ def _of_spots(parameters: Parameters, context: Array, crowding: Array) -> tuple[
 def r_of_nuclei(parameters: Parameters, features: Array, of_spot: Array) -> Array:
     """Return r of nuclei, ``float32 (n_members, n_nuclei, n_genes)``.
 
-    Parameters
-    ----------
-    parameters
-        Parameters of the heads.
-    features
-        ``(n_members, n_nuclei, n_features)``.
-    of_spot
-        What the context of each nucleus adds to the logits, ``(n_members, n_nuclei, n_genes)``.
+    - `parameters`: parameters of the heads.
+    - `features`: ``(n_members, n_nuclei, n_features)``.
+    - `of_spot`: what the context of each nucleus adds to the logits, ``(n_members, n_nuclei, n_genes)``.
     """
     hidden = jax.nn.relu(_linear(features, parameters["hidden"]) + parameters["hidden_bias"][:, None])
     logits = _linear(features, parameters["weight_nuclei"]) + _linear(hidden, parameters["weight_hidden"]) + of_spot
@@ -158,16 +140,10 @@ def r_and_p_of_nuclei(parameters: Parameters, bags: Bags) -> tuple[Array, Array]
 def summed_log_prob(parameters: Parameters, bags: Bags, counts: Array, size_factors: Array) -> Array:
     """Return the log-probability of the counts of spots, summed over genes, ``(n_members, n_spots)``.
 
-    Parameters
-    ----------
-    parameters
-        Parameters of the heads.
-    bags
-        The spots with their nuclei.
-    counts
-        ``float32 (n_spots, n_genes)``.
-    size_factors
-        Depth of each spot, ``float32 (n_spots,)``.
+    - `parameters`: parameters of the heads.
+    - `bags`: the spots with their nuclei.
+    - `counts`: ``float32 (n_spots, n_genes)``.
+    - `size_factors`: depth of each spot, ``float32 (n_spots,)``.
     """
     r, p_logits = _of_sums(parameters, bags)
     return summed_log_prob_of_r(counts, r, p_logits, size_factors)

@@ -23,36 +23,18 @@ def mixture_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the central interval of the mixture of the members' negative binomials.
 
-    Parameters
-    ----------
-    r
-        Number of successes, positive, (n_members, ...).
-    p
-        Probability of success, in (0, 1]; same shape as `r`.
-    coverage
-        Probability that the interval contains, in (0, 1).
-    weights
-        Weight per member, (n_members,), at least 0, with sum 1. Equal by default.
+    - `r`: number of successes, positive, (n_members, ...).
+    - `p`: probability of success, in (0, 1]; same shape as `r`.
+    - `coverage`: probability that the interval contains, in (0, 1).
+    - `weights`: weight per member, (n_members,), at least 0, with sum 1. Equal by default.
+    - returns: lower and upper bound, whole numbers in float32, of shape ``r.shape[1:]``. They are the smallest counts
+      at which the distribution function of the mixture reaches ``(1 - coverage) / 2`` and ``(1 + coverage) / 2``. Both
+      bounds belong to the interval. It contains at least `coverage`, because counts are discrete.
 
-    Returns
-    -------
-    Lower and upper bound, whole numbers in float32, of shape ``r.shape[1:]``. They are the smallest counts at which
-    the distribution function of the mixture reaches ``(1 - coverage) / 2`` and ``(1 + coverage) / 2``. Both bounds
-    belong to the interval. It contains at least `coverage`, because counts are discrete.
-
-    Raises
-    ------
-    ValueError
-        If shapes differ, `r` is not positive, or `p`, `coverage` or `weights` is out of range.
-
-    Notes
-    -----
     The bounds are exact, in double precision. A compiled recurrence adds up the probabilities from zero, on threads.
     Where counts are so large that the recurrence underflows or takes long, the bounds come from bisection with the
     incomplete beta function, in the bracket given by Cantelli's inequality.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.intervals import mixture_interval
     >>> lower, upper = mixture_interval(np.array([[2.0], [5.0]]), np.array([[0.5], [0.5]]))

@@ -13,12 +13,8 @@ import scipy.special
 class MeanOnlyFit(NamedTuple):
     """Mean-only baseline, one negative binomial per gene for all spots.
 
-    Attributes
-    ----------
-    mean
-        Mean count per gene at a size factor of 1, float64 of shape (n_genes,).
-    r
-        Inverse dispersion per gene, float64 of shape (n_genes,).
+    - `mean`: mean count per gene at a size factor of 1, float64 of shape (n_genes,).
+    - `r`: inverse dispersion per gene, float64 of shape (n_genes,).
     """
 
     mean: np.ndarray
@@ -36,27 +32,13 @@ def fit_mean_only(
 ) -> MeanOnlyFit:
     """Fit one negative binomial per gene by maximum likelihood, all genes at once.
 
-    Parameters
-    ----------
-    counts
-        Raw counts, (n_obs, n_genes), dense or sparse.
-    size_factors
-        Relative depth per spot, (n_obs,), positive. The mean of spot `i` is its size factor times the mean of the
-        gene. None means 1 for all spots.
+    - `counts`: raw counts, (n_obs, n_genes), dense or sparse.
+    - `size_factors`: relative depth per spot, (n_obs,), positive. The mean of spot `i` is its size factor times the
+      mean of the gene. None means 1 for all spots.
+    - returns: per gene, the mean ``sum(counts) / sum(size_factors)`` and the inverse dispersion `r`. The value of `r`
+      maximizes the likelihood given that mean, within 1e-6 and 1e6. Genes no more variable than a Poisson get the upper
+      bound. Without size factors this is the joint maximum. With size factors the mean is the Poisson estimate.
 
-    Returns
-    -------
-    Per gene, the mean ``sum(counts) / sum(size_factors)`` and the inverse dispersion `r`. The value of `r` maximizes
-    the likelihood given that mean, within 1e-6 and 1e6. Genes no more variable than a Poisson get the upper bound.
-    Without size factors this is the joint maximum. With size factors the mean is the Poisson estimate.
-
-    Raises
-    ------
-    ValueError
-        If counts are negative, fractional or not finite, or size factors do not fit the counts.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.mean_only import fit_mean_only
     >>> fit = fit_mean_only(np.array([[0, 2], [0, 2], [9, 2], [3, 2]]))
@@ -85,17 +67,9 @@ def floor(
 ) -> np.ndarray:
     """Return mean and dispersion of the mean-only fit per gene, bounded so that every count has a likelihood.
 
-    Parameters
-    ----------
-    counts, size_factors
-        As in `fit_mean_only`.
+    - `counts`, `size_factors`: as in `fit_mean_only`.
+    - returns: ``float32 (2, n_genes)``: means of at least half a count over all rows, dispersions from 1e-3 to 1e4.
 
-    Returns
-    -------
-    ``float32 (2, n_genes)``: means of at least half a count over all rows, dispersions from 1e-3 to 1e4.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.mean_only import floor
     >>> floor(np.array([[0, 0], [4, 0]]))[0].tolist()

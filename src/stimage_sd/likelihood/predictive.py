@@ -8,16 +8,17 @@ the mean and variance of the whole exactly.
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
+import numba
 import numpy as np
 import scipy.special
 
 from stimage_sd._settings import n_threads
 from stimage_sd.likelihood.intervals import mixture_quantile
-from stimage_sd.likelihood.mixture_moments import MixtureMoments
 from stimage_sd.likelihood.shifts import N_STRATA, strata
 
 #: smallest inverse of r: the variance is then the mean to eight digits
@@ -29,18 +30,11 @@ _PART = 1 << 16
 class Predictive(NamedTuple):
     """Distribution per tile and gene.
 
-    Attributes
-    ----------
-    mean
-        Mean, ``(n_tiles, n_genes)``.
-    aleatoric
-        Variance that measuring the patient would not remove.
-    epistemic
-        Variance of the members' means and of the shift.
-    shift
-        The part of `epistemic` that comes from the shift.
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
+    - `mean`: mean, ``(n_tiles, n_genes)``.
+    - `aleatoric`: variance that measuring the patient would not remove.
+    - `epistemic`: variance of the members' means and of the shift.
+    - `shift`: the part of `epistemic` that comes from the shift.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
     """
 
     mean: np.ndarray
@@ -58,24 +52,14 @@ class Predictive(NamedTuple):
 def predictive(moments: MixtureMoments, sd: np.ndarray, *, exposure: float | np.ndarray = 1.0) -> Predictive:
     """Return the distribution of counts at a depth, with a shift per gene.
 
-    Parameters
-    ----------
-    moments
-        Moments of the ensemble at an exposure of 1, ``(n_tiles, n_genes)``.
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
-    exposure
-        Depth of the section relative to an exposure of 1. Or of every gene, ``(n_genes,)``.
+    - `moments`: moments of the ensemble at an exposure of 1, ``(n_tiles, n_genes)``.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
+    - `exposure`: depth of the section relative to an exposure of 1. Or of every gene, ``(n_genes,)``.
+    - returns: the distribution, in double precision. Exposure multiplies means and keeps r. The shift S has mean 1 and
+      variance v = exp(sd²) − 1, so the variance is that of S μ plus the mean of S μ + S² μ² / r.
 
-    Returns
-    -------
-    The distribution, in double precision. Exposure multiplies means and keeps r. The shift S has mean 1 and variance
-    v = exp(sd²) − 1, so the variance is that of S μ plus the mean of S μ + S² μ² / r.
-
-    Examples
-    --------
     >>> import numpy as np
-    >>> from stimage_sd.likelihood.mixture_moments import MixtureMoments
+    >>> from stimage_sd.likelihood.predictive import MixtureMoments
     >>> from stimage_sd.likelihood.predictive import predictive
     >>> made = predictive(MixtureMoments(*np.array([[[4.0]], [[8.0]], [[1.0]]])), np.array([0.0]), exposure=0.5)
     >>> [float(part[0, 0]) for part in (made.mean, made.aleatoric, made.epistemic, made.shift)]
@@ -92,19 +76,10 @@ def predictive(moments: MixtureMoments, sd: np.ndarray, *, exposure: float | np.
 def components(mean: np.ndarray, variance: np.ndarray, sd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mixture of negative binomials, of equal weight, with a mean, a variance and a shift.
 
-    Parameters
-    ----------
-    mean, variance
-        Mean and total variance, ``(n_tiles, n_genes)``.
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
+    - `mean`, `variance`: mean and total variance, ``(n_tiles, n_genes)``.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
+    - returns: r and p, each ``float64 (N_STRATA, n_tiles, n_genes)``.
 
-    Returns
-    -------
-    r and p, each ``float64 (N_STRATA, n_tiles, n_genes)``.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.predictive import components
     >>> r, p = components(np.array([[4.0]]), np.array([[12.0]]), np.array([0.3]))
@@ -153,35 +128,18 @@ def nearest_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Compute the interval of whole counts whose probability is nearest to a coverage.
 
-    Parameters
-    ----------
-    mean, variance
-        Mean and total variance, ``(n_tiles, n_genes)``.
-    sd
-        Standard deviation of the log of the shift, ``(n_genes,)``.
-    coverage
-        Wanted probability, in (0, 1).
+    - `mean`, `variance`: mean and total variance, ``(n_tiles, n_genes)``.
+    - `sd`: standard deviation of the log of the shift, ``(n_genes,)``.
+    - `coverage`: wanted probability, in (0, 1).
+    - returns: lower and upper bound, whole numbers in ``float32 (n_tiles, n_genes)``. Both belong to the interval. The
+      probability below it is as near as possible to ``(1 - coverage) / 2``, and the probability of the interval is then
+      as near as possible to `coverage`.
 
-    Returns
-    -------
-    Lower and upper bound, whole numbers in ``float32 (n_tiles, n_genes)``. Both belong to the interval. The probability
-    below it is as near as possible to ``(1 - coverage) / 2``, and the probability of the interval is then as near as
-    possible to `coverage`.
-
-    Raises
-    ------
-    ValueError
-        If `coverage` is out of range.
-
-    Notes
-    -----
     An interval from the 5 % to the 95 % quantile contains at least 90 %. Where counts are low it contains 97 % and
     more, and what it contains changes with depth. The nearest interval contains less than `coverage` about as often as
     more, so that coverage over all genes is near `coverage` at every depth. A count of 0 that is likelier than
     `coverage` is still contained.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.predictive import nearest_interval
     >>> lower, upper = nearest_interval(np.array([[4.0]]), np.array([[12.0]]), np.array([0.3]))
@@ -259,3 +217,75 @@ def _nearest_kernel() -> Any:
                 bounds[1, tile, gene] = upper if upper >= 0 else np.nan
 
     return run
+
+
+#: cells per block, for which the means of all members are held
+_WIDTH = 128
+#: number of values below which threads do not pay off
+_FEW = 1 << 16
+
+
+class MixtureMoments(NamedTuple):
+    """Moments of a mixture, each ``float32`` of the shape of one member.
+
+    - `mean`: mean of the members' means.
+    - `aleatoric`: mean of the members' variances.
+    - `epistemic`: variance of the members' means.
+    """
+
+    mean: np.ndarray
+    aleatoric: np.ndarray
+    epistemic: np.ndarray
+
+
+def mixture_moments(r: np.ndarray, p: np.ndarray, *, weights: np.ndarray) -> MixtureMoments:
+    """Compute the moments of the mixture of the members' negative binomials.
+
+    - `r`: number of successes, positive, ``float32 (n_members, ...)``.
+    - `p`: probability of success, in (0, 1]; same shape as `r`.
+    - `weights`: weight per member, ``(n_members,)``, with sum 1.
+    - returns: the moments, computed in double precision.
+
+    Equation 7 of the paper, with variances on both sides.
+
+    >>> import numpy as np
+    >>> from stimage_sd.likelihood.predictive import mixture_moments
+    >>> r, p = np.array([[2.0], [6.0]], np.float32), np.array([[0.5], [0.5]], np.float32)
+    >>> [float(moment[0]) for moment in mixture_moments(r, p, weights=np.array([0.5, 0.5]))]
+    [4.0, 8.0, 4.0]
+    """
+    shape = r.shape[1:]
+    successes, probability = r.reshape(len(r), -1), p.reshape(len(p), -1)
+    found = np.empty((3, successes.shape[1]), dtype=np.float32)
+    share = np.asarray(weights, dtype=np.float64)
+    workers = min(8, n_threads()) if successes.size > _FEW else 1
+    edges = np.linspace(0, found.shape[1], workers + 1).astype(int)
+    with ThreadPoolExecutor(workers) as pool:
+        parts = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+        for run in [pool.submit(_moments, successes[:, i], probability[:, i], share, found[:, i]) for i in parts]:
+            run.result()
+    return MixtureMoments(*(moment.reshape(shape) for moment in found))
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _moments(r: np.ndarray, p: np.ndarray, share: np.ndarray, found: np.ndarray) -> None:  # pragma: no cover
+    n_members, n_cells = r.shape
+    means = np.empty((n_members, _WIDTH))
+    for start in range(0, n_cells, _WIDTH):
+        width = min(_WIDTH, n_cells - start)
+        mean, aleatoric, epistemic = np.zeros(width), np.zeros(width), np.zeros(width)
+        for member in range(n_members):
+            for cell in range(width):
+                inverse = 1.0 / np.float64(p[member, start + cell])
+                own = np.float64(r[member, start + cell]) * (inverse - 1.0)
+                means[member, cell] = own
+                mean[cell] += share[member] * own
+                aleatoric[cell] += share[member] * own * inverse
+        for member in range(n_members):
+            for cell in range(width):
+                away = means[member, cell] - mean[cell]
+                epistemic[cell] += share[member] * away * away
+        for cell in range(width):
+            found[0, start + cell] = mean[cell]
+            found[1, start + cell] = aleatoric[cell]
+            found[2, start + cell] = epistemic[cell]

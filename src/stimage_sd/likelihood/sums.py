@@ -34,23 +34,13 @@ _LOG1P = (
 def summed_log_prob(counts: Array, r_logits: Array, p_logits: Array, size_factors: Array) -> Array:
     """Compute the log-probability of counts summed over genes, differentiable in the logits.
 
-    Parameters
-    ----------
-    counts
-        Whole numbers from 0, ``float32 (n_tiles, n_genes)``.
-    r_logits, p_logits
-        ``float32 (n_members, n_tiles, n_genes)``, clipped to `R_LOGITS` and `P_LOGITS`.
-    size_factors
-        Size factor per tile, ``float32 (n_tiles,)``. It multiplies the odds ``(1 - p) / p`` and therefore the mean
-        (`stimage_sd.likelihood.depth`).
+    - `counts`: whole numbers from 0, ``float32 (n_tiles, n_genes)``.
+    - `r_logits`, `p_logits`: ``float32 (n_members, n_tiles, n_genes)``, clipped to `R_LOGITS` and `P_LOGITS`.
+    - `size_factors`: size factor per tile, ``float32 (n_tiles,)``. It multiplies the odds ``(1 - p) / p`` and therefore
+      the mean (`stimage_sd.likelihood.depth`).
+    - returns: ``float32 (n_members, n_tiles)``. The term t of a gene has an error of at most ``1e-5 + 1e-6 * (counts +
+      r + abs(t))``.
 
-    Returns
-    -------
-    ``float32 (n_members, n_tiles)``. The term t of a gene has an error of at most
-    ``1e-5 + 1e-6 * (counts + r + abs(t))``.
-
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> from stimage_sd.likelihood.sums import summed_log_prob
     >>> logits = jnp.zeros((1, 1, 2))
@@ -85,21 +75,11 @@ summed_log_prob.defvjp(_forward, _backward)
 def summed_log_prob_of_r(counts: Array, r: Array, p_logits: Array, size_factors: Array) -> Array:
     """Compute what `summed_log_prob` computes, from r itself: r of a spot is the sum of the r of its nuclei.
 
-    Parameters
-    ----------
-    counts
-        Whole numbers from 0, ``float32 (n_tiles, n_genes)``.
-    r
-        Positive, ``float32 (n_members, n_tiles, n_genes)``.
-    p_logits, size_factors
-        As in `summed_log_prob`.
+    - `counts`: whole numbers from 0, ``float32 (n_tiles, n_genes)``.
+    - `r`: positive, ``float32 (n_members, n_tiles, n_genes)``.
+    - `p_logits`, `size_factors`: as in `summed_log_prob`.
+    - returns: ``float32 (n_members, n_tiles)``.
 
-    Returns
-    -------
-    ``float32 (n_members, n_tiles)``.
-
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> from stimage_sd.likelihood.sums import summed_log_prob_of_r
     >>> ones = jnp.ones((1, 1, 2))

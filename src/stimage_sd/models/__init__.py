@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_baseline_model": ["BaselineModel"],
         "_cell_classifier": ["CellClassifier"],
         "_cellvit": ["CellViT", "load_cellvit"],
+        "_certificate": ["Certificate"],
         "_combined": ["CombinedModel"],
         "_extractor": ["Extractor"],
         "_extractors": ["extractors", "get_extractor", "register_extractor"],
@@ -19,6 +20,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_instance_model": ["InstanceModel"],
         "_load": ["load"],
         "_nb": ["NBModel"],
+        "_ready": ["pretrained"],
         "_recipe": ["Recipe", "SectionData", "TrainingSection"],
+        "_wrapped": ["Wrapped", "WrappedModel", "wrap"],
     },
 )

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from spatialdata import SpatialData
 
-from stimage_sd._files import scratch
-from stimage_sd.models._files import kind, model_from, read_model, write_model
+from stimage_sd.models._certificate import Certified, without_certificate
+from stimage_sd.models._files import SavedModel, model_from, parts_of, under
 from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
-@kind("adapted")
 @dataclass(frozen=True)
-class AdaptedModel:
+class AdaptedModel(Certified, SavedModel, kind="adapted"):
     """A model whose depth and gene shifts were updated by measurements of one section or patient.
 
     Made by `stimage_sd.tl.adapt`, loaded by `stimage_sd.models.load`.
@@ -69,7 +66,10 @@ class AdaptedModel:
     def members(self) -> Members[AdaptedModel]:
         """Members of the ensemble. Indexing with an int, slice or list gives a model of these members."""
         base: Any = self.base
-        return Members(len(self.member_weights), lambda chosen: replace(self, base=base.members[chosen]))
+        training = without_certificate(self.training)
+        return Members(
+            len(self.member_weights), lambda chosen: replace(self, base=base.members[chosen], training=training)
+        )
 
     @property
     def member_weights(self) -> np.ndarray:
@@ -114,38 +114,21 @@ class AdaptedModel:
 
         return replace(before, r_and_p=r_and_p)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
-        with scratch(Path(tempfile.gettempdir()), prefix="stimage-sd-adapted") as folder:
-            base, arrays = read_model(self.base.save(folder / "base"))
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
+        base, arrays = parts_of(self.base, "base.")
         config = {
             "base": base,
             "total": self.total,
             "interval_level": self.interval_level,
             "training": self.training,
         }
-        named = {f"base.{name}": array for name, array in arrays.items()}
-        return write_model(
-            path, kind="adapted", config=config, arrays={**named, "factors": self.factors, "shifts": self.shifts}
-        )
+        return config, {**arrays, "factors": self.factors, "shifts": self.shifts}
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> AdaptedModel:
-        """Build a model from the config and arrays that `save` wrote."""
-        base = model_from(
-            config["base"],
-            {name.removeprefix("base."): array for name, array in arrays.items() if name.startswith("base.")},
-        )
+        """Build a model from what `to_parts` returned."""
+        base = model_from(config["base"], under("base.", arrays))
         n_genes = len(base.genes)
         if arrays["factors"].shape != (n_genes,) or arrays["shifts"].shape != (2, n_genes):
             raise KeyError(f"factors of shape {arrays['factors'].shape} for {n_genes} genes")

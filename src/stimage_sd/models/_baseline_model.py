@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace
-from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._members import Members
 from stimage_sd.models._recipe import Recipe, SectionData, options, recipes
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
@@ -22,9 +22,8 @@ from stimage_sd.stream.driver import run_over_tiles
 _OLD_NAMES = {"learnt.": "learned.", "space.centre": "space.center", "normalisation": "normalization"}
 
 
-@kind("baseline")
 @dataclass(frozen=True)
-class BaselineModel:
+class BaselineModel(Certified, SavedModel, kind="baseline"):
     """A negative binomial model with one mean per gene and tile, and one dispersion per gene.
 
     Made by `stimage_sd.tl.fit_baseline`, loaded by `stimage_sd.models.load`.
@@ -117,18 +116,8 @@ class BaselineModel:
         strangeness = self.familiarity.strangeness(np.concatenate(seen.embeddings, axis=1))
         return BaselineSection(means.astype(np.float32), self.dispersion, strangeness)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
         config = {
             "genes": list(self.genes),
             "recipe": {"name": self.recipe.name, "options": options(self.recipe)},
@@ -144,11 +133,11 @@ class BaselineModel:
             "dispersion": self.dispersion,
             "floor": self.floor,
         }
-        return write_model(path, kind="baseline", config=config, arrays=arrays)
+        return config, arrays
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> BaselineModel:
-        """Build a model from the config and arrays that `save` wrote."""
+        """Build a model from what `to_parts` returned."""
         known = recipes()
         name = config["recipe"]["name"]
         arrays = {_renamed(key): array for key, array in arrays.items()}
@@ -160,14 +149,11 @@ class BaselineModel:
         n_genes = len(config["genes"])
         if any(arrays[key].shape[-1] != n_genes for key in ("scale", "dispersion", "floor")):
             raise KeyError(f"scale, dispersion and floor are not of {n_genes} genes")
-        tiles = [{**tile, "fields_of_view": tuple(tile["fields_of_view"])} for tile in config["tiles"]]
         return cls(
             genes=tuple(config["genes"]),
             recipe=known[name](**hyperparameters),
-            tiles=tuple(TileSpecification(**tile) for tile in tiles),
-            learned={
-                key.removeprefix("learned."): array for key, array in arrays.items() if key.startswith("learned.")
-            },
+            tiles=tuple(map(TileSpecification.of, config["tiles"])),
+            learned=under("learned.", arrays),
             scale=arrays["scale"],
             dispersion=arrays["dispersion"],
             familiarity=FeatureSpace.from_arrays(arrays, standardize="cohort"),
@@ -187,14 +173,9 @@ class BaselineModel:
 class BaselineSection:
     """A section with its predicted means.
 
-    Attributes
-    ----------
-    means
-        Predicted mean counts, ``float32 (n_tiles, n_genes)``.
-    dispersion
-        r, ``float32 (n_genes,)``.
-    strangeness
-        Distance from the training tiles, ``float32 (n_tiles,)``.
+    - `means`: predicted mean counts, ``float32 (n_tiles, n_genes)``.
+    - `dispersion`: r, ``float32 (n_genes,)``.
+    - `strangeness`: distance from the training tiles, ``float32 (n_tiles,)``.
     """
 
     means: np.ndarray

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +15,7 @@ from flax import nnx
 from numpy.typing import NDArray
 
 from stimage_sd.image.hv_maps import hv_watershed
-from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._files import SavedModel
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.nn import onnx_graph
@@ -34,16 +33,10 @@ _STEP = 8
 class CellFinder(Protocol):
     """A network that finds nuclei and their types, such as a fitted `CellClassifier`.
 
-    Attributes
-    ----------
-    classes
-        Names of the types.
-    mpp
-        Micrometers per pixel of the images that the network takes.
-    n_values
-        Number of values per pixel: one probability per class, then any features.
-    key
-        Identifier of the network, such as a hash of its weights.
+    - `classes`: names of the types.
+    - `mpp`: micrometers per pixel of the images that the network takes.
+    - `n_values`: number of values per pixel: one probability per class, then any features.
+    - `key`: identifier of the network, such as a hash of its weights.
     """
 
     @property
@@ -69,14 +62,8 @@ class CellFinder(Protocol):
     def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Find the nuclei in images.
 
-        Parameters
-        ----------
-        images
-            ``uint8 (batch, y, x, 3)``.
-
-        Returns
-        -------
-        Labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``.
+        - `images`: ``uint8 (batch, y, x, 3)``.
+        - returns: labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``.
         """
         ...
 
@@ -84,16 +71,10 @@ class CellFinder(Protocol):
 class CellMaps(NamedTuple):
     """Output of the network for every pixel, all ``float32``.
 
-    Attributes
-    ----------
-    nuclear
-        ``(batch, y, x)``, probability that the pixel belongs to a nucleus.
-    hv
-        ``(batch, 2, y, x)``, horizontal and vertical distance.
-    types
-        ``(batch, n_classes + 1, y, x)``, probabilities of background and types.
-    features
-        ``(batch, n_features, y, x)``, features from which the types are computed.
+    - `nuclear`: ``(batch, y, x)``, probability that the pixel belongs to a nucleus.
+    - `hv`: ``(batch, 2, y, x)``, horizontal and vertical distance.
+    - `types`: ``(batch, n_classes + 1, y, x)``, probabilities of background and types.
+    - `features`: ``(batch, n_features, y, x)``, features from which the types are computed.
     """
 
     nuclear: NDArray[np.float32]
@@ -102,9 +83,8 @@ class CellMaps(NamedTuple):
     features: NDArray[np.float32]
 
 
-@kind("cell_classifier")
 @dataclass(frozen=True, eq=False)
-class CellClassifier:
+class CellClassifier(SavedModel, kind="cell_classifier"):
     """A HoVer-Net that finds the nuclei in H&E images and their types.
 
     Made by `stimage_sd.tl.fit_cell_classifier`, loaded by `stimage_sd.models.load`.
@@ -218,18 +198,8 @@ class CellClassifier:
         labels = np.stack([hv_watershed(*pair, nucleus_px=NUCLEUS_UM / self.mpp) for pair in pairs])
         return labels, np.moveaxis(np.concatenate([maps.types[:, 1:], maps.features], axis=1), 1, -1)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
         config = {
             "classes": list(self.classes),
             "size": asdict(self.size),
@@ -237,11 +207,11 @@ class CellClassifier:
             "tile_px": self.tile_px,
             "training": self.training,
         }
-        return write_model(path, kind="cell_classifier", config=config, arrays=self.arrays)
+        return config, dict(self.arrays)
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> CellClassifier:
-        """Build a model from the config and arrays that `save` wrote."""
+        """Build a model from what `to_parts` returned."""
         size = dict(config["size"])
         size |= {name: tuple(size[name]) for name in ("depths", "dense")}
         model = cls(

@@ -24,27 +24,11 @@ class CellposeNuclei:
 
     Instances can be pickled. Each process loads the weights once.
 
-    Parameters
-    ----------
-    model
-        Name of a Cellpose model, or path of a file of weights. Default: Cellpose's own. Cellpose downloads the weights
-        of a named model if they are missing.
-    nucleus_px
-        Approximate diameter of a nucleus, px.
-    low, high
-        Hematoxylin values that are scaled to 0 and 1. They belong to the section, so that nuclei in one place do not
-        depend on the rest of the image.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If Cellpose is not installed.
-    ImportError
-        If the version of Cellpose is not 4.
-    FileNotFoundError
-        If `model` is a path without a file.
-    ValueError
-        If `model` is not a name that Cellpose knows.
+    - `model`: name of a Cellpose model, or path of a file of weights. Default: Cellpose's own. Cellpose downloads the
+      weights of a named model if they are missing.
+    - `nucleus_px`: approximate diameter of a nucleus, px.
+    - `low`, `high`: hematoxylin values that are scaled to 0 and 1. They belong to the section, so that nuclei in one
+      place do not depend on the rest of the image.
     """
 
     def __init__(self, model: str | Path | None, *, nucleus_px: float, low: float, high: float) -> None:
@@ -86,15 +70,7 @@ class CellposeNuclei:
 
 
 def check_cellpose() -> None:
-    """Check that a supported version of Cellpose is installed.
-
-    Raises
-    ------
-    ModuleNotFoundError
-        If Cellpose is not installed.
-    ImportError
-        If the version is not supported.
-    """
+    """Check that a supported version of Cellpose is installed."""
     try:
         version = importlib.metadata.version("cellpose")
     except importlib.metadata.PackageNotFoundError as error:

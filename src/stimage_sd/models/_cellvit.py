@@ -30,24 +30,14 @@ _BATCH = 4
 class Family(NamedTuple):
     """Description of a CellViT network before its weights are read.
 
-    Attributes
-    ----------
-    classes
-        Types, without the background.
-    tile_px
-        Side of the network's input in px, by micrometers per pixel.
-    mean, std
-        Normalization, on the scale 0 to 1.
-    maps
-        Names of the outputs: nuclear pixels, distances, types.
-    page
-        Page of the weights: a repository on the Hugging Face hub, or the address of the authors.
-    files
-        File of weights there, by micrometers per pixel.
-    needs_access
-        Whether users must request access from the authors.
-    backbone
-        Encoder of CellViT itself, whose checkpoints are not on the hub.
+    - `classes`: types, without the background.
+    - `tile_px`: side of the network's input in px, by micrometers per pixel.
+    - `mean`, `std`: normalization, on the scale 0 to 1.
+    - `maps`: names of the outputs: nuclear pixels, distances, types.
+    - `page`: page of the weights, a repository on the Hugging Face hub or the address of the authors.
+    - `files`: file of weights there, by micrometers per pixel.
+    - `needs_access`: whether users must request access from the authors.
+    - `backbone`: encoder of CellViT itself, whose checkpoints are not on the hub.
     """
 
     classes: tuple[str, ...]

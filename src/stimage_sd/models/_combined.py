@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from spatialdata import SpatialData
 
-from stimage_sd._files import scratch
-from stimage_sd.models._files import kind, model_from, read_model, write_model
+from stimage_sd.models._certificate import Certified, without_certificate
+from stimage_sd.models._files import SavedModel, model_from, parts_of, under
 from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
-@kind("combined")
 @dataclass(frozen=True)
-class CombinedModel:
+class CombinedModel(Certified, SavedModel, kind="combined"):
     """A mixture of fitted models, such as one model per extractor.
 
     Made by `stimage_sd.tl.combine`, loaded by `stimage_sd.models.load`.
@@ -89,6 +86,7 @@ class CombinedModel:
                 self,
                 parts=tuple(part.members[members] for part, members in zip(parts, within.values(), strict=True)),
                 weights=tuple(share / sum(shares) for share in shares),
+                training=without_certificate(self.training),
             )
 
         return Members(len(weights), choose)
@@ -178,42 +176,23 @@ class CombinedModel:
         places = [{gene: number for number, gene in enumerate(part.genes)} for part in self.parts]
         return tuple(np.array([place[gene] for gene in self.genes]) for place in places)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the combination to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
-        configs, arrays = [], {"floor": self.floor}
-        with scratch(Path(tempfile.gettempdir()), prefix="stimage-sd-members") as folder:
-            for number, part in enumerate(self.parts):
-                config, own = read_model(part.save(folder / f"part-{number}"))
-                configs.append(config)
-                arrays |= {f"part{number}.{name}": array for name, array in own.items()}
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
+        parts = [parts_of(part, f"part{place}.") for place, part in enumerate(self.parts)]
         config = {
             "genes": list(self.genes),
-            "parts": configs,
+            "parts": [config for config, _ in parts],
             "weights": list(self.weights),
             "total": self.total,
             "interval_level": self.interval_level,
             "training": self.training,
         }
-        return write_model(path, kind="combined", config=config, arrays=arrays)
+        return config, {"floor": self.floor, **{name: array for _, arrays in parts for name, array in arrays.items()}}
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> CombinedModel:
-        """Build a combination from the config and arrays that `save` wrote."""
-        parts = []
-        for number, part in enumerate(config["parts"]):
-            prefix = f"part{number}."
-            own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-            parts.append(model_from(part, own))
+        """Build a model from what `to_parts` returned."""
+        parts = [model_from(part, under(f"part{place}.", arrays)) for place, part in enumerate(config["parts"])]
         genes, weights = tuple(config["genes"]), tuple(map(float, config["weights"]))
         if len(weights) != len(parts) or arrays["floor"].shape != (2, len(genes)):
             raise KeyError(f"{len(weights)} weights of {len(parts)} models, floor of shape {arrays['floor'].shape}")
@@ -239,14 +218,9 @@ class CombinedModel:
 class CombinedSection:
     """A section opened by each model of a combination.
 
-    Attributes
-    ----------
-    opened
-        The section, opened by each model.
-    columns
-        Indices of the combination's genes in each model.
-    strangeness
-        ``float32 (n_tiles,)``: weighted mean of the models' strangeness.
+    - `opened`: the section, opened by each model.
+    - `columns`: indices of the combination's genes in each model.
+    - `strangeness`: ``float32 (n_tiles,)``: weighted mean of the models' strangeness.
     """
 
     opened: Sequence[OpenedSection]

@@ -154,27 +154,13 @@ def register_extractor(
 
 
 def settings(name: str) -> dict[str, Any]:
-    """Return an extractor's input size, embedding size and normalization, without reading its weights.
-
-    Raises
-    ------
-    ValueError
-        If no extractor has this name.
-    """
+    """Return an extractor's input size, embedding size and normalization, without reading its weights."""
     entry = _entry_of(name)
     return {key: getattr(entry, key) for key in ("input_size", "embedding_size", "mean", "std")}
 
 
 def blank_module(name: str) -> nnx.Module:
-    """Return a new network of a registered extractor, with arrays still to be set.
-
-    Raises
-    ------
-    ValueError
-        If no extractor has this name.
-    TypeError
-        If the extractor is a plain function.
-    """
+    """Return a new network of a registered extractor, with arrays still to be set."""
     entry = _entry_of(name)
     if entry.architecture is not None:
         return abstract(entry.architecture)

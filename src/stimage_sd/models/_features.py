@@ -1,4 +1,4 @@
-"""Feature space of the heads: embeddings, standardized and reduced to principal components."""
+"""Feature space of the heads: embeddings, standardized and reduced, and how strange a tile is to it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from sklearn.utils.extmath import randomized_svd
-
-from stimage_sd.models._strangeness import Covariance, distances, fit_strangeness
 
 Standardize = Literal["section", "cohort"]
 #: tiles used to find principal components; more tiles hardly change them
@@ -25,10 +23,7 @@ _LEAST_DEVIATION = 0.1
 class SectionScale(NamedTuple):
     """Mean and deviation that standardize embeddings.
 
-    Attributes
-    ----------
-    mean, deviation
-        ``float32 (n_features,)``. Constant features have an infinite deviation, so they become 0.
+    - `mean`, `deviation`: ``float32 (n_features,)``. Constant features have an infinite deviation, so they become 0.
     """
 
     mean: np.ndarray
@@ -39,26 +34,18 @@ class SectionScale(NamedTuple):
 class FeatureSpace:
     """Standardization and principal components, fitted on the training tiles.
 
-    Attributes
-    ----------
-    mean, deviation
-        ``float32 (n_features,)`` over the training tiles.
-    components
-        ``float32 (n_features, n_components)``: projection, in units of the largest component's deviation. Components
-        are not whitened. Under one weight decay, small components then count for little, as in ridge regression. This
-        scores better (docs, "Design decisions").
-    usual_distance
-        ``float32 (1,)``: 95th percentile of the distances of training tiles from the tiles of other sections. It is the
-        unit of `strangeness`.
-    directions, variances
-        ``float32 (n_features, n_directions)`` and ``(n_directions + 1,)``: shrunk covariance of the training tiles,
-        standardized by the cohort. The last variance applies to all other directions.
-    weight
-        ``float32 (n_features,)``: factor on the standardized features that gives each extractor the same share of the
-        variance.
-    standardize
-        ``"section"``: standardize each section by its own mean and deviation. This removes effects of staining and
-        scanner on the whole section. ``"cohort"``: use the mean and deviation of the training tiles.
+    - `mean`, `deviation`: ``float32 (n_features,)`` over the training tiles.
+    - `components`: ``float32 (n_features, n_components)``: projection, in units of the largest component's deviation.
+      Components are not whitened. Under one weight decay, small components then count for little, as in ridge
+      regression. This scores better (docs, "Design decisions").
+    - `usual_distance`: ``float32 (1,)``: 95th percentile of the distances of training tiles from the tiles of other
+      sections. It is the unit of `strangeness`.
+    - `directions`, `variances`: ``float32 (n_features, n_directions)`` and ``(n_directions + 1,)``: shrunk covariance
+      of the training tiles, standardized by the cohort. The last variance applies to all other directions.
+    - `weight`: ``float32 (n_features,)``: factor on the standardized features that gives each extractor the same share
+      of the variance.
+    - `standardize`: ``"section"``: standardize each section by its own mean and deviation. This removes effects of
+      staining and scanner on the whole section. ``"cohort"``: use the mean and deviation of the training tiles.
     """
 
     mean: np.ndarray
@@ -82,27 +69,12 @@ class FeatureSpace:
     ) -> FeatureSpace:
         """Fit the space on a cohort.
 
-        Parameters
-        ----------
-        sections
-            Embeddings of each section, ``float32 (n_tiles, n_features)``.
-        n_components
-            Number of components to keep, at most the number of tiles minus one.
-        standardize
-            ``"section"`` or ``"cohort"``: source of the mean and deviation of a section.
-        seed
-            Seed of the randomized decomposition.
-        widths
-            Number of features of each extractor, if there are several.
-
-        Returns
-        -------
-        The space.
-
-        Raises
-        ------
-        ValueError
-            If a section has too few tiles to be standardized by itself, or there are fewer than two tiles in total.
+        - `sections`: embeddings of each section, ``float32 (n_tiles, n_features)``.
+        - `n_components`: number of components to keep, at most the number of tiles minus one.
+        - `standardize`: ``"section"`` or ``"cohort"``: source of the mean and deviation of a section.
+        - `seed`: seed of the randomized decomposition.
+        - `widths`: number of features of each extractor, if there are several.
+        - returns: the space.
         """
         n_tiles = sum(map(len, sections.values()))
         if n_tiles < 2:
@@ -149,17 +121,8 @@ class FeatureSpace:
     def scale(self, values: np.ndarray, *, section: str | None = None) -> SectionScale:
         """Return the mean and deviation that standardize a section.
 
-        Parameters
-        ----------
-        values
-            Embeddings of the whole section, ``float32 (n_tiles, n_features)``.
-        section
-            Name of the section, for error messages.
-
-        Raises
-        ------
-        ValueError
-            If the section has too few tiles to be standardized by itself.
+        - `values`: embeddings of the whole section, ``float32 (n_tiles, n_features)``.
+        - `section`: name of the section, for error messages.
         """
         if self.standardize == "cohort":
             return _without_constants(self.mean, self.deviation)
@@ -178,17 +141,8 @@ class FeatureSpace:
     def standardized(self, values: np.ndarray, scale: SectionScale | None = None) -> np.ndarray:
         """Standardize embeddings, ``float32 (n_tiles, n_features)``.
 
-        Parameters
-        ----------
-        values
-            Embeddings of a whole section, or of any tiles if `scale` is given. Numpy or JAX arrays.
-        scale
-            Mean and deviation of the section. By default, computed from `values`.
-
-        Raises
-        ------
-        ValueError
-            If the section has too few tiles to be standardized by itself.
+        - `values`: embeddings of a whole section, or of any tiles if `scale` is given. Numpy or JAX arrays.
+        - `scale`: mean and deviation of the section. By default, computed from `values`.
         """
         mean, deviation = self.scale(values) if scale is None else scale
         return ((values - mean) / deviation * self.weight).astype(np.float32)
@@ -206,18 +160,10 @@ class FeatureSpace:
     def strangeness(self, values: np.ndarray) -> np.ndarray:
         """Compute how far tiles lie from the training tiles. Above 1 is farther than 95 % of the training tiles.
 
-        Parameters
-        ----------
-        values
-            Embeddings, ``float32 (n_tiles, n_features)``.
+        - `values`: embeddings, ``float32 (n_tiles, n_features)``.
+        - returns: ``float32 (n_tiles,)``: Mahalanobis distance of the embeddings from the mean of the training tiles,
+          in units of `usual_distance`.
 
-        Returns
-        -------
-        ``float32 (n_tiles,)``: Mahalanobis distance of the embeddings from the mean of the training tiles, in units of
-        `usual_distance`.
-
-        Notes
-        -----
         Lee et al. 2018, "A simple unified framework for detecting out-of-distribution samples", without classes.
         Embeddings are always standardized by the cohort here, so that a section that is strange as a whole gets high
         values.
@@ -258,3 +204,114 @@ def equal_shares(widths: Sequence[int]) -> np.ndarray:
     """Return ``float32`` feature weights that give each extractor the same share of the variance."""
     shares = [np.full(width, np.sqrt(sum(widths) / (len(widths) * width))) for width in widths]
     return np.concatenate(shares).astype(np.float32)
+
+
+#: tiles used to estimate the covariance; more tiles hardly change it
+_MOST_FOR_COVARIANCE = 2_000
+#: maximum number of principal components with separate variances, and minimum number of tiles per component
+_MOST_COMPONENTS, _TILES_A_COMPONENT = 128, 4
+#: folds, which are groups of sections or parts of a single section
+_FOLDS = 3
+
+
+class Covariance(NamedTuple):
+    """Shrunk covariance of standardized embeddings: principal components, and one variance for the rest.
+
+    - `directions`: ``float32 (n_features, n_components)``, orthonormal.
+    - `variances`: ``float32 (n_components + 1,)``: variance along each component, then along every other direction.
+    """
+
+    directions: np.ndarray
+    variances: np.ndarray
+
+
+def shrunk_covariance(standardized: np.ndarray, *, seed: int, as_of: int | None = None) -> Covariance:
+    """Estimate the covariance of embeddings, shrunk toward a multiple of the identity matrix.
+
+    - `standardized`: ``(n_tiles, n_features)``, of mean 0.
+    - `seed`: seed of the randomized decomposition.
+    - `as_of`: number of tiles in the formula for the shrinkage. Default: the number of tiles given.
+    - returns: the covariance. With all components it is the estimate of Ledoit and Wolf (2004, "A well-conditioned
+      estimator for large-dimensional covariance matrices"). With fewer components, their formula uses equal variances
+      for the rest.
+    """
+    n_tiles, n_features = standardized.shape
+    rank = max(1, min(_MOST_COMPONENTS, n_tiles // _TILES_A_COMPONENT, n_features))
+    _, singular, directions = randomized_svd(standardized, rank, random_state=seed, n_iter=4)
+    values = singular.astype(np.float64) ** 2 / n_tiles
+    lengths = (np.asarray(standardized, dtype=np.float64) ** 2).sum(axis=1)
+    total, rest = lengths.sum() / n_tiles, n_features - rank
+    left = max(total - values.sum(), 0.0) / max(rest, 1)
+    shrinkage = _shrinkage(lengths, (values**2).sum() + rest * left**2, n_features, as_of or n_tiles)
+    variances = (1 - shrinkage) * np.append(values, left) + shrinkage * total / n_features
+    return Covariance(directions.T.astype(np.float32), np.maximum(variances, 1e-12).astype(np.float32))
+
+
+def _shrinkage(lengths: np.ndarray, squares: float, n_features: int, as_of: int) -> float:
+    """Compute the weight of the identity matrix from squared tile lengths and the covariance's squared entries."""
+    n_tiles = len(lengths)
+    off = squares - (lengths.sum() / n_tiles) ** 2 / n_features
+    error = ((lengths**2).sum() / n_tiles - squares) / as_of
+    return float(np.clip(error / off, 0, 1)) if off > 1e-12 else 1.0
+
+
+def distances(standardized: np.ndarray, covariance: Covariance) -> np.ndarray:
+    """Compute the Mahalanobis distance of embeddings from 0.
+
+    - `standardized`: ``(n_tiles, n_features)``.
+    - `covariance`: the covariance.
+    - returns: ``float64 (n_tiles,)``.
+    """
+    n_features, n_components = covariance.directions.shape
+    along = (standardized @ covariance.directions).astype(np.float64)
+    squares = (along**2 / covariance.variances[:-1]).sum(axis=1)
+    if n_components < n_features:
+        beyond = (standardized**2).sum(axis=1, dtype=np.float64) - (along**2).sum(axis=1)
+        squares += np.maximum(beyond, 0) / covariance.variances[-1]
+    return np.sqrt(squares)
+
+
+def fit_strangeness(sections: Mapping[str, np.ndarray], *, seed: int) -> tuple[Covariance, float]:
+    """Estimate the covariance of the training tiles, and the usual distance of unseen tiles.
+
+    Parameters
+    ----------
+    sections
+        Embeddings of each section, standardized by the cohort.
+    seed
+        Seed of the choice of tiles and of the decompositions.
+
+    Returns
+    -------
+    covariance
+        Covariance of all tiles.
+    usual
+        95th percentile of the tiles' distances. Each tile is measured by the covariance of the other sections, or of
+        the other parts of a single section. With fewer tiles than features, tiles lie closer under their own covariance
+        than new tiles do.
+    """
+    n_tiles = sum(map(len, sections.values()))
+    random = np.random.default_rng([seed, 3])
+    share = min(1.0, _MOST_FOR_COVARIANCE / n_tiles)
+    chosen = [
+        values[np.sort(random.permutation(len(values))[: max(2, round(share * len(values)))])]
+        for values in sections.values()
+    ]
+    tiles = np.concatenate(chosen)
+    if len(chosen) > 1:
+        fold = np.repeat(np.arange(len(chosen)), list(map(len, chosen))) % min(_FOLDS, len(chosen))
+    else:
+        fold = np.arange(len(tiles)) * _FOLDS // len(tiles)
+    covariance = shrunk_covariance(tiles, seed=seed)
+    unseen = [_left_out(tiles[fold != one], tiles[fold == one], as_of=len(tiles), seed=seed) for one in np.unique(fold)]
+    return covariance, max(float(np.percentile(np.concatenate(unseen), 95)), 1e-12)
+
+
+def _left_out(others: np.ndarray, tiles: np.ndarray, *, as_of: int, seed: int) -> np.ndarray:
+    """Compute distances of tiles by the mean, deviation and covariance of the other tiles."""
+    mean, deviation = others.mean(axis=0), others.std(axis=0)
+    # features that hardly vary among the others keep the cohort's deviation, which is 1
+    deviation = np.where(deviation > 0.1, deviation, 1).astype(others.dtype)
+    # less shrinkage gives longer distances, so shrink as for the covariance of all tiles
+    covariance = shrunk_covariance((others - mean) / deviation, seed=seed, as_of=as_of)
+    return distances((tiles - mean) / deviation, covariance)

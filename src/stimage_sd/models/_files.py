@@ -6,9 +6,10 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 from safetensors import SafetensorError
@@ -16,8 +17,6 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from stimage_sd._files import replacing, restored
-
-Kind = TypeVar("Kind", bound=type)
 
 #: classes by kind of model
 _KINDS: dict[str, Any] = {}
@@ -38,27 +37,11 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, OSError, KeyE
 def write_model(path: str | Path, *, kind: str, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Path:
     """Write a model to one zip if the path ends in ``.stimage`` or ``.zip``, otherwise to a directory.
 
-    Parameters
-    ----------
-    path
-        File or directory to write. An existing model is replaced as a whole.
-    kind
-        Kind of model, such as ``"nb"``. It decides which class reads the file.
-    config
-        Values that JSON can hold.
-    arrays
-        Arrays by name.
-
-    Returns
-    -------
-    The path.
-
-    Raises
-    ------
-    FileExistsError
-        If the path exists and is not a model.
-    ValueError
-        If an array is not finite.
+    - `path`: file or directory to write. An existing model is replaced as a whole.
+    - `kind`: kind of model, such as ``"nb"``. It decides which class reads the file.
+    - `config`: values that JSON can hold.
+    - `arrays`: arrays by name.
+    - returns: the path.
     """
     path = Path(path)
     if restored(path).exists() and not _is_model(path):
@@ -84,26 +67,58 @@ def write_model(path: str | Path, *, kind: str, config: Mapping[str, Any], array
     return path
 
 
-def kind(name: str) -> Callable[[Kind], Kind]:
-    """Register the class whose ``from_parts`` builds the models of a kind."""
+class SavedModel(ABC):
+    """A fitted model, written as a config and arrays and built from these again; a subclass states its ``kind``."""
 
-    def register(model: Kind) -> Kind:
-        _KINDS[name] = model
-        return model
+    kind: ClassVar[str]
 
-    return register
+    def __init_subclass__(cls, *, kind: str) -> None:
+        cls.kind = kind
+        _KINDS[kind] = cls
+
+    def save(self, path: str | Path) -> Path:
+        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
+
+        Parameters
+        ----------
+        path
+            File or directory to write. An existing model is replaced as a whole.
+
+        Returns
+        -------
+        The path.
+
+        Raises
+        ------
+        FileExistsError
+            If the path exists and is not a model.
+        """
+        config, arrays = self.to_parts()
+        return write_model(path, kind=self.kind, config=config, arrays=arrays)
+
+    @abstractmethod
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the model's config and arrays, from which `from_parts` builds it again."""
+
+    @classmethod
+    @abstractmethod
+    def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+        """Build a model from what `to_parts` returned."""
+
+
+def parts_of(model: Any, prefix: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the parts of a model inside another one, with its kind and its arrays under a prefix."""
+    config, arrays = model.to_parts()
+    return {"kind": model.kind, **config}, {prefix + name: array for name, array in arrays.items()}
+
+
+def under(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the arrays under a prefix, by their names without it."""
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def model_from(config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
-    """Build a model of any registered kind from what `read_model` returned.
-
-    Raises
-    ------
-    NotImplementedError
-        If this version does not know the kind of model.
-    KeyError, TypeError, AttributeError
-        If a value is missing or has another form.
-    """
+    """Build a model of any registered kind from what `read_model` returned."""
     content = dict(config)
     name = content.pop("kind", None)
     if name not in _KINDS:

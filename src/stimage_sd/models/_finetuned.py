@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ from flax import nnx
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import blank_module, derived_extractor, settings
 from stimage_sd.models._features import FeatureSpace
-from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._members import Members
 from stimage_sd.models._nb import HeadName, NBModel, NBSection
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
@@ -29,9 +29,8 @@ from stimage_sd.stream.driver import run_over_tiles
 _PREFIX = "network/"
 
 
-@kind("finetuned")
 @dataclass(frozen=True, eq=False)
-class FinetunedModel:
+class FinetunedModel(Certified, SavedModel, kind="finetuned"):
     """A network and a head that predict a negative binomial for every gene from a tile's pixels.
 
     Made by `stimage_sd.tl.finetune_nb`, loaded by `stimage_sd.models.load`. Sections need no embeddings. In
@@ -174,26 +173,16 @@ class FinetunedModel:
         shared = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "network"}
         return NBModel(**shared)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
-        config, arrays = self._heads().parts()
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
+        config, arrays = self._heads().to_parts()
         config["network"] = {"extractor": self.tiles.extractor, **_plain(settings(self.tiles.extractor))}
         weights = {_PREFIX + name: array for name, array in network_arrays(self.network).items()}
-        return write_model(path, kind="finetuned", config=config, arrays={**arrays, **weights})
+        return config, {**arrays, **weights}
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> FinetunedModel:
-        """Build a model from what `save` wrote. The registry gives the network's class by name."""
+        """Build a model from what `to_parts` returned. The registry gives the network's class by name."""
         described = dict(config["network"])
         name = described.pop("extractor")
         network = blank_module(name)
@@ -203,8 +192,7 @@ class FinetunedModel:
                 f"The model's network is that of the extractor {name!r} with {described}, but the one registered here "
                 f"has {here}. Register the one that the model was trained with."
             )
-        weights = {key.removeprefix(_PREFIX): array for key, array in arrays.items() if key.startswith(_PREFIX)}
-        put_arrays(network, weights, name=name)
+        put_arrays(network, under(_PREFIX, arrays), name=name)
         heads = NBModel.from_parts(config, {key: array for key, array in arrays.items() if key.count("/") == 0})
         return cls.of(heads, network)
 
@@ -228,13 +216,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tile_specification(sdata: SpatialData, *, extractor: str, weights_hash: str, input_px: int) -> TileSpecification:
-    """Read a section's tiling, for a model that embeds tiles itself.
-
-    Raises
-    ------
-    KeyError
-        If the section was not tiled.
-    """
+    """Read a section's tiling, for a model that embeds tiles itself."""
     tiling, about = contract.tiling(sdata), contract.info(sdata)
     normalized = about.get("normalized_image")
     is_normalized = normalized is not None and normalized == contract.working_image_name(sdata)

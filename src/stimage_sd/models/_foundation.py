@@ -28,14 +28,10 @@ Normalization = tuple[tuple[float, float, float], tuple[float, float, float]]
 class Transformer:
     """A vision transformer of timm.
 
-    Attributes
-    ----------
-    options
-        Options of `timm.models.VisionTransformer`, without width, depth and heads. These follow from the weights.
-    head_width
-        Width of an attention head.
-    gated
-        Whether the blocks have gated feed-forward layers (SwiGLU, packed).
+    - `options`: options of `timm.models.VisionTransformer`, without width, depth and heads. These follow from the
+      weights.
+    - `head_width`: width of an attention head.
+    - `gated`: whether the blocks have gated feed-forward layers (SwiGLU, packed).
     """
 
     options: Mapping[str, Any]
@@ -47,26 +43,16 @@ class Transformer:
 class FoundationModel:
     """Settings of a foundation model, known before its weights are read.
 
-    Attributes
-    ----------
-    key
-        Name in lazyslide-models.
-    page
-        Web page with the weights and their terms.
-    license
-        Terms of use of the weights.
-    needs_access
-        Whether users must request access from the authors.
-    kind
-        Format of local weights. ``"timm"``: a state dict (safetensors, or torch's format). ``"transformers"``: a folder
-        with ``config.json`` and weights. ``"exported"``: a program of `torch.export`. ``"conch"``: a checkpoint of the
-        package conch.
-    embedding_size, input_size
-        Length of an embedding, and side of the input tiles in px.
-    crop
-        Side of the central part of a tile that the network sees, px.
-    pooling
-        ``"class"``: the class token. ``"class and mean"``: the class token and the mean of the patch tokens.
+    - `key`: name in lazyslide-models.
+    - `page`: web page with the weights and their terms.
+    - `license`: terms of use of the weights.
+    - `needs_access`: whether users must request access from the authors.
+    - `kind`: format of local weights. ``"timm"``: a state dict (safetensors, or torch's format). ``"transformers"``: a
+      folder with ``config.json`` and weights. ``"exported"``: a program of `torch.export`. ``"conch"``: a checkpoint of
+      the package conch.
+    - `embedding_size`, `input_size`: length of an embedding, and side of the input tiles in px.
+    - `crop`: side of the central part of a tile that the network sees, px.
+    - `pooling`: ``"class"``: the class token. ``"class and mean"``: the class token and the mean of the patch tokens.
     """
 
     key: str
@@ -167,27 +153,10 @@ class TorchNetwork:
 def load_foundation(name: str, weights: Path | None) -> tuple[TorchNetwork, str]:
     """Load a foundation model from a local file or folder, or from the Hugging Face hub.
 
-    Parameters
-    ----------
-    name
-        Name in `FOUNDATION_MODELS`.
-    weights
-        A local file or folder in the format of `FoundationModel.kind`. `None`: the Hugging Face hub or its local cache.
-
-    Returns
-    -------
-    The network and a hash of its weights.
-
-    Raises
-    ------
-    ImportError
-        If the extra is not installed.
-    FileNotFoundError
-        If the weights are not found.
-    PermissionError
-        If the hub requires access that was not granted.
-    ValueError
-        If the weights are damaged or belong to another network.
+    - `name`: name in `FOUNDATION_MODELS`.
+    - `weights`: a local file or folder in the format of `FoundationModel.kind`. `None`: the Hugging Face hub or its
+      local cache.
+    - returns: the network and a hash of its weights.
     """
     model = FOUNDATION_MODELS[name]
     try:
@@ -265,23 +234,10 @@ def _from_disk(name: str, model: FoundationModel, weights: Path) -> tuple[Any, C
 def build_transformer(model: FoundationModel, state: Mapping[str, Any], *, where: str) -> Any:
     """Build timm's vision transformer for a state dict, and fill it.
 
-    Parameters
-    ----------
-    model
-        Settings of the foundation model.
-    state
-        Tensors by their names in timm.
-    where
-        Description of the model and its weights for error messages.
-
-    Returns
-    -------
-    The module, in evaluation mode.
-
-    Raises
-    ------
-    ValueError
-        If the names or shapes do not fit the network.
+    - `model`: settings of the foundation model.
+    - `state`: tensors by their names in timm.
+    - `where`: description of the model and its weights for error messages.
+    - returns: the module, in evaluation mode.
     """
     import torch
     from timm.layers import SwiGLUPacked

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -12,14 +11,13 @@ import scipy.special
 from spatialdata import SpatialData
 
 from stimage_sd.models._features import FeatureSpace, SectionScale, Standardize
-from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._files import SavedModel
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.models._stand_ins import ClassStandIns, Values, embedded, in_place
 
 
-@kind("gene_classifier")
 @dataclass(frozen=True)
-class GeneClassifier:
+class GeneClassifier(SavedModel, kind="gene_classifier"):
     """A classifier of genes as High or Low, with one logistic regression per gene on the tile's embedding.
 
     Made by `stimage_sd.tl.fit_gene_classifier`, loaded by `stimage_sd.models.load`. A gene is High on a tile if the
@@ -108,18 +106,8 @@ class GeneClassifier:
         """Return log odds of High for a whole section, or for any tiles if the scale of their section is given."""
         return brought(self.features, values, scale) @ self.coefficients.T + self.intercepts
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
         config = {
             "genes": list(self.genes),
             "tiles": asdict(self.tiles),
@@ -127,13 +115,11 @@ class GeneClassifier:
             "training": self.training,
         }
         arrays = {name: getattr(self, name) for name in ("coefficients", "intercepts", "thresholds", "base_rates")}
-        return write_model(path, kind="gene_classifier", config=config, arrays={**arrays, **self.features.arrays()})
+        return config, {**arrays, **self.features.arrays()}
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> GeneClassifier:
-        """Build a model from the config and arrays that `save` wrote."""
-        tiles = dict(config["tiles"])
-        tiles["fields_of_view"] = tuple(tiles["fields_of_view"])
+        """Build a model from what `to_parts` returned."""
         if config["standardize"] not in get_args(Standardize):
             raise KeyError(f"standardize is {config['standardize']!r}, expected one of {get_args(Standardize)}")
         space = FeatureSpace.from_arrays(arrays, standardize=config["standardize"])
@@ -150,7 +136,7 @@ class GeneClassifier:
             raise KeyError(f"arrays of the classifier are {shapes}, expected {expected}")
         return cls(
             genes=tuple(config["genes"]),
-            tiles=TileSpecification(**tiles),
+            tiles=TileSpecification.of(config["tiles"]),
             features=space,
             training=dict(config["training"]),
             **{name: arrays[name] for name in expected},
@@ -173,16 +159,9 @@ def brought(space: FeatureSpace, values: Values, scale: SectionScale | None = No
 def is_high(counts: np.ndarray, thresholds: np.ndarray | None = None) -> np.ndarray:
     """Return where genes are High: log1p counts above thresholds, or above their means (z-score above zero).
 
-    Parameters
-    ----------
-    counts
-        ``(n_tiles, n_genes)``.
-    thresholds
-        ``(n_genes,)`` of log1p counts. `None`: the mean of each gene, and constant genes are never High.
-
-    Returns
-    -------
-    ``bool (n_tiles, n_genes)``.
+    - `counts`: ``(n_tiles, n_genes)``.
+    - `thresholds`: ``(n_genes,)`` of log1p counts. `None`: the mean of each gene, and constant genes are never High.
+    - returns: ``bool (n_tiles, n_genes)``.
     """
     logged = np.log1p(np.asarray(counts, dtype=np.float64))
     if thresholds is not None:

@@ -15,13 +15,7 @@ Filtering: TypeAlias = Literal["before", "after"]
 
 
 def shared_genes(tables: Mapping[str, ad.AnnData]) -> list[str]:
-    """Return the genes that every section measured, in the first section's order.
-
-    Raises
-    ------
-    ValueError
-        If the sections share no gene.
-    """
+    """Return the genes that every section measured, in the first section's order."""
     first, *others = tables.values()
     shared = [str(gene) for gene in first.var_names if all(gene in table.var_names for table in others)]
     if not shared:
@@ -40,28 +34,13 @@ def most_variable(
 ) -> list[str]:
     """Rank genes by the variance of their Pearson residuals, with sections as batches.
 
-    Parameters
-    ----------
-    tables
-        Raw counts of each section.
-    shared
-        Candidate genes, which every table must have.
-    n_top
-        Maximum number of genes.
-    min_spots
-        Minimum share of all spots that express a gene.
-    filtering
-        Whether genes in fewer spots are removed before ranking or after it. After it, genes without counts are removed
-        before.
-
-    Returns
-    -------
-    Names of the genes, most variable first.
-
-    Raises
-    ------
-    ValueError
-        If no gene is expressed in that share of the spots.
+    - `tables`: raw counts of each section.
+    - `shared`: candidate genes, which every table must have.
+    - `n_top`: maximum number of genes.
+    - `min_spots`: minimum share of all spots that express a gene.
+    - `filtering`: whether genes in fewer spots are removed before or after ranking. If after, genes without counts are
+      still removed before.
+    - returns: names of the genes, most variable first.
     """
     joint = ad.concat(
         {

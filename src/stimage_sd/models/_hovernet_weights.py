@@ -20,26 +20,12 @@ _WRAPPERS = ("module.", "desc.", "model.")
 def load_hovernet(network: HoVerNet, path: Path) -> str:
     """Read weights from a file into a network, in place.
 
-    Parameters
-    ----------
-    network
-        The network.
-    path
-        A safetensors file. Accepted are HoVer-Net's weights, whole or only the encoder, with the authors' names, and
-        ResNet-50's weights with the names of torchvision and timm. ResNet-50 normalizes after its convolutions, but the
-        encoder normalizes before them. The encoder therefore takes the convolutions and the first two normalizations of
-        each unit, which have the same place in both. The other normalizations stay unchanged.
-
-    Returns
-    -------
-    The file's sha256.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If its arrays belong to another network or to a network of another size.
+    - `network`: the network.
+    - `path`: a safetensors file. Accepted are HoVer-Net's weights, whole or only the encoder, with the authors' names,
+      and ResNet-50's weights with the names of torchvision and timm. ResNet-50 normalizes after its convolutions, but
+      the encoder normalizes before them. The encoder therefore takes the convolutions and the first two normalizations
+      of each unit, which have the same place in both. The other normalizations stay unchanged.
+    - returns: the file's sha256.
     """
     arrays = {_unwrapped(name): array for name, array in read_safetensors(path).items()}
     try:
@@ -134,8 +120,6 @@ def _dense_names(prefix: str, dense: Dense) -> Named:
 def arrays_in_authors_naming(network: HoVerNet) -> dict[str, NDArray[np.float32]]:
     """Return a network's arrays with the names and layout of the authors' files.
 
-    Examples
-    --------
     >>> from stimage_sd.nn.hovernet import SIZES
     >>> network = HoVerNet(2, size=SIZES["small"], rngs=nnx.Rngs(0))
     >>> arrays_in_authors_naming(network)["conv0./.weight"].shape

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -16,8 +15,9 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.likelihood import instances as heads
 from stimage_sd.likelihood.instances import Bags
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace
-from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._files import SavedModel
 from stimage_sd.models._instance_specification import InstanceSpecification, instance_features
 from stimage_sd.models._members import Members, training_of
 from stimage_sd.models._predictor import known_patients
@@ -42,9 +42,8 @@ def crowding(per_tile: np.ndarray, usual: float) -> np.ndarray:
     return np.log(np.maximum(per_tile, _LEAST_CROWDED) / usual).astype(np.float32)
 
 
-@kind("instances")
 @dataclass(frozen=True)
-class InstanceModel:
+class InstanceModel(Certified, SavedModel, kind="instances"):
     """An ensemble that predicts a negative binomial for every gene and nucleus (or square), and for their sums.
 
     Made by `stimage_sd.tl.fit_nb` with ``on=``, loaded by `stimage_sd.models.load`. A spot's r is the sum over its
@@ -220,23 +219,8 @@ class InstanceModel:
             return r, p
         return self.r_scale * r, self.r_scale * p / (1 + (self.r_scale - 1) * p)
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
-        config, arrays = self.parts()
-        return write_model(path, kind="instances", config=config, arrays=arrays)
-
-    def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the model's config and arrays, from which `from_parts` builds it again."""
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
         config = {
             "genes": list(self.genes),
             "tiles": asdict(self.tiles),
@@ -261,7 +245,7 @@ class InstanceModel:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> InstanceModel:
-        """Build a model from the config and arrays that `save` wrote."""
+        """Build a model from what `to_parts` returned."""
         n_genes, parameters = len(config["genes"]), {name: arrays[f"head.{name}"] for name in _PARAMETERS}
         patterns: dict[str, Any] = {
             name: SharedPatterns(arrays[f"{name}.basis"], arrays[f"{name}.center"])
@@ -277,10 +261,10 @@ class InstanceModel:
             name: FeatureSpace.from_arrays(_within(arrays, name), standardize=config["standardize"])
             for name in ("context", "features")
         }
-        tiles, instances = config["tiles"], config["instances"]
+        instances = config["instances"]
         return cls(
             genes=tuple(config["genes"]),
-            tiles=TileSpecification(**{**tiles, "fields_of_view": tuple(tiles["fields_of_view"])}),
+            tiles=TileSpecification.of(config["tiles"]),
             instances=InstanceSpecification(**{**instances, "fields_um": tuple(instances["fields_um"])}),
             **spaces,
             **patterns,
@@ -323,18 +307,11 @@ def _pad(values: np.ndarray, n: int, *, value: float = 0) -> np.ndarray:
 class InstanceSection:
     """A section opened by a model of nuclei. As an opened section of tiles, it predicts the sums over tiles.
 
-    Attributes
-    ----------
-    model
-        The model.
-    within
-        Place of the nuclei or squares among the kept tiles.
-    context, reduced
-        Components of tiles and of nuclei, ``float32``.
-    strangeness
-        Distance of the tiles from the training tiles, ``float32 (n_tiles,)``.
-    embedded
-        Embeddings of the nuclei.
+    - `model`: the model.
+    - `within`: place of the nuclei or squares among the kept tiles.
+    - `context`, `reduced`: components of tiles and of nuclei, ``float32``.
+    - `strangeness`: distance of the tiles from the training tiles, ``float32 (n_tiles,)``.
+    - `embedded`: embeddings of the nuclei.
     """
 
     model: InstanceModel
@@ -387,14 +364,9 @@ class InstanceSection:
 class OpenedInstances:
     """Nuclei or squares of a section, opened by a model.
 
-    Attributes
-    ----------
-    section
-        The section.
-    rows
-        Rows of the table that have a tile.
-    strangeness
-        Distance from the training nuclei, ``float32 (n_rows,)``.
+    - `section`: the section.
+    - `rows`: rows of the table that have a tile.
+    - `strangeness`: distance from the training nuclei, ``float32 (n_rows,)``.
     """
 
     section: InstanceSection

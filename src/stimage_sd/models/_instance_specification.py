@@ -16,20 +16,12 @@ from stimage_sd import contract
 class InstanceSpecification:
     """Embedding of nuclei or squares that a section must have for a model to predict on it.
 
-    Attributes
-    ----------
-    on
-        ``"nuclei"`` or ``"grid"``.
-    extractor, weights_hash
-        Name of the extractor and hash of its weights.
-    fields_um
-        Sides of the embedded squares, µm.
-    input_px
-        Side of the extractor's input, px.
-    size_um
-        Side of the squares of a grid, µm. `None` for nuclei.
-    stain
-        Settings of the stain normalization, as JSON. Empty without normalization.
+    - `on`: ``"nuclei"`` or ``"grid"``.
+    - `extractor`, `weights_hash`: name of the extractor and hash of its weights.
+    - `fields_um`: sides of the embedded squares, µm.
+    - `input_px`: side of the extractor's input, px.
+    - `size_um`: side of the squares of a grid, µm. `None` for nuclei.
+    - `stain`: settings of the stain normalization, as JSON. Empty without normalization.
     """
 
     on: Literal["nuclei", "grid"]
@@ -42,13 +34,7 @@ class InstanceSpecification:
 
     @classmethod
     def of(cls, sdata: SpatialData, on: Any, extractor: str) -> InstanceSpecification:
-        """Read the embedding of a section's nuclei or squares.
-
-        Raises
-        ------
-        KeyError
-            If they were not embedded by the extractor.
-        """
+        """Read the embedding of a section's nuclei or squares."""
         table = contract.instances(sdata, on)
         if extractor not in table.uns.get("embeddings", {}):
             raise KeyError(
@@ -87,13 +73,7 @@ def _without_rounding(stain: str) -> Any:
 
 
 def instance_features(sdata: SpatialData, instances: InstanceSpecification) -> np.ndarray:
-    """Return the embeddings of a section's nuclei or squares, ``float32 (n, n_features)``.
-
-    Raises
-    ------
-    ValueError
-        If an embedding is not finite.
-    """
+    """Return the embeddings of a section's nuclei or squares, ``float32 (n, n_features)``."""
     table = contract.instances(sdata, instances.on)
     values = np.asarray(table.obsm[contract.feature_key(instances.extractor)])
     if wrong := int((~np.isfinite(values.sum(axis=1, dtype=np.float64))).sum()):

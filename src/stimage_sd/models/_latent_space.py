@@ -44,35 +44,16 @@ def components(
 ) -> dict[str, np.ndarray]:
     """Compute principal components of the tiles or cells of all sections in one space.
 
-    Parameters
-    ----------
-    cohort
-        Sections with predictions, embeddings or predicted cells.
-    use
-        ``"predictions"``: log1p of the predicted means. ``"embeddings"``: embeddings of `extractor`, with their
-        context. ``"cells"``: features of predicted cells.
-    extractor
-        Name of the extractor.
-    n_components
-        Maximum number of components.
-    standardize
-        ``"section"`` or ``"cohort"``: standardize by the mean and deviation of each section or of the cohort.
-    seed
-        Seed of the decomposition.
-    key
-        Name of the tables of predictions.
-
-    Returns
-    -------
-    Components of each section, ``float32 (n_tiles, n_components)``, by section name.
-
-    Raises
-    ------
-    KeyError
-        If a section has no predictions or embeddings.
-    ValueError
-        If `use` or `standardize` is not an allowed value, `n_components` is not positive, or the sections share fewer
-        than two genes.
+    - `cohort`: sections with predictions, embeddings or predicted cells.
+    - `use`: ``"predictions"``: log1p of the predicted means. ``"embeddings"``: embeddings of `extractor`, with their
+      context. ``"cells"``: features of predicted cells.
+    - `extractor`: name of the extractor.
+    - `n_components`: maximum number of components.
+    - `standardize`: ``"section"`` or ``"cohort"``: standardize by the mean and deviation of each section or of the
+      cohort.
+    - `seed`: seed of the decomposition.
+    - `key`: name of the tables of predictions.
+    - returns: components of each section, ``float32 (n_tiles, n_components)``, by section name.
     """
     if use not in get_args(Use):
         raise ValueError(f"Expected `use` to be one of {list(get_args(Use))}, found {use!r}.")
@@ -115,10 +96,14 @@ def _cells_and_background(sdata: SpatialData) -> ad.AnnData:
     rows = np.unique(np.linspace(0, table.n_obs - 1, min(table.n_obs, _MOST_CELLS)).astype(int))
     background = np.asarray(table.uns.get(BACKGROUND_FEATURES, np.empty((0, table.obsm[CELL_FEATURES].shape[1]))))
     obs = table.obs.iloc[rows].copy()
+    types = [*map(str, table.obs["cell_type"].astype("category").cat.categories), "background"]
     obs["cell_type"] = obs["cell_type"].astype(object)
     nothing = pd.DataFrame({"cell_type": "background"}, index=[f"background_{n}" for n in range(len(background))])
     values = np.concatenate([np.asarray(table.obsm[CELL_FEATURES])[rows], background]).astype(np.float32)
-    return ad.AnnData(values, pd.concat([obs, nothing]))
+    together = pd.concat([obs, nothing])
+    # types that do not occur keep their place among the colors of the figures
+    together["cell_type"] = pd.Categorical(together["cell_type"], categories=types)
+    return ad.AnnData(values, together)
 
 
 def _standardized(values: np.ndarray) -> np.ndarray:

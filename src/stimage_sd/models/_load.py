@@ -15,6 +15,7 @@ from stimage_sd.models import (  # noqa: F401
     _gene_classifier,
     _instance_model,
     _nb,
+    _wrapped,
 )
 from stimage_sd.models._files import model_from, read_model
 

@@ -6,6 +6,8 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, SupportsIndex, TypeVar
 
+from stimage_sd.models._certificate import without_certificate
+
 Model = TypeVar("Model")
 
 
@@ -86,7 +88,7 @@ def training_of(training: Mapping[str, Any], chosen: Sequence[int]) -> dict[str,
     >>> training_of({"metrics": {"validation_nll": [3.0, 1.0, 2.0]}, "seed": 0}, [2, 0])
     {'metrics': {'validation_nll': [2.0, 3.0]}, 'seed': 0, 'members': [2, 0]}
     """
-    record = dict(training)
+    record = without_certificate(training)
     if "metrics" in record:
         record["metrics"] = {name: [values[member] for member in chosen] for name, values in record["metrics"].items()}
     if "validation" in record:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -15,8 +14,9 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd.likelihood.heads import HEADS
+from stimage_sd.models._certificate import Certified
 from stimage_sd.models._features import FeatureSpace, Standardize
-from stimage_sd.models._files import kind, write_model
+from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._members import Members, training_of
 from stimage_sd.models._predictor import known_patients
 from stimage_sd.models._shared_patterns import SharedPatterns
@@ -29,9 +29,8 @@ HeadName = Literal["paper", "dispersion"]
 _BLOCK = 1 << 16
 
 
-@kind("nb")
 @dataclass(frozen=True)
-class NBModel:
+class NBModel(Certified, SavedModel, kind="nb"):
     """An ensemble that predicts a negative binomial for every gene and tile.
 
     Made by `stimage_sd.tl.fit_nb`, loaded by `stimage_sd.models.load`.
@@ -197,23 +196,8 @@ class NBModel:
         r, p = _r_and_p(self.head)(shard_members(chosen), seen)
         return (r, p) if self.r_scale == 1 else (self.r_scale * r, self.r_scale * p / (1 + (self.r_scale - 1) * p))
 
-    def save(self, path: str | Path) -> Path:
-        """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
-
-        Parameters
-        ----------
-        path
-            File or directory to write.
-
-        Returns
-        -------
-        The path.
-        """
-        config, arrays = self.parts()
-        return write_model(path, kind="nb", config=config, arrays=arrays)
-
-    def parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the model's config and arrays, from which `from_parts` builds it again."""
+    def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the config and arrays that the model is saved as."""
         config = {
             "genes": list(self.genes),
             "tiles": asdict(self.tiles),
@@ -235,8 +219,8 @@ class NBModel:
 
     @classmethod
     def from_parts(cls, config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> NBModel:
-        """Build a model from the config and arrays that `save` wrote."""
-        parameters = {name.removeprefix("head."): array for name, array in arrays.items() if name.startswith("head.")}
+        """Build a model from what `to_parts` returned."""
+        parameters = under("head.", arrays)
         n_genes = len(config["genes"])
         if config["head"] not in HEADS or arrays["floor"].shape != (2, n_genes):
             raise KeyError(f"head {config['head']!r} with a floor of shape {arrays['floor'].shape} for {n_genes} genes")
@@ -260,8 +244,8 @@ class NBModel:
             raise KeyError(f"standardize is {config['standardize']!r}, expected one of {get_args(Standardize)}")
         return cls(
             genes=tuple(config["genes"]),
-            tiles=_specification(config["tiles"]),
-            beside=tuple(_specification(values) for values in config.get("beside", ())),
+            tiles=TileSpecification.of(config["tiles"]),
+            beside=tuple(map(TileSpecification.of, config.get("beside", ()))),
             features=FeatureSpace.from_arrays(arrays, standardize=config["standardize"]),
             head=config["head"],
             parameters=parameters,
@@ -289,14 +273,9 @@ class NBModel:
 class NBSection:
     """A section whose embeddings are projected to the space of a model's heads.
 
-    Attributes
-    ----------
-    model
-        The model.
-    reduced
-        Components of the tiles, ``float32 (n_tiles, n_components)``.
-    strangeness
-        Distance from the training tiles, ``float32 (n_tiles,)``.
+    - `model`: the model.
+    - `reduced`: components of the tiles, ``float32 (n_tiles, n_components)``.
+    - `strangeness`: distance from the training tiles, ``float32 (n_tiles,)``.
     """
 
     model: NBModel
@@ -312,10 +291,6 @@ class NBSection:
         padded[: len(chosen)] = chosen
         r, p = self.model.r_and_p(padded)
         return r[:, : len(chosen)], p[:, : len(chosen)]
-
-
-def _specification(values: Mapping[str, Any]) -> TileSpecification:
-    return TileSpecification(**{**values, "fields_of_view": tuple(values["fields_of_view"])})
 
 
 def _patterns(arrays: Mapping[str, np.ndarray], *, n_members: int, n_components: int) -> SharedPatterns | None:

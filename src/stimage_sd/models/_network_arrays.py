@@ -16,13 +16,7 @@ def network_arrays(network: nnx.Module) -> dict[str, NDArray[Any]]:
 
 
 def put_arrays(network: nnx.Module, arrays: Mapping[str, NDArray[Any]], *, name: str) -> None:
-    """Put arrays into a network, in place.
-
-    Raises
-    ------
-    ValueError
-        If the names or shapes of the arrays differ from the network's.
-    """
+    """Put arrays into a network, in place."""
     wanted = {"/".join(map(str, path)): variable for path, variable in _variables(network)}
     expected = {key: tuple(variable.shape) for key, variable in wanted.items()}
     shapes = {key: array.shape for key, array in arrays.items()}

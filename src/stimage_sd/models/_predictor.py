@@ -42,10 +42,7 @@ def n_per_unit(model: Predictor) -> float:
 class OpenedSection(Protocol):
     """A section that a model has checked and read.
 
-    Attributes
-    ----------
-    strangeness
-        ``float32 (n_tiles,)``. Above 1, a tile is farther from the training tiles than 95 % of them.
+    - `strangeness`: ``float32 (n_tiles,)``. Above 1, a tile is farther from the training tiles than 95 % of them.
     """
 
     strangeness: np.ndarray
@@ -53,9 +50,8 @@ class OpenedSection(Protocol):
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return the negative binomial parameters of some kept tiles, in their order.
 
-        Returns
-        -------
-        r and p, each ``float32 (n_members, n_rows, n_genes)``, with as many members as the model's `member_weights`.
+        - returns: r and p, each ``float32 (n_members, n_rows, n_genes)``, with as many members as the model's
+          `member_weights`.
         """
         ...
 
@@ -77,21 +73,13 @@ class OpenedBags(Protocol):
 class Predictor(Protocol):
     """A fitted model that `stimage_sd.tl.predict` takes.
 
-    Attributes
-    ----------
-    genes
-        Names of the genes, in the order of every array's last axis.
-    member_weights
-        Weight of each member in the mixture, ``float64 (n_members,)``. The weights sum to 1.
-    floor
-        ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
-    total
-        Total count with size factor 1; `None` if the model was fitted without size factors.
-    interval_level
-        Nominal level at which the mixture's central intervals covered 90 % of held-out counts.
-    training
-        Record of the fit. ``training["sections"]`` has the names of the sections. ``training["fingerprints"]``
-        identifies them by their spots and counts (`stimage_sd.contract.fingerprint`).
+    - `genes`: names of the genes, in the order of every array's last axis.
+    - `member_weights`: weight of each member in the mixture, ``float64 (n_members,)``. The weights sum to 1.
+    - `floor`: ``float32 (2, n_genes)``: mean and dispersion (r) of the mean-only fit to the training counts.
+    - `total`: total count with size factor 1; `None` if the model was fitted without size factors.
+    - `interval_level`: nominal level at which the mixture's central intervals covered 90 % of held-out counts.
+    - `training`: record of the fit. ``training["sections"]`` has the names of the sections.
+      ``training["fingerprints"]`` identifies them by their spots and counts (`stimage_sd.contract.fingerprint`).
     """
 
     genes: tuple[str, ...]
@@ -111,15 +99,7 @@ class Predictor(Protocol):
         ...
 
     def open(self, sdata: SpatialData, *, section: str) -> OpenedSection:
-        """Check that a section matches the model, and read the model's inputs from it.
-
-        Raises
-        ------
-        KeyError
-            If the section was not tiled or embedded.
-        ValueError
-            If tiles, embeddings or staining differ from the model's. The error names the step to run again.
-        """
+        """Check that a section matches the model, and read the model's inputs from it."""
         ...
 
     def save(self, path: str | Path) -> Path:

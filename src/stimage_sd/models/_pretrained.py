@@ -28,8 +28,6 @@ VIT_HUBS = {"vit_base_patch16_224": "timm/vit_base_patch16_224.augreg_in21k_ft_i
 def densenet121_names(network: DenseNet121) -> dict[str, nnx.Variable]:
     """Return the network's variables by the names of their arrays in torchvision and timm.
 
-    Examples
-    --------
     >>> list(densenet121_names(abstract(DenseNet121)))[0]
     'features.conv0.weight'
     """
@@ -61,8 +59,6 @@ def load_densenet121(weights: Path | None) -> Pretrained:
 def vision_transformer_names(network: VisionTransformer, *, torchvision: bool) -> dict[str, nnx.Variable]:
     """Return the network's variables by the names of their arrays in torchvision (``vit_b_16``) or timm.
 
-    Examples
-    --------
     >>> tiny = nnx.eval_shape(lambda: VisionTransformer(SIZES["tiny"], rngs=nnx.Rngs(0)))
     >>> list(vision_transformer_names(tiny, torchvision=False))[:2]
     ['cls_token', 'pos_embed']
@@ -110,14 +106,9 @@ def _kernel_and_bias(layer: nnx.Linear | nnx.Conv | nnx.LayerNorm, name: str) ->
 def load_vision_transformer(weights: Path | None, *, name: str, size: str = "base") -> Pretrained:
     """Build a vision transformer (patches of 16 px, tiles of 224 px), as `load_resnet50` does for ResNet-50.
 
-    Parameters
-    ----------
-    weights
-        A safetensors file with torchvision's or timm's names, or `None` to search for one (`find_weights`).
-    name
-        Name of the extractor.
-    size
-        ``"tiny"``, ``"small"`` or ``"base"``.
+    - `weights`: a safetensors file with torchvision's or timm's names, or `None` to search for one (`find_weights`).
+    - `name`: name of the extractor.
+    - `size`: ``"tiny"``, ``"small"`` or ``"base"``.
     """
     file = find_weights(name, hub=VIT_HUBS.get(name)) if weights is None else weights
     arrays: Arrays = read_safetensors(file)

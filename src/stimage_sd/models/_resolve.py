@@ -1,4 +1,4 @@
-"""Resolve `model` arguments, which are a model or the path of a model."""
+"""Resolve `model` arguments: a model, the path of a model, or the name of a ready model."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from stimage_sd.models._load import load
+from stimage_sd.models._ready import is_ready, pretrained
+from stimage_sd.models._wrapped import Wrapped
 
 Model = TypeVar("Model")
 
 
 def as_model(model: Model | str | Path) -> Model:
-    """Return a model unchanged, or load it if a path is given.
+    """Return a model unchanged, or load it if a path or the name of a ready model is given.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the path does not exist.
-    ValueError
-        If the file is not a model, is damaged, or has a newer version.
-
-    Examples
-    --------
     >>> as_model("no-such.stimage")
     Traceback (most recent call last):
     FileNotFoundError: No model at no-such.stimage.
     """
+    if isinstance(model, Wrapped):
+        raise ValueError(
+            "The values of a wrapped predictor are no counts yet. Link them to counts on sections that have some: "
+            "`model = stimage_sd.tl.calibrate(sections, wrapped)`."
+        )
+    if isinstance(model, str | Path) and not Path(model).exists() and is_ready(model):
+        return cast(Model, pretrained(str(model)))
     return cast(Model, load(model) if isinstance(model, str | Path) else cast(Any, model))

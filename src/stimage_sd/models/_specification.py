@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,20 +20,12 @@ _TOLERANCE = 0.03
 class TileSpecification:
     """Tiling, staining and embedding that a section must have for a model to predict on it.
 
-    Attributes
-    ----------
-    extractor, weights_hash
-        Name of the extractor and hash of its weights.
-    fields_of_view
-        Embedded fields of view, as multiples of the tile's side.
-    context_rings
-        Rings of neighbors whose embeddings are also features. 0 for none.
-    input_px
-        Side of the extractor's input, px.
-    side_px, size_um
-        Side of a tile in H&E pixels, and in micrometers if the resolution is known.
-    stain
-        Stain normalization of the tiled image (method, concentrations, reference), or `None`.
+    - `extractor`, `weights_hash`: name of the extractor and hash of its weights.
+    - `fields_of_view`: embedded fields of view, as multiples of the tile's side.
+    - `context_rings`: rings of neighbors whose embeddings are also features. 0 for none.
+    - `input_px`: side of the extractor's input, px.
+    - `side_px`, `size_um`: side of a tile in H&E pixels, and in micrometers if the resolution is known.
+    - `stain`: stain normalization of the tiled image (method, concentrations, reference), or `None`.
     """
 
     extractor: str
@@ -45,27 +37,19 @@ class TileSpecification:
     size_um: float | None = None
     stain: dict[str, Any] | None = None
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TileSpecification:
+        """Build a specification from a model file, where tuples are lists."""
+        return cls(**{**values, "fields_of_view": tuple(values["fields_of_view"])})
+
 
 def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -> TileSpecification:
     """Read the tiling, staining and embedding of a section.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    extractor
-        Name of the extractor.
-    context
-        Whether to include the rings of neighbors.
-
-    Returns
-    -------
-    The specification.
-
-    Raises
-    ------
-    KeyError
-        If the section was not tiled or embedded.
+    - `sdata`: the section.
+    - `extractor`: name of the extractor.
+    - `context`: whether to include the rings of neighbors.
+    - returns: the specification.
     """
     contract.embeddings(sdata, extractor)
     tiling = contract.tiling(sdata)
@@ -84,15 +68,7 @@ def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -
 
 
 def features(sdata: SpatialData, tiles: TileSpecification) -> np.ndarray:
-    """Return the embeddings of the kept tiles, with those of the neighbors if the specification has rings.
-
-    Raises
-    ------
-    KeyError
-        If the section was not embedded.
-    ValueError
-        If no tile is kept, or an embedding is not finite.
-    """
+    """Return the embeddings of the kept tiles, with those of the neighbors if the specification has rings."""
     table = contract.tiles(sdata)
     keep = table.obs["keep"].to_numpy()
     if not keep.any():
@@ -185,13 +161,7 @@ def _close(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def extractor_names(extractor: str | Sequence[str]) -> list[str]:
-    """Return one name or several as a list.
-
-    Raises
-    ------
-    ValueError
-        If there is no name, or a name is repeated.
-    """
+    """Return one name or several as a list."""
     names = [extractor] if isinstance(extractor, str) else list(extractor)
     if not names or len(set(names)) < len(names):
         raise ValueError(f"Expected `extractor` to be a name or different names, found {extractor!r}.")
@@ -199,13 +169,7 @@ def extractor_names(extractor: str | Sequence[str]) -> list[str]:
 
 
 def common_specification(cohort: dict[str, SpatialData], extractor: str) -> TileSpecification:
-    """Return the specification that all sections of a cohort share, with their mean tile size.
-
-    Raises
-    ------
-    ValueError
-        If sections were tiled, stained or embedded in different ways.
-    """
+    """Return the specification that all sections of a cohort share, with their mean tile size."""
     tiles_of = {name: specification(sdata, extractor) for name, sdata in cohort.items()}
     first = next(iter(tiles_of.values()))
     for name, tiles in tiles_of.items():

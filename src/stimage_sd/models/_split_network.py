@@ -38,12 +38,8 @@ class Trained(NamedTuple):
 class Unfrozen:
     """Structure of the trained parts of a network. Equal structures share one compiled training step.
 
-    Attributes
-    ----------
-    graph
-        The network without its arrays.
-    first
-        Index of the first trained part.
+    - `graph`: the network without its arrays.
+    - `first`: index of the first trained part.
     """
 
     graph: Any
@@ -58,14 +54,9 @@ class Unfrozen:
     ) -> Array:
         """Compute features for a gradient. Activations are computed again in the backward pass to save memory.
 
-        Parameters
-        ----------
-        trained, rest
-            The network's state.
-        inputs
-            Output of the frozen parts.
-        parts
-            Function that splits the network into parts, with dropout if training uses it.
+        - `trained`, `rest`: the network's state.
+        - `inputs`: output of the frozen parts.
+        - `parts`: function that splits the network into parts, with dropout if training uses it.
         """
         whole = self._parts(trained, rest, parts)
         return run_parts([part._replace(run=jax.checkpoint(part.run)) for part in whole], inputs)
@@ -77,21 +68,11 @@ class Unfrozen:
 class SplitNetwork:
     """An extractor's network, split into frozen parts and trained parts. Frozen parts run like the extractor.
 
-    Parameters
-    ----------
-    extractor
-        Extractor with the network and its normalization.
-    unfreeze
-        ``"last_stage"``, ``"all"`` or `None`: parts to train.
-
-    Attributes
-    ----------
-    unfrozen
-        Structure of the trained parts.
-    initial
-        Trained parameters before training.
-    rest
-        All other state of the network.
+    - `extractor`: extractor with the network and its normalization.
+    - `unfreeze`: ``"last_stage"``, ``"all"`` or `None`: parts to train.
+    - `unfrozen`: structure of the trained parts.
+    - `initial`: trained parameters before training.
+    - `rest`: all other state of the network.
     """
 
     def __init__(self, extractor: Extractor, unfreeze: Unfreeze) -> None:
@@ -176,14 +157,8 @@ def micro_batches(rows: np.ndarray, size: int) -> Iterator[MicroBatch]:
 def gradient_sum(loss: Callable[..., Array]) -> Callable[..., tuple[Trained, Array]]:
     """Compile a function that adds the gradient and loss of a micro-batch to a running total.
 
-    Parameters
-    ----------
-    loss
-        Function from trained parameters and further arrays to a loss, summed over the micro-batch.
-
-    Returns
-    -------
-    ``(total, trained, *arrays) -> total``. `total` is a gradient and a loss. It starts as `no_gradient`.
+    - `loss`: function from trained parameters and further arrays to a loss, summed over the micro-batch.
+    - returns: ``(total, trained, *arrays) -> total``. `total` is a gradient and a loss. It starts as `no_gradient`.
     """
 
     def added(total: tuple[Trained, Array], trained: Trained, *arrays: Any) -> tuple[Trained, Array]:

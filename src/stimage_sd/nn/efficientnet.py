@@ -32,8 +32,6 @@ CHANNEL_STEP = 8
 class Stage(NamedTuple):
     """Blocks of one kind, where only the first block has the stride and changes the channels.
 
-    Examples
-    --------
     >>> Stage(repeats=2, kernel_size=3, stride=2, expansion=6, channels=24).channels
     24
     """
@@ -62,15 +60,9 @@ class Scaling(NamedTuple):
 
     Unlike in EfficientNet, stem and head keep their channels, and the first and last stage keep one block.
 
-    Attributes
-    ----------
-    width
-        Factor on the channels of every stage.
-    depth
-        Factor on the blocks of every stage except the first and the last.
+    - `width`: factor on the channels of every stage.
+    - `depth`: factor on the blocks of every stage except the first and the last.
 
-    Examples
-    --------
     >>> sum(stage.repeats for stage in SCALINGS["lite2"].stages())
     21
     """
@@ -114,19 +106,11 @@ def _whole_channels(asked: float) -> int:
 class InvertedResidual(nnx.Module):
     """Inverted residual block: expansion, depthwise convolution, projection, shortcut if shapes agree.
 
-    Parameters
-    ----------
-    in_channels, out_channels
-        Numbers of input and output channels.
-    kernel_size, stride
-        Kernel size and stride of the depthwise convolution.
-    expansion
-        Factor of the inner channels. At 1 there is no expanding convolution.
-    rngs
-        Source of the initial weights.
+    - `in_channels`, `out_channels`: numbers of input and output channels.
+    - `kernel_size`, `stride`: kernel size and stride of the depthwise convolution.
+    - `expansion`: factor of the inner channels. At 1 there is no expanding convolution.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> block = lambda: InvertedResidual(8, 8, kernel_size=3, stride=1, expansion=6, rngs=nnx.Rngs(0))
@@ -162,15 +146,9 @@ class InvertedResidual(nnx.Module):
 class EfficientNetLite(nnx.Module):
     """EfficientNet-Lite up to the pooled features.
 
-    Parameters
-    ----------
-    scaling
-        Width and depth. `SCALINGS` lists the scalings with released weights.
-    rngs
-        Source of the initial weights.
+    - `scaling`: width and depth. `SCALINGS` lists the scalings with released weights.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> lite1 = lambda: EfficientNetLite(SCALINGS["lite1"], rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)))
@@ -234,15 +212,9 @@ class StagesOfEfficientNetLite(EfficientNetLite):
     Channels of early stages see color and texture in a few micrometers, those of later stages the arrangement of
     nuclei. The last stage, which ImageNet's classes shaped most, is not computed.
 
-    Parameters
-    ----------
-    scaling
-        Depth and width of the network.
-    rngs
-        Random streams of the initial weights.
+    - `scaling`: depth and width of the network.
+    - `rngs`: random streams of the initial weights.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> lite0 = lambda: StagesOfEfficientNetLite(SCALINGS["lite0"], rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)))
     >>> nnx.eval_shape(lite0).shape

@@ -29,21 +29,13 @@ _MOMENTUM = 0.1
 class HoVerNetSize:
     """Size of a HoVer-Net.
 
-    Attributes
-    ----------
-    width
-        Channels of the first convolution.
-    depths
-        Number of residual units in the four encoder blocks.
-    dense
-        Number of densely connected units in the first and second block of a decoder.
-    kernel_size
-        Kernel size of the decoder convolutions.
-    padding
-        Padding of the decoder convolutions. ``"same"`` gives maps of the tile size. ``"valid"`` gives only the part
-        that does not depend on padding.
-    pad_stem
-        Whether the first convolution is padded with zeros.
+    - `width`: channels of the first convolution.
+    - `depths`: number of residual units in the four encoder blocks.
+    - `dense`: number of densely connected units in the first and second block of a decoder.
+    - `kernel_size`: kernel size of the decoder convolutions.
+    - `padding`: padding of the decoder convolutions. ``"same"`` gives maps of the tile size. ``"valid"`` gives only the
+      part that does not depend on padding.
+    - `pad_stem`: whether the first convolution is padded with zeros.
     """
 
     width: int = 64
@@ -64,15 +56,9 @@ SIZES = {
 def batch_norm(value: Any, layer: Norm) -> Any:
     """Apply batch normalization with batch statistics and update the running statistics of the layer, for training.
 
-    Parameters
-    ----------
-    value
-        float32 (batch, height, width, channels).
-    layer
-        Normalization layer. Its mean and variance are changed.
+    - `value`: float32 (batch, height, width, channels).
+    - `layer`: normalization layer. Its mean and variance are changed.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> layer = Norm(1)
     >>> float(batch_norm(jnp.array([0.0, 2.0]).reshape(2, 1, 1, 1), layer)[1, 0, 0, 0].round(3))
@@ -91,18 +77,11 @@ def batch_norm(value: Any, layer: Norm) -> Any:
 class Residual(nnx.Module):
     """Residual units, each with norm, ReLU and convolution at kernel sizes 1, 3 and 1.
 
-    Parameters
-    ----------
-    in_channels
-        Number of input channels.
-    width
-        Number of inner channels. The output has four times as many.
-    depth
-        Number of units.
-    stride
-        Stride of the first unit.
-    rngs
-        Source of the initial kernels.
+    - `in_channels`: number of input channels.
+    - `width`: number of inner channels. The output has four times as many.
+    - `depth`: number of units.
+    - `stride`: stride of the first unit.
+    - `rngs`: source of the initial kernels.
     """
 
     def __init__(self, in_channels: int, width: int, depth: int, *, stride: int, rngs: nnx.Rngs) -> None:
@@ -132,20 +111,12 @@ class Residual(nnx.Module):
 class Dense(nnx.Module):
     """Dense block: convolution, densely connected units, and a 1 × 1 convolution.
 
-    Parameters
-    ----------
-    in_channels, width
-        Number of input channels, and number of channels after the first convolution.
-    bottleneck, growth
-        Number of inner channels of a unit, and number of channels that a unit adds.
-    n_units
-        Number of units.
-    out_channels
-        Number of output channels.
-    size
-        Size of the network, for kernel size and padding.
-    rngs
-        Source of the initial kernels.
+    - `in_channels`, `width`: number of input channels, and number of channels after the first convolution.
+    - `bottleneck`, `growth`: number of inner channels of a unit, and number of channels that a unit adds.
+    - `n_units`: number of units.
+    - `out_channels`: number of output channels.
+    - `size`: size of the network, for kernel size and padding.
+    - `rngs`: source of the initial kernels.
     """
 
     def __init__(
@@ -177,14 +148,9 @@ class Dense(nnx.Module):
 class Decoder(nnx.Module):
     """Decoder from the four encoder values to maps of the tile.
 
-    Parameters
-    ----------
-    size
-        Size of the network.
-    n_maps
-        Number of channels of the maps.
-    rngs
-        Source of the initial kernels.
+    - `size`: size of the network.
+    - `n_maps`: number of channels of the maps.
+    - `rngs`: source of the initial kernels.
     """
 
     def __init__(self, size: HoVerNetSize, n_maps: int, *, rngs: nnx.Rngs) -> None:
@@ -243,17 +209,10 @@ def as_trained(module: Any, value: Any) -> Any:
 class HoVerNet(nnx.Module):
     """HoVer-Net with three decoders.
 
-    Parameters
-    ----------
-    n_types
-        Number of types of nuclei, without the background.
-    size
-        Size of the network.
-    rngs
-        Source of the initial kernels.
+    - `n_types`: number of types of nuclei, without the background.
+    - `size`: size of the network.
+    - `rngs`: source of the initial kernels.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> maps = lambda: HoVerNet(4, size=SIZES["small"], rngs=nnx.Rngs(0))(jnp.zeros((1, 64, 64, 3)))
     >>> [each.shape for each in nnx.eval_shape(maps)]
@@ -277,17 +236,10 @@ class HoVerNet(nnx.Module):
     def __call__(self, tiles: Any, run: Callable[[Any, Any], Any] = as_fitted) -> tuple[Any, Any, Any, Any]:
         """Compute the maps of tiles.
 
-        Parameters
-        ----------
-        tiles
-            Tiles from 0 to 1, float32 (batch, height, width, 3). Height and width must be divisible by 8.
-        run
-            `as_fitted` or `as_trained`.
-
-        Returns
-        -------
-        Logits of background and nucleus, horizontal and vertical distance, logits of background and types, and the
-        features of the type logits, with ``width`` channels.
+        - `tiles`: tiles from 0 to 1, float32 (batch, height, width, 3). Height and width must be divisible by 8.
+        - `run`: `as_fitted` or `as_trained`.
+        - returns: logits of background and nucleus, horizontal and vertical distance, logits of background and types,
+          and the features of the type logits, with ``width`` channels.
         """
         value = run(self.stem, tiles)
         values = []
@@ -308,8 +260,6 @@ class HoVerNet(nnx.Module):
 def n_parameters(network: nnx.Module) -> int:
     """Count the trained parameters of a network.
 
-    Examples
-    --------
     >>> n_parameters(Conv(3, 4, 3, rngs=nnx.Rngs(0)))
     108
     """

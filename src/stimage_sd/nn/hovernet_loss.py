@@ -24,16 +24,10 @@ _SMOOTH = 1e-3
 class CellTargets(NamedTuple):
     """Targets of the maps of tiles.
 
-    Attributes
-    ----------
-    nuclear
-        1 on nuclei, 0 elsewhere, ``(batch, y, x)``.
-    hv
-        Horizontal and vertical distance (`stimage_sd.image.hv_maps`), ``float32 (batch, y, x, 2)``.
-    types
-        0 for background, types from 1, `IGNORED` for unknown types, ``int32 (batch, y, x)``.
-    weight
-        0 for tiles that only pad the batch, ``float32 (batch,)``.
+    - `nuclear`: 1 on nuclei, 0 elsewhere, ``(batch, y, x)``.
+    - `hv`: horizontal and vertical distance (`stimage_sd.image.hv_maps`), ``float32 (batch, y, x, 2)``.
+    - `types`: 0 for background, types from 1, `IGNORED` for unknown types, ``int32 (batch, y, x)``.
+    - `weight`: 0 for tiles that only pad the batch, ``float32 (batch,)``.
     """
 
     nuclear: Any
@@ -53,22 +47,12 @@ class CellLosses(NamedTuple):
 def cell_losses(maps: tuple[Any, Any, Any], targets: CellTargets, class_weights: Any) -> CellLosses:
     """Compute the parts of the loss of maps against targets.
 
-    Parameters
-    ----------
-    maps
-        Logits of background and nucleus, distances, and logits of background and types from `stimage_sd.nn.hovernet`,
-        each ``(batch, y, x, channels)``.
-    targets
-        Targets of the maps.
-    class_weights
-        Weight of a pixel of each type in the cross-entropy, ``float32 (n_types + 1,)``.
+    - `maps`: logits of background and nucleus, distances, and logits of background and types from
+      `stimage_sd.nn.hovernet`, each ``(batch, y, x, channels)``.
+    - `targets`: targets of the maps.
+    - `class_weights`: weight of a pixel of each type in the cross-entropy, ``float32 (n_types + 1,)``.
+    - returns: the parts of the loss.
 
-    Returns
-    -------
-    The parts of the loss.
-
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> right = jnp.stack([jnp.full((1, 8, 8), 9.0), jnp.full((1, 8, 8), -9.0)], axis=-1)
     >>> empty = CellTargets(jnp.zeros((1, 8, 8)), jnp.zeros((1, 8, 8, 2)), jnp.zeros((1, 8, 8), int), jnp.ones(1))
@@ -135,17 +119,9 @@ def _kernel(side: int = 5) -> np.ndarray:
 def balanced_weights(n_pixels: np.ndarray) -> np.ndarray:
     """Compute class weights from the inverse square root of the class frequency.
 
-    Parameters
-    ----------
-    n_pixels
-        Number of training pixels per class, ``(n_classes,)``.
+    - `n_pixels`: number of training pixels per class, ``(n_classes,)``.
+    - returns: weights ``float32 (n_classes,)``, with mean 1 over pixels, and 0 for classes without pixels.
 
-    Returns
-    -------
-    Weights ``float32 (n_classes,)``, with mean 1 over pixels, and 0 for classes without pixels.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> balanced_weights(np.array([90, 10, 0]))
     array([0.8333333, 2.5      , 0.       ], dtype=float32)

@@ -24,22 +24,11 @@ class Norm(nnx.Module):
 
     The statistics also stay fixed in training, because tiles of one section are too alike to re-estimate them.
 
-    Parameters
-    ----------
-    channels
-        Number of channels.
-    epsilon
-        Constant added to the variance.
+    - `channels`: number of channels.
+    - `epsilon`: constant added to the variance.
+    - `scale`, `bias : nnx.Param`: float32 (channels,), gamma and beta.
+    - `mean`, `variance : nnx.BatchStat`: float32 (channels,), running statistics.
 
-    Attributes
-    ----------
-    scale, bias : nnx.Param
-        float32 (channels,), gamma and beta.
-    mean, variance : nnx.BatchStat
-        float32 (channels,), running statistics.
-
-    Examples
-    --------
     >>> norm(jnp.ones((1, 2, 2, 3)), Norm(3)).shape
     (1, 2, 2, 3)
     """
@@ -62,8 +51,6 @@ class Norm(nnx.Module):
 def norm(value: Any, layer: Norm) -> Any:
     """Apply batch normalization to float32 (batch, height, width, channels) or to a graph value.
 
-    Examples
-    --------
     >>> float(norm(jnp.ones((1, 1, 1, 1)), Norm(1))[0, 0, 0, 0]) > 0.9999
     True
     """
@@ -74,25 +61,14 @@ def norm(value: Any, layer: Norm) -> Any:
 class Conv(nnx.Module):
     """Square convolution with optional stride, groups and bias.
 
-    Parameters
-    ----------
-    in_channels, out_channels
-        Numbers of input and output channels.
-    kernel_size
-        Height and width of the kernel, odd.
-    stride
-        Stride, px.
-    groups
-        Number of separate channel groups.
-    padding
-        ``"same"`` pads with zeros, with the odd pixel below and to the right. ``"valid"`` does not pad.
-    bias
-        Whether to add a bias.
-    rngs
-        Source of the initial kernel (He et al. 2015, fan in).
+    - `in_channels`, `out_channels`: numbers of input and output channels.
+    - `kernel_size`: height and width of the kernel, odd.
+    - `stride`: stride, px.
+    - `groups`: number of separate channel groups.
+    - `padding`: ``"same"`` pads with zeros, with the odd pixel below and to the right. ``"valid"`` does not pad.
+    - `bias`: whether to add a bias.
+    - `rngs`: source of the initial kernel (He et al. 2015, fan in).
 
-    Examples
-    --------
     >>> conv(jnp.ones((1, 8, 8, 3)), Conv(3, 4, 3, stride=2, rngs=nnx.Rngs(0))).shape
     (1, 4, 4, 4)
     """
@@ -112,8 +88,6 @@ class Conv(nnx.Module):
 def conv(value: Any, layer: Conv) -> Any:
     """Apply a convolution to float32 (batch, height, width, in_channels) or to a graph value.
 
-    Examples
-    --------
     >>> conv(jnp.ones((1, 8, 8, 3)), Conv(3, 4, 5, padding="valid", rngs=nnx.Rngs(0))).shape
     (1, 4, 4, 4)
     """
@@ -130,33 +104,18 @@ def conv(value: Any, layer: Conv) -> Any:
 class ConvNorm(Norm):
     """Convolution without bias, followed by batch normalization with running statistics.
 
-    Parameters
-    ----------
-    in_channels, out_channels
-        Numbers of input and output channels, equal for a depthwise convolution.
-    kernel_size
-        Height and width of the kernel, in pixels.
-    stride
-        Step of the kernel along both axes.
-    padding
-        "same" follows TensorFlow: the output size is ceil(size / stride), and the odd pixel of padding goes below and
-        to the right. A number pads this many zeros on each side, as in torch.
-    depthwise
-        Convolve each channel with a separate kernel.
-    epsilon
-        Constant added to the variance.
-    rngs
-        Source of the initial kernel (He et al. 2015, fan out).
+    - `in_channels`, `out_channels`: numbers of input and output channels, equal for a depthwise convolution.
+    - `kernel_size`: height and width of the kernel, in pixels.
+    - `stride`: step of the kernel along both axes.
+    - `padding`: "same" follows TensorFlow: the output size is ceil(size / stride), and the odd pixel of padding goes
+      below and to the right. A number pads this many zeros on each side, as in torch.
+    - `depthwise`: convolve each channel with a separate kernel.
+    - `epsilon`: constant added to the variance.
+    - `rngs`: source of the initial kernel (He et al. 2015, fan out).
+    - `kernel : nnx.Param`: float32 (height, width, in_channels, out_channels), or (height, width, channels) if
+      depthwise.
+    - `scale`, `bias`, `mean`, `variance`: as in `Norm`, float32 (out_channels,).
 
-    Attributes
-    ----------
-    kernel : nnx.Param
-        float32 (height, width, in_channels, out_channels), or (height, width, channels) if depthwise.
-    scale, bias, mean, variance
-        As in `Norm`, float32 (out_channels,).
-
-    Examples
-    --------
     >>> layer = ConvNorm(3, 8, 3, stride=2, padding="same", epsilon=1e-3, rngs=nnx.Rngs(0))
     >>> conv_norm(jnp.ones((1, 5, 5, 3)), layer).shape
     (1, 3, 3, 8)
@@ -190,8 +149,6 @@ class ConvNorm(Norm):
     def folded(self) -> tuple[Any, Any]:
         """Return kernel and bias of the single convolution that equals this layer.
 
-        Examples
-        --------
         >>> layer = ConvNorm(3, 8, 1, padding=0, epsilon=1e-5, rngs=nnx.Rngs(0))
         >>> [array.shape for array in layer.folded()]
         [(1, 1, 3, 8), (8,)]
@@ -203,8 +160,6 @@ class ConvNorm(Norm):
 def pad_widths(size: int, *, kernel_size: int, stride: int, padding: Padding) -> tuple[int, int]:
     """Compute the padding before and after one axis of `size` pixels. Other parameters are as in `ConvNorm`.
 
-    Examples
-    --------
     >>> pad_widths(224, kernel_size=3, stride=2, padding="same")
     (0, 1)
     >>> pad_widths(299, kernel_size=3, stride=2, padding="same")
@@ -221,8 +176,6 @@ def pad_widths(size: int, *, kernel_size: int, stride: int, padding: Padding) ->
 def conv_norm(value: Any, layer: ConvNorm) -> Any:
     """Apply a convolution and batch normalization to float32 (batch, height, width, in_channels) or to a graph value.
 
-    Examples
-    --------
     >>> layer = lambda: ConvNorm(4, 4, 5, padding="same", depthwise=True, epsilon=1e-3, rngs=nnx.Rngs(0))
     >>> nnx.eval_shape(lambda: conv_norm(jnp.ones((2, 7, 7, 4)), layer())).shape
     (2, 7, 7, 4)
@@ -312,8 +265,6 @@ def depthwise_convolution(
 def relu(value: Any) -> Any:
     """Clip negative values of an array or graph value to 0.
 
-    Examples
-    --------
     >>> relu(jnp.array([-1.0, 7.0]))
     Array([0., 7.], dtype=float32)
     """
@@ -324,8 +275,6 @@ def relu(value: Any) -> Any:
 def relu6(value: Any) -> Any:
     """Clip an array or graph value to the range 0 to 6.
 
-    Examples
-    --------
     >>> relu6(jnp.array([-1.0, 7.0]))
     Array([0., 6.], dtype=float32)
     """
@@ -336,8 +285,6 @@ def relu6(value: Any) -> Any:
 def add(value: Any, other: Any) -> Any:
     """Add two arrays or graph values of one shape.
 
-    Examples
-    --------
     >>> add(jnp.array([1.0]), jnp.array([2.0]))
     Array([3.], dtype=float32)
     """
@@ -348,8 +295,6 @@ def add(value: Any, other: Any) -> Any:
 def concatenate(value: Any, others: Sequence[Any]) -> Any:
     """Concatenate arrays or graph values, float32 (batch, height, width, channels), along the channels.
 
-    Examples
-    --------
     >>> concatenate(jnp.ones((1, 2, 2, 3)), [jnp.ones((1, 2, 2, 5))]).shape
     (1, 2, 2, 8)
     """
@@ -360,17 +305,10 @@ def concatenate(value: Any, others: Sequence[Any]) -> Any:
 def max_pool(value: Any, *, window: int, stride: int, padding: int) -> Any:
     """Take the maximum over square windows of float32 (batch, height, width, channels) or of a graph value.
 
-    Parameters
-    ----------
-    value
-        The array or graph value.
-    window, stride
-        Side of the window, and step along both axes, in pixels.
-    padding
-        Pixels of padding on each side, which are never the maximum.
+    - `value`: the array or graph value.
+    - `window`, `stride`: side of the window, and step along both axes, in pixels.
+    - `padding`: pixels of padding on each side, which are never the maximum.
 
-    Examples
-    --------
     >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1), window=3, stride=2, padding=1)[0, :, :, 0]
     Array([[ 5.,  7.],
            [13., 15.]], dtype=float32)
@@ -384,8 +322,6 @@ def max_pool(value: Any, *, window: int, stride: int, padding: int) -> Any:
 def halve(value: Any) -> Any:
     """Average 2 × 2 squares of an array or graph value, without an odd last row or column.
 
-    Examples
-    --------
     >>> halve(jnp.arange(4.0).reshape(1, 2, 2, 1))[0, 0, 0]
     Array([1.5], dtype=float32)
     """
@@ -396,8 +332,6 @@ def halve(value: Any) -> Any:
 def double(value: Any) -> Any:
     """Repeat every pixel of an array or graph value twice along both axes.
 
-    Examples
-    --------
     >>> double(jnp.ones((1, 2, 3, 4))).shape
     (1, 4, 6, 4)
     """
@@ -408,8 +342,6 @@ def double(value: Any) -> Any:
 def trim(value: Any, pixels: int) -> Any:
     """Crop pixels on each side of an array or graph value.
 
-    Examples
-    --------
     >>> trim(jnp.ones((1, 6, 6, 4)), 2).shape
     (1, 2, 2, 4)
     """
@@ -420,8 +352,6 @@ def trim(value: Any, pixels: int) -> Any:
 def global_mean(value: Any) -> Any:
     """Average float32 (batch, height, width, channels), or a graph value, over height and width.
 
-    Examples
-    --------
     >>> global_mean(jnp.ones((2, 7, 7, 3))).shape
     (2, 3)
     """

@@ -43,8 +43,6 @@ IR_VERSION = 8
 class Graph:
     """Nodes and constants of an ONNX graph being recorded.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> graph = Graph()
     >>> graph.node("Relu", [graph.constant(np.zeros(3, np.float32))])
@@ -73,8 +71,6 @@ class Symbol:
 
     `scale`, if set, is a pending factor per channel. The next convolution multiplies its kernel by this factor.
 
-    Examples
-    --------
     >>> Symbol(Graph(), "tiles").name
     'tiles'
     """

@@ -11,15 +11,9 @@ from flax import nnx
 class Part(NamedTuple):
     """One part of a network, such as the blocks of one resolution.
 
-    Attributes
-    ----------
-    modules
-        All modules and variables of the part. Parts do not share modules.
-    run
-        Function from the output of the previous part to the output of this part.
+    - `modules`: all modules and variables of the part. Parts do not share modules.
+    - `run`: function from the output of the previous part to the output of this part.
 
-    Examples
-    --------
     >>> Part((), lambda value: value + 1).run(1)
     2
     """
@@ -31,8 +25,6 @@ class Part(NamedTuple):
 def parts_of(network: nnx.Module) -> list[Part]:
     """Return the parts of a network in order, from its method `parts` or as one whole part.
 
-    Examples
-    --------
     >>> len(parts_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0))))
     1
     """
@@ -44,15 +36,9 @@ def parts_of(network: nnx.Module) -> list[Part]:
 def training_parts_of(network: nnx.Module, key: Any) -> list[Part]:
     """Return the parts of a network for training, from its method `training_parts` or as `parts_of`.
 
-    Parameters
-    ----------
-    network
-        Any Flax module. The method ``network.training_parts(key)`` returns the parts with dropout.
-    key
-        JAX random key of the dropout.
+    - `network`: any Flax module. The method ``network.training_parts(key)`` returns the parts with dropout.
+    - `key`: JAX random key of the dropout.
 
-    Examples
-    --------
     >>> len(training_parts_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), None))
     1
     """
@@ -64,8 +50,6 @@ def training_parts_of(network: nnx.Module, key: Any) -> list[Part]:
 def run_parts(parts: Sequence[Part], value: Any) -> Any:
     """Run parts in sequence, from the input of the first part to the output of the last part.
 
-    Examples
-    --------
     >>> run_parts([Part((), lambda value: value + 1)] * 2, 1)
     3
     """
@@ -77,8 +61,6 @@ def run_parts(parts: Sequence[Part], value: Any) -> Any:
 def run_blocks(blocks: Iterable[Callable[[Any], Any]], value: Any) -> Any:
     """Run the blocks of a part in sequence.
 
-    Examples
-    --------
     >>> run_blocks([lambda value: value + 1] * 2, 1)
     3
     """
@@ -90,8 +72,6 @@ def run_blocks(blocks: Iterable[Callable[[Any], Any]], value: Any) -> Any:
 def variables_of(part: Part) -> list[nnx.Variable]:
     """List all variables of a part, such as parameters and statistics.
 
-    Examples
-    --------
     >>> sorted(variable.shape for variable in variables_of(parts_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))[0]))
     [(2, 3), (3,)]
     """

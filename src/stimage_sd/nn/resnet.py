@@ -26,19 +26,11 @@ EMBEDDING_SIZE = 2048
 class Bottleneck(nnx.Module):
     """Bottleneck block: reduction, 3 × 3 convolution, fourfold expansion, shortcut.
 
-    Parameters
-    ----------
-    in_channels
-        Number of input channels.
-    width
-        Number of inner channels. The output has four times as many.
-    stride
-        Stride of the 3 × 3 convolution.
-    rngs
-        Source of the initial weights.
+    - `in_channels`: number of input channels.
+    - `width`: number of inner channels. The output has four times as many.
+    - `stride`: stride of the 3 × 3 convolution.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> Bottleneck(16, 8, stride=2, rngs=nnx.Rngs(0))(jnp.ones((1, 6, 6, 16))).shape
@@ -65,13 +57,8 @@ class Bottleneck(nnx.Module):
 class ResNet50(nnx.Module):
     """ResNet-50 up to the pooled features.
 
-    Parameters
-    ----------
-    rngs
-        Source of the initial weights.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> import jax.numpy as jnp
     >>> from flax import nnx
     >>> nnx.eval_shape(lambda: ResNet50(rngs=nnx.Rngs(0))(jnp.zeros((1, 32, 32, 3)))).shape

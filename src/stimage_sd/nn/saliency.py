@@ -25,12 +25,8 @@ Predict = Callable[[Sequence[Any]], Any]
 class Differentiable:
     """Flax network that can be differentiated with respect to pixels.
 
-    Attributes
-    ----------
-    module
-        Flax network.
-    normalize
-        Function from pixels, 0 to 255, to the input of the network.
+    - `module`: Flax network.
+    - `normalize`: function from pixels, 0 to 255, to the input of the network.
     """
 
     module: nnx.Module
@@ -91,30 +87,14 @@ def integrated_gradients(
 ) -> list[np.ndarray]:
     """Compute integrated gradients along the straight line from a baseline to a tile.
 
-    Parameters
-    ----------
-    networks
-        Networks that embed a tile.
-    tiles
-        Fields of view of the tile per network, ``uint8 (n_fields, y, x, 3)``.
-    predict
-        Function from the embeddings to the outputs.
-    baseline
-        Empty tile per network, in a shape that can be broadcast.
-    n_steps
-        Number of gradients along the line, at the middles of equal steps.
-    batch_size
-        Number of steps computed at a time.
-
-    Returns
-    -------
-    Attributions per network, ``float32 (n_outputs, n_fields, y, x)``, summed over colors. Their sum over all networks
-    approximates the difference between the outputs of tile and baseline, better with more steps.
-
-    Raises
-    ------
-    ValueError
-        If `n_steps` or `batch_size` is below 1.
+    - `networks`: networks that embed a tile.
+    - `tiles`: fields of view of the tile per network, ``uint8 (n_fields, y, x, 3)``.
+    - `predict`: function from the embeddings to the outputs.
+    - `baseline`: empty tile per network, in a shape that can be broadcast.
+    - `n_steps`: number of gradients along the line, at the middles of equal steps.
+    - `batch_size`: number of steps computed at a time.
+    - returns: attributions per network, ``float32 (n_outputs, n_fields, y, x)``, summed over colors. Their sum over all
+      networks approximates the difference between the outputs of tile and baseline, better with more steps.
     """
     if n_steps < 1 or batch_size < 1:
         raise ValueError(
@@ -160,19 +140,8 @@ def _cotangents(
 def grad_cam(networks: Sequence[Differentiable], tiles: Sequence[np.ndarray], predict: Predict) -> list[np.ndarray]:
     """Compute Grad-CAM maps from the input of the last part of each network.
 
-    Parameters
-    ----------
-    networks, tiles, predict
-        As in `integrated_gradients`.
-
-    Returns
-    -------
-    Maps per network, ``float32 (n_outputs, n_fields, y, x)``, not negative, bilinearly resized to the tile.
-
-    Raises
-    ------
-    ValueError
-        If a network has a single part, or the input of its last part is not a map.
+    - `networks`, `tiles`, `predict`: as in `integrated_gradients`.
+    - returns: maps per network, ``float32 (n_outputs, n_fields, y, x)``, not negative, bilinearly resized to the tile.
     """
     for network in networks:
         if len(parts_of(network.module)) < 2:

@@ -15,8 +15,6 @@ def member_devices(n_members: int) -> list[Any]:
 
     Their number is the largest possible divisor of `n_members`: 10 members use 5 of 8 devices, two members per device.
 
-    Examples
-    --------
     >>> len(member_devices(1))
     1
     """
@@ -30,8 +28,6 @@ def shard_members(arrays: Mapping[str, Any]) -> dict[str, Any]:
     Compiled functions keep their results on the same devices and copy other arguments to all devices. Members share no
     parameters, so devices exchange only sums over members. With one device the arrays stay as they are.
 
-    Examples
-    --------
     >>> shard_members({"bias": np.zeros((10, 3))})["bias"].shape
     (10, 3)
     """

@@ -26,8 +26,6 @@ N_PARTS = 4
 class Size(NamedTuple):
     """Width and depth of a vision transformer.
 
-    Examples
-    --------
     >>> SIZES["base"].width // HEAD_WIDTH
     12
     """
@@ -42,15 +40,9 @@ SIZES = {"tiny": Size(192, 12), "small": Size(384, 12), "base": Size(768, 12)}
 class Block(nnx.Module):
     """Transformer block: attention between tokens, then a two-layer network per token, both residual.
 
-    Parameters
-    ----------
-    width
-        Length of a token.
-    rngs
-        Source of the initial weights.
+    - `width`: length of a token.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> nnx.eval_shape(lambda: Block(64, rngs=nnx.Rngs(0))(jnp.ones((1, 5, 64)))).shape
     (1, 5, 64)
     """
@@ -84,17 +76,10 @@ def _layer_norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
 class VisionTransformer(nnx.Module):
     """Vision transformer up to the features of the class token.
 
-    Parameters
-    ----------
-    size
-        Width and depth. `SIZES` lists three sizes.
-    patch_px, image_px
-        Sides of a patch and of a tile, px.
-    rngs
-        Source of the initial weights.
+    - `size`: width and depth. `SIZES` lists three sizes.
+    - `patch_px`, `image_px`: sides of a patch and of a tile, px.
+    - `rngs`: source of the initial weights.
 
-    Examples
-    --------
     >>> tiny = lambda: VisionTransformer(SIZES["tiny"], rngs=nnx.Rngs(0))(jnp.zeros((2, 224, 224, 3)))
     >>> nnx.eval_shape(tiny).shape
     (2, 192)

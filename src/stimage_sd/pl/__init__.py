@@ -8,7 +8,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "_calibration": ["calibration"],
-        "_cells": ["cells", "confusion"],
+        "_cell_scores": ["cell_scores", "confusion"],
+        "_cells": ["cells"],
+        "_enrichment": ["enrichment"],
         "_explanation": ["explanation", "explanation_scores"],
         "_latent": ["latent"],
         "_prediction": ["prediction"],

@@ -158,7 +158,14 @@ def cut_tiles(
 
 
 def draw_tiles(
-    ax: Axes, sdata: SpatialData, positions: np.ndarray, values: np.ndarray, *, colors: Colors
+    ax: Axes,
+    *,
+    sdata: SpatialData,
+    positions: np.ndarray,
+    values: np.ndarray,
+    cmap: str | Colormap,
+    norm: Normalize,
+    alpha: float | None,
 ) -> Collection:
     """Draw colored tiles, as circles on spots or as squares on a grid.
 
@@ -172,8 +179,8 @@ def draw_tiles(
         x and y of the tiles, H&E px, ``(n, 2)``.
     values
         One value per tile, ``(n,)``.
-    colors
-        Color settings. Without `alpha`, squares are slightly transparent.
+    cmap, norm, alpha
+        Colormap, color range and opacity. Without `alpha`, squares are slightly transparent.
 
     Returns
     -------
@@ -190,15 +197,23 @@ def draw_tiles(
         drawn = EllipseCollection(
             width, width, np.zeros(len(positions)), units="xy", offsets=positions, offset_transform=ax.transData
         )
-    drawn.set(array=values, cmap=colors.cmap, norm=colors.norm(values), linewidth=0, zorder=2)
-    if colors.alpha is not None:
-        drawn.set_alpha(colors.alpha)
+    drawn.set(array=values, cmap=cmap, norm=norm, linewidth=0, zorder=2)
+    if alpha is not None:
+        drawn.set_alpha(alpha)
     ax.add_collection(drawn, autolim=False)
     return drawn
 
 
 def draw_rows(
-    ax: Axes, sdata: SpatialData, table: AnnData, rows: np.ndarray, values: np.ndarray, *, colors: Colors
+    ax: Axes,
+    *,
+    sdata: SpatialData,
+    table: AnnData,
+    rows: np.ndarray,
+    values: np.ndarray,
+    cmap: str | Colormap,
+    norm: Normalize,
+    alpha: float | None,
 ) -> Collection:
     """Draw colored rows of a table of predictions: tiles, or the visible nuclei or squares in their outlines.
 
@@ -212,12 +227,12 @@ def draw_rows(
         Predictions, and the rows to draw.
     values
         One value per row, ``(n,)``.
-    colors
-        Color settings.
+    cmap, norm, alpha
+        Colormap, color range and opacity.
     """
     places = contract.places(sdata, table)[rows]
     if contract.about_instances(table) is None:
-        return draw_tiles(ax, sdata, places, values, colors=colors)
+        return draw_tiles(ax, sdata=sdata, positions=places, values=values, cmap=cmap, norm=norm, alpha=alpha)
     low, high = np.sort([ax.get_xlim(), ax.get_ylim()], axis=1).T
     seen = np.flatnonzero(((places >= low) & (places <= high)).all(axis=1))
     shown = table[rows[seen]]
@@ -230,10 +245,9 @@ def draw_rows(
         drawn = EllipseCollection(
             width, width, np.zeros(len(width)), units="xy", offsets=places[seen], offset_transform=ax.transData
         )
-    values = values[seen]
-    drawn.set(array=values, cmap=colors.cmap, norm=colors.norm(values), linewidth=0, zorder=2, rasterized=True)
-    if colors.alpha is not None:
-        drawn.set_alpha(colors.alpha)
+    drawn.set(array=values[seen], cmap=cmap, norm=norm, linewidth=0, zorder=2, rasterized=True)
+    if alpha is not None:
+        drawn.set_alpha(alpha)
     ax.add_collection(drawn, autolim=False)
     return drawn
 
@@ -294,10 +308,17 @@ class Colors:
 
 
 def add_color_bar(
-    ax: Axes, drawn: ScalarMappable, label: str, *, location: Literal["bottom", "right"] = "bottom"
+    ax: Axes | np.ndarray, drawn: ScalarMappable, label: str, *, location: Literal["bottom", "right"] = "bottom"
 ) -> None:
-    """Add a labeled color bar below or to the right of a map."""
-    bar = ax.figure.colorbar(drawn, ax=ax, location=location, shrink=0.7, aspect=28, pad=0.02)
+    """Add a labeled color bar below or to the right of a map, or of several maps that share the colors."""
+    panels = [ax] if isinstance(ax, Axes) else list(ax.ravel())
+    figure = panels[-1].figure
+    panels = [panel for panel in panels if panel.figure is figure]
+    # a bar of many maps keeps the thickness that it has below two
+    across = len({round(panel.get_position().x0, 3) for panel in panels}) if location == "bottom" else 1
+    bar = figure.colorbar(
+        drawn, ax=panels, location=location, shrink=0.7 if across == 1 else min(0.6, 1.2 / across), aspect=28, pad=0.02
+    )
     bar.set_label(label, fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import anndata as ad
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import scanpy as sc
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from sklearn.manifold import TSNE
 from spatialdata import SpatialData
 
@@ -22,14 +20,13 @@ from stimage_sd import contract
 from stimage_sd.models._features import Standardize
 from stimage_sd.models._latent_space import Use, components, kept_table
 from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, column, finish
+from stimage_sd.pl._categories import GRAY, add_legend, categories_of, colors_of
+from stimage_sd.pl._compared import HIGH
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.pl._maps import names_of
 
 Basis = Literal["pca", "umap", "tsne"]
 _AXES = {"pca": "component", "umap": "UMAP", "tsne": "t-SNE"}
-_GRAY = "#c8c8c8"
-#: entries per column of a legend
-_TALLEST = 14
 
 
 def latent(
@@ -43,6 +40,7 @@ def latent(
     standardize: Standardize = "section",
     n_components: int = 50,
     n_neighbors: int = 15,
+    palette: Mapping[str, str] | None = None,
     cmap: str | Colormap = "viridis",
     vmin: float | None = None,
     vmax: float | None = None,
@@ -65,7 +63,8 @@ def latent(
         A section or a cohort. All sections share one space.
     color
         One or several colorings: a gene, a column of the tiles or predictions such as ``"leiden"`` or ``"ood_score"``,
-        or ``"section"``. Each coloring gets a panel.
+        or ``"section"``. Each coloring gets a panel. With ``key="gene_classes"`` genes are colored by the probability
+        of High.
     basis
         ``"pca"`` draws the first two principal components. ``"umap"`` and ``"tsne"`` lay out all components. In these
         layouts only short distances have a meaning.
@@ -82,6 +81,8 @@ def latent(
         the model of a fold. ``"cohort"`` standardizes over all tiles.
     n_components, n_neighbors
         Number of principal components, and number of neighbors for UMAP. For t-SNE `n_neighbors` is the perplexity.
+    palette
+        Colors, keyed by category. By default categories have the colors that they have in `cells` and `tiles`.
     cmap, vmin, vmax, alpha
         Colormap of numbers. Ends of the color range, by default the 1st and 99th percentile. Opacity of the points.
     key
@@ -133,16 +134,13 @@ def latent(
         key=key,
     )  # fmt: skip
     values = {
-        name: pd.concat(
-            [_values(sdata, section, name, use, observed, source, key) for section, sdata in cohort.items()],
-            ignore_index=True,
-        )
+        name: _joined([_values(sdata, section, name, use, observed, source, key) for section, sdata in cohort.items()])
         for name in names
     }
     points = _layout(np.concatenate(list(placed.values())), basis, n_neighbors, seed)
     axes = sheet.panels(len(names), size=(4.6, 4.0), columns=3)
     for panel, name in zip(axes, names, strict=True):
-        _draw(panel, points, values[name], name, colors)
+        _draw(panel, points, values[name], name, colors, palette)
         panel.set_xlabel(f"{_AXES[basis]} 1", fontsize=9)
         panel.set_ylabel(f"{_AXES[basis]} 2", fontsize=9)
         panel.set_xticks([])
@@ -176,10 +174,7 @@ def _values(
     tables = [table, *([sdata.tables[key]] if use == "embeddings" and key in sdata.tables else [])]
     for annotated in tables:
         if name in annotated.obs:
-            annotation = annotated.obs[name]
-            return annotation.astype(
-                object if isinstance(annotation.dtype, pd.CategoricalDtype) else annotation.dtype
-            ).reset_index(drop=True)
+            return annotated.obs[name].reset_index(drop=True)
     if observed:
         rows, counts = contract.align_to_spots(sdata, table, source)
         check_gene(counts, name, what="measured")
@@ -188,17 +183,35 @@ def _values(
         return pd.Series(values, name="counts")
     predictions = contract.predictions(sdata, key)
     check_gene(predictions, name)
-    return pd.Series(column(predictions, name), name="predicted mean")
+    return pd.Series(
+        column(predictions, name), name="probability of High" if HIGH in predictions.layers else "predicted mean"
+    )
 
 
-def _draw(ax: Axes, points: np.ndarray, values: pd.Series, name: str, colors: Colors) -> None:
+def _joined(parts: Sequence[pd.Series]) -> pd.Series:
+    """Return the values of all sections. Categories that do not occur keep their place."""
+    if not any(isinstance(part.dtype, pd.CategoricalDtype) for part in parts):
+        return pd.concat(parts, ignore_index=True)
+    names = categories_of(parts)
+    text = pd.concat([part.astype("string") for part in parts], ignore_index=True)
+    return pd.Series(pd.Categorical(text, categories=names))
+
+
+def _draw(
+    ax: Axes,
+    points: np.ndarray,
+    values: pd.Series,
+    name: str,
+    colors: Colors,
+    palette: Mapping[str, str] | None,
+) -> None:
     """Draw points in random order, so that no section covers another."""
     order = np.random.default_rng(0).permutation(len(points))
     size = float(np.clip(6000 / len(points), 2, 22))
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         numbers = values.to_numpy(dtype=float)
         known = np.isfinite(numbers)
-        ax.scatter(points[~known, 0], points[~known, 1], s=size, color=_GRAY, linewidth=0, alpha=colors.alpha,
+        ax.scatter(points[~known, 0], points[~known, 1], s=size, color=GRAY, linewidth=0, alpha=colors.alpha,
                    rasterized=True)  # fmt: skip
         order = order[known[order]]
         drawn = ax.scatter(
@@ -209,20 +222,14 @@ def _draw(ax: Axes, points: np.ndarray, values: pd.Series, name: str, colors: Co
         add_color_bar(ax, drawn, str(values.name), location="right")
         ax.set_title(name, fontsize=11)
         return
-    names = sorted(values.dropna().astype(str).unique(), key=lambda entry: (len(entry), entry))
-    palette = {entry: mpl.colormaps["tab20" if len(names) > 10 else "tab10"](n % 20) for n, entry in enumerate(names)}
-    shown = values.astype(str).where(values.notna())
-    drawn_in = [palette.get(entry, _GRAY) for entry in shown]
+    drawn_in = colors_of(categories_of([values]), palette)
+    shown = [
+        drawn_in.get(str(entry), GRAY) if known else GRAY for entry, known in zip(values, values.notna(), strict=True)
+    ]
     ax.scatter(
-        points[order, 0], points[order, 1], s=size, color=[drawn_in[n] for n in order], alpha=colors.alpha, linewidth=0,
+        points[order, 0], points[order, 1], s=size, color=[shown[n] for n in order], alpha=colors.alpha, linewidth=0,
         rasterized=True,
     )  # fmt: skip
-    handles = [
-        Line2D([], [], marker="o", linestyle="", markersize=5, color=color, label=entry)
-        for entry, color in palette.items()
-    ]
-    ax.legend(
-        handles=handles, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, title_fontsize=8,
-        ncols=-(-len(handles) // _TALLEST), handletextpad=0.1,
-    )  # fmt: skip
+    present = set(values.dropna().astype(str))
+    add_legend(ax, {entry: color for entry, color in drawn_in.items() if entry in present})
     ax.set_title(name, fontsize=11)

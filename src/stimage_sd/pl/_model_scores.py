@@ -18,6 +18,8 @@ from stimage_sd.pl._canvas import MEASURED, WARNING, finish
 from stimage_sd.pl._figure import Sheet
 
 By = Literal["model", "section"]
+#: largest number of values of a box that are drawn as points too
+_FEW = 12
 
 
 class Panel(NamedTuple):
@@ -27,23 +29,6 @@ class Panel(NamedTuple):
     label: str
     line: float | None
     named: bool
-
-
-def wide(table: pd.DataFrame) -> pd.DataFrame:
-    """Pivot the table of `stimage_sd.tl.cross_validate` to one column per metric."""
-    keys = ["section", "model", "gene"]
-    repeated = table.duplicated([*keys, "metric"])
-    if repeated.any():
-        first = table.loc[repeated, [*keys, "metric"]].iloc[0].to_dict()
-        raise ValueError(f"Expected one row per section, model, gene and metric, found several of {first}.")
-    return table.pivot(index=keys, columns="metric", values="value").rename_axis(columns=None).reset_index()
-
-
-def with_gain(table: pd.DataFrame) -> pd.DataFrame:
-    """Add the gain in log-likelihood over the mean-only model, if the table has its columns."""
-    if not {"nll", "nll_floor"} <= set(table.columns):
-        return table
-    return table.assign(nll_gain=table["nll_floor"] - table["nll"])
 
 
 def draw_models(
@@ -62,9 +47,10 @@ def draw_models(
         name: _quality(name, table[name]).groupby(table["model"]).mean().sort_values(ascending=False, kind="stable")
         for name in looks
     }
-    # all panels share the order (by the first metric) and color of models
+    # colors follow the order of the table, so that they do not depend on the metrics
+    colors = {str(model): to_hex(mpl.colormaps["tab10"](index % 10)) for index, model in enumerate(models)}
+    # all panels share the order of models, by the first metric
     models = [str(model) for model in by_quality[next(iter(looks))].index]
-    colors = {model: to_hex(mpl.colormaps["tab10"](index % 10)) for index, model in enumerate(models)}
     n_sections = table["section"].nunique()
     width = 1.2 + 1.15 * len(models) if by == "model" else 2.2 + n_sections * (0.3 + 0.22 * len(models))
     columns = max(1, min(len(looks), int(18 // width)))
@@ -75,8 +61,11 @@ def draw_models(
         if by == "section":
             _draw_boxes(panel, table, name, models, colors)
             if index == 0:
-                handles = [Patch(facecolor=color, alpha=0.6, label=model) for model, color in colors.items()]
-                panel.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="best")
+                handles = [Patch(facecolor=colors[model], alpha=0.6, label=model) for model in models]
+                # room for the legend above the boxes
+                low, high = panel.get_ylim()
+                panel.set_ylim(low, high + 0.07 * (high - low) * -(-len(handles) // 2))
+                panel.legend(handles=handles, fontsize=8, frameon=False, ncols=2, loc="upper left")
         else:
             best = str(by_quality[name].index[0]) if reference is None else reference
             _draw_violins(panel, table, name, models, colors, best, chosen=reference is None)
@@ -131,6 +120,10 @@ def _draw_boxes(ax: Axes, table: pd.DataFrame, metric: str, models: list[str], c
             box.set(facecolor=colors[model], alpha=0.6, linewidth=0.6)
         for line in (*parts["whiskers"], *parts["caps"]):
             line.set(color="gray", linewidth=0.8)
+        for place, values in enumerate(groups):
+            if len(values) <= _FEW:
+                across = np.full(len(values), place - 0.4 + step * (index + 0.5))
+                ax.scatter(across, values, s=9, color="black", alpha=0.5, linewidth=0, zorder=3)
     ax.set_xticks(range(len(sections)), sections)
     ax.set_xlim(-0.6, len(sections) - 0.4)
 
@@ -145,7 +138,7 @@ def paired_tests(table: pd.DataFrame, metric: str, *, reference: str | None = No
     Parameters
     ----------
     table
-        Table from `wide`.
+        Table from `stimage_sd.pl._score_tables.table_of`.
     metric
         Column of the table.
     reference
@@ -205,5 +198,5 @@ def group_label(name: str, values: pd.Series) -> str:
     undefined = int(values.isna().sum())
     if undefined == len(values):
         return f"{name}\nno scores"
-    label = f"{name}\nmedian {values.median():.2f}"
+    label = f"{name}\nmedian {round(float(values.median()), 2) + 0.0:.2f}"
     return f"{label}\n{undefined} undefined" if undefined else label

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -13,13 +13,16 @@ from matplotlib.figure import Figure
 
 from stimage_sd.pl._canvas import WARNING, finish, require_columns
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
-from stimage_sd.pl._model_scores import By, Panel, draw_group, draw_models, group_label, wide, with_gain
+from stimage_sd.pl._model_scores import By, Panel, draw_group, draw_models, group_label
+from stimage_sd.pl._score_tables import Scores, table_of, with_gain
 
 PANELS = {
     "pearson": Panel("Pearson correlation", "r, predicted and observed", 0.0, named=True),
     "spearman": Panel("Spearman correlation", "rank correlation, predicted and observed", 0.0, named=True),
     "bivariate_morans_i": Panel("bivariate Moran's I", "I, predicted and neighbors", 0.0, named=True),
     "c_index": Panel("concordance", "c-index", 0.5, named=True),
+    "auc": Panel("High or Low", "AUC of the probability of High", 0.5, named=True),
+    "balanced_accuracy": Panel("High or Low", "balanced accuracy", 0.5, named=True),
     "iou": Panel("pattern overlap", "IoU of the smoothed patterns", None, named=True),
     "coverage": Panel("interval coverage", "share of counts in the 90% interval", 0.9, named=False),
     "nll_gain": Panel("gain over the floor", "log-likelihood per count over mean-only", 0.0, named=True),
@@ -32,7 +35,7 @@ NAME_SIZE = 7.0
 
 
 def scores(
-    data: pd.DataFrame,
+    data: Scores | Mapping[str, Scores],
     *,
     metrics: Sequence[str] | None = None,
     by: By = "model",
@@ -49,16 +52,20 @@ def scores(
     Parameters
     ----------
     data
-        Table from `stimage_sd.tl.evaluate` (one row per section and gene) or `stimage_sd.tl.cross_validate` (one row
-        per section, model, gene and metric). For a cohort, the table from `stimage_sd.tl.cox_screen`, or ``genes`` or
-        ``samples`` from `stimage_sd.tl.bulk_correlation`, with one violin per group.
+        Table from `stimage_sd.tl.evaluate` or `stimage_sd.tl.evaluate_genes_high` (one row per section and gene), or
+        from `stimage_sd.tl.cross_validate` (one row per section, model, gene and metric). For a cohort, the table from
+        `stimage_sd.tl.cox_screen`, ``genes`` or ``samples`` from `stimage_sd.tl.bulk_correlation`, or the result of
+        `stimage_sd.tl.risk_groups`, with one violin per group. Several models: such tables, keyed by the model's name,
+        or one table with a column ``model``. The table from ``stimage_sd.tl.pool_members`` is drawn as boxes over
+        single members and over pools.
     metrics
         Panels to draw: ``"pearson"``, ``"spearman"``, ``"bivariate_morans_i"``, ``"iou"``, ``"coverage"`` (of the 90 %
-        interval), ``"nll_gain"`` (gain in log-likelihood per count over the mean-only model), ``"c_index"``. Default:
-        all but ``"spearman"`` and ``"c_index"``. For a cohort, all metrics in the table.
+        interval), ``"nll_gain"`` (gain in log-likelihood per count over the mean-only model), ``"c_index"``,
+        ``"auc"``, ``"balanced_accuracy"``. Default: the first six without ``"spearman"`` for tables with
+        ``"pearson"`` of sections, else all metrics in the table.
     by
-        Grouping for cross-validation. ``"model"`` draws one violin per model over each gene's mean over sections, with
-        paired tests. ``"section"`` draws one box per section and model, as in the paper.
+        Grouping for several models. ``"model"`` draws one violin per model over each gene's mean over sections, with
+        paired tests. ``"section"`` draws one box per section (or group) and model, as in the paper.
     reference
         Model to test all others against. Default: the model with the best mean.
     n_named
@@ -72,20 +79,22 @@ def scores(
     Returns
     -------
     One axes per metric. The label of a section or model gives the median and the number of genes without a score. The
-    label of a model also gives the p-value against the reference.
+    label of a model also gives the p-value against the reference. A model has the same color in every figure of the
+    same models.
 
     Raises
     ------
     ValueError
-        If the table is not a table of scores, the number of axes in `ax` differs from the number of metrics, or an
-        option is out of range.
+        If the table is not a table of scores, or has several rows of one section and gene. Also if the number of axes
+        in `ax` differs from the number of metrics, or an option is out of range.
 
     Notes
     -----
     The test is Wilcoxon's two-sided signed-rank test over genes. It compares a gene's mean over the sections with a
     score of both models. For coverage it compares the distance from 90 %. Holm's correction covers the tests of a
     panel, which are all pairs of models, or the pairs with `reference` if given. Genes of the same sections are not
-    independent, so a small p-value holds for these sections and not for new patients. Paper, Figure 2e.
+    independent, so a small p-value holds for these sections and not for new patients. Paper, Figures 2c, 2e, 5a
+    and 5c.
 
     Examples
     --------
@@ -97,23 +106,28 @@ def scores(
     5
     """
     sheet = Sheet(ax, title, figsize, save, return_fig)
-    frame = data
-    if "group" in frame.columns:
-        frame = frame.rename(columns={"group": "section", "sample": "gene"})
-        metrics = [name for name in PANELS if name in frame.columns] if metrics is None else metrics
     if by not in get_args(By):
         raise ValueError(f"Expected `by` to be one of {list(get_args(By))}, found {by!r}.")
-    chosen = list(DEFAULT if metrics is None else metrics)
+    frame = table_of(data)
+    chosen = list(_default(frame) if metrics is None else metrics)
     unknown = [name for name in chosen if name not in PANELS]
     if unknown or not chosen:
         raise ValueError(f"Expected `metrics` to be of {list(PANELS)}, found {unknown or 'none'}.")
-    if {"model", "metric", "value"} <= set(frame.columns):
-        table = wide(frame)
-        _require(table, chosen)
-        looks = {name: PANELS[name] for name in chosen}
-        return sheet.done(draw_models(with_gain(table), looks, by=by, reference=reference, sheet=sheet))
     _require(frame, chosen)
-    return sheet.done(_draw_sections(with_gain(frame), chosen, n_named=n_named, sheet=sheet))
+    frame = with_gain(frame)
+    if "model" in frame:
+        # members are not paired as genes are, so that they are drawn by section
+        by = "section" if isinstance(data, pd.DataFrame) and {"kind", "number"} <= set(data.columns) else by
+        looks = {name: PANELS[name] for name in chosen}
+        return sheet.done(draw_models(frame, looks, by=by, reference=reference, sheet=sheet))
+    return sheet.done(_draw_sections(frame, chosen, n_named=n_named, sheet=sheet))
+
+
+def _default(frame: pd.DataFrame) -> Sequence[str]:
+    """Return the metrics to draw if none are named."""
+    of_sections = "pearson" in frame and bool({"n_tiles", "nll"} & set(frame.columns))
+    found = [name for name in PANELS if name in frame]
+    return DEFAULT if of_sections or not found else found
 
 
 def _require(frame: pd.DataFrame, metrics: Sequence[str]) -> None:

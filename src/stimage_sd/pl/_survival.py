@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,17 @@ from stimage_sd.stats.survival import kaplan_meier, log_rank_p
 _COLORS = (MEASURED, WARNING, "#55a868", "#8172b3", "#937860", "#64b5cd")
 
 
+class Groups(Protocol):
+    """Attributes of `stimage_sd.tl.RiskGroups` that are drawn."""
+
+    @property
+    def patients(self) -> pd.DataFrame:
+        """Return ``time``, ``event``, ``risk_group`` and ``group`` of each patient."""
+        ...
+
+
 def survival(
-    data: pd.DataFrame,
+    data: Groups | pd.DataFrame,
     *,
     by: str = "risk_group",
     unit: str = "months",
@@ -34,8 +44,8 @@ def survival(
     Parameters
     ----------
     data
-        One row per patient with ``time``, ``event`` and `by`, such as ``stimage_sd.tl.risk_groups(...).patients``.
-        With a column ``group``, each group gets a panel.
+        Result of `stimage_sd.tl.risk_groups`, or its table ``patients``: one row per patient with ``time``, ``event``
+        and `by`. With a column ``group``, each group gets a panel.
     by
         Column with the groups to compare.
     unit
@@ -68,9 +78,10 @@ def survival(
     'months'
     """
     sheet = Sheet(ax, title, figsize, save, return_fig)
-    require_columns(data, ["time", "event", by], source="`stimage_sd.tl.risk_groups(...).patients`")
-    names = data["group"].astype(str).to_numpy() if "group" in data else np.full(len(data), "all")
-    parts = {str(name): data[names == name] for name in dict.fromkeys(names)}
+    patients = data if isinstance(data, pd.DataFrame) else data.patients
+    require_columns(patients, ["time", "event", by], source="`patients` of `stimage_sd.tl.risk_groups`")
+    names = patients["group"].astype(str).to_numpy() if "group" in patients else np.full(len(patients), "all")
+    parts = {str(name): patients[names == name] for name in dict.fromkeys(names)}
     for name, part in parts.items():
         if part[by].nunique() < 2:
             raise ValueError(f"Expected two or more of {by!r} to compare, found one in {name!r}: {part[by].iloc[0]!r}.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +12,19 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import Colormap, to_rgba
+from matplotlib.colors import Colormap, Normalize, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.pl._canvas import PREDICTED, WARNING, Colors, add_color_bar, cut_tiles
-from stimage_sd.pl._cells import Zoom
+from stimage_sd.pl._categories import MOST, add_legend, categories_of, colors_of, is_category, stored_colors
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
-from stimage_sd.pl._maps import draw_background, map_size, names_of
+from stimage_sd.pl._maps import Map, draw_background, draw_maps, kept_axes, map_size, names_of, regions_of_cohort
+from stimage_sd.pl._zoom import Zoom, Zooms
 
 #: side of an example tile, px
 EXAMPLE = 160
@@ -32,17 +36,20 @@ WIDTH = 6.0
 
 
 def tiles(
-    data: SpatialData,
+    data: SpatialData | contract.Cohort,
     color: str | Sequence[str] = "tissue_fraction",
     *,
     n_examples: int = 0,
-    zoom: Zoom | None = None,
+    palette: Mapping[str, str] | None = None,
+    zoom: Zooms | None = None,
     img_alpha: float = 0.8,
     cmap: str | Colormap = "viridis",
     vmin: float | None = None,
     vmax: float | None = None,
     alpha: float | None = None,
+    key: str = contract.PREDICTIONS,
     image_key: str | None = None,
+    table_key: str | None = None,
     ax: AxesLike | None = None,
     title: Title | None = None,
     figsize: tuple[float, float] | None = None,
@@ -54,38 +61,53 @@ def tiles(
     Parameters
     ----------
     data
-        A tiled section.
+        A tiled section, or a cohort of tiled sections.
     color
-        One or several columns of the tiles' ``obs`` with numbers or booleans, such as ``"tissue_fraction"`` or
-        ``"keep"``. Each column gets a map.
+        One or several columns with numbers, booleans or categories. They are columns of the ``obs`` of the tiles (such
+        as ``"tissue_fraction"``, ``"keep"`` or ``"annotation"``), of the predictions (``"leiden"``, ``"ood_score"``) or
+        of the spots (a pathologist's labels). Each column gets a map. Tiles without a value are not drawn.
     n_examples
         Number of kept tiles to show enlarged, spread evenly over the kept tiles. They are cut from the stain-normalized
         H&E if there is one, at the coarsest sufficient pyramid level. The map shows their numbers.
+    palette
+        Colors, keyed by category.
     zoom
-        Left, top, right and bottom of the region to draw, H&E px. Default: all tiles.
+        Left, top, right and bottom of the region to draw, H&E px. Default: all tiles. Several regions, as a list or
+        keyed by name: each map is drawn whole, with a window for each region beside it.
     img_alpha
         Opacity of the H&E, 0 to 1.
     cmap, vmin, vmax, alpha
         Colormap of numbers. Ends of the color range, by default the 1st and 99th percentile, or 0 and 1 for the tissue
         fraction. Opacity of the tiles.
+    key
+        Name of the table of predictions that may have the column.
     image_key
         Name of the image to draw on and to cut from. Default: the section's image.
+    table_key
+        Name of the table of spots that may have the column. Default: the section's counts.
     ax
-        Axes to draw on, one per column. Default: a new figure. Examples are inset below the axes.
+        Axes to draw on, one per column, and with several sections or regions as many for each. Default: a new figure.
+        Examples are inset below the axes.
     title, figsize, save, return_fig
         `title`: one title per panel, or one above all panels. `figsize`: size of a new figure, inches. `save`: output
         file. `return_fig`: return the figure instead of the axes.
 
     Returns
     -------
-    The axes of the map, or an array of axes if `color` is a list. The examples are its ``child_axes``.
+    The axes of the map. An array with one dimension for a cohort, one for a list of colors, and one for several regions
+    (the whole map, then its windows), in this order. The examples are ``child_axes`` of the map.
 
     Raises
     ------
     KeyError
-        If the section has no tiles, or the tiles have no such column.
+        If a section has no tiles, or none of its tables has such a column.
     ValueError
-        If the column holds neither numbers nor booleans, `n_examples` is negative, or `zoom` lies outside the image.
+        If the column holds too many categories, `n_examples` is negative, or `zoom` lies outside the image. Also if a
+        cohort has several sections and `zoom` or `n_examples` is given.
+
+    Notes
+    -----
+    Paper, Figures 1h, S2a, S8c, S13a and S17a.
 
     Examples
     --------
@@ -97,45 +119,129 @@ def tiles(
     >>> len(panel.child_axes)
     4
     """
-    sdata = contract.section(data)
     sheet = Sheet(ax, title, figsize, save, return_fig)
     colors = Colors(cmap, vmin, vmax, alpha)
-    table = contract.tiles(sdata)
-    names = names_of(color)
-    columns = {name: _column(table, name) for name in names}
     if n_examples < 0:
         raise ValueError(f"Expected `n_examples` of at least 0, found {n_examples}.")
-    positions, side = contract.tile_geometry(sdata)
-    chosen = _examples(table.obs["keep"].to_numpy(), positions, n_examples, zoom)
+    cohort = contract.sections(data)
+    names = names_of(color)
+    tables = {section: contract.tiles(sdata) for section, sdata in cohort.items()}
+    values = {
+        name: {section: _column(sdata, name, key, table_key) for section, sdata in cohort.items()} for name in names
+    }
+    regions = regions_of_cohort(cohort, zoom, image_key)
+    if n_examples and len(cohort) * len(regions.boxes) > 1:
+        raise ValueError("`n_examples` shows tiles of one map. Pass one section, and no or one region.")
+    first = next(iter(cohort.values()))
+    positions, _ = contract.tile_geometry(first)
+    chosen = _examples(next(iter(tables.values())).obs["keep"].to_numpy(), positions, n_examples, regions.boxes[0])
     strip = -(-len(chosen) // IN_A_ROW) * WIDTH / min(max(len(chosen), 1), IN_A_ROW)
-    size = map_size(sdata, positions, width=WIDTH, below=0.4 + strip, zoom=zoom)
-    axes = sheet.panels(len(names), size=size, columns=3)
-    image = contract.working_image_name(sdata, image_key)
-    cut = contract.tile_geometry(sdata, table[chosen], image)
-    pictures = cut_tiles(sdata, cut.centers, side=cut.side, target=EXAMPLE, image_key=image) if len(chosen) else []
-    squares = positions[:, None] + np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * side / 2
-    kept = int(table.obs["keep"].sum())
-    for panel, (name, values) in zip(axes, columns.items(), strict=True):
-        draw_background(panel, sdata, positions, image_key=image_key, img_alpha=img_alpha, zoom=zoom)
-        if pd.api.types.is_bool_dtype(values):
-            _draw_truth(panel, squares, values.to_numpy(dtype=bool), name, alpha)
-        else:
-            _draw_numbers(panel, squares, values.to_numpy(dtype=np.float64), name, colors)
-        panel.set_title(f"{contract.sample(sdata)}: {table.n_obs} tiles, {kept} kept", fontsize=11)
-        if pictures:
+    shape = len(cohort), len(names), len(regions.boxes)
+    width = WIDTH if math.prod(shape) == 1 else 4.4
+    box = None if regions.several else regions.boxes[0]
+    size = map_size(first, positions, width=width, below=0.4 + strip, zoom=box)
+    columns = len(regions.boxes) if regions.several else len(names) if len(cohort) > 1 and len(names) > 1 else 3
+    axes = sheet.panels(math.prod(shape), size=size, columns=columns).reshape(shape)
+    for row, (section, sdata) in zip(axes, cohort.items(), strict=True):
+        kept = int(tables[section].obs["keep"].sum())
+        heading = section if len(cohort) > 1 else contract.sample(sdata)
+        maps = [
+            _map(
+                sdata, values[name][section], name, f"{heading}: {tables[section].n_obs} tiles, {kept} kept",
+                colors=colors, types=_types(cohort, name, values[name], palette, key), image_key=image_key,
+                img_alpha=img_alpha,
+            )
+            for name in names
+        ]  # fmt: skip
+        draw_maps(maps, row, regions)
+    if len(chosen):
+        image = contract.working_image_name(first, image_key)
+        cut = contract.tile_geometry(first, next(iter(tables.values()))[chosen], image)
+        pictures = cut_tiles(first, cut.centers, side=cut.side, target=EXAMPLE, image_key=image)
+        for panel in axes[0, :, 0]:
             _draw_examples(panel, pictures, positions[chosen])
-    return sheet.done(axes[0] if isinstance(color, str) else axes)
+    keep = [not isinstance(data, SpatialData), not isinstance(color, str), regions.several]
+    drawn: Axes | np.ndarray = axes[0, 0, 0] if not any(keep) else kept_axes(axes, keep)
+    return sheet.done(drawn)
 
 
-def _column(table: AnnData, name: str) -> pd.Series:
-    if name not in table.obs:
-        raise KeyError(f"No column {name!r} among the tiles' {sorted(table.obs.columns)}.")
-    values = table.obs[name]
-    if not (pd.api.types.is_bool_dtype(values) or pd.api.types.is_numeric_dtype(values)):
+def _column(sdata: SpatialData, name: str, key: str, table_key: str | None) -> pd.Series:
+    """Return a column of the tiles, of the predictions or of the spots, by row of the tiles; NaN without a value."""
+    tiles = contract.tiles(sdata)
+    if name in tiles.obs:
+        found = tiles.obs[name]
+    elif key in sdata.tables and name in sdata.tables[key].obs:
+        found = sdata.tables[key].obs[name]
+    else:
+        found = _of_spots(sdata, tiles, name, table_key)
+    values = found.reindex(tiles.obs_names)
+    if is_category(values) and (number := values.nunique()) > MOST:
         raise ValueError(
-            f"Expected `color` to be a column of numbers or truth values, found {name!r} of {values.dtype}."
+            f"Expected `color` to be a column of numbers, truth values or up to {MOST} categories, found {name!r} with "
+            f"{number} of {values.dtype}."
         )
     return values
+
+
+def _of_spots(sdata: SpatialData, tiles: AnnData, name: str, table_key: str | None) -> pd.Series:
+    known = {*tiles.obs.columns}
+    if contract.has_units(sdata) and "spot_id" in tiles.obs:
+        rows, units = contract.align_to_spots(sdata, tiles, contract.Source(table_key), against=None)
+        if name in units.obs:
+            return pd.Series(units.obs[name].array, index=tiles.obs_names[rows])
+        known |= {*units.obs.columns}
+    raise KeyError(f"No column {name!r} among the tiles' {sorted(map(str, known))}.")
+
+
+def _types(
+    cohort: Mapping[str, SpatialData],
+    name: str,
+    columns: Mapping[str, pd.Series],
+    palette: Mapping[str, str] | None,
+    key: str,
+) -> dict[str, str]:
+    """Return the colors of the categories of a column, the same in all sections, or nothing for numbers."""
+    of_kind = [values for values in columns.values() if is_category(values)]
+    stored: dict[str, str] = {}
+    for sdata in cohort.values():
+        for table in (contract.tiles(sdata), *([sdata.tables[key]] if key in sdata.tables else [])):
+            stored |= stored_colors(table, name)
+    return colors_of(categories_of(of_kind), {**stored, **(palette or {})}) if of_kind else {}
+
+
+def _map(
+    sdata: SpatialData,
+    values: pd.Series,
+    name: str,
+    title: str,
+    *,
+    colors: Colors,
+    types: Mapping[str, str],
+    image_key: str | None,
+    img_alpha: float,
+) -> Map:
+    positions, side = contract.tile_geometry(sdata)
+    background = partial(draw_background, sdata=sdata, positions=positions, image_key=image_key, img_alpha=img_alpha)
+    known = values.notna().to_numpy()
+    squares = (positions[:, None] + np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * side / 2)[known]
+    shown = values[known]
+    if types:
+        label = name.replace("_", " ")
+        draw = partial(_draw_types, squares=squares, values=shown, types=types, alpha=colors.alpha)
+        return Map(
+            f"{title.split(':', maxsplit=1)[0]}: {label}",
+            background,
+            draw,
+            partial(_name_types, values=shown, types=types),
+        )
+    if pd.api.types.is_bool_dtype(shown) or set(map(type, shown)) == {bool}:
+        truth = shown.to_numpy(dtype=bool)
+        draw = partial(_draw_truth, squares=squares, values=truth, alpha=colors.alpha)
+        return Map(title, background, draw, partial(_name_truth, values=truth, name=name))
+    numbers = shown.to_numpy(dtype=np.float64)
+    norm = colors.between(0.0, 1.0) if name == "tissue_fraction" else colors.norm(numbers)
+    draw_numbers = partial(_draw_numbers, squares=squares, values=numbers, norm=norm, colors=colors)
+    return Map(title, background, draw_numbers, partial(_name_numbers, name=name))
 
 
 def _examples(keep: np.ndarray, positions: np.ndarray, n_examples: int, zoom: Zoom | None) -> np.ndarray:
@@ -149,24 +255,46 @@ def _examples(keep: np.ndarray, positions: np.ndarray, n_examples: int, zoom: Zo
     return rows[np.unique(np.linspace(0, len(rows) - 1, min(n_examples, len(rows))).round().astype(int))]
 
 
-def _draw_truth(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str, alpha: float | None) -> None:
+def _draw_truth(ax: Axes, *, squares: np.ndarray, values: np.ndarray, alpha: float | None) -> None:
     colors = np.where(values[:, None], to_rgba(KEPT), to_rgba(WARNING))
     faces = colors * [1, 1, 1, 0.35 if alpha is None else alpha]
     drawn = PolyCollection(list(squares), facecolors=faces, edgecolors=colors, linewidth=0.8)
     ax.add_collection(drawn, autolim=False)
+
+
+def _name_truth(axes: np.ndarray, _: ScalarMappable | None, *, values: np.ndarray, name: str) -> None:
     handles = [
         Patch(facecolor=color, alpha=0.6, label=f"{name}: {text} ({count})")
         for color, text, count in ((KEPT, "yes", int(values.sum())), (WARNING, "no", int((~values).sum())))
     ]
-    ax.legend(handles=handles, loc="upper left", framealpha=0.85, edgecolor="none", fontsize=9)
+    axes[0].legend(handles=handles, loc="upper left", framealpha=0.85, edgecolor="none", fontsize=9)
 
 
-def _draw_numbers(ax: Axes, squares: np.ndarray, values: np.ndarray, name: str, colors: Colors) -> None:
-    norm = colors.between(0.0, 1.0) if name == "tissue_fraction" else colors.norm(values)
+def _draw_types(
+    ax: Axes, *, squares: np.ndarray, values: pd.Series, types: Mapping[str, str], alpha: float | None
+) -> None:
+    faces = [types[name] for name in values.astype(str)]
+    drawn = PolyCollection(list(squares), facecolors=faces, alpha=0.75 if alpha is None else alpha, linewidth=0)
+    ax.add_collection(drawn, autolim=False)
+
+
+def _name_types(axes: np.ndarray, _: ScalarMappable | None, *, values: pd.Series, types: Mapping[str, str]) -> None:
+    numbers = values.astype(str).value_counts()
+    add_legend(axes[-1], types, {name: int(numbers.get(name, 0)) for name in types})
+
+
+def _draw_numbers(
+    ax: Axes, *, squares: np.ndarray, values: np.ndarray, norm: Normalize, colors: Colors
+) -> ScalarMappable:
     alpha = 0.65 if colors.alpha is None else colors.alpha
     drawn = PolyCollection(list(squares), array=values, cmap=colors.cmap, norm=norm, alpha=alpha, linewidth=0)
     ax.add_collection(drawn, autolim=False)
-    add_color_bar(ax, drawn, name.replace("_", " "), location="right")
+    return drawn
+
+
+def _name_numbers(axes: np.ndarray, drawn: ScalarMappable | None, *, name: str) -> None:
+    if drawn is not None:
+        add_color_bar(axes[0], drawn, name.replace("_", " "), location="right")
 
 
 def _draw_examples(ax: Axes, examples: list[np.ndarray], positions: np.ndarray) -> None:

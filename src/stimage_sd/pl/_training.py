@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from stimage_sd.models._finetuned import FinetunedModel
+from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._nb import NBModel
 from stimage_sd.models._resolve import as_model
 from stimage_sd.pl._canvas import MEASURED, PREDICTED, finish
@@ -18,7 +22,7 @@ CURVES = {"training_nll": ("training", MEASURED), "validation_nll": ("validation
 
 
 def training(
-    model: NBModel | str | Path,
+    model: NBModel | FinetunedModel | InstanceModel | str | Path,
     *,
     ax: Axes | None = None,
     title: Title | None = None,
@@ -40,8 +44,9 @@ def training(
 
     Returns
     -------
-    The axes. A dot marks each member's best epoch. The model holds the weights of this epoch. The loss axis is cut
-    where high losses of the first epochs would flatten the other epochs.
+    The axes. A dot marks each member's best epoch. The model holds the weights of this epoch. Members stop at different
+    epochs. A member that has stopped counts in the mean with its last loss. The loss axis is cut where high losses of
+    the first epochs would flatten the other epochs.
 
     Raises
     ------
@@ -60,15 +65,20 @@ def training(
     'epoch'
     """
     sheet = Sheet(ax, title, figsize, save, return_fig)
-    model = as_model(model)
-    if "history" not in model.training:
-        raise ValueError("Expected a model with a training history, found none in `model.training`. Fit it again.")
-    history = model.history
+    fitted = cast(NBModel | FinetunedModel | InstanceModel, as_model(model))
+    if not {*CURVES, "member"} <= set(fitted.training.get("history", {})):
+        raise ValueError(
+            "Expected a model with a training history of negative log-likelihoods, found "
+            f"{sorted(fitted.training.get('history', {})) or 'none'} in `model.training`. Fit it again with "
+            "`stimage_sd.tl.fit_nb` or `stimage_sd.tl.finetune_nb`."
+        )
+    history = pd.DataFrame(fitted.training["history"])
     panel = sheet.panel(size=(6.0, 4.0))
     for name, (label, color) in CURVES.items():
         losses = history.pivot(index="epoch", columns="member", values=name)
         panel.plot(losses.index, losses.to_numpy(), color=color, linewidth=0.8, alpha=0.35)
-        panel.plot(losses.index, losses.mean(axis=1), color=color, linewidth=2.2, label=f"{label}, mean")
+        # a mean over the members that still train would jump where a member stops
+        panel.plot(losses.index, losses.ffill().mean(axis=1), color=color, linewidth=2.2, label=f"{label}, mean")
     best = history.loc[history.groupby("member")["validation_nll"].idxmin()]
     panel.plot(
         best["epoch"],
@@ -84,7 +94,9 @@ def training(
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set_xlabel("epoch")
     panel.set_ylabel("negative log-likelihood per count")
-    panel.set_title(f"{model.n_members} members, {len(model.genes)} genes, head {model.head!r}", fontsize=11)
+    n_members = history["member"].nunique()
+    head = "" if isinstance(fitted, InstanceModel) else f", head {fitted.head!r}"
+    panel.set_title(f"{n_members} member{'s' * (n_members != 1)}, {len(fitted.genes)} genes{head}", fontsize=11)
     panel.legend(frameon=False, fontsize=9)
     finish(panel)
     return sheet.done(panel)

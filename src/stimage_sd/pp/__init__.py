@@ -14,6 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_embed": ["embed"],
         "_genes": ["select_genes"],
         "_label_by_annotations": ["label_by_annotations"],
+        "_prepare": ["prepare"],
         "_register": ["Registration", "register"],
         "_segment_nuclei": ["segment_nuclei"],
         "_slide_qc": ["slide_qc"],

@@ -21,16 +21,10 @@ from stimage_sd.stream.driver import active_client
 class Measured:
     """Measurements per spot.
 
-    Attributes
-    ----------
-    values
-        Counts, sparse ``int32 (n_spots, n_genes)``, or mean intensities, ``float32 (n_spots, n_channels)``.
-    var
-        One row per gene or channel.
-    n_units
-        Number of transcripts, cells or pixels per spot, ``int64 (n_spots,)``.
-    notes
-        Further values to record in the section's history.
+    - `values`: counts, sparse ``int32 (n_spots, n_genes)``, or mean intensities, ``float32 (n_spots, n_channels)``.
+    - `var`: one row per gene or channel.
+    - `n_units`: number of transcripts, cells or pixels per spot, ``int64 (n_spots,)``.
+    - `notes`: further values to record in the section's history.
     """
 
     values: sp.csr_matrix | np.ndarray

@@ -45,16 +45,11 @@ _ENTRIES = 2_000_000
 class Rule:
     """Rule that selects the transcripts to count and places them on the H&E.
 
-    Attributes
-    ----------
-    feature, quality
-        Columns with the feature name and the quality. Without a quality column there is no threshold.
-    min_quality, controls
-        As in `stimage_sd.pp.aggregate`.
-    genes
-        Names of the genes to count. `None` counts all features except controls.
-    matrix
-        ``(2, 3)`` matrix from the coordinates of the points to H&E pixels.
+    - `feature`, `quality`: columns with the feature name and the quality. Without a quality column there is no
+      threshold.
+    - `min_quality`, `controls`: as in `stimage_sd.pp.aggregate`.
+    - `genes`: names of the genes to count. `None` counts all features except controls.
+    - `matrix`: ``(2, 3)`` matrix from the coordinates of the points to H&E pixels.
     """
 
     feature: str
@@ -69,14 +64,9 @@ class Rule:
 class Transcripts:
     """Transcripts of a section.
 
-    Attributes
-    ----------
-    points
-        The dask-backed points.
-    rule
-        Rule that selects the transcripts to count.
-    genes
-        One row per gene. `None` counts all features.
+    - `points`: the dask-backed points.
+    - `rule`: rule that selects the transcripts to count.
+    - `genes`: one row per gene. `None` counts all features.
     """
 
     points: Any
@@ -126,15 +116,7 @@ def find_transcripts(
     min_quality: float | None,
     controls: Sequence[str],
 ) -> Transcripts:
-    """Return a section's transcripts and genes.
-
-    Raises
-    ------
-    KeyError
-        If the points or the table do not exist.
-    ValueError
-        If the points are not placed on the H&E, or have no feature names.
-    """
+    """Return a section's transcripts and genes."""
     name = contract.TRANSCRIPTS if points_key is None else points_key
     if points_key is None and name not in sdata.points and len(sdata.points) == 1:
         name = next(iter(sdata.points))

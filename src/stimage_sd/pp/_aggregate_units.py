@@ -29,16 +29,10 @@ _AS_THEY_ARE = np.eye(2, 3)
 class Units:
     """Cells or bins of a section.
 
-    Attributes
-    ----------
-    table
-        Measurements of the cells or bins.
-    positions
-        ``(n, 2)`` x and y of the centers, H&E px.
-    against
-        ``"counts"``, which are summed, or ``"proteins"``, which are averaged.
-    placed
-        ``(3, 3)`` matrix from the instrument's coordinates to H&E pixels. `None` if the two are the same.
+    - `table`: measurements of the cells or bins.
+    - `positions`: ``(n, 2)`` x and y of the centers, H&E px.
+    - `against`: ``"counts"``, which are summed, or ``"proteins"``, which are averaged.
+    - `placed`: ``(3, 3)`` matrix from the instrument's coordinates to H&E pixels. `None` if the two are the same.
     """
 
     table: AnnData
@@ -74,15 +68,7 @@ class Units:
 
 
 def find_units(sdata: SpatialData, *, table_key: str | None, layer: str | None) -> Units:
-    """Return the cells or bins of a section, not the spots that were made from them.
-
-    Raises
-    ------
-    KeyError
-        If the table does not exist.
-    ValueError
-        If the cells or bins are not placed on the H&E, or the counts are not raw counts.
-    """
+    """Return the cells or bins of a section, not the spots that were made from them."""
     name = contract.cell_table_name(sdata, table_key)
     is_protein = name in (contract.PROTEINS, contract.info(sdata).get("proteins"))
     table = contract.proteins(sdata, name) if is_protein else contract.counts(sdata, contract.Source(name, layer))
@@ -103,12 +89,8 @@ def find_units(sdata: SpatialData, *, table_key: str | None, layer: str | None) 
 class Image:
     """Image with any number of channels.
 
-    Attributes
-    ----------
-    levels
-        Pyramid levels, finest first, lazy ``(c, y, x)`` arrays.
-    matrix
-        ``(2, 3)`` matrix from ``(x, y, 1)`` of the finest level to H&E pixels.
+    - `levels`: pyramid levels, finest first, lazy ``(c, y, x)`` arrays.
+    - `matrix`: ``(2, 3)`` matrix from ``(x, y, 1)`` of the finest level to H&E pixels.
     """
 
     levels: list[xr.DataArray]
@@ -146,15 +128,7 @@ class Image:
 
 
 def find_image(sdata: SpatialData, *, image_key: str | None) -> Image:
-    """Return a section's multiplex image.
-
-    Raises
-    ------
-    KeyError
-        If the image does not exist.
-    ValueError
-        If the image is not placed on the H&E.
-    """
+    """Return a section's multiplex image."""
     name = contract.MULTIPLEX if image_key is None else image_key
     if name not in sdata.images:
         raise KeyError(f"No image {name!r}; this section's images: {sorted(sdata.images)}. Choose with `image_key=`.")

@@ -93,15 +93,9 @@ def label_by_annotations(
 def smallest_around(points: NDArray[np.float64], areas: NDArray[np.object_]) -> NDArray[np.intp]:
     """Return the smallest area that each point lies in, or -1 if the point lies in none.
 
-    Parameters
-    ----------
-    points
-        ``(n_points, 2)``, x and y.
-    areas
-        ``(n_areas,)`` polygons.
+    - `points`: ``(n_points, 2)``, x and y.
+    - `areas`: ``(n_areas,)`` polygons.
 
-    Examples
-    --------
     >>> around = np.array([shapely.box(0, 0, 9, 9), shapely.box(0, 0, 3, 3)])
     >>> smallest_around(np.array([[1.0, 1.0], [5.0, 5.0], [20.0, 5.0]]), around)
     array([ 1,  0, -1])

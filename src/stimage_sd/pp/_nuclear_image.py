@@ -28,14 +28,9 @@ _LEAST_SIDE, _MOST_PIXELS = 1024, 64_000_000
 class WorkingImage:
     """Image at the working resolution.
 
-    Attributes
-    ----------
-    picture
-        Contrast of the nuclei.
-    to_full
-        ``(3, 3)`` matrix from working pixels to full-resolution pixels.
-    um
-        Micrometers per working pixel, computed from the stated full resolution.
+    - `picture`: contrast of the nuclei.
+    - `to_full`: ``(3, 3)`` matrix from working pixels to full-resolution pixels.
+    - `um`: micrometers per working pixel, computed from the stated full resolution.
     """
 
     picture: Picture
@@ -48,30 +43,13 @@ def read_nuclei(
 ) -> WorkingImage:
     """Read the nuclei of an image at about the working resolution, one chunk at a time.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    name
-        Name of the image.
-    channel
-        Name of the channel that shows nuclei. `None` finds the channel, or takes the hematoxylin of an H&E.
-    pixel_um
-        Micrometers per pixel at full resolution.
-    working_um
-        Micrometers per pixel of the working image. The coarsest level that is not coarser is read and averaged over
-        blocks. Small images are read at a finer resolution, large images at a coarser one.
-
-    Returns
-    -------
-    The image at the working resolution.
-
-    Raises
-    ------
-    KeyError
-        If the channel does not exist, or no nuclear channel is found.
-    ValueError
-        If the image shows no contrast.
+    - `sdata`: the section.
+    - `name`: name of the image.
+    - `channel`: name of the channel that shows nuclei. `None` finds the channel, or takes the hematoxylin of an H&E.
+    - `pixel_um`: micrometers per pixel at full resolution.
+    - `working_um`: micrometers per pixel of the working image. The coarsest level that is not coarser is read and
+      averaged over blocks. Small images are read at a finer resolution, large images at a coarser one.
+    - returns: the image at the working resolution.
     """
     levels = contract.levels(sdata, name)
     height, width = levels[0].shape[1:]

@@ -34,18 +34,11 @@ FIGURES = {
 def light_and_stain(rgb: np.ndarray, usable: np.ndarray) -> dict[str, float]:
     """Summarize squidpy's metrics over the tiles that lie wholly on usable tissue.
 
-    Parameters
-    ----------
-    rgb
-        ``uint8 (y, x, 3)``, the slide at the resolution of the quality map.
-    usable
-        ``bool (y, x)``, `True` on usable tissue.
-
-    Returns
-    -------
-    Medians over tiles of ``brightness`` and ``contrast`` (mean and standard deviation of gray values, 0 to 255) and of
-    ``hematoxylin`` and ``eosin`` (concentrations, Ruifrok and Johnston). ``dark_fraction`` is the mean share of dark
-    and saturated pixels, which folds show. All are NaN if no tile lies wholly on usable tissue.
+    - `rgb`: ``uint8 (y, x, 3)``, the slide at the resolution of the quality map.
+    - `usable`: ``bool (y, x)``, `True` on usable tissue.
+    - returns: medians over tiles of ``brightness`` and ``contrast`` (mean and standard deviation of gray values, 0 to
+      255) and of ``hematoxylin`` and ``eosin`` (concentrations, Ruifrok and Johnston). ``dark_fraction`` is the mean
+      share of dark and saturated pixels, which folds show. All are NaN if no tile lies wholly on usable tissue.
     """
     height, width = (side // TILE for side in usable.shape)
     names = list(FIGURES.values())

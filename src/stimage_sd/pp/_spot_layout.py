@@ -24,16 +24,10 @@ _ROUNDING = 1e-6
 class Spots:
     """Spots to aggregate onto.
 
-    Attributes
-    ----------
-    shapes
-        Circles or polygons in H&E pixels, one row per spot, indexed by instance id.
-    obs
-        One row per spot, indexed by spot id, with ``array_row`` and ``array_col`` for spots of an array.
-    regions
-        The same shapes as search regions.
-    diameter
-        Diameter of a spot, px. For polygons, the diameter of a circle of their median area.
+    - `shapes`: circles or polygons in H&E pixels, one row per spot, indexed by instance id.
+    - `obs`: one row per spot, indexed by spot id, with ``array_row`` and ``array_col`` for spots of an array.
+    - `regions`: the same shapes as search regions.
+    - `diameter`: diameter of a spot, px. For polygons, the diameter of a circle of their median area.
     """
 
     shapes: gpd.GeoDataFrame
@@ -45,27 +39,12 @@ class Spots:
 def lay_lattice(field: shapely.Polygon, *, onto: Literal["hex", "grid"], pitch: float, diameter: float) -> Spots:
     """Lay a lattice of circles over a field, centered along x and y.
 
-    Parameters
-    ----------
-    field
-        The measured area. Circles that do not lie wholly within it are left out.
-    onto
-        ``"hex"``: six neighbors at one pitch, with rows along x. Rows and columns are numbered like those of Visium:
-        neighbors in a row are two columns apart, and odd rows hold odd columns. ``"grid"``: four neighbors.
-    pitch, diameter
-        Distance between neighbors and diameter of a circle, H&E px.
+    - `field`: the measured area. Circles that do not lie wholly within it are left out.
+    - `onto`: ``"hex"``: six neighbors at one pitch, with rows along x. Rows and columns are numbered like those of
+      Visium: neighbors in a row are two columns apart, and odd rows hold odd columns. ``"grid"``: four neighbors.
+    - `pitch`, `diameter`: distance between neighbors and diameter of a circle, H&E px.
+    - returns: the spots. Ids are built from the centers, so that spots with the same id lie at the same place.
 
-    Returns
-    -------
-    The spots. Ids are built from the centers, so that spots with the same id lie at the same place.
-
-    Raises
-    ------
-    ValueError
-        If no circle fits, or the pitch is below two pixels.
-
-    Examples
-    --------
     >>> spots = lay_lattice(shapely.box(0, 0, 100, 100), onto="grid", pitch=50.0, diameter=40.0)
     >>> spots.obs.index.tolist()
     ['x25y25', 'x75y25', 'x25y75', 'x75y75']
@@ -105,11 +84,6 @@ def existing_spots(sdata: SpatialData, name: str) -> Spots:
 
     Spots have the ids of the table that annotates the shapes, so that the result matches tiles laid on them. Without a
     table the ids are the index of the shapes.
-
-    Raises
-    ------
-    ValueError
-        If the shapes are neither circles nor polygons, or their transformation turns circles into ellipses.
     """
     element = sdata.shapes[name]
     if len(element) == 0:

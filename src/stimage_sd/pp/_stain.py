@@ -179,23 +179,10 @@ def fit_section(sdata: SpatialData, *, method: StainMethod, image_key: str | Non
 def fit_thumbnail(thumbnail: np.ndarray, mask: np.ndarray, *, method: StainMethod) -> StainReference:
     """Fit the staining of an image.
 
-    Parameters
-    ----------
-    thumbnail
-        ``uint8 (y, x, 3)``.
-    mask
-        ``bool (y, x)``, `True` on tissue.
-    method
-        As in `stain_normalize`.
-
-    Returns
-    -------
-    The fitted reference.
-
-    Raises
-    ------
-    ValueError
-        If the mask is empty or the stains cannot be told apart.
+    - `thumbnail`: ``uint8 (y, x, 3)``.
+    - `mask`: ``bool (y, x)``, `True` on tissue.
+    - `method`: as in `stain_normalize`.
+    - returns: the fitted reference.
     """
     if not mask.any():
         raise ValueError("Expected tissue to fit the stains on, found none. Is it an H&E image?")
@@ -241,16 +228,9 @@ def _refuse_one_stain(matrix: np.ndarray, amounts: np.ndarray) -> None:
 def white_point(thumbnail: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Return the intensity of glass: the median off tissue, or the brightest pixels if there is no glass.
 
-    Parameters
-    ----------
-    thumbnail
-        ``uint8 (y, x, 3)``.
-    mask
-        ``bool (y, x)``, `True` on tissue.
-
-    Returns
-    -------
-    ``float64 (3,)``.
+    - `thumbnail`: ``uint8 (y, x, 3)``.
+    - `mask`: ``bool (y, x)``, `True` on tissue.
+    - returns: ``float64 (3,)``.
     """
     glass = thumbnail[~mask]
     # pen, dust and shadows are off tissue too, so pixels darker than the brightest tissue are not glass

@@ -14,25 +14,11 @@ _MOST_PIXELS = 60_000
 def fit_stain_matrix(thumbnail: np.ndarray, mask: np.ndarray, *, method: str, white_point: np.ndarray) -> np.ndarray:
     """Fit hematoxylin and eosin on tissue pixels with squidpy's `experimental.im.fit_stain_reference`.
 
-    Parameters
-    ----------
-    thumbnail
-        ``uint8 (y, x, 3)``.
-    mask
-        ``bool (y, x)``, `True` on tissue.
-    method
-        ``"vahadane"`` or ``"macenko"``.
-    white_point
-        ``(3,)`` intensity of unstained glass.
-
-    Returns
-    -------
-    Unit optical densities of hematoxylin, eosin and the residual as columns, ``float64 (3, 3)``.
-
-    Raises
-    ------
-    ValueError
-        If the two stains cannot be told apart or are far from hematoxylin and eosin.
+    - `thumbnail`: ``uint8 (y, x, 3)``.
+    - `mask`: ``bool (y, x)``, `True` on tissue.
+    - `method`: ``"vahadane"`` or ``"macenko"``.
+    - `white_point`: ``(3,)`` intensity of unstained glass.
+    - returns: unit optical densities of hematoxylin, eosin and the residual as columns, ``float64 (3, 3)``.
     """
     pixels = thumbnail[mask]
     if len(pixels) > _MOST_PIXELS:

@@ -146,23 +146,12 @@ def tissue_fraction(
 ) -> np.ndarray:
     """Return the share of tissue per tile, exact for tiles that cut mask pixels.
 
-    Parameters
-    ----------
-    mask
-        ``bool (y, x)``.
-    downsample
-        Full-resolution pixels per mask pixel, along y and x.
-    centers
-        ``(n_tiles, 2)`` x and y, full-resolution px.
-    side
-        Side of a tile, full-resolution px.
+    - `mask`: ``bool (y, x)``.
+    - `downsample`: Full-resolution pixels per mask pixel, along y and x.
+    - `centers`: ``(n_tiles, 2)`` x and y, full-resolution px.
+    - `side`: side of a tile, full-resolution px.
+    - returns: ``float64 (n_tiles,)``, 0 to 1. Area off the image does not count as tissue.
 
-    Returns
-    -------
-    ``float64 (n_tiles,)``, 0 to 1. Area off the image does not count as tissue.
-
-    Examples
-    --------
     >>> mask = np.zeros((10, 10), bool)
     >>> mask[:, 5:] = True
     >>> tissue_fraction(mask, (1.0, 1.0), np.array([[5.0, 5.0], [6.0, 5.0]]), side=4.0)

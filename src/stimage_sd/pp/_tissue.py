@@ -89,14 +89,8 @@ def tissue_mask(
 def otsu_mask(thumbnail: np.ndarray) -> np.ndarray:
     """Return the tissue mask by Otsu's threshold on saturation.
 
-    Parameters
-    ----------
-    thumbnail
-        ``uint8 (y, x, 3)`` RGB.
-
-    Returns
-    -------
-    ``bool (y, x)``.
+    - `thumbnail`: ``uint8 (y, x, 3)`` RGB.
+    - returns: ``bool (y, x)``.
     """
     smooth = cv2.GaussianBlur(thumbnail, (0, 0), 1.0)
     saturation = cv2.cvtColor(smooth, cv2.COLOR_RGB2HSV)[..., 1]
@@ -113,14 +107,8 @@ def otsu_mask(thumbnail: np.ndarray) -> np.ndarray:
 def grabcut_mask(thumbnail: np.ndarray) -> np.ndarray:
     """Return the tissue mask by Otsu's threshold, with its border refined by GrabCut.
 
-    Parameters
-    ----------
-    thumbnail
-        ``uint8 (y, x, 3)`` RGB.
-
-    Returns
-    -------
-    ``bool (y, x)``.
+    - `thumbnail`: ``uint8 (y, x, 3)`` RGB.
+    - returns: ``bool (y, x)``.
     """
     first = otsu_mask(thumbnail)
     if not 0.001 < first.mean() < 0.999:

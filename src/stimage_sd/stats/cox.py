@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import norm
 
-from stimage_sd.stats._gene_blocks import each_block
 from stimage_sd.stats.firth_cox import compiled, firth_regression
+from stimage_sd.stats.spatial import each_block
 
 #: maximum number of Newton steps; relative change of the log-likelihood and gain of the next step that end them
 _STEPS, _TOLERANCE, _FLAT = 30, 1e-13, 1e-20
@@ -26,22 +26,13 @@ _ROUNDING = 1e-9
 class CoxRegressions(NamedTuple):
     """One Cox regression per gene, each ``float64 (n_genes,)``, NaN for constant genes.
 
-    Attributes
-    ----------
-    coef
-        Log hazard ratio per unit of the gene.
-    se
-        Standard error of `coef`.
-    z, p_value
-        Two-sided Wald test. With `firth`, the test of the penalized likelihood ratio.
-    lower, upper
-        95 % interval of `coef` from `se`. With `firth`, from the profile of the penalized likelihood.
-    log_likelihood
-        Partial log-likelihood at `coef`.
-    firth
-        ``bool``: whether `coef` is Firth's estimate, used if the partial likelihood has no finite optimum.
-    log_likelihood_null
-        Partial log-likelihood at zero, one number for all genes.
+    - `coef`: log hazard ratio per unit of the gene.
+    - `se`: standard error of `coef`.
+    - `z`, `p_value`: Two-sided Wald test. With `firth`, the test of the penalized likelihood ratio.
+    - `lower`, `upper`: 95 % interval of `coef` from `se`. With `firth`, from the profile of the penalized likelihood.
+    - `log_likelihood`: partial log-likelihood at `coef`.
+    - `firth`: ``bool``: whether `coef` is Firth's estimate, used if the partial likelihood has no finite optimum.
+    - `log_likelihood_null`: partial log-likelihood at zero, one number for all genes.
     """
 
     coef: np.ndarray
@@ -58,32 +49,15 @@ class CoxRegressions(NamedTuple):
 def cox_regressions(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> CoxRegressions:
     """Fit one Cox regression per gene.
 
-    Parameters
-    ----------
-    values
-        Expression, ``(n_patients, n_genes)``.
-    time
-        Time to event or censoring, ``(n_patients,)``.
-    event
-        Whether the event was observed, ``bool (n_patients,)``.
+    - `values`: expression, ``(n_patients, n_genes)``.
+    - `time`: time to event or censoring, ``(n_patients,)``.
+    - `event`: whether the event was observed, ``bool (n_patients,)``.
+    - returns: the regressions.
 
-    Returns
-    -------
-    The regressions.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, a number is not finite, or no event was observed.
-
-    Notes
-    -----
     Ties use Efron's approximation, the default of ``survival::coxph`` in R. If each death has the highest value of all
     patients at risk, or each has the lowest, the gene has no finite optimum. Such genes get Firth's penalized estimate
     (`stimage_sd.stats.firth_cox`).
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats.cox import cox_regressions
     >>> found = cox_regressions(np.array([[1.0], [2.0], [0.0], [3.0]]), np.array([4, 3, 2, 1]), np.ones(4, bool))
@@ -121,23 +95,10 @@ def cox_regressions(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> 
 def directions(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.ndarray:
     """Return the sign of the coefficient of each gene without a fit.
 
-    Parameters
-    ----------
-    values, time, event
-        As in `cox_regressions`.
+    - `values`, `time`, `event`: as in `cox_regressions`.
+    - returns: ``float64 (n_genes,)``: 1 if the hazard rises with the gene, -1 if it falls. The partial log-likelihood
+      is concave, so its slope at zero has the sign of the coefficient.
 
-    Returns
-    -------
-    ``float64 (n_genes,)``: 1 if the hazard rises with the gene, -1 if it falls. The partial log-likelihood is concave,
-    so its slope at zero has the sign of the coefficient.
-
-    Raises
-    ------
-    ValueError
-        As in `cox_regressions`.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> directions(np.array([[3.0], [2.0], [1.0]]), np.array([1, 2, 3]), np.ones(3, bool)).tolist()
     [1.0]
@@ -155,8 +116,6 @@ def directions(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.nd
 def varying(values: np.ndarray) -> np.ndarray:
     """Return which genes vary by more than rounding, ``bool (n_genes,)``.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> varying(np.array([[0.3, 1.0], [0.1 + 0.2, 2.0]])).tolist()
     [False, True]
@@ -169,30 +128,14 @@ def varying(values: np.ndarray) -> np.ndarray:
 def concordances(risk: np.ndarray, time: np.ndarray, event: np.ndarray) -> np.ndarray:
     """Compute Harrell's concordance of risk and survival time per column.
 
-    Parameters
-    ----------
-    risk
-        Predicted risks or expression, ``(n_patients, n_genes)``. A higher value means an earlier event.
-    time, event
-        As in `cox_regressions`.
+    - `risk`: predicted risks or expression, ``(n_patients, n_genes)``. A higher value means an earlier event.
+    - `time`, `event`: as in `cox_regressions`.
+    - returns: ``float64 (n_genes,)``: share of comparable pairs in which the patient with the earlier event has the
+      higher risk. Pairs of equal risk count one half. NaN if there are no comparable pairs.
 
-    Returns
-    -------
-    ``float64 (n_genes,)``: share of comparable pairs in which the patient with the earlier event has the higher risk.
-    Pairs of equal risk count one half. NaN if there are no comparable pairs.
-
-    Raises
-    ------
-    ValueError
-        As in `cox_regressions`.
-
-    Notes
-    -----
     Same as ``survival::concordance(..., reverse = TRUE)`` in R. A patient censored at the time of an event outlives
     that event. Two events at the same time are not a pair.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats.cox import concordances
     >>> concordances(np.array([[3.0], [2.0], [1.0]]), np.array([1, 2, 3]), np.ones(3, bool)).tolist()
@@ -235,10 +178,9 @@ def _checked(values: np.ndarray, time: np.ndarray, event: np.ndarray) -> tuple[n
 def _deaths(time: np.ndarray, event: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return three arrays over deaths, from the latest to the earliest.
 
-    Returns
-    -------
-    Number of patients at risk, who come first in the order, ``(n_deaths,)``. Range of the patients who die at the same
-    time, ``(n_deaths, 2)``. Share of that range that Efron's approximation leaves out of the sum, ``(n_deaths,)``.
+    - returns: number of patients at risk, who come first in the order, ``(n_deaths,)``. Range of the patients who die
+      at the same time, ``(n_deaths, 2)``. Share of that range that Efron's approximation leaves out of the sum,
+      ``(n_deaths,)``.
     """
     rows = np.flatnonzero(event)
     at_risk = np.searchsorted(-time, -time[rows], side="right")

@@ -31,18 +31,11 @@ _MOST_CAUTION = 8.0
 class ElasticNetFit:
     """Result of `fit`.
 
-    Attributes
-    ----------
-    coefficients
-        ``float32 (n_targets, n_features)``.
-    intercepts
-        ``float32 (n_targets,)``, minus or plus infinity for targets with one class only.
-    objective
-        ``float64 (n_targets,)``.
-    converged
-        ``bool (n_targets,)``: whether the objective stopped changing before the last step.
-    n_iterations
-        Steps taken.
+    - `coefficients`: ``float32 (n_targets, n_features)``.
+    - `intercepts`: ``float32 (n_targets,)``, minus or plus infinity for targets with one class only.
+    - `objective`: ``float64 (n_targets,)``.
+    - `converged`: ``bool (n_targets,)``: whether the objective stopped changing before the last step.
+    - `n_iterations`: steps taken.
     """
 
     coefficients: np.ndarray
@@ -86,25 +79,13 @@ def objective(
 ) -> np.ndarray:
     """Compute the objective of each target, in float64.
 
-    Parameters
-    ----------
-    features
-        ``(n_rows, n_features)``.
-    labels
-        ``bool (n_rows, n_targets)``.
-    coefficients, intercepts
-        ``(n_targets, n_features)`` and ``(n_targets,)``, finite.
-    C
-        Inverse of the strength of regularization.
-    l1_ratio
-        Share of the L1 penalty.
+    - `features`: ``(n_rows, n_features)``.
+    - `labels`: ``bool (n_rows, n_targets)``.
+    - `coefficients`, `intercepts`: ``(n_targets, n_features)`` and ``(n_targets,)``, finite.
+    - `C`: inverse of the strength of regularization.
+    - `l1_ratio`: share of the L1 penalty.
+    - returns: ``float64 (n_targets,)``.
 
-    Returns
-    -------
-    ``float64 (n_targets,)``.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats import elastic_net
     >>> nothing = np.zeros((1, 2))
@@ -139,43 +120,23 @@ def fit(
 ) -> ElasticNetFit:
     """Fit one elastic-net logistic regression per target.
 
-    Parameters
-    ----------
-    features
-        ``(n_rows, n_features)``. Standardize them, because all features share one penalty.
-    labels
-        ``bool (n_rows, n_targets)``.
-    C
-        Inverse of the strength of regularization, as in scikit-learn.
-    l1_ratio
-        Share of the L1 penalty, from 0 (ridge) to 1 (lasso).
-    tolerance
-        Relative change of the objective below which a target counts as unchanged. It must stay below for three steps.
-    max_iterations
-        Maximum number of steps.
-    seed
-        Seed of the eigenvector computation.
-    progress
-        Function called with the number of newly converged targets, before the first step and after steps that add any.
+    - `features`: ``(n_rows, n_features)``. Standardize them, because all features share one penalty.
+    - `labels`: ``bool (n_rows, n_targets)``.
+    - `C`: inverse of the strength of regularization, as in scikit-learn.
+    - `l1_ratio`: share of the L1 penalty, from 0 (ridge) to 1 (lasso).
+    - `tolerance`: relative change of the objective below which a target counts as unchanged. It must stay below for
+      three steps.
+    - `max_iterations`: maximum number of steps.
+    - `seed`: seed of the eigenvector computation.
+    - `progress`: function called with the number of newly converged targets, before the first step and after steps that
+      add any.
+    - returns: the fit. Targets with one class only get coefficients of zero and an infinite intercept, for a
+      probability of 0 or 1.
 
-    Returns
-    -------
-    The fit. Targets with one class only get coefficients of zero and an infinite intercept, for a probability of 0
-    or 1.
-
-    Raises
-    ------
-    ValueError
-        If shapes do not fit, numbers are not finite, or an option is out of range.
-
-    Notes
-    -----
     Accelerated steps follow Beck and Teboulle 2009, with the restart of O'Donoghue and Candès 2015. The bound on the
     curvature is from Böhning 1992. ADMM solves the lasso of each step in the shared metric, started from the previous
     step. Objectives are summed in float64, all else is float32.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats import elastic_net
     >>> features = np.random.default_rng(0).standard_normal((200, 3))

@@ -22,18 +22,11 @@ _DOUBLINGS = 60
 class FirthRegression(NamedTuple):
     """Regression of one gene, NaN where the information is zero.
 
-    Attributes
-    ----------
-    coef
-        Log hazard ratio per unit of the gene, at the optimum of the penalized likelihood.
-    se
-        Standard error of `coef`, from the information at the optimum.
-    z
-        Signed square root of the penalized likelihood ratio against no effect.
-    lower, upper
-        95 % interval of `coef`, from the profile of the penalized likelihood.
-    log_likelihood
-        Partial log-likelihood at the optimum, without the penalty.
+    - `coef`: log hazard ratio per unit of the gene, at the optimum of the penalized likelihood.
+    - `se`: standard error of `coef`, from the information at the optimum.
+    - `z`: signed square root of the penalized likelihood ratio against no effect.
+    - `lower`, `upper`: 95 % interval of `coef`, from the profile of the penalized likelihood.
+    - `log_likelihood`: partial log-likelihood at the optimum, without the penalty.
     """
 
     coef: float
@@ -47,17 +40,10 @@ class FirthRegression(NamedTuple):
 def firth_regression(values: np.ndarray, at_risk: np.ndarray, died: np.ndarray, share: np.ndarray) -> FirthRegression:
     """Maximize the partial log-likelihood plus half the log of its information.
 
-    Parameters
-    ----------
-    values
-        Values of the gene, ``(n_patients,)``, ordered by time from the latest to the earliest.
-    at_risk, died, share
-        As in `stimage_sd.stats.cox`: number of patients at risk at each death, range of the patients who die at that
-        time, and share of that range left out by Efron's approximation.
-
-    Returns
-    -------
-    The regression.
+    - `values`: values of the gene, ``(n_patients,)``, ordered by time from the latest to the earliest.
+    - `at_risk`, `died`, `share`: as in `stimage_sd.stats.cox`: number of patients at risk at each death, range of the
+      patients who die at that time, and share of that range left out by Efron's approximation.
+    - returns: the regression.
     """
     sums = np.empty(4)
 

@@ -1,4 +1,4 @@
-"""Lattice of the spots, and neighbor graphs."""
+"""Lattice of the spots: rows and columns, neighbor graphs, and smoothing over the lattice."""
 
 from __future__ import annotations
 
@@ -16,19 +16,13 @@ from scipy.spatial import cKDTree
 class Lattice(NamedTuple):
     """Position of spots on a regular lattice.
 
-    Attributes
-    ----------
-    kind
-        ``"square"`` or ``"hexagonal"``.
-    row, column
-        Integer position of each spot, int64 of shape (n_obs,), from zero. A hexagonal lattice follows Visium's
-        `array_row` and `array_col`: neighbors in a row are two columns apart, and successive rows are shifted by one
-        column.
-    spacing
-        Distance between rows and between columns, in units of the pitch: (1, 1), or (sqrt(3)/2, 1/2) on a hexagonal
-        lattice.
-    pitch
-        Distance between neighboring spots, in the units of the coordinates.
+    - `kind`: ``"square"`` or ``"hexagonal"``.
+    - `row`, `column`: integer position of each spot, int64 of shape (n_obs,), from zero. A hexagonal lattice follows
+      Visium's `array_row` and `array_col`: neighbors in a row are two columns apart, and successive rows are shifted by
+      one column.
+    - `spacing`: distance between rows and between columns, in units of the pitch: (1, 1), or (sqrt(3)/2, 1/2) on a
+      hexagonal lattice.
+    - `pitch`: distance between neighboring spots, in the units of the coordinates.
     """
 
     kind: Literal["square", "hexagonal"]
@@ -46,22 +40,10 @@ def find_lattice(coordinates: ArrayLike) -> Lattice:
     neighbors. Spots may therefore be displaced by a quarter of the pitch, and drift over the section may exceed that.
     Separate parts of the tissue are placed by the fit to the largest part.
 
-    Parameters
-    ----------
-    coordinates
-        Spot centers, x and y, (n_obs, 2), in any unit. Visium's ``array_col, array_row`` are recognized directly.
+    - `coordinates`: spot centers, x and y, (n_obs, 2), in any unit. Visium's ``array_col, array_row`` are recognized
+      directly.
+    - returns: the lattice, with row and column of each spot.
 
-    Returns
-    -------
-    The lattice, with row and column of each spot.
-
-    Raises
-    ------
-    ValueError
-        If coordinates are malformed, coincide, or fit no lattice.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats import lattice
     >>> spots = lattice.find_lattice(np.array([[0.0, 0.0], [101.0, 2.0], [1.0, 99.0], [99.0, 100.0]]))
@@ -194,28 +176,12 @@ def neighbor_graph(
     By default, spots are connected with their lattice neighbors: eight on a square lattice (Queen contiguity, as in
     the paper), six on a hexagonal lattice. Spots may have no neighbor.
 
-    Parameters
-    ----------
-    coordinates
-        Spot centers, x and y, (n_obs, 2), in any unit.
-    n_rings
-        Connect lattice neighbors up to this many rings away. The default is 1 unless another option is given.
-    n_neighbors
-        Connect each spot with this many nearest spots instead. The graph may be asymmetric.
-    radius
-        Connect all pairs within this distance instead, in the unit of the coordinates.
+    - `coordinates`: spot centers, x and y, (n_obs, 2), in any unit.
+    - `n_rings`: connect lattice neighbors up to this many rings away. The default is 1 unless another option is given.
+    - `n_neighbors`: connect each spot with this many nearest spots instead. The graph may be asymmetric.
+    - `radius`: connect all pairs within this distance instead, in the unit of the coordinates.
+    - returns: binary adjacency, float32 (n_obs, n_obs), without self-loops. Row `i` holds the neighbors of spot `i`.
 
-    Returns
-    -------
-    Binary adjacency, float32 (n_obs, n_obs), without self-loops. Row `i` holds the neighbors of spot `i`.
-
-    Raises
-    ------
-    ValueError
-        If more than one option is given, an option is out of range, or no lattice is found.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats import lattice
     >>> grid = np.array([[x, y] for x in range(3) for y in range(3)], dtype=float)
@@ -291,19 +257,11 @@ _MOST_UNEQUAL = 1.2
 def pitch_px(centers: np.ndarray, lattice: np.ndarray, steps: list[tuple[int, int]]) -> float | None:
     """Measure the distance between neighboring spots of an array, in pixels.
 
-    Parameters
-    ----------
-    centers
-        ``(n, 2)`` positions, px.
-    lattice
-        ``(n, 2)`` integer positions in the array.
-    steps
-        Lattice offsets of neighbors one pitch away, one per pair of opposite directions.
-
-    Returns
-    -------
-    The median distance over all pairs of neighbors, robust to a few misplaced spots. `None` if no two spots are
-    neighbors.
+    - `centers`: ``(n, 2)`` positions, px.
+    - `lattice`: ``(n, 2)`` integer positions in the array.
+    - `steps`: lattice offsets of neighbors one pitch away, one per pair of opposite directions.
+    - returns: the median distance over all pairs of neighbors, robust to a few misplaced spots. `None` if no two spots
+      are neighbors.
     """
     where = {position: spot for spot, position in enumerate(map(tuple, lattice.tolist()))}
     pairs = [
@@ -321,19 +279,11 @@ def pitch_px(centers: np.ndarray, lattice: np.ndarray, steps: list[tuple[int, in
 def visium_pitch_px(centers: np.ndarray, lattice: np.ndarray) -> float | None:
     """Measure the pitch of Visium's hexagonal array, in pixels.
 
-    Parameters
-    ----------
-    centers
-        ``(n, 2)`` positions, px.
-    lattice
-        ``(n, 2)``: `array_row` and `array_col` of each spot.
+    - `centers`: ``(n, 2)`` positions, px.
+    - `lattice`: ``(n, 2)``: `array_row` and `array_col` of each spot.
+    - returns: the median distance between neighbors. `None` if no two spots are neighbors or the array is not
+      hexagonal.
 
-    Returns
-    -------
-    The median distance between neighbors. `None` if no two spots are neighbors or the array is not hexagonal.
-
-    Examples
-    --------
     >>> lattice = np.array([[0, 0], [0, 2], [1, 1]])
     >>> round(visium_pitch_px(np.array([[0, 0], [200, 0], [100, 173.2]]), lattice), 1)
     200.0
@@ -349,3 +299,73 @@ def visium_pitch_px(centers: np.ndarray, lattice: np.ndarray) -> float | None:
     if by_step and max(by_step) > _MOST_UNEQUAL * min(by_step):
         return None
     return pitch_px(centers, lattice, VISIUM_STEPS)
+
+
+#: a share this close to one half counts as one half, so that ties do not depend on the order of summation
+_TIE = 1e-9
+
+
+class Smoother(NamedTuple):
+    """The Gaussian over the raster of spots, first along rows and then down columns.
+
+    - `along`: sparse ``float64 (n_cells, n_spots)``: from spots to the cells of the raster that they reach within their
+      row.
+    - `down`: sparse ``float64 (n_spots, n_cells)``: from cells to the spots in their column.
+    - `limit`: ``float64 (n_spots, 1)``: threshold of the smoothed pattern, half of the smoothed tissue.
+    """
+
+    along: scipy.sparse.csc_array
+    down: scipy.sparse.csr_array
+    limit: np.ndarray
+
+
+def smoother(row: np.ndarray, column: np.ndarray, sigma: tuple[float, float]) -> Smoother:
+    """Place spots on a raster, and return the Gaussian over it.
+
+    - `row`, `column`: ``int64 (n_spots,)``, from zero.
+    - `sigma`: standard deviations of the Gaussian, in rows and in columns. It is cut off at four, as in scipy.
+
+    >>> smooth = smoother(np.array([0, 0, 1]), np.array([0, 1, 1]), (1.0, 1.0))
+    >>> (smooth.down @ smooth.along).toarray().round(2).tolist()
+    [[1.0, 0.61, 0.37], [0.61, 1.0, 0.61], [0.37, 0.61, 1.0]]
+    """
+    n_columns = int(column.max()) + 1
+    by_row, by_column = _gaussian(row, sigma[0]), _gaussian(column, sigma[1])
+    reached = row[by_column.spot] * n_columns + by_column.to
+    read = by_row.to * n_columns + column[by_row.spot]
+    # cells without a spot in reach of their row are left out
+    is_cell = np.zeros((int(row.max()) + 1) * n_columns, dtype=bool)
+    is_cell[reached] = True
+    cell, known = np.cumsum(is_cell) - 1, is_cell[read]
+    shape = (int(cell[-1]) + 1, len(row))
+    along = scipy.sparse.csc_array((by_column.weight, (cell[reached], by_column.spot)), shape)
+    down = scipy.sparse.csr_array((by_row.weight[known], (by_row.spot[known], cell[read[known]])), shape[::-1])
+    return Smoother(along, down, (0.5 - _TIE) * (down @ along.sum(axis=1))[:, None])
+
+
+class _Reach(NamedTuple):
+    """Positions that spots reach along one axis: number of the spot, position, and weight of the Gaussian."""
+
+    spot: np.ndarray
+    to: np.ndarray
+    weight: np.ndarray
+
+
+def _gaussian(position: np.ndarray, sigma: float) -> _Reach:
+    size = int(position.max()) + 1
+    reach = min(int(4 * sigma + 0.5), size - 1)
+    offset = np.arange(-reach, reach + 1)
+    to = position[:, None] + offset
+    spot, which = np.nonzero((to >= 0) & (to < size))
+    return _Reach(spot, to[spot, which], np.exp(-0.5 * (offset / sigma) ** 2)[which])
+
+
+def smoothed_patterns(high: np.ndarray, smooth: Smoother) -> np.ndarray:
+    """Return where smoothed patterns cover half of the smoothed tissue or more, boolean (n_spots, n_genes)."""
+    return smooth.down @ (smooth.along @ high.astype(np.float64)) >= smooth.limit
+
+
+def overlaps(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Return intersection over union per gene of two patterns, NaN if both are empty."""
+    both, first, second = (pattern.sum(axis=0, dtype=np.int32) for pattern in (one & other, one, other))
+    return both / (first + second - both)

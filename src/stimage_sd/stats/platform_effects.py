@@ -20,25 +20,14 @@ _FLOOR = 1e-6
 def gene_efficiencies(counts: csr_matrix, profiles: NDArray[np.floating]) -> NDArray[np.float64]:
     """Estimate the ratio of observed to expected counts per gene, given profiles of the cell types.
 
-    Parameters
-    ----------
-    counts
-        Counts of cells, ``(n_cells, n_genes)``.
-    profiles
-        Share of each gene in the counts of each type, ``(n_types, n_genes)``.
+    - `counts`: counts of cells, ``(n_cells, n_genes)``.
+    - `profiles`: share of each gene in the counts of each type, ``(n_types, n_genes)``.
+    - returns: ``float64 (n_genes,)``, positive, with geometric mean 1.
 
-    Returns
-    -------
-    ``float64 (n_genes,)``, positive, with geometric mean 1.
-
-    Notes
-    -----
     A count in a cell of type t is of gene g with probability ``p_tg ∝ e_g · m_tg``, for profiles m and efficiencies e.
     Expectation-maximization estimates the type of each cell, the shares of the types, and e. One count is added to the
     observed and expected counts per gene, so that genes with few counts stay close to the others.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from scipy.sparse import csr_matrix
     >>> gene_efficiencies(csr_matrix([[400, 100]] * 50), np.array([[0.5, 0.5]])).round(2).tolist()

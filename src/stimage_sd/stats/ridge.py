@@ -11,21 +11,12 @@ import numpy as np
 class Moments:
     """Sums over observations for ridge regression, which can be added over parts of the data.
 
-    Attributes
-    ----------
-    n
-        Number of observations.
-    features
-        Sum of the features, ``float64 (n_features,)``.
-    targets
-        Sum of the targets, ``float64 (n_targets,)``.
-    gram
-        Sum of the features' products, ``float64 (n_features, n_features)``.
-    cross
-        Sum of products of features and targets, ``float64 (n_features, n_targets)``.
+    - `n`: number of observations.
+    - `features`: sum of the features, ``float64 (n_features,)``.
+    - `targets`: sum of the targets, ``float64 (n_targets,)``.
+    - `gram`: sum of the features' products, ``float64 (n_features, n_features)``.
+    - `cross`: sum of products of features and targets, ``float64 (n_features, n_targets)``.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> half = Moments.of(np.array([[1.0], [2.0]]), np.array([[2.0], [4.0]]))
     >>> (half + half).n
@@ -61,24 +52,14 @@ class Moments:
 class RidgePath:
     """Ridge regression for all penalties and ranks, in the eigenvectors of the feature covariance.
 
-    Attributes
-    ----------
-    center, intercept
-        Means of the features, ``(n_features,)``, and of the targets, ``(n_targets,)``.
-    values, vectors
-        Eigenvalues and eigenvectors of the Gram matrix of the centered features.
-    products
-        ``(n_features, n_targets)``: products of centered features and targets, in eigenvector coordinates.
-    n
-        Number of observations.
+    - `center`, `intercept`: means of the features, ``(n_features,)``, and of the targets, ``(n_targets,)``.
+    - `values`, `vectors`: eigenvalues and eigenvectors of the Gram matrix of the centered features.
+    - `products`: ``(n_features, n_targets)``: products of centered features and targets, in eigenvector coordinates.
+    - `n`: number of observations.
 
-    Notes
-    -----
     Reduced ranks follow Izenman 1975, "Reduced-rank regression for the multivariate linear model". Fitted values are
     projected on their leading principal directions.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> path = RidgePath.solve(Moments.of(np.array([[0.0], [1.0], [2.0]]), np.array([[1.0], [3.0], [5.0]])))
     >>> path.coefficients(0.0).round(6).tolist()

@@ -11,19 +11,12 @@ from numpy.typing import ArrayLike
 class RiskCoverage(NamedTuple):
     """Risk–coverage curve of a set of predictions.
 
-    Attributes
-    ----------
-    coverage
-        ``float64 (n,)``: share of predictions kept, 1/n to 1.
-    risk
-        ``float64 (n,)``: mean error of the kept predictions, which are the least uncertain ones.
-    oracle
-        ``float64 (n,)``: mean error if the predictions of least error are kept. No uncertainty does better.
-    random
-        Mean error of all predictions, the expectation for any share kept at random.
-    aurc
-        Mean of `risk` over the curve (area under the curve). A useful uncertainty puts it between the mean of `oracle`
-        and `random`.
+    - `coverage`: ``float64 (n,)``: share of predictions kept, 1/n to 1.
+    - `risk`: ``float64 (n,)``: mean error of the kept predictions, which are the least uncertain ones.
+    - `oracle`: ``float64 (n,)``: mean error if the predictions of least error are kept. No uncertainty does better.
+    - `random`: mean error of all predictions, the expectation for any share kept at random.
+    - `aurc`: mean of `risk` over the curve (area under the curve). A useful uncertainty puts it between the mean of
+      `oracle` and `random`.
     """
 
     coverage: np.ndarray
@@ -36,29 +29,13 @@ class RiskCoverage(NamedTuple):
 def risk_coverage(error: ArrayLike, uncertainty: ArrayLike) -> RiskCoverage:
     """Sort predictions by uncertainty and average the error of the kept predictions.
 
-    Parameters
-    ----------
-    error
-        Error of each prediction, ``(n,)``.
-    uncertainty
-        Uncertainty of each prediction, ``(n,)``. Only the order matters.
+    - `error`: error of each prediction, ``(n,)``.
+    - `uncertainty`: uncertainty of each prediction, ``(n,)``. Only the order matters.
+    - returns: the curve.
 
-    Returns
-    -------
-    The curve.
-
-    Raises
-    ------
-    ValueError
-        If the arrays differ in length, are empty or are not finite.
-
-    Notes
-    -----
     Source: Geifman and El-Yaniv 2017, "Selective classification for deep neural networks". Predictions of equal
     uncertainty each get their mean error, so the order of the input does not matter.
 
-    Examples
-    --------
     >>> from stimage_sd.stats.selective import risk_coverage
     >>> risk_coverage([1.0, 3.0, 2.0], [0.1, 0.9, 0.5]).risk.tolist()
     [1.0, 1.5, 2.0]
@@ -86,17 +63,10 @@ def risk_coverage(error: ArrayLike, uncertainty: ArrayLike) -> RiskCoverage:
 def log_scale(counts: ArrayLike, mean: ArrayLike, variance: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Compute error and uncertainty of predicted counts on a log scale, where neither grows with the mean.
 
-    Parameters
-    ----------
-    counts, mean, variance
-        Observed counts, predicted mean and predicted variance, of one shape.
+    - `counts`, `mean`, `variance`: observed counts, predicted mean and predicted variance, of one shape.
+    - returns: absolute error of log(1 + mean), and first-order variance of log(1 + count), which is variance / (1 +
+      mean)².
 
-    Returns
-    -------
-    Absolute error of log(1 + mean), and first-order variance of log(1 + count), which is variance / (1 + mean)².
-
-    Examples
-    --------
     >>> from stimage_sd.stats.selective import log_scale
     >>> error, uncertainty = log_scale([3.0], [1.0], [2.0])
     >>> round(float(error[0]), 3), float(uncertainty[0])
@@ -110,19 +80,10 @@ def log_scale(counts: ArrayLike, mean: ArrayLike, variance: ArrayLike) -> tuple[
 def kept(curve: np.ndarray, shares: ArrayLike) -> np.ndarray:
     """Return the values of a curve over 1 to n predictions at given shares, rounded up.
 
-    Parameters
-    ----------
-    curve
-        ``(n,)``, such as `RiskCoverage.risk`.
-    shares
-        Shares of the predictions, above 0 and at most 1.
+    - `curve`: ``(n,)``, such as `RiskCoverage.risk`.
+    - `shares`: shares of the predictions, above 0 and at most 1.
+    - returns: values of the curve, of the shape of `shares`.
 
-    Returns
-    -------
-    Values of the curve, of the shape of `shares`.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats.selective import kept
     >>> kept(np.array([1.0, 2.0, 3.0, 4.0]), [0.5, 0.6, 1.0]).tolist()

@@ -13,14 +13,9 @@ from scipy.stats import chi2, norm
 class SurvivalCurve(NamedTuple):
     """Kaplan-Meier estimate, a step function that starts at time 0 and ends with the last patient.
 
-    Attributes
-    ----------
-    time
-        Times from which the values hold, ``float64 (n_times,)``.
-    share
-        Share of patients without the event.
-    lower, upper
-        Pointwise confidence limits of the share.
+    - `time`: times from which the values hold, ``float64 (n_times,)``.
+    - `share`: share of patients without the event.
+    - `lower`, `upper`: pointwise confidence limits of the share.
     """
 
     time: np.ndarray
@@ -36,26 +31,12 @@ class SurvivalCurve(NamedTuple):
 def kaplan_meier(time: ArrayLike, event: ArrayLike, *, confidence: float = 0.95) -> SurvivalCurve:
     """Estimate the share of patients without the event over time.
 
-    Parameters
-    ----------
-    time
-        Time of the event or of the last contact, ``(n_patients,)``, no less than 0.
-    event
-        Whether the event was observed, ``(n_patients,)``.
-    confidence
-        Level of the pointwise confidence limits.
+    - `time`: time of the event or of the last contact, ``(n_patients,)``, no less than 0.
+    - `event`: whether the event was observed, ``(n_patients,)``.
+    - `confidence`: level of the pointwise confidence limits.
+    - returns: the curve. Its limits are Greenwood's on the scale of ``log(-log(share))``, which keeps them within 0 and
+      1.
 
-    Returns
-    -------
-    The curve. Its limits are Greenwood's on the scale of ``log(-log(share))``, which keeps them within 0 and 1.
-
-    Raises
-    ------
-    ValueError
-        If there are no patients, a time is negative or not finite, or an event is neither 0 nor 1.
-
-    Examples
-    --------
     >>> from stimage_sd.stats.survival import kaplan_meier
     >>> kaplan_meier([1.0, 2.0, 2.0, 3.0], [True, False, True, False]).share.round(2).tolist()
     [1.0, 0.75, 0.5, 0.5]
@@ -81,24 +62,11 @@ def kaplan_meier(time: ArrayLike, event: ArrayLike, *, confidence: float = 0.95)
 def log_rank_p(time: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
     """Compute the p-value of the log-rank test that all groups have one survival curve.
 
-    Parameters
-    ----------
-    time, event
-        As in `kaplan_meier`.
-    group
-        Group of each patient, ``(n_patients,)``, two groups or more.
+    - `time`, `event`: as in `kaplan_meier`.
+    - `group`: group of each patient, ``(n_patients,)``, two groups or more.
+    - returns: the p-value, accurate for very small values as well. NaN if the groups cannot be compared, such as
+      without an event.
 
-    Returns
-    -------
-    The p-value, accurate for very small values as well. NaN if the groups cannot be compared, such as without an event.
-
-    Raises
-    ------
-    ValueError
-        As `kaplan_meier`.
-
-    Examples
-    --------
     >>> from stimage_sd.stats.survival import log_rank_p
     >>> round(log_rank_p([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 1], ["a", "a", "a", "b", "b", "b"]), 4)
     0.0246
@@ -117,22 +85,12 @@ def log_rank_p(time: ArrayLike, event: ArrayLike, group: ArrayLike) -> float:
 def ridge_cox(values: np.ndarray, time: np.ndarray, event: np.ndarray, *, penalty: float) -> np.ndarray:
     """Fit a Cox regression with a ridge penalty.
 
-    Parameters
-    ----------
-    values
-        Standardized covariates, ``float64 (n_patients, n_covariates)``.
-    time, event
-        As in `kaplan_meier`. Ties are treated as Efron does.
-    penalty
-        Strength of the penalty, above 0: ``penalty / 2`` times the sum of squared weights is subtracted from the mean
-        partial log-likelihood per patient.
+    - `values`: standardized covariates, ``float64 (n_patients, n_covariates)``.
+    - `time`, `event`: as in `kaplan_meier`. Ties are treated as Efron does.
+    - `penalty`: strength of the penalty, above 0: ``penalty / 2`` times the sum of squared weights is subtracted from
+      the mean partial log-likelihood per patient.
+    - returns: weights, ``float64 (n_covariates,)``.
 
-    Returns
-    -------
-    Weights, ``float64 (n_covariates,)``.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.stats.survival import ridge_cox
     >>> values = np.array([[-1.0], [-1.0], [1.0], [1.0]])

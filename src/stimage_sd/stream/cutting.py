@@ -24,16 +24,9 @@ Chunk = tuple[int, int, int]
 def visit_order(centers: np.ndarray, array: da.Array) -> np.ndarray:
     """Return an order of tiles in which successive tiles share image chunks.
 
-    Parameters
-    ----------
-    centers
-        ``(n_tiles, 2)`` x and y, px.
-    array
-        The finest level, ``(3, y, x)``.
-
-    Returns
-    -------
-    ``int64 (n_tiles,)``: row numbers of the tiles, chunk row by chunk row, in alternating direction.
+    - `centers`: ``(n_tiles, 2)`` x and y, px.
+    - `array`: the finest level, ``(3, y, x)``.
+    - returns: ``int64 (n_tiles,)``: row numbers of the tiles, chunk row by chunk row, in alternating direction.
     """
     rows, columns = (
         np.searchsorted(np.cumsum(array.chunks[axis]), np.clip(values, 0, array.shape[axis] - 1), side="right")
@@ -46,18 +39,10 @@ def visit_order(centers: np.ndarray, array: da.Array) -> np.ndarray:
 def cut_tile(level: np.ndarray, *, top: int, left: int, side: int, target: int) -> np.ndarray:
     """Cut one square out of an image in memory, with reflected borders, and resample the square.
 
-    Parameters
-    ----------
-    level
-        ``uint8 (3, y, x)``.
-    top, left, side
-        The square, px. The square may reach over the image border.
-    target
-        Side after resampling, px. Shrinking averages areas, enlarging is bilinear.
-
-    Returns
-    -------
-    ``uint8 (target, target, 3)``.
+    - `level`: ``uint8 (3, y, x)``.
+    - `top`, `left`, `side`: the square, px. The square may reach over the image border.
+    - `target`: side after resampling, px. Shrinking averages areas, enlarging is bilinear.
+    - returns: ``uint8 (target, target, 3)``.
     """
     rows, columns = _reflected(top, side, level.shape[1]), _reflected(left, side, level.shape[2])
     return _resample(np.moveaxis(level[:, rows[:, None], columns], 0, -1), target)
@@ -83,16 +68,10 @@ def _reflected(start: int, length: int, size: int) -> np.ndarray:
 class View:
     """A field of view and the image level to read it from.
 
-    Attributes
-    ----------
-    level
-        Number of the level.
-    factor
-        Pixels of the finest level per pixel of the level.
-    start
-        x and y of the level's corner, px of the finest level. Nonzero for a coarse level of a cropped image.
-    side
-        Side of the field of view, px of the level.
+    - `level`: number of the level.
+    - `factor`: pixels of the finest level per pixel of the level.
+    - `start`: x and y of the level's corner, px of the finest level. Nonzero for a coarse level of a cropped image.
+    - `side`: side of the field of view, px of the level.
     """
 
     level: int
@@ -144,14 +123,9 @@ def placement(pyramid: Sequence[xr.DataArray], level: int) -> tuple[float, tuple
 class Cutting:
     """Plan for cutting tiles out of the chunks of an image.
 
-    Attributes
-    ----------
-    layout
-        Heights and widths of the chunks, per level.
-    views
-        The fields of view.
-    target
-        Side to which every field of view is resampled, px.
+    - `layout`: heights and widths of the chunks, per level.
+    - `views`: the fields of view.
+    - `target`: side to which every field of view is resampled, px.
     """
 
     layout: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]

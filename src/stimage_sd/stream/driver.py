@@ -37,31 +37,16 @@ _MOST_LOCKS = 256
 class TileJob:
     """A function to run over the tiles of one image.
 
-    Attributes
-    ----------
-    pyramid
-        Levels of the image, finest first, each ``uint8 (3, y, x)`` and dask-backed.
-    centers
-        ``(n_tiles, 2)`` float, x and y of the tile centers, px of the finest level.
-    function
-        ``uint8 (batch, target, target, 3)`` to an array whose first axis is the batch. The result for a tile must not
-        depend on the rest of the batch. On a cluster the function must be picklable.
-    sides
-        Sides of the fields of view around a center, px of the finest level.
-    target
-        Side to which every field of view is resampled, px.
-    key
-        Identifier of the function, such as an extractor's name and the hash of its weights. A resumed run is recognized
-        by this key.
-    shape
-        Shape of the result for one tile. If `None`, the function is tried on a blank tile.
-    batch_size
-        Tiles per batch, the unit of work and of resumption.
-
-    Raises
-    ------
-    ValueError
-        If there are no tiles, a center is not finite, or a side, the target or `batch_size` is not positive.
+    - `pyramid`: levels of the image, finest first, each ``uint8 (3, y, x)`` and dask-backed.
+    - `centers`: ``(n_tiles, 2)`` float, x and y of the tile centers, px of the finest level.
+    - `function`: ``uint8 (batch, target, target, 3)`` to an array whose first axis is the batch. The result for a tile
+      must not depend on the rest of the batch. On a cluster the function must be picklable.
+    - `sides`: sides of the fields of view around a center, px of the finest level.
+    - `target`: side to which every field of view is resampled, px.
+    - `key`: identifier of the function, such as an extractor's name and the hash of its weights. A resumed run is
+      recognized by this key.
+    - `shape`: shape of the result for one tile. If `None`, the function is tried on a blank tile.
+    - `batch_size`: tiles per batch, the unit of work and of resumption.
     """
 
     pyramid: Sequence[xr.DataArray]
@@ -93,21 +78,12 @@ def pixel_positions(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the image positions of the pixels of a field of view, as `run_over_tiles` cuts it.
 
-    Parameters
-    ----------
-    pyramid
-        Levels of the image, finest first.
-    center
-        x and y of the tile's center, px of the finest level.
-    side
-        Side of the field of view, px of the finest level.
-    target
-        Side to which the field of view is resampled, px.
-
-    Returns
-    -------
-    x of the columns and y of the rows, each ``float64 (target,)``, px of the finest level. A position is the center of
-    the nearest pixel of the level. Positions beyond the image border are mirrored, as the pixels are.
+    - `pyramid`: levels of the image, finest first.
+    - `center`: x and y of the tile's center, px of the finest level.
+    - `side`: side of the field of view, px of the finest level.
+    - `target`: side to which the field of view is resampled, px.
+    - returns: x of the columns and y of the rows, each ``float64 (target,)``, px of the finest level. A position is the
+      center of the nearest pixel of the level. Positions beyond the image border are mirrored, as the pixels are.
     """
     view = view_of(pyramid, side, target)
     _, height, width = pyramid[view.level].shape
@@ -133,22 +109,9 @@ def run_over_tiles(
 ) -> np.ndarray:
     """Run a function over batches of square tiles of a lazy image.
 
-    Parameters
-    ----------
-    pyramid, centers, function, sides, target, key, shape, batch_size
-        As in `TileJob`.
-    n_jobs, description, keep_store
-        As in `run_over_images`.
-
-    Returns
-    -------
-    ``float32 (n_tiles, n_sides, ...)``: the function's result per tile and field of view.
-
-    Raises
-    ------
-    ValueError
-        If there are no tiles, a center is not finite, a side, the target or `batch_size` is not positive, or results
-        do not have the given `shape`.
+    - `pyramid`, `centers`, `function`, `sides`, `target`, `key`, `shape`, `batch_size`: as in `TileJob`.
+    - `n_jobs`, `description`, `keep_store`: as in `run_over_images`.
+    - returns: ``float32 (n_tiles, n_sides, ...)``: the function's result per tile and field of view.
     """
     job = TileJob(
         pyramid=pyramid, centers=centers, function=function, sides=sides, target=target, key=key, shape=shape,
@@ -163,27 +126,13 @@ def run_over_images(
 ) -> Iterator[np.ndarray]:
     """Run functions over batches of tiles of several images, without idle cores between images.
 
-    Parameters
-    ----------
-    jobs
-        The jobs to run. A job is opened once the batches of the jobs before it are submitted.
-    n_jobs
-        Number of threads. All cores by default. An active `dask.distributed` client is used instead of threads. Its
-        workers must see the images and `stimage_sd._cache.cache_dir`, where they write, under the same paths.
-    description
-        Label of the progress bar.
-    keep_store
-        Keep the results on disk after all jobs are complete.
-
-    Yields
-    ------
-    ``float32 (n_tiles, n_sides, ...)`` per job, in order, as soon as the job is complete. The results stay on disk
-    until all jobs are complete, so an interrupted cohort that is run again computes nothing twice.
-
-    Raises
-    ------
-    ValueError
-        If results do not have the given `shape`.
+    - `jobs`: the jobs to run. A job is opened once the batches of the jobs before it are submitted.
+    - `n_jobs`: number of threads. All cores by default. An active `dask.distributed` client is used instead of threads.
+      Its workers must see the images and `stimage_sd._cache.cache_dir`, where they write, under the same paths.
+    - `description`: label of the progress bar.
+    - `keep_store`: keep the results on disk after all jobs are complete.
+    - yields: ``float32 (n_tiles, n_sides, ...)`` per job, in order, as soon as the job is complete. The results stay on
+      disk until all jobs are complete, so an interrupted cohort that is run again computes nothing twice.
     """
     for job in _completed(jobs, n_jobs=n_jobs, description=description, keep_store=keep_store):
         yield job.results.read(job.order)
@@ -196,22 +145,10 @@ def iterate_over_tiles(
 
     Use this for results that are too large for memory. They stay on disk, compressed, until the last batch is yielded.
 
-    Parameters
-    ----------
-    job
-        The job to run.
-    n_jobs, description
-        As in `run_over_images`.
-
-    Yields
-    ------
-    Row numbers of a batch's tiles, ``int64 (n,)``, and their results, ``float32 (n, n_sides, ...)``. The first batch
-    is yielded when all tiles are done.
-
-    Raises
-    ------
-    ValueError
-        If results do not have the given `shape`.
+    - `job`: the job to run.
+    - `n_jobs`, `description`: as in `run_over_images`.
+    - yields: row numbers of a batch's tiles, ``int64 (n,)``, and their results, ``float32 (n, n_sides, ...)``. The
+      first batch is yielded when all tiles are done.
     """
     for complete in _completed([job], n_jobs=n_jobs, description=description, keep_store=False):
         for batch, start in enumerate(range(0, len(complete.order), job.batch_size)):

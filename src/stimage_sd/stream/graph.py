@@ -48,16 +48,10 @@ class Recipe:
 class Batch:
     """A batch of tiles to run.
 
-    Attributes
-    ----------
-    key
-        Name of the batch's task.
-    tasks
-        The task of the batch and the tasks of the chunks that it reads.
-    n_tiles
-        Number of tiles.
-    owner
-        Number of the image that the batch belongs to.
+    - `key`: name of the batch's task.
+    - `tasks`: the task of the batch and the tasks of the chunks that it reads.
+    - `n_tiles`: number of tiles.
+    - `owner`: number of the image that the batch belongs to.
     """
 
     key: str
@@ -71,20 +65,12 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield the batches of an image with their tasks.
 
-    Parameters
-    ----------
-    name
-        A unique name of the run.
-    owner
-        Number of the image.
-    arrays
-        Levels of the image, lazy ``uint8 (3, y, x)``, with all channels in every chunk.
-    centers
-        ``(n_tiles, 2)`` in visit order.
-    numbers
-        Numbers of the batches to run.
-    recipe
-        The recipe that the batches share.
+    - `name`: a unique name of the run.
+    - `owner`: number of the image.
+    - `arrays`: levels of the image, lazy ``uint8 (3, y, x)``, with all channels in every chunk.
+    - `centers`: ``(n_tiles, 2)`` in visit order.
+    - `numbers`: numbers of the batches to run.
+    - `recipe`: the recipe that the batches share.
     """
     if not len(numbers):
         return

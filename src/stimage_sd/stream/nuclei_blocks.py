@@ -36,16 +36,10 @@ _SAME = 0.3
 class Nuclei(NamedTuple):
     """Nuclei and their measurements.
 
-    Attributes
-    ----------
-    outlines
-        Polygons, object array ``(n,)``, px of the full resolution.
-    centers
-        ``float64 (n, 2)``, x and y, px of the full resolution.
-    eccentricity, hematoxylin
-        ``float64 (n,)``. Hematoxylin is the natural-log optical density.
-    values
-        ``float64 (n, n_values)``: means of the function's values over the pixels of a nucleus.
+    - `outlines`: polygons, object array ``(n,)``, px of the full resolution.
+    - `centers`: ``float64 (n, 2)``, x and y, px of the full resolution.
+    - `eccentricity`, `hematoxylin`: ``float64 (n,)``. Hematoxylin is the natural-log optical density.
+    - `values`: ``float64 (n, n_values)``: means of the function's values over the pixels of a nucleus.
     """
 
     outlines: NDArray[np.object_]
@@ -63,16 +57,10 @@ class Nuclei(NamedTuple):
 class Blocks:
     """Windows of one size and their cores, px of the full resolution.
 
-    Attributes
-    ----------
-    downsample
-        Full-resolution pixels per pixel of the working resolution.
-    side
-        Side of the windows, px of the working resolution.
-    corners
-        ``float64 (n_blocks, 2)``, x and y of the windows' corners.
-    cores
-        ``float64 (n_blocks, 4)``: left, top, right, bottom. The right and bottom edges belong to the next core.
+    - `downsample`: Full-resolution pixels per pixel of the working resolution.
+    - `side`: side of the windows, px of the working resolution.
+    - `corners`: ``float64 (n_blocks, 2)``, x and y of the windows' corners.
+    - `cores`: ``float64 (n_blocks, 4)``: left, top, right, bottom. The right and bottom edges belong to the next core.
     """
 
     downsample: float
@@ -93,21 +81,12 @@ class Blocks:
 def lay_blocks(width: int, height: int, *, downsample: float, core: int, margin: int) -> Blocks:
     """Cover an image with blocks.
 
-    Parameters
-    ----------
-    width, height
-        Size of the image, px of the full resolution.
-    downsample
-        Full-resolution pixels per pixel of the working resolution.
-    core, margin
-        Side of a core and width of the margin around it, px of the working resolution. Both shrink on a small image.
+    - `width`, `height`: size of the image, px of the full resolution.
+    - `downsample`: Full-resolution pixels per pixel of the working resolution.
+    - `core`, `margin`: side of a core and width of the margin around it, px of the working resolution. Both shrink on a
+      small image.
+    - returns: all blocks, row by row. No window reaches over the image border, so no nucleus is mirrored.
 
-    Returns
-    -------
-    All blocks, row by row. No window reaches over the image border, so no nucleus is mirrored.
-
-    Examples
-    --------
     >>> blocks = lay_blocks(200, 100, downsample=1, core=60, margin=20)
     >>> blocks.corners.tolist(), blocks.cores[:, 0].tolist()
     ([[0.0, 0.0], [60.0, 0.0], [100.0, 0.0]], [0.0, 80.0, 120.0])
@@ -149,30 +128,14 @@ def find_in_blocks(
 ) -> Iterator[Nuclei]:
     """Find nuclei block by block, through the tile stream.
 
-    Parameters
-    ----------
-    pyramid
-        Levels of the image, finest first.
-    blocks
-        The blocks to search.
-    function
-        ``uint8 (batch, y, x, 3)`` to integer label maps ``(batch, y, x)`` with 0 for background, or to label maps and
-        pixel values ``float32 (batch, y, x, n_values)``.
-    key
-        Identifier of the function, as in `stimage_sd.stream.driver.TileJob`.
-    n_jobs, description
-        As in `stimage_sd.stream.driver.iterate_over_tiles`.
-    n_values
-        Number of values per pixel.
-
-    Yields
-    ------
-    The nuclei with centers in a block's core, block by block.
-
-    Raises
-    ------
-    ValueError
-        If the function's labels do not have the expected shape and dtype, or a block has too many nuclei.
+    - `pyramid`: levels of the image, finest first.
+    - `blocks`: the blocks to search.
+    - `function`: ``uint8 (batch, y, x, 3)`` to integer label maps ``(batch, y, x)`` with 0 for background, or to label
+      maps and pixel values ``float32 (batch, y, x, n_values)``.
+    - `key`: identifier of the function, as in `stimage_sd.stream.driver.TileJob`.
+    - `n_jobs`, `description`: as in `stimage_sd.stream.driver.iterate_over_tiles`.
+    - `n_values`: number of values per pixel.
+    - yields: the nuclei with centers in a block's core, block by block.
     """
     # values need room for at most one nucleus per 60 pixels
     room = int(_ROOM * blocks.side**2) + 1 + n_values * (blocks.side**2 // 60)
@@ -198,14 +161,9 @@ def find_in_blocks(
 class PackedNuclei:
     """Find the nuclei of windows, and pack them into arrays of fixed length for the tile stream.
 
-    Parameters
-    ----------
-    function
-        The function that returns label maps.
-    room
-        Length of the arrays.
-    n_values
-        Number of values per nucleus.
+    - `function`: the function that returns label maps.
+    - `room`: length of the arrays.
+    - `n_values`: number of values per nucleus.
     """
 
     function: LabelFunction
@@ -283,18 +241,10 @@ def _polygons(points: NDArray[np.float64], n_points: NDArray[np.int64]) -> NDArr
 def stitch(parts: list[Nuclei]) -> Nuclei:
     """Merge the nuclei of blocks.
 
-    Parameters
-    ----------
-    parts
-        The nuclei with centers in the block's core, per block.
+    - `parts`: the nuclei with centers in the block's core, per block.
+    - returns: all nuclei, sorted by their centers from top to bottom, then from left to right. Of a nucleus that two
+      blocks found, the larger outline is kept.
 
-    Returns
-    -------
-    All nuclei, sorted by their centers from top to bottom, then from left to right. Of a nucleus that two blocks found,
-    the larger outline is kept.
-
-    Examples
-    --------
     >>> import numpy as np, shapely
     >>> rest = (np.zeros(1), np.zeros(1), np.zeros((1, 0)))
     >>> one, two = (

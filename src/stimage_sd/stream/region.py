@@ -18,14 +18,10 @@ from stimage_sd import contract
 class Region:
     """The region to search for nuclei: the tissue, or the tissue inside some tiles, in full-resolution px.
 
-    Attributes
-    ----------
-    mask
-        ``uint8 (y, x)``, 1 inside the region.
-    scale
-        Full-resolution pixels per mask pixel, along y and x.
-    squares
-        ``float64 (n, 4)``: left, top, right, bottom of the tiles that must hold a nucleus' center. `None` for no limit.
+    - `mask`: ``uint8 (y, x)``, 1 inside the region.
+    - `scale`: Full-resolution pixels per mask pixel, along y and x.
+    - `squares`: ``float64 (n, 4)``: left, top, right, bottom of the tiles that must hold a nucleus' center. `None` for
+      no limit.
     """
 
     mask: NDArray[np.uint8]
@@ -36,19 +32,9 @@ class Region:
     def of(cls, sdata: SpatialData, name: str, tiles: Sequence[str | int] | None) -> Region:
         """Return the region of a section. Without a tissue mask, the tiles count as tissue.
 
-        Parameters
-        ----------
-        sdata
-            The section.
-        name
-            Name of the H&E image.
-        tiles
-            Names or numbers of the tiles to search. `None` for all of the tissue.
-
-        Raises
-        ------
-        KeyError
-            If the section has neither tissue nor tiles, or lacks a tile.
+        - `sdata`: the section.
+        - `name`: name of the H&E image.
+        - `tiles`: names or numbers of the tiles to search. `None` for all of the tissue.
         """
         squares = None if tiles is None else contract.tile_squares(sdata, tiles, name)
         height, width = contract.levels(sdata, name)[0].shape[1:]

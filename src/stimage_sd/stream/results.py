@@ -35,14 +35,9 @@ class Results:
     A file takes 0.1 ms per batch. A zarr array takes 1.7 ms per batch on one thread at a time, while a network needs
     9 ms for two tiles. The object is pickled as a path, so all workers of a cluster write to the same folder.
 
-    Attributes
-    ----------
-    path
-        The folder.
-    shape
-        Shape of all results, ``(n_tiles, n_views, ...)``, in visit order.
-    batch_size
-        Tiles per batch. The last batch may have fewer.
+    - `path`: the folder.
+    - `shape`: shape of all results, ``(n_tiles, n_views, ...)``, in visit order.
+    - `batch_size`: tiles per batch. The last batch may have fewer.
     """
 
     path: Path

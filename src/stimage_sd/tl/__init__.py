@@ -13,6 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_predict.combine": ["combine"],
         "_predict.calibrate": ["calibrate"],
         "_cohort.cox_screen": ["cox_screen"],
+        "_score.certify": ["certify"],
         "_score.compare_labels": ["LabelAgreement", "compare_labels"],
         "_score.cross_validate": ["cross_validate"],
         "_cells.cross_validate_cells": ["cross_validate_cells"],

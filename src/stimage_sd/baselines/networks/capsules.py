@@ -90,11 +90,6 @@ class CapsuleEncoder(nnx.Module):
     rngs
         Source of the initial weights.
 
-    Raises
-    ------
-    ValueError
-        If the images are too small for the convolutions.
-
     Examples
     --------
     >>> nnx.eval_shape(lambda: CapsuleEncoder(12, 16, 20, 64, rngs=nnx.Rngs(0))(jnp.ones((3, 12, 12, 16)))).shape

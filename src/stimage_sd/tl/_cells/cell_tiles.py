@@ -35,12 +35,8 @@ CELL_TYPE, CONFIDENCE = "cell_type", "cell_type_confidence"
 class TypedNuclei(NamedTuple):
     """Nuclei of a section with their types.
 
-    Attributes
-    ----------
-    outlines
-        Polygons, object array ``(n,)``, px of the H&E at full resolution.
-    types
-        ``int64 (n,)``: 0 to ``n_classes - 1``, or `IGNORED` if the type is unknown.
+    - `outlines`: polygons, object array ``(n,)``, px of the H&E at full resolution.
+    - `types`: ``int64 (n,)``: 0 to ``n_classes - 1``, or `IGNORED` if the type is unknown.
     """
 
     outlines: NDArray[np.object_]
@@ -58,29 +54,12 @@ def typed_nuclei(
 ) -> TypedNuclei:
     """Read a section's nuclei and their types.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    classes
-        Names of the types. Nuclei of another type get `IGNORED`.
-    shapes_key, label_key
-        Name of the shapes, and name of their column of types.
-    image_key
-        Image whose pixels are the unit of the outlines. Default: the section's H&E.
-    min_confidence
-        Nuclei with a smaller ``cell_type_confidence`` (where the column exists) get `IGNORED`.
-
-    Returns
-    -------
-    The nuclei whose centers lie on the image.
-
-    Raises
-    ------
-    KeyError
-        If the section has no nuclei, or the nuclei have no types.
-    ValueError
-        If the nuclei are not placed on the H&E, or most of them lie outside the H&E.
+    - `sdata`: the section.
+    - `classes`: names of the types. Nuclei of another type get `IGNORED`.
+    - `shapes_key`, `label_key`: name of the shapes, and name of their column of types.
+    - `image_key`: image whose pixels are the unit of the outlines. Default: the section's H&E.
+    - `min_confidence`: nuclei with a smaller ``cell_type_confidence`` (where the column exists) get `IGNORED`.
+    - returns: the nuclei whose centers lie on the image.
     """
     frame = contract.nuclei(sdata, shapes_key, image_key)
     types = labels_of(sdata, frame, label_key, shapes_key or contract.NUCLEI)
@@ -113,14 +92,9 @@ def labels_of(sdata: SpatialData, frame: pd.DataFrame, label_key: str, name: str
 class CellTiles:
     """Tiles of a cohort with the nuclei on them.
 
-    Attributes
-    ----------
-    store
-        Images of the tiles.
-    section
-        Section number of each tile, ``int64 (n_tiles,)``.
-    rings, types
-        For each tile, the outlines of its nuclei in px of the tile, and their types.
+    - `store`: images of the tiles.
+    - `section`: section number of each tile, ``int64 (n_tiles,)``.
+    - `rings`, `types`: for each tile, the outlines of its nuclei in px of the tile, and their types.
     """
 
     store: TileStore
@@ -183,18 +157,10 @@ class CellTiles:
     def batch(self, rows: NDArray[np.int64], size: int, *, seed: int | None) -> tuple[NDArray[np.float32], CellTargets]:
         """Read a batch of tiles and draw their target maps.
 
-        Parameters
-        ----------
-        rows
-            Rows of the tiles.
-        size
-            Batch size. Missing tiles are filled with repeated tiles of weight 0.
-        seed
-            Seed of random flips, rotations and stains. `None`: no augmentation.
-
-        Returns
-        -------
-        Images, ``float32 (size, side, side, 3)``, 0 to 1, and the targets.
+        - `rows`: rows of the tiles.
+        - `size`: batch size. Missing tiles are filled with repeated tiles of weight 0.
+        - `seed`: seed of random flips, rotations and stains. `None`: no augmentation.
+        - returns: images, ``float32 (size, side, side, 3)``, 0 to 1, and the targets.
         """
         tiles = self.store.read(rows)
         side = tiles.shape[1]
@@ -236,13 +202,7 @@ class CellTiles:
 
 
 def tile_side(sdata: SpatialData, *, mpp: float, tile_px: int, image_key: str | None = None) -> float:
-    """Return the side of a tile, H&E px.
-
-    Raises
-    ------
-    ValueError
-        If the section's resolution is unknown or coarser than that of the tiles, or the section is smaller than a tile.
-    """
+    """Return the side of a tile, H&E px."""
     section_mpp = contract.require_mpp(sdata, purpose="finding nuclei", image_key=image_key)
     if section_mpp > MOST_COARSE * mpp:
         raise ValueError(

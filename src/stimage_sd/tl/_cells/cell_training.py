@@ -41,20 +41,12 @@ class CellSettings:
 class CellRun:
     """Training run that can resume from a checkpoint.
 
-    Parameters
-    ----------
-    network
-        The initial network.
-    tiles
-        Tiles for training and validation.
-    held_out
-        Tiles for validation, ``bool (n_tiles,)``. Without validation tiles, the last epoch's network is kept.
-    class_weights
-        Weights of background and classes in the loss, ``float32 (n_classes + 1,)``.
-    settings
-        Training settings.
-    checkpoint
-        Folder of the state.
+    - `network`: the initial network.
+    - `tiles`: tiles for training and validation.
+    - `held_out`: tiles for validation, ``bool (n_tiles,)``. Without validation tiles, the last epoch's network is kept.
+    - `class_weights`: weights of background and classes in the loss, ``float32 (n_classes + 1,)``.
+    - `settings`: training settings.
+    - `checkpoint`: folder of the state.
     """
 
     def __init__(

@@ -14,16 +14,10 @@ from anndata import AnnData
 class Patients:
     """Expression and outcomes, one row per patient.
 
-    Attributes
-    ----------
-    names
-        Names of the patients, ``(n_patients,)``.
-    values
-        Means over a patient's slides, ``float64 (n_patients, n_genes)``.
-    genes
-        Names of the genes, ``(n_genes,)``.
-    obs
-        Requested columns, one row per patient.
+    - `names`: names of the patients, ``(n_patients,)``.
+    - `values`: means over a patient's slides, ``float64 (n_patients, n_genes)``.
+    - `genes`: names of the genes, ``(n_genes,)``.
+    - `obs`: requested columns, one row per patient.
     """
 
     names: np.ndarray
@@ -46,29 +40,12 @@ def patients_of(
 ) -> Patients:
     """Convert a table of slides to one row per patient.
 
-    Parameters
-    ----------
-    table
-        Slides x genes.
-    columns
-        Required columns of ``obs``. Values must be present and equal for all slides of a patient.
-    patient
-        Column of ``obs`` with the patient. `None`: every row is a patient.
-    genes
-        Genes to keep. Default: all genes.
-    layer
-        Layer of the values. Default: ``X``.
-
-    Returns
-    -------
-    The patients, in the order of their first slide.
-
-    Raises
-    ------
-    KeyError
-        If a column, layer or gene is missing.
-    ValueError
-        If a value is missing or not finite, a gene name is duplicated, or a patient's slides differ in a column.
+    - `table`: slides x genes.
+    - `columns`: required columns of ``obs``. Values must be present and equal for all slides of a patient.
+    - `patient`: column of ``obs`` with the patient. `None`: every row is a patient.
+    - `genes`: genes to keep. Default: all genes.
+    - `layer`: layer of the values. Default: ``X``.
+    - returns: the patients, in the order of their first slide.
     """
     wanted = [*columns, *([patient] if patient is not None else [])]
     missing = [name for name in wanted if name not in table.obs]
@@ -118,14 +95,7 @@ def _averaged(obs: pd.DataFrame, values: np.ndarray, genes: np.ndarray, columns:
 def survival_of(patients: Patients, time: str, event: str) -> tuple[np.ndarray, np.ndarray]:
     """Check and return times and events of patients.
 
-    Returns
-    -------
-    Times, ``float64 (n_patients,)``, and events, ``bool (n_patients,)``, `True` for an observed event.
-
-    Raises
-    ------
-    ValueError
-        If a time is not positive, an event is not 0 or 1, or no event was observed.
+    - returns: times, ``float64 (n_patients,)``, and events, ``bool (n_patients,)``, `True` for an observed event.
     """
     times = patients.obs[time].to_numpy(dtype=np.float64)
     if not (times > 0).all():

@@ -22,10 +22,10 @@ from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract, io
 from stimage_sd._progress import tqdm
-from stimage_sd._steps import prepare_for_model
 from stimage_sd._store import staged
 from stimage_sd.models._predictor import Predictor
 from stimage_sd.models._resolve import as_model
+from stimage_sd.pp._prepare import prepare_for_model
 from stimage_sd.pp._slide_qc import judged, slide_qc
 from stimage_sd.tl._cohort.failures import reason
 from stimage_sd.tl._cohort.pseudobulk import about_tiles, stacked, summary_of
@@ -279,7 +279,7 @@ def _file_key(row: pd.Series) -> str:
 
 
 def _model_hash(model: Any) -> str:
-    config, arrays = model.parts()
+    config, arrays = model.to_parts()
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name in sorted(arrays):
         digest.update(name.encode())

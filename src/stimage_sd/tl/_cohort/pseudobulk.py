@@ -97,13 +97,7 @@ def about_tiles(table: ad.AnnData) -> dict[str, float]:
 
 
 def stacked(rows: dict[str, pd.DataFrame], about: dict[str, dict[str, float]]) -> ad.AnnData:
-    """Stack the summaries of slides in one table.
-
-    Raises
-    ------
-    ValueError
-        If the slides have no gene in common.
-    """
+    """Stack the summaries of slides in one table."""
     genes = next(iter(rows.values())).index
     for row in rows.values():
         genes = genes[genes.isin(row.index)]

@@ -15,10 +15,7 @@ class Tries:
 
     A crashing decoder or lack of memory ends the process without an exception. The note of the slide then remains.
 
-    Parameters
-    ----------
-    folder
-        Folder of the notes. It is created if missing.
+    - `folder`: folder of the notes. It is created if missing.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -13,18 +13,11 @@ from stimage_sd.likelihood.instances import Bags
 class BagFeatures:
     """Features of spots and of their nuclei, for each member.
 
-    Attributes
-    ----------
-    context
-        ``float32 (n_members, n_spots, n_context)``.
-    features
-        ``float32 (n_members, n_nuclei, n_features)``, ordered by spot.
-    starts
-        First nucleus of each spot, and the number of nuclei, ``int64 (n_spots + 1,)``.
-    background
-        Share of each spot that no nucleus covers, ``float32 (n_spots,)``.
-    crowding
-        Log of the number of nuclei per area, relative to the training spots, ``float32 (n_spots,)``.
+    - `context`: ``float32 (n_members, n_spots, n_context)``.
+    - `features`: ``float32 (n_members, n_nuclei, n_features)``, ordered by spot.
+    - `starts`: first nucleus of each spot, and the number of nuclei, ``int64 (n_spots + 1,)``.
+    - `background`: share of each spot that no nucleus covers, ``float32 (n_spots,)``.
+    - `crowding`: log of the number of nuclei per area, relative to the training spots, ``float32 (n_spots,)``.
     """
 
     context: np.ndarray
@@ -40,14 +33,9 @@ class BagFeatures:
     def minibatches(self, spots: np.ndarray, counting: np.ndarray, members: np.ndarray | slice) -> Bags:
         """Cut out minibatches, with the steps as leading axis of every array.
 
-        Parameters
-        ----------
-        spots
-            Spots of each minibatch, ``int64 (n_steps, n_batch)``.
-        counting
-            Whether a spot counts, or is padding.
-        members
-            The members whose features are used.
+        - `spots`: spots of each minibatch, ``int64 (n_steps, n_batch)``.
+        - `counting`: whether a spot counts, or is padding.
+        - `members`: the members whose features are used.
         """
         n_steps, n_batch = spots.shape
         sizes = np.where(counting, np.diff(self.starts)[spots], 0)

@@ -26,20 +26,13 @@ def write_state(
 ) -> None:
     """Write the state of a run, replacing the last state once the new file is complete.
 
-    Parameters
-    ----------
-    folder
-        Folder to write to, created if absent.
-    tree
-        Tree of arrays.
-    named
-        Arrays whose shapes are known only from the file.
-    about
-        Values that JSON can hold, such as the history.
-    run
-        Settings of the run. A resumed run must have the same settings.
+    - `folder`: folder to write to, created if absent.
+    - `tree`: tree of arrays.
+    - `named`: arrays whose shapes are known only from the file.
+    - `about`: values that JSON can hold, such as the history.
+    - `run`: settings of the run. A resumed run must have the same settings.
     """
-    arrays = {f"{number:06d}": np.ascontiguousarray(leaf) for number, leaf in enumerate(jax.tree.leaves(tree))}
+    arrays = {f"{index:06d}": np.ascontiguousarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
     arrays |= {_NAMED + name: np.ascontiguousarray(array) for name, array in named.items()}
     with replacing(folder / _NAME) as path:
         metadata = {"about": json.dumps(about), "run": json.dumps(run), "checksum": _checksum(arrays)}
@@ -50,11 +43,6 @@ def read_named(folder: Path, *, run: Mapping[str, Any]) -> tuple[dict[str, np.nd
     """Read the named arrays and `about` of a state.
 
     Return None if the folder has no state. A damaged state also gives None, with a warning.
-
-    Raises
-    ------
-    ValueError
-        If the state belongs to a run with other settings.
     """
     path = folder / _NAME
     if not path.exists():
@@ -62,7 +50,7 @@ def read_named(folder: Path, *, run: Mapping[str, Any]) -> tuple[dict[str, np.nd
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            found, about = json.loads(metadata["run"]), json.loads(metadata["about"])
+            stored, about = json.loads(metadata["run"]), json.loads(metadata["about"])
             value, named = 0, {}
             for name in sorted(file.keys()):
                 array = file.get_tensor(name)
@@ -75,7 +63,7 @@ def read_named(folder: Path, *, run: Mapping[str, Any]) -> tuple[dict[str, np.nd
         warnings.warn(f"The checkpoint {path} is damaged ({error}); training starts over.", UserWarning, stacklevel=4)
         return None
     wanted = json.loads(json.dumps(run))
-    other = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+    other = sorted(key for key in wanted.keys() | stored.keys() if wanted.get(key) != stored.get(key))
     if other:
         raise ValueError(
             f"The checkpoint {path} is of a run that differs in {', '.join(other)}. Use the settings of that run, or "
@@ -88,7 +76,7 @@ def read_tree(folder: Path, like: Any) -> Any:
     """Read the tree of a state, with the structure, shapes and dtypes of `like`."""
     leaves, structure = jax.tree.flatten(like)
     with safe_open(folder / _NAME, framework="numpy") as file:
-        arrays = [file.get_tensor(f"{number:06d}") for number in range(len(leaves))]
+        arrays = [file.get_tensor(f"{index:06d}") for index in range(len(leaves))]
     shaped = [array.reshape(leaf.shape).astype(leaf.dtype) for array, leaf in zip(arrays, leaves, strict=True)]
     return jax.tree.unflatten(structure, [jnp.asarray(array) for array in shaped])
 

@@ -26,10 +26,9 @@ from stimage_sd.tl._fit.finetuning import PixelData, Settings
 from stimage_sd.tl._fit.fit_nb import check_options
 from stimage_sd.tl._fit.held_out_level import with_interval_level
 from stimage_sd.tl._fit.seen import check_different
-from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.tile_store import TileStore
 from stimage_sd.tl._fit.training import TrainingData
-from stimage_sd.tl._fit.training_set import Spots, checked_genes
+from stimage_sd.tl._fit.training_set import Spots, checked_genes, held_out_tiles
 
 
 def finetune_nb(

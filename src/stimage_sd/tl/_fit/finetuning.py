@@ -37,18 +37,11 @@ _SAMPLE = 512
 class PixelData:
     """Training data of a fine-tuned network.
 
-    Attributes
-    ----------
-    tiles
-        Store of the tiles.
-    section
-        ``int (n_tiles,)``: section number of each tile.
-    counts
-        ``(n_tiles, n_genes)`` sparse rows.
-    size_factors
-        ``float32 (n_tiles,)``, ones if size factors are not used.
-    held_out
-        ``bool (n_tiles,)``: tiles to validate on.
+    - `tiles`: store of the tiles.
+    - `section`: ``int (n_tiles,)``: section number of each tile.
+    - `counts`: ``(n_tiles, n_genes)`` sparse rows.
+    - `size_factors`: ``float32 (n_tiles,)``, ones if size factors are not used.
+    - `held_out`: ``bool (n_tiles,)``: tiles to validate on.
     """
 
     tiles: TileStore
@@ -102,16 +95,10 @@ class Settings:
 class Finetuning:
     """A network split into trained and frozen parts, with compiled training steps.
 
-    Parameters
-    ----------
-    extractor
-        Extractor with the network and its normalization.
-    space
-        Fixed linear map between the network and the head.
-    data
-        Training data.
-    settings
-        Training settings.
+    - `extractor`: extractor with the network and its normalization.
+    - `space`: fixed linear map between the network and the head.
+    - `data`: training data.
+    - `settings`: training settings.
     """
 
     def __init__(self, extractor: Extractor, space: FeatureSpace, data: PixelData, settings: Settings) -> None:
@@ -144,10 +131,7 @@ class Finetuning:
     def scales(self, rows: np.ndarray, values: np.ndarray) -> Scales:
         """Compute mean and standard deviation over the sample, per section or for the cohort.
 
-        Parameters
-        ----------
-        rows, values
-            Sorted tile rows, which include the sample, and their features.
+        - `rows`, `values`: sorted tile rows, which include the sample, and their features.
         """
         groups = self.sample(rows, values)
         n_groups = len(groups)

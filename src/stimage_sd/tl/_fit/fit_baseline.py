@@ -10,8 +10,8 @@ from spatialdata import SpatialData
 from stimage_sd import __version__, contract
 from stimage_sd._cache import keep_compiled
 from stimage_sd.likelihood.depth import size_factors
+from stimage_sd.likelihood.dispersion import fit_dispersion, interval_level
 from stimage_sd.models._baseline_model import BaselineModel, section_data
-from stimage_sd.models._dispersion import fit_dispersion, interval_level
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._recipe import Recipe, TrainingSection, floor, folds, median_total
 from stimage_sd.models._specification import common_specification, extractor_names

@@ -17,13 +17,11 @@ from stimage_sd.likelihood import mean_only
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._instance_model import InstanceModel, crowding
 from stimage_sd.models._instance_specification import InstanceSpecification, instance_features
-from stimage_sd.models._shared_patterns import SharedPatterns
+from stimage_sd.models._shared_patterns import SharedPatterns, find_patterns
 from stimage_sd.models._specification import common_specification, features
 from stimage_sd.nn.sharding import shard_members
 from stimage_sd.tl._fit.bags import BagFeatures
 from stimage_sd.tl._fit.held_out_level import with_interval_level
-from stimage_sd.tl._fit.shared_patterns import find_patterns
-from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.training import INSTANCES, TrainingData, train
 from stimage_sd.tl._fit.training_set import (
     Spots,
@@ -31,6 +29,7 @@ from stimage_sd.tl._fit.training_set import (
     check_measured,
     counted_genes,
     depths,
+    held_out_tiles,
     kept_centers,
     measured_counts,
 )
@@ -155,24 +154,14 @@ def _beside_components(patterns: SharedPatterns, deviation: float) -> SharedPatt
 class _Measured(NamedTuple):
     """Measured spots or cells of a section, and the nuclei in each.
 
-    Attributes
-    ----------
-    tile
-        Kept tile of each unit, ``int64 (n_units,)``.
-    counts
-        ``(n_units, n_genes)`` sparse.
-    totals
-        Total counts, ``(n_units,)``.
-    rows
-        Rows of the table of nuclei, ordered by unit.
-    starts
-        First nucleus of each unit, and the number of nuclei, ``(n_units + 1,)``.
-    background
-        Share that no nucleus covers, ``(n_units,)``.
-    per_tile
-        Number of nuclei in the tile of each unit, ``(n_units,)``.
-    is_direct
-        Whether every unit is one nucleus or square.
+    - `tile`: kept tile of each unit, ``int64 (n_units,)``.
+    - `counts`: ``(n_units, n_genes)`` sparse.
+    - `totals`: total counts, ``(n_units,)``.
+    - `rows`: rows of the table of nuclei, ordered by unit.
+    - `starts`: first nucleus of each unit, and the number of nuclei, ``(n_units + 1,)``.
+    - `background`: share that no nucleus covers, ``(n_units,)``.
+    - `per_tile`: number of nuclei in the tile of each unit, ``(n_units,)``.
+    - `is_direct`: whether every unit is one nucleus or square.
     """
 
     tile: np.ndarray

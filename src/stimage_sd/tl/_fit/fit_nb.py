@@ -15,15 +15,14 @@ from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._nb import HeadName, NBModel
+from stimage_sd.models._shared_patterns import find_patterns
 from stimage_sd.models._specification import common_specification, extractor_names, features
 from stimage_sd.nn.sharding import shard_members
 from stimage_sd.tl._fit.fit_instances import fit_on_instances
 from stimage_sd.tl._fit.held_out_level import with_interval_level
 from stimage_sd.tl._fit.seen import check_different
-from stimage_sd.tl._fit.shared_patterns import find_patterns
-from stimage_sd.tl._fit.split import held_out_tiles
 from stimage_sd.tl._fit.training import TrainingData, train
-from stimage_sd.tl._fit.training_set import Spots, bootstrap, checked_genes
+from stimage_sd.tl._fit.training_set import Spots, bootstrap, checked_genes, held_out_tiles
 
 
 def fit_nb(
@@ -172,7 +171,7 @@ def fit_nb(
     embeddings = [common_specification(cohort, name) for name in extractor_names(extractor)]
     blocks = {name: [features(sdata, tiles) for tiles in embeddings] for name, sdata in cohort.items()}
     widths = [block.shape[1] for block in next(iter(blocks.values()))]
-    embedded = {name: np.concatenate(each, axis=1) for name, each in blocks.items()}
+    embedded = {name: np.concatenate(parts, axis=1) for name, parts in blocks.items()}
     del blocks
     space = FeatureSpace.fit(embedded, n_components=n_components, standardize=standardize, seed=seed, widths=widths)
     spots = Spots.read(cohort, genes, size_factors, options["exposure"], source)
@@ -183,10 +182,10 @@ def fit_nb(
     )
     patterns = find_patterns(reduced, spots.counts, spots.factors, held_out, rank=rank) if rank is not None else None
     options["rank"] = None if patterns is None else patterns.rank
-    seen = reduced if patterns is None else patterns.project(reduced)
-    training_data = TrainingData(seen, spots.counts, spots.factors, bootstrap(~held_out, seed=seed), held_out)
+    inputs = reduced if patterns is None else patterns.project(reduced)
+    training_data = TrainingData(inputs, spots.counts, spots.factors, bootstrap(~held_out, seed=seed), held_out)
     keep_compiled()
-    initial = HEADS[head].initial(jax.random.key(seed), spots.floor[0], spots.floor[1], n_members, seen.shape[-1])
+    initial = HEADS[head].initial(jax.random.key(seed), spots.floor[0], spots.floor[1], n_members, inputs.shape[-1])
     parameters, history = train(
         head, shard_members(initial), training_data, max_epochs=max_epochs, batch_size=batch_size,
         learning_rate=learning_rate, weight_decay=weight_decay, patience=patience, seed=seed,

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import scipy.optimize
+import scipy.stats
 
 from stimage_sd.likelihood import depth
 from stimage_sd.likelihood.intervals import mixture_interval
-from stimage_sd.likelihood.mixture_moments import MixtureMoments, mixture_moments
-from stimage_sd.likelihood.predictive import log_prob, nearest_interval, predictive
-from stimage_sd.likelihood.shifts import HeldOutSums, learn_shifts, patients_of, shift_of, spot_sd
+from stimage_sd.likelihood.predictive import MixtureMoments, log_prob, mixture_moments, nearest_interval, predictive
+from stimage_sd.likelihood.shifts import PATIENT, SECTION, shift_of
 from stimage_sd.models._instance_model import InstanceModel
 from stimage_sd.models._nb import NBModel
+from stimage_sd.models._wrapped import WrappedModel
 from stimage_sd.tl._fit.training import TrainingData
 
 #: share of held-out counts that the intervals should cover
@@ -27,6 +28,10 @@ _MOST_TILES = 1_000
 _FEW_TILES = 200
 #: number of tiles per block of computed distributions
 _BLOCK = 256
+#: number of held-out patients or sections that weigh as much as the prior in the typical standard deviation
+_PRIOR_WEIGHT = 4.0
+#: number of genes with enough counts below which a cohort does not show how genes shift
+_FEWEST_GENES = 2
 
 
 class _Block(NamedTuple):
@@ -39,7 +44,7 @@ class _Block(NamedTuple):
 
 #: gives r and p of some rows of the training tiles by some members, each ``(n_members, n_rows, n_genes)``
 Distributions = Callable[[np.ndarray, list[int]], tuple[np.ndarray, np.ndarray]]
-Model = TypeVar("Model", NBModel, InstanceModel)
+Model = TypeVar("Model", NBModel, InstanceModel, WrappedModel)
 
 
 def with_interval_level(
@@ -49,18 +54,11 @@ def with_interval_level(
 
     With exposure, also learn the shifts of genes, the scale of r, and how much all genes of a spot vary together.
 
-    Parameters
-    ----------
-    model
-        The fitted heads.
-    r_and_p
-        Distributions of tiles by members.
-    data
-        Counts, depths, and which tiles were held out from which member.
-    sections
-        Section of each tile.
-    patients
-        Patient by section, as far as known.
+    - `model`: the fitted heads.
+    - `r_and_p`: distributions of tiles by members.
+    - `data`: counts, depths, and which tiles were held out from which member.
+    - `sections`: section of each tile.
+    - `patients`: patient by section, as far as known.
     """
     blocks = _held_out(model.total is not None, r_and_p, data)
     if model.training["options"]["exposure"] is None:
@@ -165,3 +163,119 @@ def _shifts(blocks: list[_Block], data: TrainingData, sections: np.ndarray, pati
     return learn_shifts(
         HeldOutSums(*(part[chosen] for part in sums)), patients_of([names[place] for place in chosen], patients)
     )
+
+
+class HeldOutSums(NamedTuple):
+    """Sums over the held-out tiles of each section, ``float64 (n_sections, n_genes)``.
+
+    - `counts`: sum of the counts.
+    - `expected`: sum of the predicted means, at the section's exposure.
+    - `variance`: sum of the predicted variances without shifts.
+    """
+
+    counts: np.ndarray
+    expected: np.ndarray
+    variance: np.ndarray
+
+    def log_ratio(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the log of observed over expected, and the variance it has from counting alone."""
+        return np.log((self.counts + 0.5) / (self.expected + 0.5)), self.variance / (self.expected + 0.5) ** 2
+
+
+def patients_of(sections: Sequence[str], patients: Mapping[str, str]) -> list[str] | None:
+    """Return the patient of each section, or `None` if one is unknown."""
+    return [patients[name] for name in sections] if all(name in patients for name in sections) else None
+
+
+def learn_shifts(sums: HeldOutSums, patients: Sequence[str] | None) -> np.ndarray:
+    """Learn the standard deviation of each gene's shift from sections that were held out.
+
+    - `sums`: sums over held-out tiles. Where `patients` names several, all sections of a patient were held out
+      together.
+    - `patients`: patient of each section, `None` if unknown.
+    - returns: ``float32 (2, n_genes)``: standard deviation of the log of the shift, for another section of a training
+      patient, and for another patient. Without held-out sections of a kind, the prior stands in (`PATIENT`, `SECTION`).
+
+    Per gene, the variance is the mean squared log ratio of observed and expected counts, less what counting explains.
+    It is shrunk towards the typical variance of all genes (empirical Bayes with a scaled inverse chi-square), which is
+    itself shrunk towards the prior.
+
+    >>> import numpy as np
+    >>> from stimage_sd.tl._fit.held_out_level import HeldOutSums, learn_shifts
+    >>> counts = np.array([[200.0, 900.0], [50.0, 1100.0], [100.0, 1000.0]])
+    >>> expected = np.tile([100.0, 1000.0], (3, 1))
+    >>> section, patient = learn_shifts(HeldOutSums(counts, expected, expected), ["a", "b", "c"])
+    >>> bool(patient[0] > patient[1])
+    True
+    """
+    ratio, noise = sums.log_ratio()
+    n_sections, n_genes = ratio.shape
+    groups = _groups(patients, n_sections)
+    typical = prior_sd(len(groups), max(1, round(n_sections / len(groups))))
+    if len(groups) > 1:
+        means = np.stack([ratio[rows].mean(axis=0) for rows in groups])
+        of_means = np.stack([noise[rows].mean(axis=0) / len(rows) for rows in groups])
+        other = _shrunken((means**2).mean(axis=0), of_means.mean(axis=0), len(groups), typical[1], PATIENT.df)
+        spread = [((ratio[rows] - mean) ** 2).sum(axis=0) for rows, mean in zip(groups, means, strict=True)]
+        counting = [(len(rows) - 1) * noise[rows].mean(axis=0) for rows in groups]
+        df = n_sections - len(groups)
+        # the mean of the training sections is uncertain too
+        about, from_counting = (np.sum(parts, axis=0) / max(df, 1) * (1 + len(groups) / n_sections)
+                                for parts in (spread, counting))  # fmt: skip
+        same = _shrunken(about, from_counting, df, typical[0], SECTION.df)
+    else:
+        df = n_sections if n_sections > 1 else 0  # a part of the only section is no other section
+        same = _shrunken((ratio**2).mean(axis=0), noise.mean(axis=0), df, typical[0], SECTION.df)
+        other = np.full(n_genes, typical[1])
+    return np.stack([same, np.maximum(other, same)]).astype(np.float32)
+
+
+def prior_sd(n_patients: int, n_sections: int) -> tuple[float, float]:
+    """Return the typical standard deviations of shifts for a model of some patients and sections.
+
+    - `n_patients`: number of patients that the model was trained on.
+    - `n_sections`: mean number of training sections of a patient.
+    - returns: for another section of a training patient, and for another patient. The mean of the training sections is
+      uncertain too, which adds one over their number to the variance.
+
+    >>> from stimage_sd.tl._fit.held_out_level import prior_sd
+    >>> section, patient = prior_sd(1, 4)
+    >>> round(section, 2), round(patient, 2)
+    (0.19, 0.69)
+    """
+    section = SECTION.sd * np.sqrt(1 + 1 / n_sections)
+    return float(section), float(np.sqrt(PATIENT.sd**2 * (1 + 1 / n_patients) + SECTION.sd**2))
+
+
+def _groups(patients: Sequence[str] | None, n_sections: int) -> list[np.ndarray]:
+    """Return the rows of each patient, of all sections together if patients are unknown."""
+    if patients is None:
+        return [np.arange(n_sections)]
+    return [np.flatnonzero(np.asarray(patients) == patient) for patient in dict.fromkeys(patients)]
+
+
+def _shrunken(total: np.ndarray, noise: np.ndarray, df: int, prior: float, prior_df: float) -> np.ndarray:
+    """Shrink variances of `df` degrees of freedom, noise of counting included, and return standard deviations."""
+    informative = noise < prior**2
+    if df == 0 or informative.sum() < _FEWEST_GENES:
+        return np.full(len(total), prior)
+    # the median gene, since a few genes differ much more than the others
+    median = max(float(np.median((total - noise)[informative])), 0.0) / float(scipy.stats.f.median(df, prior_df))
+    typical = (_PRIOR_WEIGHT * prior**2 + df * median) / (_PRIOR_WEIGHT + df)
+    # the noise of counting leaves so many degrees of freedom, by the variance of the difference
+    weight = df * (typical / (typical + noise)) ** 2
+    return np.asarray(np.sqrt((prior_df * typical + weight * np.maximum(total - noise, 0)) / (prior_df + weight)))
+
+
+def spot_sd(totals: HeldOutSums, sections: np.ndarray) -> float:
+    """Return the standard deviation of the log of what all genes of a spot share, given the image.
+
+    - `totals`: sums over genes instead of tiles: observed, expected and variance if genes were independent,
+      ``(n_tiles,)``.
+    - `sections`: section of each tile. What all tiles of a section share is its exposure and is left out.
+    """
+    ratio, noise = totals.log_ratio()
+    names, of_tile = np.unique(sections, return_inverse=True)
+    means = np.bincount(of_tile, ratio) / np.bincount(of_tile)
+    free = max(len(ratio) - len(names), 1)
+    return float(np.sqrt(max(((ratio - means[of_tile]) ** 2).sum() / free - noise.mean(), 0.0)))

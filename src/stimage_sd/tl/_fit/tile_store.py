@@ -19,14 +19,9 @@ _MOST_BYTES = 256_000_000
 class TileStore:
     """A file of uint8 tiles of one size, stored one after another.
 
-    Parameters
-    ----------
-    path
-        File to write. An existing file is replaced.
-    n_tiles
-        Number of tiles.
-    side_px
-        Side of a tile, px.
+    - `path`: file to write. An existing file is replaced.
+    - `n_tiles`: number of tiles.
+    - `side_px`: side of a tile, px.
     """
 
     def __init__(self, path: Path, *, n_tiles: int, side_px: int) -> None:

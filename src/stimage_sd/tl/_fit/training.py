@@ -45,19 +45,12 @@ _LOG_PROB: dict[str, Any] = {
 class TrainingData:
     """Training data of an ensemble.
 
-    Attributes
-    ----------
-    features
-        Inputs of the heads, ``float32 (n_tiles, n_features)``. Or ``(n_members, n_tiles, n_features)`` if features
-        differ between members. Or `BagFeatures` for heads of nuclei.
-    counts
-        ``(n_tiles, n_genes)`` sparse rows.
-    size_factors
-        ``float32 (n_tiles,)``, ones if size factors are not used.
-    weight
-        ``float32 (n_members, n_tiles)``: number of times a member drew a tile, 0 for tiles not used.
-    held_out
-        ``bool (n_members, n_tiles)``: tiles that a member is validated on.
+    - `features`: inputs of the heads, ``float32 (n_tiles, n_features)``. Or ``(n_members, n_tiles, n_features)`` if
+      features differ between members. Or `BagFeatures` for heads of nuclei.
+    - `counts`: ``(n_tiles, n_genes)`` sparse rows.
+    - `size_factors`: ``float32 (n_tiles,)``, ones if size factors are not used.
+    - `weight`: ``float32 (n_members, n_tiles)``: number of times a member drew a tile, 0 for tiles not used.
+    - `held_out`: ``bool (n_members, n_tiles)``: tiles that a member is validated on.
     """
 
     features: np.ndarray | BagFeatures
@@ -100,22 +93,13 @@ def train(
 ) -> tuple[Parameters, list[dict[str, Any]]]:
     """Train each member until its validation loss has not improved for `patience` epochs.
 
-    Parameters
-    ----------
-    head
-        Name of the head.
-    parameters
-        Initial parameters.
-    data
-        Training data.
-    max_epochs, batch_size, learning_rate, patience, seed
-        As in `stimage_sd.tl.fit_nb`.
-    weight_decay
-        Precision of the Gaussian prior on the weights, relative to the log-likelihood summed over tiles and genes.
-
-    Returns
-    -------
-    The parameters of each member at its best epoch, and the losses per member and epoch.
+    - `head`: name of the head.
+    - `parameters`: initial parameters.
+    - `data`: training data.
+    - `max_epochs`, `batch_size`, `learning_rate`, `patience`, `seed`: as in `stimage_sd.tl.fit_nb`.
+    - `weight_decay`: precision of the Gaussian prior on the weights, relative to the log-likelihood summed over tiles
+      and genes.
+    - returns: the parameters of each member at its best epoch, and the losses per member and epoch.
     """
     n_members = len(data.weight)
     drawn = data.weight.sum(axis=1)
@@ -125,24 +109,24 @@ def train(
     stopped = np.zeros(n_members, dtype=bool)
     history: list[dict[str, Any]] = []
     random = np.random.default_rng(seed)
-    seen = np.flatnonzero(data.weight.any(axis=0))
+    used = np.flatnonzero(data.weight.any(axis=0))
     with (
         ThreadPoolExecutor(n_threads()) as pool,
         tqdm(total=max_epochs, desc=f"fitting {n_members} members", unit="epoch") as bar,
     ):
         for epoch in range(1, max_epochs + 1):
-            going = [group for group in groups if not stopped[group.members].all()]
+            learning = [group for group in groups if not stopped[group.members].all()]
             loss, validation = np.zeros(n_members), np.zeros(n_members)
-            for rows in _blocks(random.permutation(seen), batch_size):
+            for rows in _blocks(random.permutation(used), batch_size):
                 learn = partial(_Group.learn, head=head, data=data, rows=rows, counts=_dense(data.counts, rows))
-                for group, part in zip(going, pool.map(learn, going), strict=True):
+                for group, part in zip(learning, pool.map(learn, learning), strict=True):
                     loss[group.members] += part
             judge = partial(_Group.judge, head=head, data=data, batch_size=batch_size)
-            for group, part in zip(going, pool.map(judge, going), strict=True):
+            for group, part in zip(learning, pool.map(judge, learning), strict=True):
                 validation[group.members] = part
             history += _rows(epoch, loss / drawn / data.counts.shape[1], validation, np.flatnonzero(~stopped))
             improved = (validation < best_loss) & ~stopped
-            for group in going:
+            for group in learning:
                 group.keep(improved[group.members])
             best_loss = np.where(improved, validation, best_loss)
             best_epoch = np.where(improved, epoch, best_epoch)
@@ -192,8 +176,8 @@ class _Group:
 
     def judge(self, *, head: str, data: TrainingData, batch_size: int) -> np.ndarray:
         """Return the validation loss per member."""
-        own = replace(data, features=_of_members(data.features, self.members), held_out=data.held_out[self.members])
-        return validation_loss(head, self._parameters, own, batch_size=batch_size)
+        data = replace(data, features=_of_members(data.features, self.members), held_out=data.held_out[self.members])
+        return validation_loss(head, self._parameters, data, batch_size=batch_size)
 
     def keep(self, improved: np.ndarray) -> None:
         """Store the current parameters as best for members that improved."""
@@ -236,13 +220,13 @@ def _dense(counts: sp.csr_matrix, rows: _Rows) -> Array:
 
 def _block(data: TrainingData, rows: _Rows, weight: np.ndarray, members: np.ndarray | slice, counts: Array) -> Block:
     """Assemble the arrays of a block for some members."""
-    own = weight[members][:, rows.tiles] * rows.counting
+    drawn = weight[members][:, rows.tiles] * rows.counting
     return Block(
         n_steps=jnp.asarray(rows.n_steps),
         features=jax.tree.map(jnp.asarray, _minibatches(data.features, rows, members)),
         counts=counts,
         size_factors=jnp.asarray(data.size_factors[rows.tiles]),
-        weight=jnp.asarray(np.moveaxis(own, 0, 1).astype(np.float32)),
+        weight=jnp.asarray(np.moveaxis(drawn, 0, 1).astype(np.float32)),
     )
 
 
@@ -285,25 +269,25 @@ def _run_block(
         # members share no parameters, so the gradient of the sum is the gradient of each member
         return (nll / tiles + prior).sum(), nll
 
-    def step(number: Array, carry: tuple[Parameters, Any, Array]) -> tuple[Parameters, Any, Array]:
+    def step(index: Array, carry: tuple[Parameters, Any, Array]) -> tuple[Parameters, Any, Array]:
         parameters, state, loss = carry
-        (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(parameters, _at(block, number))
+        (_, nll), gradient = jax.value_and_grad(objective, has_aux=True)(parameters, _at(block, index))
         update, state = optimizer.update(gradient, state)
         return optax.apply_updates(parameters, update), state, loss + nll
 
-    found: tuple[Parameters, Any, Array] = jax.lax.fori_loop(
+    result: tuple[Parameters, Any, Array] = jax.lax.fori_loop(
         0, block.n_steps, step, (parameters, state, jnp.zeros(len(decay)))
     )
-    return found
+    return result
 
 
 @partial(jax.jit, static_argnames=("head",))
 def _block_loss(parameters: Parameters, block: Block, head: str) -> Array:
-    def step(number: Array, loss: Array) -> Array:
-        return loss + _nll(parameters, _at(block, number), head)
+    def step(index: Array, loss: Array) -> Array:
+        return loss + _nll(parameters, _at(block, index), head)
 
-    found: Array = jax.lax.fori_loop(0, block.n_steps, step, jnp.zeros(block.weight.shape[1]))
-    return found
+    result: Array = jax.lax.fori_loop(0, block.n_steps, step, jnp.zeros(block.weight.shape[1]))
+    return result
 
 
 def _choose(improved: np.ndarray, new: Parameters, old: Parameters) -> Parameters:

@@ -1,4 +1,4 @@
-"""Gather what a cohort is fitted to: genes, counts of tiles on spots, and where the tiles lie."""
+"""Gather what a cohort is fitted to: genes, counts of tiles on spots, and the tiles that members hold out."""
 
 from __future__ import annotations
 
@@ -51,14 +51,9 @@ def depths(
 ) -> tuple[float | None, np.ndarray]:
     """Return the cohort's median total, `None` without depth, and the depth of each spot relative to it.
 
-    Parameters
-    ----------
-    totals
-        Total counts of the spots of each section.
-    size_factors
-        ``"total"``: every spot has its own depth.
-    exposure
-        ``"section"``: all spots of a section have the median depth of the section.
+    - `totals`: total counts of the spots of each section.
+    - `size_factors`: ``"total"``: every spot has its own depth.
+    - `exposure`: ``"section"``: all spots of a section have the median depth of the section.
     """
     spots = np.concatenate(totals)
     if size_factors is None and exposure is None:
@@ -101,26 +96,15 @@ def check_measured(counts: Mapping[str, sp.csr_matrix]) -> None:
 class Spots:
     """Measurements on the tiles of a cohort, in the order of sections.
 
-    Attributes
-    ----------
-    genes
-        Names of the genes.
-    rows
-        For each section, rows of its kept tiles.
-    sections
-        Section of each measurement, ``(n,)``.
-    positions
-        Centers, ``float64 (n, 2)`` in pixels.
-    counts
-        ``(n, n_genes)`` sparse.
-    factors
-        Depth of each measurement, ``float32 (n,)``.
-    floor
-        Mean-only fit of each gene, ``(2, n_genes)``.
-    total
-        Median total count, which has depth 1; `None` without depth.
-    n_counted
-        Number of genes that totals are of; 0 without exposure.
+    - `genes`: names of the genes.
+    - `rows`: for each section, rows of its kept tiles.
+    - `sections`: section of each measurement, ``(n,)``.
+    - `positions`: centers, ``float64 (n, 2)`` in pixels.
+    - `counts`: ``(n, n_genes)`` sparse.
+    - `factors`: depth of each measurement, ``float32 (n,)``.
+    - `floor`: Mean-only fit of each gene, ``(2, n_genes)``.
+    - `total`: median total count, which has depth 1; `None` without depth.
+    - `n_counted`: number of genes that totals are of; 0 without exposure.
     """
 
     genes: tuple[str, ...]
@@ -138,13 +122,7 @@ class Spots:
         cls, cohort: Mapping[str, SpatialData], genes: list[str], size_factors: str | None, exposure: str | None,
         source: contract.Source,
     ) -> Spots:  # fmt: skip
-        """Read the counts of the kept tiles on spots.
-
-        Raises
-        ------
-        ValueError
-            If there are fewer than two tiles on spots, or only zero counts.
-        """
+        """Read the counts of the kept tiles on spots."""
         counted, n_counted = counted_genes(cohort, source) if exposure is not None else (None, 0)
         measured = {name: measured_counts(sdata, genes, source, counted) for name, sdata in cohort.items()}
         check_measured({name: block for name, (_, block, _) in measured.items()})
@@ -166,7 +144,7 @@ class Spots:
         self, cohort: Mapping[str, SpatialData], held_out: np.ndarray, history: list[dict[str, Any]],
         *, patients: Mapping[str, str], source: contract.Source, seed: int, options: Mapping[str, Any],
     ) -> dict[str, Any]:  # fmt: skip
-        """Return the record of a fit that a model keeps."""
+        """Return the record of a fit that a model keeps. A fit without epochs has no history."""
         return {
             "sections": list(self.rows),
             "patients": dict(patients),
@@ -176,9 +154,8 @@ class Spots:
             "validation": validation_sections(self.sections, held_out),
             "seed": seed,
             "options": dict(options),
-            "metrics": _metrics(history),
             "versions": versions(),
-            "history": {key: [row[key] for row in history] for key in history[0]},
+            **({"metrics": _metrics(history), "history": _columns(history)} if history else {}),
         }
 
 
@@ -186,6 +163,10 @@ def bootstrap(seen: np.ndarray, *, seed: int) -> np.ndarray:
     """Draw each member's training tiles with replacement and count the draws per tile."""
     random = np.random.default_rng([seed, 1])
     return np.stack([random.multinomial(member.sum(), member / member.sum()) for member in seen]).astype(np.float32)
+
+
+def _columns(history: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    return {key: [row[key] for row in history] for key in history[0]}
 
 
 def _metrics(history: list[dict[str, Any]]) -> dict[str, Any]:
@@ -216,3 +197,71 @@ def versions() -> dict[str, str]:
     """Return the versions of the packages that a fit depends on."""
     packages = {name: version(name) for name in ("jax", "flax", "optax", "numpy", "spatialdata")}
     return {"stimage-sd": __version__, "python": platform.python_version(), **packages}
+
+
+def held_out_tiles(
+    sections: np.ndarray,
+    positions: np.ndarray,
+    validation: float | Sequence[str],
+    *,
+    n_members: int,
+    seed: int,
+    patients: Mapping[str, str] | None = None,
+) -> np.ndarray:
+    """Choose the held-out tiles of each member.
+
+    - `sections`: ``(n_tiles,)`` section name per tile.
+    - `positions`: ``(n_tiles, 2)`` x and y per tile.
+    - `validation`: share of the patients to hold out per member, rotating among members. Or names of sections to hold
+      out for all members.
+    - `n_members`: number of members.
+    - `seed`: seed of the order of patients, or of the held-out part of a single section.
+    - `patients`: patient by section. A section of unknown patient counts as a patient. If all sections are of one
+      patient, each section counts as a patient.
+    - returns: ``bool (n_members, n_tiles)``, True for held-out tiles. Training and held-out tiles are neighbors only at
+      the border of a held-out part.
+
+    >>> sections = np.array(["a", "a", "b", "b", "c", "c"])
+    >>> held = held_out_tiles(sections, np.zeros((6, 2)), 0.3, n_members=3, seed=0)
+    >>> held.sum(axis=1)
+    array([2, 2, 2])
+    >>> bool(held.any(axis=0).all())
+    True
+    """
+    names = list(dict.fromkeys(sections.tolist()))
+    unit = {name: (patients or {}).get(name, name) for name in names}
+    if len(set(unit.values())) == 1:
+        unit = {name: name for name in names}
+    if isinstance(validation, str) or not isinstance(validation, int | float):
+        named = [validation] if isinstance(validation, str) else list(validation)
+        unknown = sorted(set(named) - set(names))
+        if unknown or not named or len(set(named)) == len(names):
+            raise ValueError(f"Expected `validation` to name some, not all, of the sections {names}, found {named}.")
+        split = [name for name in names if name not in named and unit[name] in {unit[held] for held in named}]
+        if split:
+            raise ValueError(
+                f"`validation` holds out {named} but not {split}, which are of the same patients. Name all sections "
+                "of a patient, or none."
+            )
+        return np.tile(np.isin(sections, named), (n_members, 1))
+    if not 0 < validation < 1:
+        raise ValueError(f"Expected `validation` as a share between 0 and 1 or a list of sections, found {validation}.")
+    random = np.random.default_rng([seed, 2])
+    if len(names) == 1:
+        return np.stack([_part(positions, validation, random) for _ in range(n_members)])
+    units = list(dict.fromkeys(unit.values()))
+    n_held = min(max(1, round(validation * len(units))), len(units) - 1)
+    order = random.permutation(units)
+    turns = [[order[(member * n_held + turn) % len(units)] for turn in range(n_held)] for member in range(n_members)]
+    of_tile = np.array([unit[name] for name in sections.tolist()])
+    return np.stack([np.isin(of_tile, turn) for turn in turns])
+
+
+def _part(positions: np.ndarray, share: float, random: np.random.Generator) -> np.ndarray:
+    """Hold out the tiles farthest along a random direction."""
+    angle = random.uniform(0, 2 * np.pi)
+    along = positions @ np.array([np.cos(angle), np.sin(angle)])
+    n_held = min(max(1, round(share * len(along))), len(along) - 1)
+    held = np.zeros(len(along), dtype=bool)
+    held[np.argsort(-along, kind="stable")[:n_held]] = True
+    return held

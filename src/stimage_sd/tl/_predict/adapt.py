@@ -13,6 +13,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.likelihood.shifts import SECTION, posterior
 from stimage_sd.models._adapted import AdaptedModel
+from stimage_sd.models._certificate import without_certificate
 from stimage_sd.models._predictor import Predictor
 from stimage_sd.models._resolve import as_model
 from stimage_sd.tl._fit.seen import fingerprints, shift_sd
@@ -135,7 +136,7 @@ def adapt(
         total=fitted.total * exposure,
         interval_level=fitted.interval_level,
         training={
-            **fitted.training,
+            **without_certificate(fitted.training),
             "fingerprints": [*fitted.training.get("fingerprints", []), *seen],
             "adaptation": how,
         },

@@ -12,10 +12,13 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.likelihood import negative_binomial
-from stimage_sd.likelihood.mixture_moments import mixture_moments
-from stimage_sd.likelihood.predictive import nearest_interval, predictive
+from stimage_sd.likelihood.predictive import mixture_moments, nearest_interval, predictive
+from stimage_sd.models._certificate import without_certificate
 from stimage_sd.models._predictor import Predictor, gene_shifts
 from stimage_sd.models._resolve import as_model
+from stimage_sd.models._wrapped import Wrapped
+from stimage_sd.tl._fit.held_out_level import COVERAGE
+from stimage_sd.tl._fit.link_to_counts import link_to_counts
 from stimage_sd.tl._fit.seen import check_unseen
 from stimage_sd.tl._predict.held_out import HeldOut, held_out_blocks
 
@@ -27,13 +30,13 @@ Model = TypeVar("Model", bound=Predictor)
 
 def calibrate(
     data: SpatialData | contract.Cohort,
-    model: Model | str | Path,
+    model: Model | Wrapped | str | Path,
     *,
     coverage: float = 0.9,
     table_key: str | None = None,
     layer: str | None = None,
 ) -> Model:
-    """Set the interval level of a model so that intervals cover held-out counts.
+    """Set the interval level of a model so that intervals cover held-out counts, or link a wrapped predictor to counts.
 
     The level of a fitted model comes from the sections used for early stopping. The level set by
     `stimage_sd.tl.combine` is only a mean. Sections that the model never saw give the actual coverage.
@@ -44,9 +47,11 @@ def calibrate(
         A section or a cohort of sections with counts, tiled and embedded as the model expects. Sections used to train
         or validate the model are refused. They are recognized by their spots and counts.
     model
-        A fitted model of any kind, a combination of models, or the path of a saved model.
+        A fitted model of any kind, a combination of models, or the path of a saved model. Or a predictor of another
+        package (`stimage_sd.models.wrap`): its values are then linked to the counts of the sections, with a regression
+        and a dispersion per gene, and gene shifts and interval level as `stimage_sd.tl.fit_nb` learns them.
     coverage
-        Share of the counts that intervals should contain.
+        Share of the counts that intervals should contain; 0.9 for wrapped predictors.
     table_key
         Name of the count table.
     layer
@@ -55,7 +60,8 @@ def calibrate(
     Returns
     -------
     A copy of the model with a new ``interval_level``. ``training["calibration"]`` records ``sections``, their known
-    ``patients``, ``coverage``, ``n_counts``, ``level`` and, per section, ``covered``.
+    ``patients``, ``coverage``, ``n_counts``, ``level`` and, per section, ``covered``. For a wrapped predictor, a
+    `stimage_sd.models.WrappedModel`, to which these sections are training sections.
 
     Raises
     ------
@@ -92,6 +98,10 @@ def calibrate(
     source = contract.Source(table_key, layer)
     if not 0 < coverage < 1:
         raise ValueError(f"Expected `coverage` as a share between 0 and 1, found {coverage}.")
+    if isinstance(model, Wrapped):
+        if coverage != COVERAGE:
+            raise ValueError(f"Wrapped predictors are calibrated to a coverage of {COVERAGE}, found {coverage}.")
+        return cast(Model, link_to_counts(contract.sections(data), model, source))
     model = as_model(model)
     if not hasattr(model, "__dataclass_fields__"):
         raise TypeError(
@@ -119,7 +129,7 @@ def calibrate(
         "level": level,
         "covered": covered,
     }
-    changes = {"interval_level": level, "training": {**model.training, "calibration": how}}
+    changes = {"interval_level": level, "training": {**without_certificate(model.training), "calibration": how}}
     calibrated: Model = replace(cast(Any, model), **changes)
     return calibrated
 
@@ -127,14 +137,8 @@ def calibrate(
 def level_scores(block: HeldOut) -> np.ndarray:
     """Compute the smallest nominal level whose central interval contains a count.
 
-    Parameters
-    ----------
-    block
-        Counts ``(n_tiles, n_genes)`` and their predicted mixtures.
-
-    Returns
-    -------
-    ``float64 (n_tiles * n_genes,)``, from −1 (inside every interval) to 1.
+    - `block`: counts ``(n_tiles, n_genes)`` and their predicted mixtures.
+    - returns: ``float64 (n_tiles * n_genes,)``, from −1 (inside every interval) to 1.
     """
     upto, below = (
         np.tensordot(block.weights, negative_binomial.cdf(counts[None], r=block.r, p=block.p), axes=1)
@@ -195,21 +199,9 @@ def _check_number(n: int, coverage: float) -> None:
 def conformal_level(scores: list[np.ndarray], coverage: float) -> float:
     """Return the ⌈(n+1)·coverage⌉-th smallest score, with equal weight per section.
 
-    Parameters
-    ----------
-    scores
-        Scores per section, ``(n_counts,)``.
-    coverage
-        Share of the counts that intervals should contain.
-
-    Returns
-    -------
-    The level, clipped to the range that intervals accept.
-
-    Raises
-    ------
-    ValueError
-        If there are too few counts for the coverage, or a score is not finite.
+    - `scores`: scores per section, ``(n_counts,)``.
+    - `coverage`: share of the counts that intervals should contain.
+    - returns: the level, clipped to the range that intervals accept.
     """
     values = np.concatenate(scores)
     n = len(values)

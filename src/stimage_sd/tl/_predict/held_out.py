@@ -11,7 +11,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.likelihood.depth import at_depth
-from stimage_sd.likelihood.mixture_moments import MixtureMoments, mixture_moments
+from stimage_sd.likelihood.predictive import MixtureMoments, mixture_moments
 from stimage_sd.models._predictor import OpenedSection, Predictor
 from stimage_sd.tl._fit.seen import shift_sd
 from stimage_sd.tl._fit.training_set import checked_genes, measured_counts

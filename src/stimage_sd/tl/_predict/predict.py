@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,8 +25,7 @@ from stimage_sd._progress import tqdm
 from stimage_sd._zarr_chunks import WholeStore
 from stimage_sd.likelihood import depth
 from stimage_sd.likelihood.intervals import mixture_interval
-from stimage_sd.likelihood.mixture_moments import mixture_moments
-from stimage_sd.likelihood.predictive import nearest_interval, predictive
+from stimage_sd.likelihood.predictive import mixture_moments, nearest_interval, predictive
 from stimage_sd.models._cell_classifier import CellClassifier
 from stimage_sd.models._gene_classifier import GeneClassifier
 from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts
@@ -108,7 +108,8 @@ def predict(
     ``obs["in_tile"]`` add up to the mean of their tile ``obs["tile"]``: for nuclei, together with the background that
     no nucleus covers, which is the layer ``background`` of the tiles' predictions.
 
-    ``obs["ood_score"]`` is above 1 for tiles farther from the training tiles than 95 % of the training tiles.
+    ``obs["ood_score"]`` is above 1 for tiles farther from the training tiles than 95 % of the training tiles. With a
+    certified model (`stimage_sd.tl.certify`), ``var["predictable"]`` marks the genes that it predicted in new sections.
 
     A gene classifier writes ``tables["gene_classes"]`` with ``X`` = probability of High, layer ``high`` = above one
     half, and the same ``obs``. A cell classifier writes ``shapes["nuclei"]`` and ``tables["cell_types"]``, as
@@ -127,8 +128,8 @@ def predict(
     Warns
     -----
     UserWarning
-        If the model was trained on one patient and a section is known to be of another. Or if a model of nuclei
-        predicts tiles most of which hold no nucleus.
+        If the model was trained on one patient and a section is known to be of another. If most tiles of a section are
+        unlike the training tiles. Or if a model of nuclei predicts tiles most of which hold no nucleus.
 
     Notes
     -----
@@ -173,6 +174,7 @@ def predict(
     folders = {name: _new_folder(out, name) for name in cohort}
     warn_of_other_patients(fitted, cohort)
     level = fitted.interval_level if conformal else COVERAGE
+    certificate = getattr(fitted, "certificate", None)
     factors, found = {}, {}
     shifts = {name: shift_sd(fitted, sdata) for name, sdata in cohort.items()}
     with ExitStack() as unfinished:  # folders appear once all sections are predicted
@@ -198,6 +200,8 @@ def predict(
         predictions = target.results(sdata, layers, fitted.genes)
         if sd is not None:
             predictions.var["shift_sd"] = sd
+        if certificate is not None:
+            predictions.var["predictable"] = predictions.var_names.isin(certificate.predictable)
         if target.background is not None:
             predictions.layers["background"] = np.float32(exposure or 1.0) * target.background
         predictions.obs["size_factor"] = factors[name]
@@ -211,12 +215,26 @@ def predict(
             # stored as JSON text, since section names may hold characters that store keys may not
             "trained_on_content": json.dumps(remembered(fitted)),
         }
+        _warn_of_strange_tiles(predictions, name)
         write = contract.write_predictions if on == "tiles" else contract.write_instance_predictions
         write(sdata, predictions, key=key)
         contract.record(
             sdata, "tl.predict", on=on, n_genes=len(fitted.genes), n_members=len(fitted.member_weights),
             conformal=conformal,
         )  # fmt: skip
+
+
+def _warn_of_strange_tiles(predictions: ad.AnnData, section: str) -> None:
+    """Warn if most tiles of a section are unlike the training tiles."""
+    scores = predictions.obs["ood_score"].to_numpy()
+    outside = int((scores > 1).sum())
+    if outside > len(scores) / 2:
+        warnings.warn(
+            f"{outside:,} of {len(scores):,} tiles of section {section!r} are unlike the training tiles (`ood_score` "
+            f"{scores.min():.1f} to {scores.max():.1f}, above 1). The model was not tested on such tissue, staining or "
+            "scanners, so its predictions cannot be relied on there.",
+            stacklevel=3,
+        )
 
 
 def size_factors_of(
@@ -267,12 +285,8 @@ def _fingerprint(
 class _Done:
     """Blocks of rows that are already on disk.
 
-    Attributes
-    ----------
-    path
-        File with their first rows. `None` for results in memory.
-    starts
-        First rows of the blocks.
+    - `path`: file with their first rows. `None` for results in memory.
+    - `starts`: first rows of the blocks.
     """
 
     path: Path | None

@@ -22,18 +22,12 @@ _MOST_EMPTY = 0.5
 class Target(NamedTuple):
     """Tiles, nuclei or squares of a section, opened by a model.
 
-    Attributes
-    ----------
-    opened
-        Gives r and p of each.
-    table
-        One row each.
-    floor
-        Mean-only fit of each gene, ``(2, n_genes)``.
-    background
-        Mean counts of the part of each tile that no nucleus covers, ``(n_tiles, n_genes)``, for models of nuclei.
-    unit
-        Their name in progress bars.
+    - `opened`: gives r and p of each.
+    - `table`: one row each.
+    - `floor`: Mean-only fit of each gene, ``(2, n_genes)``.
+    - `background`: mean counts of the part of each tile that no nucleus covers, ``(n_tiles, n_genes)``, for models of
+      nuclei.
+    - `unit`: their name in progress bars.
     """
 
     opened: OpenedSection
@@ -62,13 +56,7 @@ class Target(NamedTuple):
 
 
 def open_target(model: Predictor, sdata: SpatialData, *, on: str, section: str) -> Target:
-    """Open the tiles, nuclei or squares of a section.
-
-    Raises
-    ------
-    ValueError
-        If the model does not predict them.
-    """
+    """Open the tiles, nuclei or squares of a section."""
     able = predicts_on(model)
     if on not in ("tiles", able):
         raise ValueError(

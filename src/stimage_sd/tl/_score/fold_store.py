@@ -60,11 +60,6 @@ class FoldStore:
 
         A result without the requested predictions counts as missing. A damaged result counts as missing and gives a
         warning.
-
-        Raises
-        ------
-        ValueError
-            If the result was made with other settings. The error names the settings that differ.
         """
         folder = self._folder(settings)
         if folder is None or not folder.is_dir():

@@ -20,11 +20,6 @@ def groups_of(scale: int | np.ndarray, graph: sp.csr_matrix) -> sp.csr_matrix:
         tiles without one.
     graph
         Neighbors of the tiles, ``(n_tiles, n_tiles)``.
-
-    Raises
-    ------
-    ValueError
-        If the number of steps is below 1, or no tile has a region.
     """
     if isinstance(scale, np.ndarray):
         codes, names = pd.factorize(scale)

@@ -15,14 +15,8 @@ _MOST_TILES = 4_000
 def fit_dispersion(counts: np.ndarray, means: np.ndarray) -> np.ndarray:
     """Fit the dispersion of each gene by maximum likelihood, given the means.
 
-    Parameters
-    ----------
-    counts, means
-        ``(n_tiles, n_genes)``.
-
-    Returns
-    -------
-    r, ``float32 (n_genes,)``, within 1e-3 and 1e4.
+    - `counts`, `means`: ``(n_tiles, n_genes)``.
+    - returns: r, ``float32 (n_genes,)``, within 1e-3 and 1e4.
     """
     if len(counts) > _MOST_TILES:
         chosen = np.sort(np.random.default_rng(0).choice(len(counts), _MOST_TILES, replace=False))
@@ -44,18 +38,10 @@ def fit_dispersion(counts: np.ndarray, means: np.ndarray) -> np.ndarray:
 def interval_level(counts: np.ndarray, means: np.ndarray, dispersion: np.ndarray, *, coverage: float) -> float:
     """Find the nominal level at which central intervals cover a given share of counts.
 
-    Parameters
-    ----------
-    counts, means
-        ``(n_tiles, n_genes)``, of tiles that were left out of training.
-    dispersion
-        r, ``(n_genes,)``.
-    coverage
-        Share of counts to cover.
-
-    Returns
-    -------
-    The level, within 0.5 and 0.995.
+    - `counts`, `means`: ``(n_tiles, n_genes)``, of tiles that were left out of training.
+    - `dispersion`: r, ``(n_genes,)``.
+    - `coverage`: share of counts to cover.
+    - returns: the level, within 0.5 and 0.995.
     """
     if len(counts) > _MOST_TILES:
         chosen = np.sort(np.random.default_rng(0).choice(len(counts), _MOST_TILES, replace=False))

@@ -1,15 +1,20 @@
-"""Split an object of several samples into one view per sample."""
+"""Find the samples, the cells and the resolution in objects of other tools."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
+import geopandas
+import numpy as np
+import pandas as pd
+import shapely
 from anndata import AnnData
+from geopandas import GeoDataFrame
 from spatialdata import SpatialData
-from spatialdata.models import TableModel
-from spatialdata.transformations import get_transformation
+from spatialdata.models import ShapesModel, TableModel
+from spatialdata.transformations import Identity, get_transformation
 
 from stimage_sd import contract
 
@@ -26,22 +31,10 @@ def split_samples(
     Each H&E image is one sample. Its elements are found by coordinate system, if no two H&E images share one, or else
     by name: ``"a"`` and ``"b"`` are the samples of ``"he-a"`` and ``"he-b"``.
 
-    Parameters
-    ----------
-    sdata
-        The object.
-    image, shapes
-        Elements that the caller named. Only the sample with this element is returned.
-
-    Returns
-    -------
-    One object per sample, sharing its elements with `sdata`. Tables hold the rows that annotate elements of the sample.
-    The sample suffix is removed from names. `None` for an object of one sample.
-
-    Raises
-    ------
-    KeyError
-        If neither coordinate systems nor names assign elements to one of several images.
+    - `sdata`: the object.
+    - `image`, `shapes`: elements that the caller named. Only the sample with this element is returned.
+    - returns: one object per sample, sharing its elements with `sdata`. Tables hold the rows that annotate elements of
+      the sample. The sample suffix is removed from names. `None` for an object of one sample.
     """
     normalized = contract.info(sdata).get("normalized_image")
     candidates = [
@@ -166,3 +159,91 @@ def _rows(table: AnnData, new_name: Mapping[str, str]) -> AnnData | None:
         region_key=column,
         instance_key=keys[TableModel.INSTANCE_KEY],
     )
+
+
+def gathered_cells(sdata: SpatialData, table: AnnData) -> tuple[GeoDataFrame, AnnData] | None:
+    """Gather the cells of a table that annotates labels of several fields of view, as in CosMx.
+
+    - `sdata`: the object.
+    - `table`: table of the object. Cell ids are unique only within a field of view.
+    - returns: circles at the cell centers with the cell areas, in the coordinate system that all fields share, and a
+      copy of the table that annotates the circles. `None` where the table does not annotate labels of several fields.
+    """
+    regions = contract.regions_of(table)
+    if len(regions) < 2 or not set(regions) <= set(sdata.labels):
+        return None
+    systems = [set(get_transformation(sdata.labels[region], get_all=True)) for region in regions]
+    shared = sorted(set.intersection(*systems))
+    if not shared:
+        return None
+    system = "global" if "global" in shared else shared[0]
+    keys = contract.keys_of(table)
+    cells = pd.concat([contract.label_circles(sdata, region, system).assign(region=region) for region in regions])
+    known = pd.MultiIndex.from_arrays([cells["region"], cells.index.astype(int)])
+    fields = table.obs[keys[TableModel.REGION_KEY_KEY]].astype(str)
+    rows = known.get_indexer(pd.MultiIndex.from_arrays([fields, table.obs[keys[TableModel.INSTANCE_KEY]].astype(int)]))
+    cells = cells.iloc[rows[rows >= 0]]
+    circles = geopandas.GeoDataFrame({"radius": cells["radius"].to_numpy()}, geometry=shapely.points(cells[["x", "y"]]))
+    kept = table[rows >= 0].copy()
+    del kept.uns[TableModel.ATTRS_KEY]
+    kept.obs["cells_region"] = pd.Categorical([contract.CELLS] * kept.n_obs)
+    kept.obs["cells_index"] = np.arange(kept.n_obs)
+    return (
+        ShapesModel.parse(circles, transformations={system: Identity()}),
+        TableModel.parse(kept, region=contract.CELLS, region_key="cells_region", instance_key="cells_index"),
+    )
+
+
+#: beginnings or ends of the names of elements in micrometers, by reader of spatialdata-io
+_IN_MICRONS = {
+    "xenium": ("cell_boundaries", "cell_circles", "nucleus_boundaries", "transcripts"),
+    "merscope": ("_polygons", "_transcripts"),
+}
+#: plausible range of micrometers per pixel of a microscope
+PLAUSIBLE = (0.05, 20.0)
+_BIN = re.compile(r"square_(\d{3})um")
+
+
+def stated_mpp(sdata: SpatialData, units: contract.Units | None) -> float | None:
+    """Return the micrometers per pixel of the H&E that the object states, or `None`.
+
+    Sources are the pitch of the Visium array, the side of Visium HD bins, elements that the reader wrote in
+    micrometers, and elements with a coordinate system ``"microns"``.
+    """
+    mpp = None if units is None else _of_units(sdata, units)
+    if mpp is None:
+        mpp = next(_of_elements(sdata), None)
+    if mpp is not None and not PLAUSIBLE[0] <= mpp <= PLAUSIBLE[1]:
+        raise ValueError(
+            f"The object states {mpp:.4g} micrometers per pixel of its H&E, which no microscope has. Pass `mpp=`."
+        )
+    return mpp
+
+
+def _of_units(sdata: SpatialData, units: contract.Units) -> float | None:
+    pitch = units.visium_pitch(sdata)
+    if pitch:
+        return contract.PITCH_UM / pitch
+    size = _BIN.search(units.shapes)
+    if size is None or units.shapes not in sdata.shapes:
+        return None
+    bins = contract.shapes_in_pixels(sdata, units.shapes)
+    if "radius" in bins:
+        side = 2.0 * float(np.median(bins["radius"]))
+    else:
+        side = float(np.sqrt(np.median(shapely.area(bins.geometry.to_numpy()))))
+    return int(size[1]) / side
+
+
+def _of_elements(sdata: SpatialData) -> Iterator[float]:
+    frame = contract.pixel_frame(sdata)
+    names = _IN_MICRONS.get(str(sdata.attrs.get("spatialdata_io_reader")), ())
+    for kind, name, element in sdata.gen_spatial_elements():
+        systems = get_transformation(element, get_all=True)
+        if not set(systems) & set(frame.transformations) or name == frame.image:
+            continue
+        to_pixels = contract.scale_of(frame.matrix(element, name))
+        if "microns" in systems:
+            yield contract.scale_of(contract.affine(systems["microns"], name)) / to_pixels
+        elif kind in ("shapes", "points") and any(name.startswith(word) or name.endswith(word) for word in names):
+            yield 1.0 / to_pixels
