@@ -29,7 +29,7 @@ def saliency(
     gene: str | Sequence[str],
     *,
     tiles: Sequence[int] | None = None,
-    smooth: float = 5.0,
+    smooth: float = 8.0,
     cmap: str | Colormap = "RdBu_r",
     vmin: float | None = None,
     vmax: float | None = None,
@@ -54,7 +54,8 @@ def saliency(
     tiles
         ``obs["instance_id"]`` of tiles with a map. Default: all tiles with a map.
     smooth
-        Standard deviation of the Gaussian that smooths the maps, in pixels of the map. ``0``: no smoothing.
+        Standard deviation of the Gaussian that smooths the maps, in pixels of the map. The default shows nuclei. ``0``:
+        no smoothing.
     cmap, vmin, vmax, alpha
         Colormap. Ends of the color range, shared by all tiles of a gene and symmetric around 0 unless both are given.
         Largest opacity.
