@@ -20,6 +20,8 @@ from stimage_sd.pl._maps import names_of
 
 #: side of a drawn tile, px
 _PIXELS = 320
+#: contrast of the tissue under a map
+_CONTRAST = 0.7
 
 
 def saliency(
@@ -27,7 +29,7 @@ def saliency(
     gene: str | Sequence[str],
     *,
     tiles: Sequence[int] | None = None,
-    smooth: float = 3.0,
+    smooth: float = 8.0,
     cmap: str | Colormap = "RdBu_r",
     vmin: float | None = None,
     vmax: float | None = None,
@@ -41,7 +43,7 @@ def saliency(
 ) -> np.ndarray | Figure:
     """Draw saliency maps over their tiles, red where pixels raise the prediction and blue where they lower it.
 
-    Pixels are the more opaque, the larger their value. The tissue stays visible elsewhere.
+    Pixels are the more opaque, the larger their value. The tissue is drawn in gray, and stays visible elsewhere.
 
     Parameters
     ----------
@@ -52,7 +54,8 @@ def saliency(
     tiles
         ``obs["instance_id"]`` of tiles with a map. Default: all tiles with a map.
     smooth
-        Standard deviation of the Gaussian that smooths the maps, in pixels of the map. ``0``: no smoothing.
+        Standard deviation of the Gaussian that smooths the maps, in pixels of the map. The default shows nuclei. ``0``:
+        no smoothing.
     cmap, vmin, vmax, alpha
         Colormap. Ends of the color range, shared by all tiles of a gene and symmetric around 0 unless both are given.
         Largest opacity.
@@ -128,7 +131,9 @@ def _draw(
     ax: Axes, picture: np.ndarray, extent: tuple[float, float, float, float], values: np.ndarray, colors: Colors,
     norm: Normalize,
 ) -> None:  # fmt: skip
-    ax.imshow(picture, extent=extent, interpolation="antialiased", zorder=0)
+    # in light gray, because the blue of nuclei hides that of values
+    gray = 255 - _CONTRAST * (255 - picture.mean(axis=-1))
+    ax.imshow(gray, cmap="gray", vmin=0, vmax=255, extent=extent, interpolation="antialiased", zorder=0)
     strength = np.clip(np.abs(norm(values) - norm(0.0)) / max(1 - float(norm(0.0)), 1e-12), 0, 1)
     opacity = (0.8 if colors.alpha is None else colors.alpha) * np.asarray(strength)
     ax.imshow(values, extent=extent, cmap=colors.cmap, norm=norm, alpha=opacity, interpolation="bilinear", zorder=1)
