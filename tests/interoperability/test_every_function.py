@@ -330,6 +330,19 @@ def _(stage: Stage) -> Any:
     return sti.tl.predictable_genes(stage.section, method="free", n_permutations=20)
 
 
+@step("pp.prepare")
+def _(stage: Stage) -> Any:
+    section = stage.fresh()
+    sti.pp.prepare(section, stage.model)
+    return contract.embeddings(section, EXTRACTOR), contract.tile_geometry(section)
+
+
+@step("tl.certify")
+def _(stage: Stage) -> Any:
+    certificate = sti.tl.certify(stage.section, stage.model, method="free", n_permutations=20).certificate
+    return certificate.genes, certificate.sections, certificate.pit
+
+
 @step("tl.pseudobulk")
 def _(stage: Stage) -> Any:
     table = sti.tl.pseudobulk(stage.section)
