@@ -51,6 +51,17 @@ def test_every_public_name_is_on_the_api_page(name):
     assert expected <= documented_names()
 
 
+def test_the_calls_and_tests_on_the_page_of_the_paper_exist():
+    text = (REPOSITORY / "docs" / "paper.md").read_text(encoding="utf-8")
+    calls = set(re.findall(r"sti\.(io|pp|tl|pl|models|datasets|baselines)\.(\w+)", text))
+    assert len(calls) > 50
+    missing = [call for call in calls if not hasattr(importlib.import_module(f"stimage_sd.{call[0]}"), call[1])]
+    assert missing == []
+    paths = set(re.findall(r"`(tests/[\w/.]+)`", text))
+    assert len(paths) > 20
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+
+
 def test_nothing_on_the_api_page_is_gone():
     def exists(name: str) -> bool:
         module, _, attribute = name.rpartition(".")

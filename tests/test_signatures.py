@@ -18,7 +18,9 @@ SUBPACKAGES = ("io", "pp", "tl", "pl", "models", "datasets")
 FIGURE = ("ax", "title", "figsize", "save", "return_fig")
 COLORS = ("cmap", "vmin", "vmax", "alpha")
 #: pictures of values by color, and those of them that are maps over the section
-COLORED = {"cells", "confusion", "enrichment", "explanation", "latent", "prediction", "tiles", "uncertainty"}
+COLORED = {
+    "cells", "confusion", "enrichment", "explanation", "latent", "prediction", "saliency", "tiles", "uncertainty",
+}  # fmt: skip
 ZOOMED = {"cells", "prediction", "tiles", "uncertainty"}
 #: first arguments of functions that are given neither a section, a cohort of sections nor a table of one
 OTHERS = {

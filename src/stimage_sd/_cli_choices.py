@@ -1,8 +1,18 @@
-"""Choices of options of the command line."""
+"""Choices of options of the command line, and options that commands share."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
+Model = Annotated[
+    Path, typer.Option(metavar="MODEL", help="A saved model, or the name of a ready model (see `stimage-sd ready`).")
+]
+Weights = Annotated[Path | None, typer.Option(help="Weights file of the extractor, if it is not found automatically.")]
 
 
 class On(StrEnum):

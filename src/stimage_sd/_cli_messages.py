@@ -1,4 +1,4 @@
-"""Print every error and warning of a command as one line on standard error."""
+"""Print the steps of a command, and its errors and warnings as one line each on standard error."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from typing import Any
 
 import typer
 from typer.core import TyperGroup
+
+
+def say(message: str) -> None:
+    """Print a step of a command."""
+    typer.echo(f"- {message}")
 
 
 class OneLineErrors(TyperGroup):

@@ -25,16 +25,10 @@ th {{ border-bottom: 1px solid #999; }} img {{ max-width: 100%; }}</style></head
 class Block(NamedTuple):
     """A part of a page: a paragraph or heading (`text`), a table, or a figure that is drawn when it is needed.
 
-    Attributes
-    ----------
-    text
-        Paragraph, or what a figure shows.
-    is_heading
-        Whether the text is a heading.
-    table
-        Table with formatted cells.
-    figure
-        Function that draws a PNG.
+    - `text`: paragraph, or what a figure shows.
+    - `is_heading`: whether the text is a heading.
+    - `table`: table with formatted cells.
+    - `figure`: function that draws a PNG.
     """
 
     text: str = ""
@@ -68,13 +62,7 @@ def as_text(blocks: Iterable[Block]) -> str:
 
 
 def write_page(path: str | Path, blocks: Iterable[Block]) -> Path:
-    """Write a page to one file; figures of Markdown go to PNG files beside it.
-
-    Raises
-    ------
-    ValueError
-        If the path does not end in ``.html`` or ``.md``.
-    """
+    """Write a page to one file; figures of Markdown go to PNG files beside it."""
     path, blocks = Path(path), list(blocks)
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"Expected a path ending in .html or .md for the page, found {path.name!r}.")
@@ -83,8 +71,8 @@ def write_page(path: str | Path, blocks: Iterable[Block]) -> Path:
         text = _PAGE.format(title=html.escape(title), body="\n".join(block.html() for block in blocks))
     else:
         parts = []
-        for number, block in enumerate(blocks):
-            picture = path.with_name(f"{path.stem}_{number}.png")
+        for index, block in enumerate(blocks):
+            picture = path.with_name(f"{path.stem}_{index}.png")
             if block.figure is not None:
                 with replacing(picture) as staged:
                     staged.write_bytes(block.figure())

@@ -24,22 +24,14 @@ DEFAULT_EXTRACTOR = "efficientnet_lite0_stages"
 class ReadyModel:
     """How a ready model is made.
 
-    Attributes
-    ----------
-    name, tissue, platform
-        What it is of.
-    read
-        Function that reads a public section by its name.
-    training, test
-        Names of the sections that it is fitted to, and certified on.
-    markers
-        Genes that it has beside the most variable ones.
-    minutes, download_mb
-        What the first use costs on two cores.
-    revision
-        To be increased with every change of a recipe or of the defaults of a fit, so that models are made anew.
-    options
-        Options of `stimage_sd.tl.fit_nb`.
+    - `name`, `tissue`, `platform`: what it is of.
+    - `read`: function that reads a public section by its name.
+    - `training`, `test`: names of the sections that it is fitted to, and certified on.
+    - `markers`: genes that it has beside the most variable ones.
+    - `minutes`, `download_mb`: what the first use costs on two cores.
+    - `revision`: to be increased with every change of a recipe or of the defaults of a fit, so that models are made
+      anew.
+    - `options`: options of `stimage_sd.tl.fit_nb`.
     """
 
     name: str

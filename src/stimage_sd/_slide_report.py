@@ -30,24 +30,13 @@ def predict_and_report(
 ) -> str:
     """Predict all genes of a model on a slide, and write ``section.zarr`` and ``report.html`` into a folder.
 
-    Parameters
-    ----------
-    sdata
-        The slide.
-    model
-        The fitted model.
-    out
-        Folder to write. It appears when it is complete.
-    weights
-        The extractor's weights file, if it is not found automatically.
-    overwrite
-        Whether a section and report that are there may be replaced.
-    say
-        Function that prints the current step.
-
-    Returns
-    -------
-    What the report says about the tiles, and where it is.
+    - `sdata`: the slide.
+    - `model`: the fitted model.
+    - `out`: folder to write. It appears when it is complete.
+    - `weights`: the extractor's weights file, if it is not found automatically.
+    - `overwrite`: whether a section and report that are there may be replaced.
+    - `say`: function that prints the current step.
+    - returns: what the report says about the tiles, and where it is.
     """
     on_disk = set(sdata.images)
     prepare_for_model(sdata, model, weights=weights, say=say)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stimage_sd import __version__
-from stimage_sd._cli_choices import Against, Dataset, Head, Of, On, Stain, Standardize
-from stimage_sd._cli_messages import OneLineErrors
+from stimage_sd._cli_choices import Against, Dataset, Head, Model, Of, On, Overwrite, Stain, Standardize, Weights
+from stimage_sd._cli_messages import OneLineErrors, say
 from stimage_sd._damaged_files import reading
 
 if TYPE_CHECKING:
@@ -31,22 +31,11 @@ app = typer.Typer(
     "Works on zarr stores of sections (SpatialData), made with a reader of stimage_sd.io and sdata.write().",
 )
 
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
-Model = Annotated[
-    Path,
-    typer.Option(metavar="MODEL", help="A saved model, or the name of a ready model (see `stimage-sd ready`)."),
-]
-Weights = Annotated[Path | None, typer.Option(help="Weights file of the extractor, if it is not found automatically.")]
-
 
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"stimage-sd {__version__}")
         raise typer.Exit
-
-
-def _say(message: str) -> None:
-    typer.echo(f"- {message}")
 
 
 @app.callback()
@@ -71,7 +60,7 @@ def demo(
     from stimage_sd._demo import run_demo
     from stimage_sd._report import score_report
 
-    scores = run_demo(dataset.value, out, overwrite=overwrite, say=_say)
+    scores = run_demo(dataset.value, out, overwrite=overwrite, say=say)
     typer.echo(f"\n{score_report(scores)}\n")
     typer.echo(
         f"In {out}: test_section.zarr (section with predictions), model.stimage (model), scores.csv (one row per gene) "
@@ -118,9 +107,9 @@ def train(
     cohort = _name_sections(sections, [read_section(path) for path in sections])
     chosen = pp.select_genes(cohort, listed, n_top=n_top or 1000, include=besides)
     prepare_cohort(
-        cohort, extractor=extractor, stain=None if stain is Stain.none else stain.value, weights=weights, say=_say
+        cohort, extractor=extractor, stain=None if stain is Stain.none else stain.value, weights=weights, say=say
     )
-    _say(f"training on {', '.join(cohort)}: {len(chosen)} genes, {n_members} members")
+    say(f"training on {', '.join(cohort)}: {len(chosen)} genes, {n_members} members")
     model = tl.fit_nb(
         cohort,
         genes=chosen,
@@ -176,8 +165,8 @@ def predict(
     fitted: Any = as_model(model)
     sdata = read_section(section)
     on_disk = set(sdata.images)
-    changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
-    _say(f"{contract.sample(sdata)}: predicting {len(fitted.genes)} genes")
+    changed = prepare_for_model(sdata, fitted, weights=weights, say=say)
+    say(f"{contract.sample(sdata)}: predicting {len(fitted.genes)} genes")
     tl.predict(sdata, fitted, on=on.value)
     for name in set(sdata.images) - on_disk:
         del sdata.images[name]
@@ -252,11 +241,11 @@ def explain(
     fitted: Any = as_model(model)
     sdata = read_section(section)
     on_disk = set(sdata.images)
-    changed = prepare_for_model(sdata, fitted, weights=weights, say=_say)
-    normalize_for_model(sdata, fitted.tiles, say=_say)
+    changed = prepare_for_model(sdata, fitted, weights=weights, say=say)
+    normalize_for_model(sdata, fitted.tiles, say=say)
     tl.predict(sdata, fitted)
     chosen = tile or [tile_id for name in gene for tile_id in tl.top_tiles(sdata, name, n_tiles=n_tiles)]
-    _say(f"{contract.sample(sdata)}: explaining {', '.join(gene)} on {len(set(chosen))} tiles")
+    say(f"{contract.sample(sdata)}: explaining {', '.join(gene)} on {len(set(chosen))} tiles")
     extractors = [] if weights is None else [models.get_extractor(fitted.tiles.extractor, weights=weights)]
     kinds: list[Any] = [kind.value for kind in of or [Of.mean]]
     tl.explain(
@@ -316,7 +305,9 @@ def cohort(
 
 @app.command(name="app")
 def serve(
-    model: Annotated[Path | None, typer.Option(help="Model that visitors may choose.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Model that visitors may choose, or the name of a ready model.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(metavar="ZARR", help="Zarr store of a section that visitors may choose.")
     ] = None,
@@ -332,8 +323,12 @@ def serve(
 ) -> None:
     """Serve the web app with predictions and explanations of a slide (needs the extra app)."""
     from stimage_sd.app._launch import check_extra, launch
+    from stimage_sd.models._ready import is_ready, path_of, pretrained
 
     check_extra()
+    if model is not None and not model.exists() and is_ready(model):
+        pretrained(str(model))
+        model = path_of(str(model))
     typer.echo(f"The app is at http://{address}:{port}. Stop the app with Ctrl-C.")
     launch(model=model, data=data, address=address, port=port, upload_mb=max_upload,
            allow_hosts=tuple(allow_host or ()))  # fmt: skip
@@ -407,7 +402,7 @@ def _predict_slide(
         raise ValueError(f"{slide} is an image. Pass --out FOLDER for its store and report.")
     check_free(out, overwrite=overwrite)
     sdata = io.slide(slide, mpp=mpp)
-    typer.echo(predict_and_report(sdata, as_model(model), out, weights=weights, overwrite=overwrite, say=_say))
+    typer.echo(predict_and_report(sdata, as_model(model), out, weights=weights, overwrite=overwrite, say=say))
 
 
 def _read_genes(path: Path) -> list[str]:

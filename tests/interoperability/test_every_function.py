@@ -415,6 +415,11 @@ def _(stage: Stage) -> Any:
     return list(maps.values()), stage.outlines("nuclei_explained")
 
 
+@step("pl.saliency")
+def _(stage: Stage) -> Any:
+    return drawn(*sti.pl.saliency(stage.section, stage.genes[0]))
+
+
 @step("tl.explained_nuclei")
 def _(stage: Stage) -> Any:
     return sti.tl.explained_nuclei(stage.section, stage.genes[:2])
@@ -487,7 +492,7 @@ def _(stage: Stage) -> Any:
 @step("pl.prediction")
 def _(stage: Stage) -> Any:
     return drawn(*sti.pl.prediction(stage.section, stage.genes[0])), drawn(
-        *sti.pl.prediction(stage.section, stage.genes[0], zoom=(200, 300, 900, 800))
+        *sti.pl.prediction(stage.section, stage.genes[0], zoom=[(200, 300, 900, 800)]).ravel()
     )
 
 
@@ -498,7 +503,8 @@ def _(stage: Stage) -> Any:
 
 @step("pl.tiles")
 def _(stage: Stage) -> Any:
-    return drawn(*sti.pl.tiles(stage.section, n_examples=2, return_fig=True).axes)
+    of_labels = sti.pl.tiles({"one": stage.section}, "annotation")
+    return drawn(*sti.pl.tiles(stage.section, n_examples=2, return_fig=True).axes), drawn(*of_labels)
 
 
 @step("pl.cells")
@@ -558,6 +564,12 @@ def _(stage: Stage) -> Any:
     reference = sti.datasets.synthetic_reference(n_markers=4)
     sti.pp.annotate_cells(stage.section, reference, merge=reference.uns["merge"])
     return [stage.section.shapes[name]["cell_type"].astype(str) for name in ("cells", "nuclei")]
+
+
+@step("pl.cells of genes", CELLS)
+def _(stage: Stage) -> Any:
+    gene = stage.section.tables["counts"].var_names[0]
+    return [drawn(sti.pl.cells(stage.section, gene, shapes_key=name)) for name in ("cells", "nuclei")]
 
 
 @step("tl.fit_cell_classifier", CELLS)

@@ -100,6 +100,10 @@ def test_genes_of_measured_cells(typed: SpatialData) -> None:
     ax = pl.cells(typed, "KRT5", shapes_key="measured")
     np.testing.assert_allclose(ax.collections[0].get_array(), np.log1p(counts[:, 1]))
     assert ax.figure.axes[-1].get_ylabel() == "log(1 + count of KRT5)"
+    # outlines that the table does not annotate, but that have its ids
+    typed.shapes["rims"] = typed.shapes["measured"].iloc[::2].rename_axis("instance_id")
+    outlined = pl.cells(typed, "KRT5", shapes_key="rims")
+    np.testing.assert_allclose(outlined.collections[0].get_array(), np.log1p(counts[::2, 1]))
     with pytest.raises(KeyError, match=r"no column 'ESR1'.*Nor is it one of the 2 genes that were measured"):
         pl.cells(typed, "ESR1", shapes_key="measured")
 

@@ -12,12 +12,15 @@ import pandas as pd
 import pytest
 import shapely
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar
 from scipy.stats import pearsonr
 from spatialdata import SpatialData
 from spatialdata.transformations import remove_transformation
 
 from stimage_sd import contract, pl, pp, tl
+from stimage_sd.pl._prediction import UNLIKE
+from stimage_sd.stats.spatial import binary_pattern
 
 
 def drawn_values(ax: Axes) -> np.ndarray:
@@ -79,8 +82,18 @@ def test_ranges_of_their_own_are_asked_for(result) -> None:
     for panel in axes:
         norm = panel.collections[0].norm
         np.testing.assert_allclose((norm.vmin, norm.vmax), np.percentile(drawn_values(panel), [1, 99]))
-    with pytest.raises(ValueError, match=r"`scale` to be one of \['shared', 'each'\], found 'own'"):
+    with pytest.raises(ValueError, match=r"`scale` to be one of \['shared', 'each', 'pattern'\], found 'own'"):
         pl.prediction(result.section, "G0", scale="own")
+
+
+def test_predictions_of_unlike_tiles_can_be_hidden(result) -> None:
+    scores = contract.predictions(result.section).obs["ood_score"].to_numpy()
+    limit = float(np.median(scores))
+    observed, predicted = pl.prediction(result.section, "G0", max_ood=limit)
+    hidden = np.ma.getmaskarray(np.ma.masked_invalid(predicted.collections[0].get_array()))
+    np.testing.assert_array_equal(hidden, scores > limit)
+    assert np.isfinite(drawn_values(observed)).all()
+    assert to_hex(predicted.collections[0].get_cmap().get_bad()) == UNLIKE
 
 
 def test_the_title_has_the_correlation_of_evaluate(result) -> None:
@@ -118,6 +131,24 @@ def test_a_cohort_has_one_range_and_one_bar_per_gene(result, planted: Callable) 
         ranges = {(panel.collections[0].norm.vmin, panel.collections[0].norm.vmax) for panel in panels}
         assert ranges == {tuple(np.percentile(together, [1, 99]))}
         assert color_bars(axes)[place].startswith(f"{gene}: log(1 + count)")
+
+
+def test_patterns_are_those_of_the_iou(result) -> None:
+    """Paper, section 2.8 and Figure 2d."""
+    table = contract.predictions(result.section)
+    rows, counts = contract.align_to_spots(result.section, table)
+    where = contract.places(result.section, table)[rows]
+    for gene in ("G0", "G3"):
+        observed, predicted = pl.prediction(result.section, gene, scale="pattern")
+        expected = binary_pattern(np.log1p(counts[:, gene].X.toarray()), where)[:, 0]
+        np.testing.assert_array_equal(drawn_values(observed), expected)
+        both = drawn_values(predicted)[rows].astype(bool) & expected
+        either = drawn_values(predicted)[rows].astype(bool) | expected
+        iou = result.scores.set_index("gene")["iou"][gene]
+        assert both.sum() / either.sum() == pytest.approx(iou)
+        assert predicted.get_title() == f"{gene}, predicted pattern (IoU = {iou:.2f})"
+    with pytest.raises(ValueError, match=r'measured gene for `scale="pattern"`, found no measured values'):
+        pl.prediction(with_tables(result.section, "tiles", "predictions"), "G0", scale="pattern")
 
 
 def test_classes_of_genes_are_drawn_with_their_auc(result) -> None:

@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 from spatialdata import SpatialData
 
-from stimage_sd import contract, models, tl
+from stimage_sd import contract, models, pl, tl
 from stimage_sd.models._members import Members
 from stimage_sd.tl._score.cross_validate import shallow_copy
 
@@ -129,6 +129,9 @@ def test_pooling_helps_and_pools_differ(model: models.NBModel, cohort: Any) -> N
     assert pools.nunique() == 15 == len(pools) / (3 * 6)
     mean = scores.groupby("kind")["pearson"].mean()
     assert mean["pool"] > mean["member"]
+    (panel,) = pl.scores(scores)
+    labels = {text.get_text() for text in panel.get_legend().get_texts()}
+    assert labels == {"single members", "pools of 4 members"}
     again = tl.pool_members(cohort.sections["test"], model, size=4, n_pools=15)
     assert again.equals(scores[scores["section"] == "test"].reset_index(drop=True))
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import geopandas
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import shapely
+import spatialdata
 from flax import nnx
 from spatialdata import SpatialData
 
-from stimage_sd import contract, models, pp, tl
+from stimage_sd import contract, models, pl, pp, tl
 from stimage_sd.nn.parts import Part
+from stimage_sd.tl._score.cross_validate import shallow_copy
 
 EXTRACTOR = "means_of_color"
 
@@ -108,3 +112,59 @@ def test_grad_cam_is_not_negative_and_refusals(fitted: tuple) -> None:
     other = tl.fit_nb(sdata, genes=list(model.genes), extractor="plain", n_members=1, max_epochs=1)
     with pytest.raises(TypeError, match="not a Flax module"):
         tl.saliency(sdata, other, model.genes[0], tiles=[27])
+
+
+@pytest.fixture(scope="module")
+def mapped(fitted: tuple) -> tuple:
+    """The section, the model, and the maps of two genes on two tiles."""
+    sdata, model = fitted
+    return sdata, model, tl.saliency(sdata, model, model.genes, tiles=[27, 30], n_steps=2)["made"]
+
+
+def test_maps_are_images_placed_on_their_tiles(mapped: tuple, tmp_path: Path) -> None:
+    sdata, model, maps = mapped
+    assert contract.tile_map_names(sdata) == ["saliency_27", "saliency_30"]
+    squares = contract.tile_squares(sdata)
+    sdata.write(tmp_path / "section.zarr")
+    for section in (sdata, spatialdata.read_zarr(tmp_path / "section.zarr")):
+        for tile, one in contract.tile_maps(section).items():
+            np.testing.assert_array_equal(one.values, maps[tile])
+            assert one.genes == tuple(model.genes)
+            left, top, right, bottom = squares[tile]
+            np.testing.assert_allclose(one.extent, (left, right, bottom, top), atol=1e-6)
+        # spatialdata's own transformation
+        extent = spatialdata.get_extent(section.images["saliency_27"])
+        np.testing.assert_allclose([*extent["x"], *extent["y"]], squares[27][[0, 2, 1, 3]], atol=1e-6)
+    # later maps replace them, and new tiles remove them; they are no H&E
+    copy = shallow_copy(sdata)
+    contract.write_tile_maps(copy, {9: contract.tile_maps(sdata)[27]})
+    assert contract.tile_map_names(copy) == ["saliency_9"]
+    assert contract.rgb_images(copy) == ["he"]
+    with pytest.warns(UserWarning, match=r"earlier tiles are removed: .*saliency_9"):
+        pp.tile(copy, target_px=20, min_tissue=0)
+    assert contract.tile_map_names(copy) == []
+
+
+def test_the_picture_of_maps(mapped: tuple) -> None:
+    sdata, model, maps = mapped
+    grid = pl.saliency(sdata, model.genes, smooth=0)
+    assert grid.shape == (2, 2)
+    for row, gene in enumerate(model.genes):
+        limits = {panel.images[1].get_clim() for panel in grid[row]}
+        assert len(limits) == 1
+        assert -min(limits)[0] == min(limits)[1] > 0
+        for panel, tile in zip(grid[row], (27, 30), strict=True):
+            drawn = panel.images[1]
+            np.testing.assert_array_equal(drawn.get_array(), maps[tile][row])
+            np.testing.assert_allclose(drawn.get_extent(), contract.tile_maps(sdata, [tile])[tile].extent)
+            assert f"{gene}, tile {tile}" in panel.get_title()
+            # nothing is drawn where the map is zero, most where it is largest
+            strongest = np.argmax(np.abs(maps[tile][row]))
+            assert np.asarray(drawn.get_alpha()).ravel()[strongest] == np.asarray(drawn.get_alpha()).max() > 0
+    with pytest.raises(KeyError, match=r"Found of tiles \[27, 30\], none of \[3\]"):
+        pl.saliency(sdata, model.genes[0], tiles=[3])
+    with pytest.raises(KeyError, match="Found no map of 'NONE' on tile 27"):
+        pl.saliency(sdata, "NONE")
+    with pytest.raises(ValueError, match="`smooth` of 0 or more, found -1"):
+        pl.saliency(sdata, model.genes[0], smooth=-1)
+    plt.close("all")

@@ -228,9 +228,13 @@ def _show_words(
     floor = float(prediction.model.floor[0, list(prediction.model.genes).index(gene)])
     measured = f"Measured **{row['measured']:.0f}**. " if np.isfinite(row.get("measured", np.nan)) else ""
     # fewer than three nuclei have no stability
-    stability = f", stability {explanation.stability:.2f} (correlation with the scores from infinitely many copies)."
-    if np.isnan(explanation.stability):
-        stability = "."
+    stability = (
+        "."
+        if np.isnan(explanation.stability)
+        else (
+            f", stability {explanation.stability:.2f} (correlation of the scores with those of infinitely many copies)."
+        )
+    )
     st.write(
         f"Predicted mean **{row['mean']:.3g}**, 90 % interval {row['lower']:.0f} to {row['upper']:.0f}. {measured}Mean "
         f"of the training tiles {floor:.3g}. Red nuclei raise the prediction, blue nuclei lower it. LIME's linear "

@@ -174,6 +174,7 @@ from stimage_sd.contract._tables import (
     holds_counts,
     proteins_name,
 )
+from stimage_sd.contract._tile_maps import TileMap, tile_map_names, tile_maps, write_tile_maps
 from stimage_sd.contract._tiles import (
     TileGeometry,
     check_finite,

@@ -15,7 +15,7 @@ from stimage_sd.contract._elements import counts_problem, regions_of
 from stimage_sd.contract._names import are_genes, without_versions
 from stimage_sd.contract._section import info, sample
 from stimage_sd.contract._tables import Against, cell_table_names, counts_name, default_against, holds_counts
-from stimage_sd.contract._units import find_units, units_of
+from stimage_sd.contract._units import find_units, units_of, units_on
 
 
 class Source(NamedTuple):
@@ -164,20 +164,15 @@ def align_to_spots(
 def counts_of_shapes(sdata: SpatialData, shapes: str, source: Source | None = None) -> tuple[pd.Index, AnnData] | None:
     """Return ids of measured cells among some shapes, and their counts, or `None` if no table has counts of them.
 
-    Parameters
-    ----------
-    sdata
-        The section.
-    shapes
-        Name of the shapes.
-    source
-        Table and layer. Default: the first table of counts that annotates the shapes.
+    - `sdata`: the section.
+    - `shapes`: name of the shapes.
+    - `source`: table and layer. Default: the first table of counts that annotates the shapes, or has their ids.
     """
     table, layer = source or Source()
     for name in [table] if table is not None else cell_table_names(sdata):
-        if not holds_counts(sdata, name) or shapes not in regions_of(sdata.tables[name]):
+        units = units_on(sdata, name, shapes) if holds_counts(sdata, name) else None
+        if units is None:
             continue
-        units = units_of(sdata, name, shapes)
         counted = counts(sdata, Source(name, layer))
         where = counted.obs_names.get_indexer(units.names)
         return units.ids[where >= 0], counted[where[where >= 0]]

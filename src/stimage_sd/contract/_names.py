@@ -37,6 +37,8 @@ CELL_TYPES = "cell_types"
 NUCLEI_EXPLAINED = "nuclei_explained"
 SEGMENTS_EXPLAINED = "segments_explained"
 EXPLANATIONS = "explanations"
+#: prefix of the images with saliency maps of tiles, before the number of the tile
+SALIENCY = "saliency_"
 
 #: coordinate system of the measuring instrument, in micrometers
 INSTRUMENT = "instrument"

@@ -103,8 +103,8 @@ def patients(cohort: Cohort, named: Mapping[str, str] | None = None) -> dict[str
     - `cohort`: sections by sample id. The patient of a section is ``sdata.attrs["stimage_sd"]["patient"]``.
     - `named`: patient by section, instead of what sections know. Sections that are not in the cohort are ignored.
     """
-    found = {name: (named or {}).get(name, info(sdata).get("patient")) for name, sdata in cohort.items()}
-    return {name: str(patient) for name, patient in found.items() if patient is not None}
+    known = {name: (named or {}).get(name, info(sdata).get("patient")) for name, sdata in cohort.items()}
+    return {name: str(patient) for name, patient in known.items() if patient is not None}
 
 
 def stain_of(sdata: SpatialData, image: str) -> str:

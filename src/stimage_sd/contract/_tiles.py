@@ -26,6 +26,7 @@ from stimage_sd.contract._names import (
     TILES,
 )
 from stimage_sd.contract._section import sample
+from stimage_sd.contract._tile_maps import tile_map_names
 
 #: largest angle of the tiles on an image, radians
 _STRAIGHT = 1e-3
@@ -201,15 +202,18 @@ def _remove_stale(sdata: SpatialData) -> None:
     """Remove the results of the tiles that are about to be replaced, and warn."""
     stale = [name for name, table in sdata.tables.items() if name != TILES and TILE_SQUARES in regions_of(table)]
     explained = [name for name in (NUCLEI_EXPLAINED, SEGMENTS_EXPLAINED) if name in sdata.shapes]
-    if not stale and not explained:
+    maps = tile_map_names(sdata)
+    if not stale and not explained and not maps:
         return
     for name in stale:
         del sdata.tables[name]
     for name in explained:
         del sdata.shapes[name]
+    for name in maps:
+        del sdata.images[name]
     warnings.warn(
         f"Section {sample(sdata)!r} has new tiles. Results of the earlier tiles are removed: "
-        f"{', '.join([*stale, *explained])}.",
+        f"{', '.join([*stale, *explained, *maps])}.",
         UserWarning,
         stacklevel=4,
     )

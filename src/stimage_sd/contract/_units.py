@@ -188,6 +188,13 @@ def units_of(sdata: SpatialData, table_name: str, shapes_key: str | None = None)
     return _units(sdata, table_name, there[0], pd.Index(table.obs[keys[TableModel.INSTANCE_KEY]]), of_region)
 
 
+def units_on(sdata: SpatialData, table_name: str, shapes_key: str) -> Units | None:
+    """Find the measured units of a table among some shapes, which it annotates or which have its ids, else `None`."""
+    if shapes_key in regions_of(sdata.tables[table_name]):
+        return units_of(sdata, table_name, shapes_key)
+    return _units_by_id(sdata, table_name, [shapes_key]) if shapes_key in sdata.shapes else None
+
+
 def _units_by_id(sdata: SpatialData, table_name: str, candidates: list[str]) -> Units | None:
     """Match a table with shapes that it does not annotate, by ids. Return `None` without a match."""
     table = sdata.tables[table_name]

@@ -47,13 +47,7 @@ def visium(section: str) -> SpatialData:
 
 
 def read_downloaded(folder: Path, section: str) -> SpatialData:
-    """Read the folder that squidpy's download leaves.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the image is not there, as squidpy only logs when its download fails.
-    """
+    """Read the folder that squidpy's download leaves."""
     image = next(iter(sorted(folder.glob("image.*"))), None)
     if image is None:
         raise FileNotFoundError(f"The H&E of {section} was not downloaded to {folder}. Try again.")

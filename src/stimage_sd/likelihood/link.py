@@ -25,12 +25,9 @@ class Link(NamedTuple):
 
     Here z is the value minus `center` over `scale`, clipped to `low` and `high`.
 
-    Attributes
-    ----------
-    center, scale, low, high, intercept, slope
-        ``float64 (n_genes,)``. Slopes are not negative: a predictor that falls where counts rise counts for nothing.
-    dispersion
-        r, ``float64 (n_genes,)``.
+    - `center`, `scale`, `low`, `high`, `intercept`, `slope`: ``float64 (n_genes,)``. Slopes are not negative: a
+      predictor that falls where counts rise counts for nothing.
+    - `dispersion`: r, ``float64 (n_genes,)``.
     """
 
     center: np.ndarray
@@ -50,22 +47,13 @@ class Link(NamedTuple):
 def fit_link(values: np.ndarray, counts: sp.csr_matrix, factors: np.ndarray) -> Link:
     """Fit the link of each gene by penalized maximum likelihood, with its dispersion.
 
-    Parameters
-    ----------
-    values
-        Values of the predictor, ``(n_tiles, n_genes)``, on a scale where equal differences mean equal ratios of counts.
-    counts
-        ``(n_tiles, n_genes)`` sparse.
-    factors
-        Depth of each tile, ``(n_tiles,)``. Depth multiplies means.
+    - `values`: values of the predictor, ``(n_tiles, n_genes)``, on a scale where equal differences mean equal ratios of
+      counts.
+    - `counts`: ``(n_tiles, n_genes)`` sparse.
+    - `factors`: depth of each tile, ``(n_tiles,)``. Depth multiplies means.
+    - returns: the link. A standardized value has slope b with prior N(0, 1). Constant values and negative slopes give
+      the mean-only fit.
 
-    Returns
-    -------
-    The link. A standardized value has slope b with prior N(0, 1). Constant values and negative slopes give the
-    mean-only fit.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> import scipy.sparse as sp
     >>> from stimage_sd.likelihood.link import fit_link

@@ -17,15 +17,10 @@ def cumulative(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the predicted probabilities of at most a count, and of less.
 
-    Parameters
-    ----------
-    counts, mean, variance
-        Arrays of one shape. Without shifts, a variance not above the mean gives the Poisson distribution.
-    shift_sd
-        Standard deviation of the log of each gene's shift, `None` without shifts.
+    - `counts`, `mean`, `variance`: arrays of one shape. Without shifts, a variance not above the mean gives the Poisson
+      distribution.
+    - `shift_sd`: standard deviation of the log of each gene's shift, `None` without shifts.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.pit import cumulative
     >>> upto, below = cumulative(np.array([0.0, 1.0]), np.array([1.0, 1.0]), np.array([2.0, 2.0]))
@@ -47,21 +42,12 @@ def cumulative(
 def coverage(upto: np.ndarray, below: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Compute the fraction of counts inside central intervals.
 
-    Parameters
-    ----------
-    upto, below
-        Predicted probability of at most the count, and of less.
-    levels
-        Nominal coverage between 0 and 1, ``(n_levels,)``.
+    - `upto`, `below`: predicted probability of at most the count, and of less.
+    - `levels`: nominal coverage between 0 and 1, ``(n_levels,)``.
+    - returns: two fractions per level. The first is the fraction of counts from the lower to the upper quantile, both
+      included. In the second, a count at either end counts by the part of its probability inside the interval. The
+      second fraction equals the level if the distributions are correct.
 
-    Returns
-    -------
-    Two fractions per level. The first is the fraction of counts from the lower to the upper quantile, both included. In
-    the second, a count at either end counts by the part of its probability inside the interval. The second fraction
-    equals the level if the distributions are correct.
-
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.pit import coverage
     >>> whole, part = coverage(np.array([0.5, 0.75]), np.array([0.0, 0.5]), np.array([0.5]))
@@ -85,8 +71,6 @@ def pit_histogram(upto: np.ndarray, below: np.ndarray) -> np.ndarray:
     A count spreads its weight evenly from the probability of less to the probability of at most the count, which is
     the expectation over randomized transforms (Czado, Gneiting and Held 2009).
 
-    Examples
-    --------
     >>> import numpy as np
     >>> from stimage_sd.likelihood.pit import pit_histogram
     >>> pit_histogram(np.array([0.5, 1.0]), np.array([0.0, 0.5])).round(6).tolist()

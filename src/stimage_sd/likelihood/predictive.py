@@ -113,14 +113,14 @@ def log_prob(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray, sd: np.
     """Return the log of the probability of counts, ``float64 (n_tiles, n_genes)``."""
     r, p = components(mean, variance, sd)
     counts = np.asarray(counts, np.float64)
-    each = (
+    terms = (
         scipy.special.gammaln(counts + r)
         - scipy.special.gammaln(r)
         - scipy.special.gammaln(counts + 1)
         + r * np.log(p)
         + scipy.special.xlog1py(counts, -p)
     )
-    return np.asarray(scipy.special.logsumexp(each, axis=0) - np.log(N_STRATA))
+    return np.asarray(scipy.special.logsumexp(terms, axis=0) - np.log(N_STRATA))
 
 
 def nearest_interval(
@@ -256,15 +256,15 @@ def mixture_moments(r: np.ndarray, p: np.ndarray, *, weights: np.ndarray) -> Mix
     """
     shape = r.shape[1:]
     successes, probability = r.reshape(len(r), -1), p.reshape(len(p), -1)
-    found = np.empty((3, successes.shape[1]), dtype=np.float32)
+    result = np.empty((3, successes.shape[1]), dtype=np.float32)
     share = np.asarray(weights, dtype=np.float64)
     workers = min(8, n_threads()) if successes.size > _FEW else 1
-    edges = np.linspace(0, found.shape[1], workers + 1).astype(int)
+    edges = np.linspace(0, result.shape[1], workers + 1).astype(int)
     with ThreadPoolExecutor(workers) as pool:
         parts = [slice(start, stop) for start, stop in itertools.pairwise(edges)]
-        for run in [pool.submit(_moments, successes[:, i], probability[:, i], share, found[:, i]) for i in parts]:
+        for run in [pool.submit(_moments, successes[:, i], probability[:, i], share, result[:, i]) for i in parts]:
             run.result()
-    return MixtureMoments(*(moment.reshape(shape) for moment in found))
+    return MixtureMoments(*(moment.reshape(shape) for moment in result))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")

@@ -1,4 +1,4 @@
-"""CellViT networks of lazyslide-models, HistoPLUS and NuLite, that find cells.
+"""CellViT networks that find cells: CellViT itself, and HistoPLUS and NuLite of lazyslide-models.
 
 They give the same three maps as HoVer-Net, so the same watershed finds the nuclei and the same scores apply. Torch is
 imported when the first network is loaded.
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from stimage_sd.image.hv_maps import hv_watershed
 from stimage_sd.models._cell_classifier import NUCLEUS_UM
+from stimage_sd.models._cellvit_network import network_of
 
 #: border of a window that the network sees and that is discarded, px
 _BORDER = 32
@@ -33,9 +34,10 @@ class Family(NamedTuple):
     - `tile_px`: side of the network's input in px, by micrometers per pixel.
     - `mean`, `std`: normalization, on the scale 0 to 1.
     - `maps`: names of the outputs: nuclear pixels, distances, types.
-    - `repository`: repository on the Hugging Face hub.
-    - `files`: file of weights in the repository, by micrometers per pixel.
+    - `page`: page of the weights, a repository on the Hugging Face hub or the address of the authors.
+    - `files`: file of weights there, by micrometers per pixel.
     - `needs_access`: whether users must request access from the authors.
+    - `backbone`: encoder of CellViT itself, whose checkpoints are not on the hub.
     """
 
     classes: tuple[str, ...]
@@ -43,10 +45,14 @@ class Family(NamedTuple):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     maps: tuple[str, str, str]
-    repository: str
+    page: str
     files: dict[float, str]
     needs_access: bool
+    backbone: str | None = None
 
+
+#: types of the data set PanNuke
+_PANNUKE = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
 
 FAMILY = {
     "histoplus": Family(
@@ -59,20 +65,29 @@ FAMILY = {
         mean=(0.707223, 0.578729, 0.703617),
         std=(0.211883, 0.230117, 0.177517),
         maps=("np", "hv", "tp"),
-        repository="Owkin-Bioptimus/histoplus",
+        page="Owkin-Bioptimus/histoplus",
         files={0.5: "histoplus_cellvit_segmentor_20x.pt", 0.25: "histoplus_cellvit_segmentor_40x.pt"},
         needs_access=True,
     ),
     "nulite": Family(
-        classes=("neoplastic", "inflammatory", "connective", "dead", "epithelial"),
+        classes=_PANNUKE,
         tile_px={0.5: 256, 0.25: 256},
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         maps=("nuclei_binary_map", "hv_map", "nuclei_type_map"),
-        repository="RendeiroLab/LazySlide-models",
+        page="RendeiroLab/LazySlide-models",
         files=dict.fromkeys((0.5, 0.25), "NuLite/NuLite_H_exported.pt2"),
         needs_access=False,
     ),
+    **{
+        name: Family(
+            classes=_PANNUKE, tile_px={0.5: 256, 0.25: 256}, mean=(0.5,) * 3, std=(0.5,) * 3,
+            maps=("nuclei_binary_map", "hv_map", "nuclei_type_map"), page="https://github.com/TIO-IKIM/CellViT",
+            files={0.5: f"CellViT-{file}-x20.pth", 0.25: f"CellViT-{file}-x40.pth"}, needs_access=False,
+            backbone=backbone,
+        )
+        for name, file, backbone in (("cellvit_256", "256", "ViT-256"), ("cellvit_sam_h", "SAM-H", "SAM-H"))
+    },
 }  # fmt: skip
 
 
@@ -180,12 +195,14 @@ def load_cellvit(name: str, *, weights: str | Path | None = None, mpp: float = 0
     Parameters
     ----------
     name
-        ``"histoplus"`` (14 types) or ``"nulite"`` (PanNuke's five).
+        ``"cellvit_sam_h"`` or ``"cellvit_256"``: CellViT itself, on the encoder of SAM-H or on ViT-256 (PanNuke's five
+        types). Or ``"histoplus"`` (14 types) or ``"nulite"`` (PanNuke's five).
     weights
-        A local file: the state dict of HistoPLUS in torch's format, or the `torch.export` program of NuLite. By default
-        the weights come from the Hugging Face hub.
+        A local file: the authors' checkpoint of CellViT, the state dict of HistoPLUS in torch's format, or the
+        `torch.export` program of NuLite. By default the weights come from the Hugging Face hub. CellViT's are not on
+        it: download them from the authors' page.
     mpp
-        Micrometers per pixel that the network was trained at: 0.5 or 0.25.
+        Micrometers per pixel that the network was trained at: 0.5 or 0.25. CellViT's files ``x20`` and ``x40``.
 
     Returns
     -------
@@ -204,7 +221,7 @@ def load_cellvit(name: str, *, weights: str | Path | None = None, mpp: float = 0
     --------
     >>> load_cellvit("cellvit")
     Traceback (most recent call last):
-    ValueError: Expected `name` to be one of ['histoplus', 'nulite'], found 'cellvit'.
+    ValueError: Expected `name` to be one of ['cellvit_256', 'cellvit_sam_h', 'histoplus', 'nulite'], found 'cellvit'.
     """
     if name not in FAMILY:
         raise ValueError(f"Expected `name` to be one of {sorted(FAMILY)}, found {name!r}.")
@@ -223,7 +240,11 @@ def load_cellvit(name: str, *, weights: str | Path | None = None, mpp: float = 0
         raise FileNotFoundError(f"Found no file of the weights of {name!r} at {str(path)!r}.")
     network: Any
     try:
-        if name == "nulite":
+        if family.backbone is not None:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            n_types = len(family.classes) + 1
+            network = network_of(checkpoint, family.backbone, n_types=n_types, tile_px=family.tile_px[mpp])
+        elif name == "nulite":
             network = torch.export.load(path).module()
         else:
             network = histoplus.HistoPLUSModel(backbone_tile_size=family.tile_px[mpp])
@@ -238,13 +259,18 @@ def load_cellvit(name: str, *, weights: str | Path | None = None, mpp: float = 0
 
 
 def _from_hub(family: Family, mpp: float) -> Path:
+    if family.backbone is not None:
+        raise FileNotFoundError(
+            f"The weights {family.files[mpp]} are not on a hub. Download them from {family.page} and pass their path "
+            "as `weights=`."
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(family.repository, family.files[mpp]))
+        return Path(hf_hub_download(family.page, family.files[mpp]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        page = f"https://huggingface.co/{family.repository}"
+        page = f"https://huggingface.co/{family.page}"
         ask = f"Ask for access at {page} and log in with `hf auth login`, or" if family.needs_access else "Or"
         raise FileNotFoundError(
             f"Found no {family.files[mpp]} on the hub ({type(error).__name__}). {ask} download it from {page} and pass "

@@ -55,9 +55,9 @@ class CombinedModel(Certified, SavedModel, kind="combined"):
     @property
     def shifts(self) -> np.ndarray | None:
         """Standard deviations of gene shifts, ``(2, n_genes)``. Their variance is the models' weighted mean."""
-        each = [gene_shifts(part) for part in self.parts]
-        known = [one[:, chosen] for one, chosen in zip(each, self._columns(), strict=True) if one is not None]
-        return np.sqrt(np.tensordot(self.weights, np.square(known), axes=1)) if len(known) == len(each) else None
+        shifts = [gene_shifts(part) for part in self.parts]
+        known = [one[:, chosen] for one, chosen in zip(shifts, self._columns(), strict=True) if one is not None]
+        return np.sqrt(np.tensordot(self.weights, np.square(known), axes=1)) if len(known) == len(shifts) else None
 
     @property
     def spot_sd(self) -> float:
@@ -101,10 +101,10 @@ class CombinedModel(Certified, SavedModel, kind="combined"):
     @property
     def description(self) -> dict[str, Any]:
         """Description of the model, stored with its predictions."""
-        each = [part.description for part in self.parts]
+        about = [part.description for part in self.parts]
         return {
-            "extractor": " + ".join(dict.fromkeys(str(one.get("extractor", "none")) for one in each)),
-            "head": " + ".join(dict.fromkeys(str(one.get("head", "none")) for one in each)),
+            "extractor": " + ".join(dict.fromkeys(str(one.get("extractor", "none")) for one in about)),
+            "head": " + ".join(dict.fromkeys(str(one.get("head", "none")) for one in about)),
             "n_members": len(self.member_weights),
             "n_models": len(self.parts),
             "weights": list(self.weights),
@@ -154,8 +154,8 @@ class CombinedModel(Certified, SavedModel, kind="combined"):
             raise TypeError(
                 f"Expected models that predict by a tile's embeddings, found {', '.join(other)} among them."
             )
-        each = [part.stand_ins(sdata, section=section) for part in self.parts if isinstance(part, Explainable)]
-        mixtures = [one for one in each if isinstance(one, MixtureStandIns)]
+        opened = [part.stand_ins(sdata, section=section) for part in self.parts if isinstance(part, Explainable)]
+        mixtures = [one for one in opened if isinstance(one, MixtureStandIns)]
         ends = np.cumsum([len(one.embedded) for one in mixtures])
 
         def r_and_p(row: int, own: Sequence[Values]) -> tuple[Values, Values]:
@@ -173,7 +173,7 @@ class CombinedModel(Certified, SavedModel, kind="combined"):
 
     def _columns(self) -> tuple[np.ndarray, ...]:
         """Return the indices of the combination's genes in each model."""
-        places = [{gene: number for number, gene in enumerate(part.genes)} for part in self.parts]
+        places = [{gene: index for index, gene in enumerate(part.genes)} for part in self.parts]
         return tuple(np.array([place[gene] for gene in self.genes]) for place in places)
 
     def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -229,9 +229,9 @@ class CombinedSection:
 
     def r_and_p(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return r and p of all models for some tiles, each ``float32 (n_members, n_rows, n_genes)``."""
-        each = [one.r_and_p(rows) for one in self.opened]
+        pairs = [one.r_and_p(rows) for one in self.opened]
         r, p = (
-            np.concatenate([pair[which][:, :, chosen] for pair, chosen in zip(each, self.columns, strict=True)])
+            np.concatenate([pair[which][:, :, chosen] for pair, chosen in zip(pairs, self.columns, strict=True)])
             for which in (0, 1)
         )
         return r, p

@@ -79,19 +79,8 @@ class SavedModel(ABC):
     def save(self, path: str | Path) -> Path:
         """Write the model to one file if the path ends in ``.stimage``, otherwise to a directory.
 
-        Parameters
-        ----------
-        path
-            File or directory to write. An existing model is replaced as a whole.
-
-        Returns
-        -------
-        The path.
-
-        Raises
-        ------
-        FileExistsError
-            If the path exists and is not a model.
+        - `path`: file or directory to write. An existing model is replaced as a whole.
+        - returns: the path.
         """
         config, arrays = self.to_parts()
         return write_model(path, kind=self.kind, config=config, arrays=arrays)

@@ -157,8 +157,8 @@ class InstanceModel(Certified, SavedModel, kind="instances"):
         ValueError
             If tiles, nuclei, embeddings or staining differ from the model's. The error names the step to run again.
         """
-        found = specification(sdata, self.tiles.extractor, context=self.tiles.context_rings > 0)
-        check_specification(found, self.tiles, section=section)
+        stated = specification(sdata, self.tiles.extractor, context=self.tiles.context_rings > 0)
+        check_specification(stated, self.tiles, section=section)
         self.instances.check(InstanceSpecification.of(sdata, self.on, self.instances.extractor), section=section)
         of_tiles, of_nuclei = features(sdata, self.tiles), instance_features(sdata, self.instances)
         return InstanceSection(

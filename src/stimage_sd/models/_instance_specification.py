@@ -60,10 +60,10 @@ class InstanceSpecification:
         if asdict(other) | {"stain": ""} == asdict(self) | {"stain": ""} and same_stain:
             return
         square = "" if self.size_um is None else f", square_um={self.size_um:g}"
-        found = {name: value for name, value in asdict(other).items() if value != asdict(self)[name]}
+        differs = {name: value for name, value in asdict(other).items() if value != asdict(self)[name]}
         raise ValueError(
-            f"Section {section!r} does not match: its {self.on} were embedded with {found}, expected "
-            f"{ {name: asdict(self)[name] for name in found} }. Run `stimage_sd.pp.embed(sdata, {self.extractor!r}, "
+            f"Section {section!r} does not match: its {self.on} were embedded with {differs}, expected "
+            f"{ {name: asdict(self)[name] for name in differs} }. Run `stimage_sd.pp.embed(sdata, {self.extractor!r}, "
             f'on="{self.on}", fields_of_view={self.fields_um}{square})`, on an image of the same stain normalization.'
         )
 

@@ -167,8 +167,8 @@ class NBModel(Certified, SavedModel, kind="nb"):
 
     def _check(self, sdata: SpatialData, section: str) -> None:
         for expected in self.embeddings:
-            found = specification(sdata, expected.extractor, context=expected.context_rings > 0)
-            check_specification(found, expected, section=section)
+            stated = specification(sdata, expected.extractor, context=expected.context_rings > 0)
+            check_specification(stated, expected, section=section)
 
     def r_and_p(self, reduced: np.ndarray, *, members: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the parameters of the negative binomials.
@@ -237,9 +237,9 @@ class NBModel(Certified, SavedModel, kind="nb"):
         patterns = _patterns(arrays, n_members=n_members, n_components=n_components)
         n_features = n_components if patterns is None else patterns.rank
         expected = _parameter_shapes(config["head"], n_members, n_features, n_genes)
-        found = {name: array.shape for name, array in parameters.items()}
-        if found != expected:
-            raise KeyError(f"arrays of the head {config['head']!r} are {found}, expected {expected}")
+        shapes = {name: array.shape for name, array in parameters.items()}
+        if shapes != expected:
+            raise KeyError(f"arrays of the head {config['head']!r} are {shapes}, expected {expected}")
         if config["standardize"] not in get_args(Standardize):
             raise KeyError(f"standardize is {config['standardize']!r}, expected one of {get_args(Standardize)}")
         return cls(
@@ -297,13 +297,13 @@ def _patterns(arrays: Mapping[str, np.ndarray], *, n_members: int, n_components:
     """Return the patterns of a model file, or `None` if the model has no patterns."""
     if "patterns.basis" not in arrays:
         return None
-    found = SharedPatterns(arrays["patterns.basis"], arrays["patterns.center"])
-    if found.basis.shape[:2] != (n_members, n_components) or found.center.shape != (n_members, n_components):
+    patterns = SharedPatterns(arrays["patterns.basis"], arrays["patterns.center"])
+    if patterns.basis.shape[:2] != (n_members, n_components) or patterns.center.shape != (n_members, n_components):
         raise KeyError(
-            f"patterns of shapes {found.basis.shape} and {found.center.shape} for {n_members} members and "
+            f"patterns of shapes {patterns.basis.shape} and {patterns.center.shape} for {n_members} members and "
             f"{n_components} components"
         )
-    return found
+    return patterns
 
 
 def _parameter_shapes(head: str, n_members: int, n_features: int, n_genes: int) -> dict[str, tuple[int, ...]]:

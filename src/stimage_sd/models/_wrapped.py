@@ -60,11 +60,11 @@ class Wrapped:
             If the values have another shape, or are not finite, or are negative means.
         """
         kept = contract.tiles(sdata).obs["keep"].to_numpy()
-        found = self._found(sdata, section)
-        if isinstance(found, np.ndarray):
-            values = self._of_array(found, kept, section)
+        result = self._found(sdata, section)
+        if isinstance(result, np.ndarray):
+            values = self._of_array(result, kept, section)
         else:
-            values = self._of_rows(found, contract.tiles(sdata)[kept].obs, section)
+            values = self._of_rows(result, contract.tiles(sdata)[kept].obs, section)
         if not np.isfinite(values).all():
             raise ValueError(
                 f"The predictor's values of section {section!r} are not finite for "
@@ -79,8 +79,8 @@ class Wrapped:
 
     def _found(self, sdata: SpatialData, section: str) -> np.ndarray | pd.DataFrame | AnnData:
         if not isinstance(self.predict, str):
-            found = self.predict(sdata)
-            return found if isinstance(found, pd.DataFrame | AnnData) else np.asarray(found, dtype=np.float64)
+            result = self.predict(sdata)
+            return result if isinstance(result, pd.DataFrame | AnnData) else np.asarray(result, dtype=np.float64)
         if self.predict not in sdata.tables:
             raise KeyError(f"Section {section!r} has no table {self.predict!r}, but {sorted(sdata.tables)}.")
         return sdata.tables[self.predict]
@@ -296,14 +296,9 @@ class WrappedModel(Certified, SavedModel, kind="wrapped"):
 class WrappedSection:
     """A section with the means of a wrapped predictor.
 
-    Attributes
-    ----------
-    means
-        ``float32 (n_tiles, n_genes)`` at a depth of 1.
-    dispersion
-        r, ``float32 (n_genes,)``.
-    strangeness
-        Distance from the values of the calibration tiles, ``float32 (n_tiles,)``.
+    - `means`: ``float32 (n_tiles, n_genes)`` at a depth of 1.
+    - `dispersion`: r, ``float32 (n_genes,)``.
+    - `strangeness`: distance from the values of the calibration tiles, ``float32 (n_tiles,)``.
     """
 
     means: np.ndarray

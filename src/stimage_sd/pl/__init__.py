@@ -15,6 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "_latent": ["latent"],
         "_prediction": ["prediction"],
         "_roc": ["roc"],
+        "_saliency": ["saliency"],
         "_scores": ["scores"],
         "_survival": ["survival"],
         "_tiles": ["tiles"],

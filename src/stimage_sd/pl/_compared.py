@@ -14,7 +14,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.models._gene_classifier import is_high
 from stimage_sd.pl._canvas import Colors, column
-from stimage_sd.stats.spatial import pearson
+from stimage_sd.stats.spatial import binary_pattern, pattern_iou, pearson
 
 #: layer of tables of gene classes
 HIGH = "high"
@@ -36,6 +36,8 @@ class Shown(NamedTuple):
         Agreement of both, for the title.
     one_scale
         Label of the color bar that both share. `None` if both have units of their own.
+    kind
+        ``"class"`` or ``"pattern"`` for values that are 1 for High and 0 for Low.
     """
 
     predicted: np.ndarray
@@ -44,6 +46,7 @@ class Shown(NamedTuple):
     labels: tuple[str, str]
     agreement: str
     one_scale: str | None
+    kind: str = ""
 
 
 def shown(sdata: SpatialData, table: AnnData, genes: Sequence[str], source: contract.Source) -> dict[str, Shown]:
@@ -99,6 +102,37 @@ def norms_of(values: Sequence[Shown], colors: Colors, scale: str) -> tuple[Norma
     return colors.norm(np.concatenate(observed or predicted)), colors.norm(np.concatenate(predicted))
 
 
+def as_patterns(values: Shown, positions: np.ndarray) -> Shown:
+    """Return where a gene is high, smoothed on the lattice, as the IoU compares (paper, 2.8).
+
+    Parameters
+    ----------
+    values
+        Values of a gene.
+    positions
+        Centers of all rows, ``(n_rows, 2)``.
+
+    Raises
+    ------
+    ValueError
+        If the gene was not measured, or the tiles are not on a lattice.
+    """
+    if values.rows is None or values.observed is None or values.kind:
+        raise ValueError(
+            'Expected predicted means of a measured gene for `scale="pattern"`, found '
+            f"{'classes of High and Low' if values.kind else 'no measured values'}. Leave `scale` out."
+        )
+    rows, where = values.rows, positions[values.rows]
+    predicted, observed = values.predicted[rows, None], values.observed[:, None]
+    iou = float(pattern_iou(predicted, observed, where)[0])
+    # only compared tiles have a pattern
+    pattern = np.full(len(positions), np.nan)
+    pattern[rows] = binary_pattern(predicted, where)[:, 0]
+    agreement = f"IoU = {iou:.2f}" if np.isfinite(iou) else "IoU undefined: constant"
+    measured = binary_pattern(observed, where)[:, 0].astype(np.float64)
+    return values._replace(predicted=pattern, observed=measured, agreement=agreement, one_scale=None, kind="pattern")
+
+
 def class_norm() -> BoundaryNorm:
     """Return the norm of classes, 0 for Low and 1 for High."""
     return BoundaryNorm([-0.5, 0.5, 1.5], 2)
@@ -145,7 +179,7 @@ def _classes(table: AnnData, gene: str, measured: tuple[np.ndarray, AnnData, con
     """Return the classes of a gene, 1 for High and 0 for Low, by the rule of the classifier."""
     predicted = column(table, gene, HIGH)
     if measured is None or measured[2] != "counts" or gene not in measured[1].var_names:
-        return Shown(predicted, None, None, ("", ""), "", None)
+        return Shown(predicted, None, None, ("", ""), "", None, "class")
     rows, units, _ = measured
     by_cohort = table.uns["prediction"]["standardize"] == "cohort"
     threshold = table.var.loc[[gene], "threshold"].to_numpy(dtype=np.float64) if by_cohort else None
@@ -153,4 +187,4 @@ def _classes(table: AnnData, gene: str, measured: tuple[np.ndarray, AnnData, con
     agreement = "AUC undefined: one class"
     if len(np.unique(observed)) == 2:
         agreement = f"AUC = {roc_auc_score(observed, column(table, gene)[rows]):.2f}"
-    return Shown(predicted, rows, observed, ("", ""), agreement, "")
+    return Shown(predicted, rows, observed, ("", ""), agreement, None, "class")

@@ -52,7 +52,7 @@ def draw_models(
     # all panels share the order of models, by the first metric
     models = [str(model) for model in by_quality[next(iter(looks))].index]
     n_sections = table["section"].nunique()
-    width = 1.2 + 1.15 * len(models) if by == "model" else 2.2 + n_sections * (0.3 + 0.22 * len(models))
+    width = 1.2 + 1.15 * len(models) if by == "model" else max(3.8, 2.2 + n_sections * (0.3 + 0.22 * len(models)))
     columns = max(1, min(len(looks), int(18 // width)))
     axes = sheet.panels(len(looks), size=(width, 4.4), columns=columns)
     for index, (panel, (name, look)) in enumerate(zip(axes, looks.items(), strict=True)):

@@ -20,7 +20,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd.pl._canvas import Colors, add_color_bar, check_gene, draw_rows
 from stimage_sd.pl._categories import add_legend
-from stimage_sd.pl._compared import HIGH, Shown, class_norm, norms_of, shown
+from stimage_sd.pl._compared import Shown, as_patterns, class_norm, norms_of, shown
 from stimage_sd.pl._figure import AxesLike, Sheet, Title
 from stimage_sd.pl._maps import (
     Map,
@@ -34,7 +34,7 @@ from stimage_sd.pl._maps import (
 )
 from stimage_sd.pl._zoom import Regions, Zooms
 
-Scale = Literal["shared", "each"]
+Scale = Literal["shared", "each", "pattern"]
 #: maps per row without measured values
 _IN_A_ROW = 4
 #: color of tiles unlike the training tiles
@@ -83,7 +83,8 @@ def prediction(
     scale
         ``"shared"``: the measured and the predicted maps of a gene have one color range. Predicted means vary less than
         counts, so their colors do too. ``"each"``: both have a range of their own, which shows faint patterns.
-        Intensities of proteins always have their own.
+        Intensities of proteins always have their own. ``"pattern"``: the smoothed patterns of high expression that the
+        IoU of `stimage_sd.tl.evaluate` compares. The title gives the IoU.
     max_ood
         Largest ``ood_score`` of predictions to show, such as 1. Other tiles are gray. Default: show all.
     zoom
@@ -124,11 +125,12 @@ def prediction(
         If a section has no predictions, or none of a gene. The message lists the closest names.
     ValueError
         If the number of axes in `ax` differs from the number of maps, `zoom` lies outside the image, or a cohort has
-        several sections and `zoom` is given.
+        several sections and `zoom` is given. Also if a gene has no pattern, as it was not measured or its tiles are not
+        on a lattice.
 
     Notes
     -----
-    Paper, Figures 1c, 1d, 1f, 1g, 3, 5b and S5e to S10.
+    Paper, Figures 1c, 1d, 1f, 1g, 2d, 3, 5b, S5e to S10 and S11.
 
     Examples
     --------
@@ -159,9 +161,16 @@ def prediction(
     if max_ood is not None:
         colors = replace(colors, cmap=plt.get_cmap(cmap).with_extremes(bad=UNLIKE))
         values = {name: _familiar(of, tables[name], max_ood) for name, of in values.items()}
+    if scale == "pattern":
+        values = {
+            section: {
+                name: as_patterns(one, contract.places(cohort[section], tables[section])) for name, one in of.items()
+            }
+            for section, of in values.items()
+        }
     n_maps = 2 if any(one.observed is not None for of in values.values() for one in of.values()) else 1
     of_cohort = not isinstance(data, SpatialData)
-    of_classes = any(HIGH in table.layers for table in tables.values())
+    of_classes = any(one.kind for of in values.values() for one in of.values())
     layout = _Layout.of(len(cohort) if of_cohort else 0, len(genes), n_maps, regions, of_classes=of_classes)
     first = next(iter(cohort))
     size = map_size(
@@ -220,7 +229,7 @@ class _Look(NamedTuple):
 
 
 def _looks(of_gene: Sequence[Shown], colors: Colors, scale: Scale) -> tuple[_Look, _Look]:
-    if any(one.one_scale == "" or one.labels == ("", "") for one in of_gene):
+    if any(one.kind for one in of_gene):
         cmap = ListedColormap(list(CLASS_COLORS.values()))
         return (_Look(cmap, class_norm(), "", shared=False),) * 2
     norms = norms_of(of_gene, colors, scale)
@@ -237,8 +246,7 @@ def _looks(of_gene: Sequence[Shown], colors: Colors, scale: Scale) -> tuple[_Loo
 
 def _pair(values: Shown, heading: str, looks: tuple[_Look, _Look], draw: Callable[..., Map], n_maps: int) -> list[Map]:
     """Return the measured and the predicted map of a gene."""
-    of_classes = looks[0].label == ""
-    kind = " class" if of_classes else ""
+    kind = f" {values.kind}" if values.kind else ""
     agreement = f" ({values.agreement})" if values.agreement else ""
     every = np.arange(len(values.predicted))
     predicted = draw(every, values.predicted, look=looks[1], title=f"{heading}, predicted{kind}{agreement}")

@@ -116,9 +116,13 @@ def scores(
     _require(frame, chosen)
     frame = with_gain(frame)
     if "model" in frame:
-        # members are not paired as genes are, so that they are drawn by section
-        by = "section" if isinstance(data, pd.DataFrame) and {"kind", "number"} <= set(data.columns) else by
         looks = {name: PANELS[name] for name in chosen}
+        if isinstance(data, pd.DataFrame) and {"kind", "number"} <= set(data.columns):
+            # members are not paired as genes are, so that they are drawn by section
+            by = "section"
+            looks = {
+                name: look._replace(line=None, label=f"mean over genes of {look.label}") for name, look in looks.items()
+            }
         return sheet.done(draw_models(frame, looks, by=by, reference=reference, sheet=sheet))
     return sheet.done(_draw_sections(frame, chosen, n_named=n_named, sheet=sheet))
 

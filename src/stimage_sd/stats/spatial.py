@@ -213,8 +213,8 @@ def pattern_iou(predicted: Matrix, observed: Matrix, coordinates: ArrayLike, *, 
     def score(start: int, stop: int) -> None:
         high = [above_mean(matrix, start, stop) for matrix in (first, second)]
         varies = high[0].any(axis=0) & high[1].any(axis=0)
-        found = overlaps(*(smoothed_patterns(pattern, smooth) for pattern in high))
-        result[start:stop] = np.where(varies, found, np.nan)
+        shared = overlaps(*(smoothed_patterns(pattern, smooth) for pattern in high))
+        result[start:stop] = np.where(varies, shared, np.nan)
 
     each_block(first.shape, score)
     return result

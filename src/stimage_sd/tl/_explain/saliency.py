@@ -65,7 +65,8 @@ def saliency(
     Pixel maps in the smallest field of view, ``float32 (n_genes, y, x)``, keyed by section and tile. Column
     ``saliency_<gene>`` of ``shapes["nuclei_explained"]`` is written. It is the sum (integrated gradients) or mean
     (Grad-CAM) of the maps of all fields of view over the nucleus. Nuclei that `explain` has written keep their other
-    columns. Other nuclei are added.
+    columns. Other nuclei are added. The maps are also written as images ``saliency_<tile>`` with one channel per gene,
+    placed on the tile. They replace the maps of an earlier call. `stimage_sd.pl.saliency` draws them.
 
     Raises
     ------
@@ -111,15 +112,19 @@ def saliency(
     maps: dict[str, dict[int, np.ndarray]] = {}
     for name, section in opened.items():
         networks = [Differentiable(one.module(), one.normalize) for one in section.extractors]
-        results, maps[name] = [], {}
+        results, maps[name], placed = [], {}, {}
         bar = tqdm(section.read(), total=len(section.rows), desc=f"{name}: gradients", unit="tile")
         for (row, views, area), tile in zip(bar, section.tiles, strict=True):
             every = _maps(section, networks, row, views, columns, method, baseline, n_steps)
             maps[name][int(tile)] = _of_area(every, views, area.pixels)
+            left, top, right, bottom = area.box
+            extent = (left, right, bottom, top)
+            placed[int(tile)] = contract.TileMap(tuple(genes), maps[name][int(tile)], extent)
             segmented = segment_tile(section.sdata, area, "nuclei", nuclei[name])
             scores = None if segmented is None else _by_nucleus(every, views, segmented, mean=method == "grad_cam")
             results.append(TileResult(int(tile), segmented, scores=scores))
         _join(section.sdata, results, genes, nuclei[name])
+        contract.write_tile_maps(section.sdata, placed)
         contract.record(section.sdata, "tl.saliency", genes=genes, method=method, baseline=baseline, n_steps=n_steps)
     return maps
 

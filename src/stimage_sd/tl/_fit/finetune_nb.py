@@ -214,19 +214,21 @@ def _common_tiles(cohort: Mapping[str, SpatialData], network: Extractor, input_p
             f"Expected `input_px` to be positive and the network's input size ({network.input_size or 'any'}), found "
             f"{input_px}."
         )
-    each = {}
+    specifications = {}
     for name, sdata in cohort.items():
         contract.check_rgb(sdata, contract.working_image_name(sdata))
         px = input_px or network.input_size or int(contract.tiling(sdata)["target_px"])
-        each[name] = tile_specification(sdata, extractor=network.name, weights_hash=network.weights_hash, input_px=px)
-    first = next(iter(each.values()))
-    for name, found in each.items():
-        check_specification(found, first, section=name)
-    sizes = [found.size_um for found in each.values() if found.size_um is not None]
+        specifications[name] = tile_specification(
+            sdata, extractor=network.name, weights_hash=network.weights_hash, input_px=px
+        )
+    first = next(iter(specifications.values()))
+    for name, stated in specifications.items():
+        check_specification(stated, first, section=name)
+    sizes = [tiles.size_um for tiles in specifications.values() if tiles.size_um is not None]
     return replace(
         first,
-        side_px=float(np.mean([found.side_px for found in each.values()])),
-        size_um=float(np.mean(sizes)) if len(sizes) == len(each) else None,
+        side_px=float(np.mean([tiles.side_px for tiles in specifications.values()])),
+        size_um=float(np.mean(sizes)) if len(sizes) == len(specifications) else None,
     )
 
 

@@ -141,7 +141,7 @@ class Run:
         section = self._data.section
         reduced = np.zeros((len(section), self.space.components.shape[1]), dtype=np.float32)
         reduced[self._watched] = np.asarray(self.tuning.reduced(scales, section[self._watched], values))
-        sections = {str(number): found for number, found in enumerate(self.tuning.sample(self._watched, values))}
+        sections = {str(index): result for index, result in enumerate(self.tuning.sample(self._watched, values))}
         # mean, standard deviation and distances come from the best network, and the components stay fixed
         filled = FeatureSpace.fit(sections, n_components=1, standardize=self._standardize, seed=self._settings.seed)
         return reduced, replace(filled, components=self.space.components)

@@ -147,8 +147,8 @@ class Finetuning:
     def sample(self, rows: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
         """Return the features of the sample of each section."""
         sample = np.sort(self._data.sample)
-        found, section = values[np.searchsorted(rows, sample)], self._data.section[sample]
-        return [found[section == number] for number in range(int(self._data.section.max()) + 1)]
+        drawn, section = values[np.searchsorted(rows, sample)], self._data.section[sample]
+        return [drawn[section == index] for index in range(int(self._data.section.max()) + 1)]
 
     def reduced(self, scales: Scales, section: Any, values: Any) -> Array:
         """Compute the inputs of the head, ``float32 (n_tiles, n_components)``."""
@@ -186,10 +186,10 @@ class Finetuning:
         rows = np.flatnonzero(~self._data.held_out)
         rows = np.random.default_rng([self._settings.seed, 3, epoch]).permutation(rows)
         loss = 0.0
-        for number, start in enumerate(range(0, len(rows), self._settings.batch_size)):
+        for index, start in enumerate(range(0, len(rows), self._settings.batch_size)):
             chosen = rows[start : start + self._settings.batch_size]
             total = no_gradient(trained)
-            for batch in self._micro_batches(chosen, epoch=epoch, number=number):
+            for batch in self._micro_batches(chosen, epoch=epoch, number=index):
                 total = self._add_gradient(total, trained, self._split.rest, scales, batch)
             trained, states = self._update(trained, states, total[0], jnp.float32(len(chosen)))
             loss += float(total[1])

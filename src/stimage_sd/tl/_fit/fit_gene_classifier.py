@@ -198,14 +198,14 @@ def _solve(
             )
             # the scikit-learn solver releases the GIL, so threads can share the embeddings
             workers = Parallel(n_jobs=n_threads(n_jobs), prefer="threads", return_as="generator")
-            found = []
+            fits = []
             with warnings.catch_warnings():
                 # one warning for all genes follows below, and filters apply to all threads of the process
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 for result in workers(jobs):
-                    found.append(result)
+                    fits.append(result)
                     bar.update()
-            coefficients, intercepts, converged = (np.stack(part) for part in zip(*found, strict=True))
+            coefficients, intercepts, converged = (np.stack(part) for part in zip(*fits, strict=True))
     if not converged.all():
         warnings.warn(
             f"{int((~converged).sum())} of {len(converged)} genes did not converge in {max_iter} iterations. Raise "

@@ -60,8 +60,8 @@ def fit_on_instances(
     tiles = common_specification(cohort, name)
     specifications = {section: InstanceSpecification.of(sdata, on, name) for section, sdata in cohort.items()}
     first = next(iter(specifications.values()))
-    for section, found in specifications.items():
-        first.check(found, section=section)
+    for section, stated in specifications.items():
+        first.check(stated, section=section)
     embedded = (
         {section: features(sdata, tiles) for section, sdata in cohort.items()},
         {section: instance_features(sdata, first) for section, sdata in cohort.items()},

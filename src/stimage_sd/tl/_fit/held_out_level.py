@@ -102,10 +102,10 @@ def _r_scale(counts: np.ndarray, moments: MixtureMoments, sd: np.ndarray) -> flo
         made = predictive(_scaled(part, float(np.exp(log_scale))), sd)
         return -float(log_prob(counts[few], made.mean, made.variance, sd).mean())
 
-    found = scipy.optimize.minimize_scalar(
+    result = scipy.optimize.minimize_scalar(
         loss, bounds=(-np.log(2), np.log(2)), method="bounded", options={"xatol": 0.03}
     )
-    return float(np.exp(found.x))
+    return float(np.exp(result.x))
 
 
 def _level(covered: Callable[[float], float]) -> float:

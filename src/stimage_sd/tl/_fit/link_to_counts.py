@@ -21,14 +21,9 @@ _N_FOLDS, _SHARE = 5, 0.3
 def link_to_counts(cohort: dict[str, SpatialData], wrapped: Wrapped, source: contract.Source) -> WrappedModel:
     """Fit the link of every gene, then its shift and the interval level on sections that were left out.
 
-    Parameters
-    ----------
-    cohort
-        Sections with counts and tiles.
-    wrapped
-        The predictor.
-    source
-        Table and layer of the counts.
+    - `cohort`: sections with counts and tiles.
+    - `wrapped`: the predictor.
+    - `source`: table and layer of the counts.
     """
     genes = checked_genes(cohort, wrapped.genes, source)
     check_different(cohort, source)

@@ -60,13 +60,13 @@ def trained_patients(model: Predictor) -> set[str] | None:
     parts = _inner(model)
     if not parts:
         return known_patients(model.training)
-    found: set[str] = set()
+    patients: set[str] = set()
     for part in parts:
         known = trained_patients(part)
         if known is None:
             return None
-        found |= known
-    return found
+        patients |= known
+    return patients
 
 
 def shift_sd(model: Predictor, sdata: SpatialData) -> np.ndarray | None:

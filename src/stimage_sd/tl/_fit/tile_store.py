@@ -57,9 +57,9 @@ class TileStore:
         tiles = np.empty((len(rows), *self._shape), dtype=np.uint8)
         # no memory map: pages of a mapped file would count as memory of the process
         with self._path.open("rb") as file:
-            for number, row in enumerate(rows):
+            for index, row in enumerate(rows):
                 file.seek(int(row) * self._size)
-                tiles[number] = np.frombuffer(file.read(self._size), dtype=np.uint8).reshape(self._shape)
+                tiles[index] = np.frombuffer(file.read(self._size), dtype=np.uint8).reshape(self._shape)
         return tiles
 
     def digest(self) -> str:

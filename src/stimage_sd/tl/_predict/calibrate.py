@@ -114,7 +114,7 @@ def calibrate(
     if gene_shifts(model) is None:
         scores = {name: np.concatenate([level_scores(block) for block in section]) for name, section in blocks}
         level = conformal_level(list(scores.values()), coverage)
-        covered = {name: float((each <= level).mean()) for name, each in scores.items()}
+        covered = {name: float((of_section <= level).mean()) for name, of_section in scores.items()}
         n_counts = sum(map(len, scores.values()))
     else:
         sections = {name: _Shifted.of(section) for name, section in blocks}
@@ -211,7 +211,7 @@ def conformal_level(scores: list[np.ndarray], coverage: float) -> float:
             "so the level cannot be computed. Fit the model again."
         )
     _check_number(n, coverage)
-    share = np.concatenate([np.full(len(each), 1 / (len(scores) * len(each))) for each in scores])
+    share = np.concatenate([np.full(len(of_section), 1 / (len(scores) * len(of_section))) for of_section in scores])
     order = np.argsort(values, kind="stable")
     # with one section, shares are 1 / n and this picks the ceil((n + 1) * coverage)-th smallest score
     reached = np.cumsum(share[order]) >= np.ceil((n + 1) * coverage) / n - 1e-12

@@ -108,7 +108,7 @@ def cluster(
     if n_tiles <= n_neighbors:
         raise ValueError(f"Expected more tiles than `n_neighbors`, found {n_tiles} and {n_neighbors}.")
     names = _leiden(np.concatenate(list(placed.values())), resolution=resolution, n_neighbors=n_neighbors, seed=seed)
-    categories = [str(number) for number in range(len(set(names)))]
+    categories = [str(index) for index in range(len(set(names)))]
     how = {
         "use": use,
         "standardize": standardize,
@@ -135,6 +135,6 @@ def _leiden(values: np.ndarray, *, resolution: float, n_neighbors: int, seed: in
     sc.pp.neighbors(table, n_neighbors=n_neighbors, use_rep="X", random_state=seed)
     # iterate until nothing improves, since two iterations leave some tiles in the wrong cluster
     sc.tl.leiden(table, resolution=resolution, flavor="igraph", directed=False, n_iterations=-1, random_state=seed)
-    found = table.obs["leiden"].astype(int).to_numpy()
-    order = np.argsort(-np.bincount(found), kind="stable")
-    return [str(number) for number in np.argsort(order)[found]]
+    clusters = table.obs["leiden"].astype(int).to_numpy()
+    order = np.argsort(-np.bincount(clusters), kind="stable")
+    return [str(number) for number in np.argsort(order)[clusters]]

@@ -207,19 +207,19 @@ def _given(weights: Sequence[float], n_models: int) -> np.ndarray:
 def _comparable(models: list[Predictor]) -> list[Predictor]:
     """Raise `ValueError` if validation likelihoods of the models are not of the same counts."""
     mend = 'Pass `validation=` a section that no model was trained on, or `weights="equal"`.'
-    for number, model in enumerate(models):
+    for index, model in enumerate(models):
         if not np.size(model.training.get("metrics", {}).get("validation_nll", [])):
-            raise ValueError(f"Model {number} ({type(model).__name__}) has no validation likelihood. {mend}")
+            raise ValueError(f"Model {index} ({type(model).__name__}) has no validation likelihood. {mend}")
     first = models[0]
-    for number, model in enumerate(models[1:], start=1):
-        for what, found, expected in (
+    for index, model in enumerate(models[1:], start=1):
+        for what, stated, expected in (
             ("genes", set(model.genes), set(first.genes)),
             ("sections", set(_contents(model).values()), set(_contents(first).values())),
             ("held-out tiles", _held_out(model), _held_out(first)),
         ):
-            if found != expected:
+            if stated != expected:
                 raise ValueError(
-                    f"The validation likelihoods of models 0 and {number} are of different {what}, so they cannot be "
+                    f"The validation likelihoods of models 0 and {index} are of different {what}, so they cannot be "
                     f"compared. {mend}"
                 )
     return models

@@ -175,7 +175,7 @@ def predict(
     warn_of_other_patients(fitted, cohort)
     level = fitted.interval_level if conformal else COVERAGE
     certificate = getattr(fitted, "certificate", None)
-    factors, found = {}, {}
+    factors, predicted = {}, {}
     shifts = {name: shift_sd(fitted, sdata) for name, sdata in cohort.items()}
     with ExitStack() as unfinished:  # folders appear once all sections are predicted
         for name, sdata in cohort.items():
@@ -188,15 +188,15 @@ def predict(
             if folder is not None:
                 key_of_run = _fingerprint(fitted, target.opened, shape, written, factors[name], sd, level)
                 made = unfinished.enter_context(resuming(folder, key_of_run))
-            found[name], done = _results(shape, written, made)
+            predicted[name], done = _results(shape, written, made)
             blocks = _blocks(fitted, target.opened, shape[0], done, label=contract.sample(sdata), unit=target.unit)
             if sd is None:
-                _mixtures(found[name], fitted, blocks, factors[name], level=level)
+                _mixtures(predicted[name], fitted, blocks, factors[name], level=level)
             else:
-                _shifted(found[name], fitted, blocks, sd, exposure=exposure or 1.0, level=level)
+                _shifted(predicted[name], fitted, blocks, sd, exposure=exposure or 1.0, level=level)
     for name, sdata in cohort.items():
         folder, target, sd = folders[name], targets[name], shifts[name]
-        layers = found[name] if folder is None else _lazily(folder, list(found[name]))
+        layers = predicted[name] if folder is None else _lazily(folder, list(predicted[name]))
         predictions = target.results(sdata, layers, fitted.genes)
         if sd is not None:
             predictions.var["shift_sd"] = sd

@@ -21,11 +21,11 @@ def predict_classes(cohort: Mapping[str, SpatialData], model: GeneClassifier, *,
     """
     for sdata in cohort.values():
         contract.check_prediction_key(sdata, key)
-    found = {name: model.probabilities(sdata, section=name) for name, sdata in cohort.items()}
+    predicted = {name: model.probabilities(sdata, section=name) for name, sdata in cohort.items()}
     for name, sdata in cohort.items():
         tiles = contract.tiles(sdata)
         kept = tiles[tiles.obs["keep"].to_numpy()]
-        probability, strangeness = found[name]
+        probability, strangeness = predicted[name]
         table = ad.AnnData(
             X=probability,
             obs=kept.obs.drop(columns=contract.REGION_KEY).copy(),

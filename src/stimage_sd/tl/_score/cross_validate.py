@@ -419,7 +419,7 @@ def _tidy(results: Mapping[tuple[str, str], FoldResult], sections: list[str], mo
         long = result.scores.melt(["section", "gene"], list(METRICS), var_name="metric", value_name="value")
         parts.append(long.astype({"value": float}).assign(model=model, fold=fold, **result.cost))
     table = pd.concat(parts, ignore_index=True)
-    by_model = table["model"].map({name: number for number, name in enumerate(models)})
-    by_section = table["section"].map({name: number for number, name in enumerate(sections)})
+    by_model = table["model"].map({name: index for index, name in enumerate(models)})
+    by_section = table["section"].map({name: index for index, name in enumerate(sections)})
     order = np.lexsort((table.index, by_model, by_section))
     return table.iloc[order].reset_index(drop=True)[_COLUMNS]

@@ -272,18 +272,11 @@ def measured_names(
 class _Predicted(NamedTuple):
     """Predictions of some tiles and genes as plain arrays, since access to a table view takes a millisecond.
 
-    Attributes
-    ----------
-    genes
-        Gene names.
-    coordinates
-        Tile centers, ``(n_tiles, 2)``.
-    at_depth
-        Distributions at the depth of the spots.
-    floor_mean, floor_dispersion
-        ``float64 (n_genes,)``.
-    on_lattice
-        Whether the rows are tiles or squares, which may lie on a lattice, and not nuclei.
+    - `genes`: gene names.
+    - `coordinates`: tile centers, ``(n_tiles, 2)``.
+    - `at_depth`: distributions at the depth of the spots.
+    - `floor_mean`, `floor_dispersion`: ``float64 (n_genes,)``.
+    - `on_lattice`: whether the rows are tiles or squares, which may lie on a lattice, and not nuclei.
     """
 
     genes: list[str]

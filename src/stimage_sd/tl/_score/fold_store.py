@@ -34,14 +34,9 @@ _DEEPEST = 6
 class FoldResult:
     """Result of a model on a fold.
 
-    Attributes
-    ----------
-    scores
-        Scores of the held-out sections, as returned by `stimage_sd.tl.evaluate`.
-    cost
-        ``fit_seconds``, ``predict_seconds`` and ``peak_mb``.
-    predictions
-        Prediction tables by held-out section, if kept.
+    - `scores`: scores of the held-out sections, as returned by `stimage_sd.tl.evaluate`.
+    - `cost`: ``fit_seconds``, ``predict_seconds`` and ``peak_mb``.
+    - `predictions`: prediction tables by held-out section, if kept.
     """
 
     scores: pd.DataFrame
@@ -66,13 +61,13 @@ class FoldStore:
             return None
         try:
             made_with = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            found, cost, scores = made_with["settings"], made_with["cost"], pd.read_parquet(folder / SCORES)
+            stored, cost, scores = made_with["settings"], made_with["cost"], pd.read_parquet(folder / SCORES)
         except PermissionError:
             raise
         except _DAMAGE as error:
             _warn_of_damage(folder, error)
             return None
-        differing = list(_differences(found, json.loads(json.dumps(settings))))
+        differing = list(_differences(stored, json.loads(json.dumps(settings))))
         if differing:
             named = "; ".join(differing[:5]) + (" and others" if len(differing) > 5 else "")
             raise ValueError(

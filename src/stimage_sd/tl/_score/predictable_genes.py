@@ -204,8 +204,8 @@ def _count_as_high(
                 random = np.random.default_rng(drawn[name])
                 total[:, known] += shuffled_correlations(predicted, measured, n_permutations=n_drawn, random=random)
             else:
-                each, which = np.unique(drawn[name], return_inverse=True)
-                total[:, known] += shifted[name].correlations(predicted, measured, each)[which]
+                numbers, which = np.unique(drawn[name], return_inverse=True)
+                total[:, known] += shifted[name].correlations(predicted, measured, numbers)[which]
         # tolerance, since a permutation may reproduce the observed value up to summation order
         counts[block] = (total / n_sections[block] >= mean[block] - 1e-12).sum(axis=0)
     return pd.Series(counts, index=observed.index)

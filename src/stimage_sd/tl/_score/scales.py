@@ -13,13 +13,9 @@ from stimage_sd.likelihood.predictive import log_prob, nearest_interval
 def groups_of(scale: int | np.ndarray, graph: sp.csr_matrix) -> sp.csr_matrix:
     """Return which tiles belong together, ``(n_groups, n_tiles)`` of zeros and ones.
 
-    Parameters
-    ----------
-    scale
-        Number of steps on the graph around each tile. Or the region of each tile, ``object (n_tiles,)``, `None` for
-        tiles without one.
-    graph
-        Neighbors of the tiles, ``(n_tiles, n_tiles)``.
+    - `scale`: number of steps on the graph around each tile. Or the region of each tile, ``object (n_tiles,)``, `None`
+      for tiles without one.
+    - `graph`: neighbors of the tiles, ``(n_tiles, n_tiles)``.
     """
     if isinstance(scale, np.ndarray):
         codes, names = pd.factorize(scale)
