@@ -34,7 +34,7 @@ LONG = 400_000
 KEY_ELEMENTS = (
     "h1", ".st-key-slide", ".st-key-model", ".st-key-about-model", ".st-key-outside", ".st-key-order", ".st-key-gene",
     ".st-key-tile", ".st-key-layer", ".st-key-gray", ".viewer .tools", ".viewer .map >> nth=0", ".viewer .map >> nth=1",
-    ".st-key-n_samples", ".st-key-pictures", "[data-testid=stDataFrame]", ".st-key-downloads",
+    ".st-key-n_samples", ".st-key-pictures", ".st-key-nuclei", ".st-key-downloads",
 )  # fmt: skip
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHROMIUM = next(filter(None, (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -15,8 +15,10 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
+import spatialdata
+from spatialdata.transformations import remove_transformation
 
-from stimage_sd import models
+from stimage_sd import contract, models
 from stimage_sd.app._example import MODEL
 
 pytestmark = pytest.mark.slow
@@ -174,10 +176,18 @@ def test_nothing_is_left_when_the_server_stops(
     flat_png: Callable[..., Path],
 ) -> None:
     (tmp_path / "cache").symlink_to(server.cache)
-    with serve(tmp_path, "--data", str(example), "--model", str(MODEL)) as running:
+    section = spatialdata.read_zarr(example)
+    contract.remember(section, mpp=None)
+    remove_transformation(section.images["he"], "microns")
+    section.write(tmp_path / "section.zarr")
+    with serve(tmp_path, "--data", str(tmp_path / "section.zarr"), "--model", str(MODEL)) as running:
         visitor = visit(running)
         visitor.see("Chosen by whoever started the app: section.zarr")
         visitor.see("Click on a tile to see")
+        # how long a micrometer is, is not guessed
+        visitor.see(re.compile("There is no scale bar"))
+        visitor.until_drawn()
+        assert not any(bar.is_visible() for bar in visitor.page.locator(".viewer .bar").all())
         visitor.choose("Upload an image")
         visitor.send(flat_png(tmp_path / "flat.png", 50, 50), label="A tile")
         visitor.see("How large is a pixel?")

@@ -56,8 +56,8 @@ def _show_certificate(certificate: Any) -> None:
     """Show the genes and tested sections of a certificate. Tables show text from a model file literally."""
     genes, sections = _about_model.certificate_tables(certificate)
     st.markdown("**Certificate**: sections that the model had not seen, and its genes")
-    st.dataframe(sections, hide_index=True, key="certified-sections")
-    st.dataframe(genes, hide_index=True, height=240, key="certified-genes")
+    st.dataframe(sections, hide_index=True)
+    st.dataframe(genes, hide_index=True, height=240)
     st.download_button("Certificate (HTML)", lambda: _about_model.certificate_page(certificate), "certificate.html",
                        "text/html", on_click="ignore", key="html-certificate")  # fmt: skip
 
@@ -253,7 +253,8 @@ def _show_downloads(
 ) -> None:
     """Show the table of nuclei, and download buttons for the tables and the figure."""
     table = _sections.segment_table(explanation)
-    st.dataframe(table.head(MOST_ROWS), hide_index=True, height=240, key="nuclei")
+    with st.container(key="nuclei"):
+        st.dataframe(table.head(MOST_ROWS), hide_index=True, height=240)
     safe = _uploads.display_name(gene)
     with st.container(horizontal=True, key="downloads"):
         st.download_button("Nuclei of the tile (CSV)", lambda: table.to_csv(index=False), f"nuclei_{tile}_{safe}.csv",
