@@ -16,6 +16,8 @@ from stimage_sd import pp, tl
 from stimage_sd.app import _example
 from stimage_sd.models import NBModel
 
+#: spots of a training section
+N_SPOTS = 90
 #: learned genes, members and components; more make the file larger
 N_LEARNED, N_MEMBERS, N_COMPONENTS = 16, 5, 24
 #: genes that no image can predict, so that the example also shows what is not predictable
@@ -32,7 +34,10 @@ def train(work: Path) -> NBModel:
     """
     say = logging.getLogger(__name__).info
     seeds = {f"training_{seed + 1}": seed for seed in range(_example.SEED)} | {"tested": _example.SEED + 1}
-    sections = {name: _example.embedded_section(work, seed=seed, sample=name, say=say) for name, seed in seeds.items()}
+    sections = {
+        name: _example.embedded_section(work, seed=seed, n_spots=N_SPOTS, sample=name, say=say)
+        for name, seed in seeds.items()
+    }
     tested = {"tested": sections.pop("tested")}
     genes = pp.select_genes(sections, n_top=N_LEARNED, include=NOISE)
     # a single tile, which a visitor may upload, cannot be standardized by its section

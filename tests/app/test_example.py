@@ -25,7 +25,7 @@ def test_the_bundled_model_is_what_its_script_makes(tmp_path: Path) -> None:
     assert (bundled.genes, bundled.tiles, bundled.head) == (anew.genes, anew.tiles, anew.head)
     for name in ("sections", "seed", "options", "n_tiles"):
         assert bundled.training[name] == anew.training[name]
-    section = _example.embedded_section(tmp_path, seed=_example.SEED, sample="example", say=print)
+    section = _example.embedded_section(tmp_path, seed=_example.SEED, n_spots=30, sample="example", say=print)
     means = []
     for model in (bundled, anew):
         tl.predict(section, model)

@@ -14,12 +14,12 @@ from stimage_sd._files import replacing
 #: the model, written by ``tools/app_example.py``
 MODEL = Path(__file__).with_name("example.stimage")
 SECTION = "section.zarr"
-#: size of a section, which two cores paint and embed in about three seconds
-N_SPOTS, N_GENES = 90, 30
+#: size of the section, which two cores paint, embed and write in about four seconds
+N_SPOTS, N_GENES = 60, 30
 #: seed of the section; the model was trained on the sections of the seeds before it
 SEED = 2
 #: version of the section; raise it when the section changes
-LAYOUT = 2
+LAYOUT = 3
 
 Say = Callable[[str], None]
 
@@ -46,13 +46,13 @@ def make_example(say: Say) -> Path:
         mark_used(folder)
         return folder
     with replacing(folder) as complete:
-        sdata = embedded_section(complete.parent, seed=SEED, sample="example", say=say)
+        sdata = embedded_section(complete.parent, seed=SEED, n_spots=N_SPOTS, sample="example", say=say)
         complete.mkdir()
         sdata.write(complete / SECTION)
     return folder
 
 
-def embedded_section(work: Path, *, seed: int, sample: str, say: Say) -> Any:
+def embedded_section(work: Path, *, seed: int, n_spots: int, sample: str, say: Say) -> Any:
     """Paint a synthetic Visium section and embed its tiles.
 
     Parameters
@@ -61,6 +61,8 @@ def embedded_section(work: Path, *, seed: int, sample: str, say: Say) -> Any:
         Folder for the painted files.
     seed
         Seed of the tissue and the counts. The genes are the same for all seeds.
+    n_spots
+        Number of spots.
     sample
         Name of the section.
     say
@@ -69,7 +71,7 @@ def embedded_section(work: Path, *, seed: int, sample: str, say: Say) -> Any:
     from stimage_sd import datasets, io, pp
 
     say("Painting a synthetic section")
-    run = datasets.synthetic_visium(work / sample, n_spots=N_SPOTS, n_genes=N_GENES, seed=seed, sample=sample)
+    run = datasets.synthetic_visium(work / sample, n_spots=n_spots, n_genes=N_GENES, seed=seed, sample=sample)
     sdata = io.visium(run, image=run / "image.tif", sample=sample)
     say("Embedding its tiles")
     pp.tile(sdata)
