@@ -61,14 +61,20 @@ def as_text(blocks: Iterable[Block]) -> str:
     return "\n\n".join(block.markdown("") for block in blocks if block.figure is None) + "\n"
 
 
+def as_page(blocks: Iterable[Block]) -> str:
+    """Return a page as HTML with its figures inside."""
+    every = list(blocks)
+    title = next((block.text for block in every if block.is_heading), "")
+    return _PAGE.format(title=html.escape(title), body="\n".join(block.html() for block in every))
+
+
 def write_page(path: str | Path, blocks: Iterable[Block]) -> Path:
     """Write a page to one file; figures of Markdown go to PNG files beside it."""
     path, blocks = Path(path), list(blocks)
     if path.suffix not in (".html", ".md"):
         raise ValueError(f"Expected a path ending in .html or .md for the page, found {path.name!r}.")
     if path.suffix == ".html":
-        title = next((block.text for block in blocks if block.is_heading), path.stem)
-        text = _PAGE.format(title=html.escape(title), body="\n".join(block.html() for block in blocks))
+        text = as_page(blocks)
     else:
         parts = []
         for index, block in enumerate(blocks):

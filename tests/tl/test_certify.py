@@ -29,6 +29,7 @@ def cohort(make_spots: Callable) -> tuple[dict, dict]:
         rates[name] = np.exp(np.linspace(0.5, 2.5, len(GENES)) + np.hstack([0.8 * smooth / smooth.std(), flat]))
         counts = random.negative_binomial(5, 5 / (5 + rates[name]))
         sections[name] = make_spots(n_side=N_SIDE, counts=counts, features=smooth, genes=GENES, sample=name)
+        contract.remember(sections[name], patient="P")
     return sections, rates
 
 
@@ -50,8 +51,7 @@ def test_an_oracle_passes_on_every_gene_with_signal(of_oracle) -> None:
     genes = of_oracle.certificate.genes.set_index("gene")
     assert genes.loc[GENES[:N_SIGNAL], "predictable"].all()
     assert not genes.loc[GENES[N_SIGNAL:], "predictable"].any()
-    # the prior on shifts widens intervals, since the patients of two sections are unknown
-    assert genes["coverage"].between(0.88, 0.985).all()
+    assert genes["coverage"].between(0.85, 0.97).all()
     assert (genes.loc[GENES[:N_SIGNAL], "nll"] < genes.loc[GENES[:N_SIGNAL], "nll_floor"]).all()
     assert genes["calibration"].max() < 0.15
     assert np.abs(of_oracle.certificate.pit - 1).max() < 0.2

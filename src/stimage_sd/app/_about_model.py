@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -72,8 +70,7 @@ def certificate_words(certificate: Any) -> list[str]:
 
 def certificate_page(certificate: Any) -> bytes:
     """Return the card of a certificate with its figure as one HTML page."""
-    with tempfile.TemporaryDirectory() as folder:
-        return bytes(certificate.write(Path(folder) / "certificate.html").read_bytes())
+    return certificate.page().encode()
 
 
 def _shown(frame: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:

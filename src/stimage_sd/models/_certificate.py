@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stimage_sd._page import Block, as_text, write_page
+from stimage_sd._page import Block, as_page, as_text, write_page
 
 #: key of a model's record of training
 KEY = "certificate"
@@ -68,6 +68,10 @@ class Certificate:
     def card(self) -> str:
         """Return the card as Markdown text, without its figure."""
         return as_text(_blocks(self))
+
+    def page(self) -> str:
+        """Return the card as an HTML page with its figure."""
+        return as_page(_blocks(self))
 
     def write(self, path: str | Path) -> Path:
         """Write the card with its figure to one file.
