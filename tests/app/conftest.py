@@ -260,6 +260,8 @@ class Visitor:
 
     def screen_of(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the H&E lies on a map, px from its corner."""
+        # a map that is made anew has no box for a moment
+        self.until(lambda: self.canvas().bounding_box() is not None)
         box, (middle_x, middle_y, scale) = self.canvas().bounding_box(), self.view
         return (x - middle_x) * scale + box["width"] / 2, (y - middle_y) * scale + box["height"] / 2
 
