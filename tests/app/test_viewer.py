@@ -223,7 +223,7 @@ def test_ones_own_calculation_is_not_another_visitors(visit: Callable[..., Any],
     # a run that was replaced still leaves its result
     one.pick("tile", "20 (mean")
     one.see("Tile 20, NOISE002")
-    assert one.page.get_by_text("Waiting for").count() == 0
+    one.until(lambda: one.page.get_by_text("Waiting for").count() == 0)
 
 
 def test_pieces_are_for_those_who_have_the_page_and_its_cookie(visit: Callable[..., Any], server: Any) -> None:
