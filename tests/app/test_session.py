@@ -118,6 +118,8 @@ def test_a_run_of_the_page_that_was_replaced_still_leaves_its_result(tmp_path: P
     first.join()
     assert len(calls) == 1
     assert said[0].startswith("Waiting for your earlier calculation (tile 3), ")
+    # the page no longer says so when the wait is over
+    assert said[-1] == ""
 
 
 def test_a_visitor_who_went_on_stops_waiting(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class Session:
         name
             What is calculated, for those who wait.
         say
-            Called while waiting, with the reason.
+            Called while waiting, with the reason, and with an empty text when the wait is over.
         """
         with _in_turn(self.visitor, name, say, caching_in(self.folder / "cache")):
             yield
@@ -152,10 +152,14 @@ def shared_once(key: Hashable, compute: Callable[[], Result], *, visitor: str, n
 def _in_turn(visitor: str, name: str, say: Say, cache: AbstractContextManager[Any]) -> Iterator[None]:
     """Hold the lock of the calculations, and say while waiting who holds it."""
     # `say` shows the words on the page, where Streamlit ends a run that the visitor's next click has replaced
+    has_waited = False
     while not _CALCULATING.acquire(timeout=_LOOK_AGAIN):
+        has_waited = True
         say(waiting_for(visitor))
-    _running[:] = [_Running(visitor, name, time.monotonic())]
     try:
+        if has_waited:
+            say("")
+        _running[:] = [_Running(visitor, name, time.monotonic())]
         with cache:
             yield
     finally:

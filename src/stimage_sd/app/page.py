@@ -47,10 +47,14 @@ def _example_folder() -> Path:
 
 
 def _say(message: str) -> None:
-    """Show the visitor the current step."""
+    """Show the visitor the current step, or nothing for an empty message."""
     placeholder = st.session_state.get("said")
-    if placeholder is not None:
+    if placeholder is None:
+        return
+    if message:
         placeholder.caption(escaped(message) + " ...")
+    else:
+        placeholder.empty()
 
 
 # --------------------------------------------------------------------------------------------------
