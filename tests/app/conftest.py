@@ -312,13 +312,15 @@ def visit(request: pytest.FixtureRequest, browser: Any) -> Iterator[Callable[...
 @pytest.fixture(scope="module")
 def example(server: Server, browser: Any) -> Path:
     """The section of the bundled example, made by a first visit."""
+    is_first = not list((server.cache / "app").glob("example-*"))
     visitor = Visitor(browser, server)
     # the page is there long before the section is
     assert visitor.waited < float(os.environ.get("STIMAGE_SD_TEST_FIRST_PAGE", "20"))
     visitor.see("Click on a tile to see")
-    # seconds of one core, of which other processes take none; a quiet machine takes less than ten of a visitor
+    # seconds of one core, which hardly depend on other processes: measured 12, of which 5 before the server is up
     used = psutil.Process(server.process.pid).cpu_times()
-    assert used.user + used.system < float(os.environ.get("STIMAGE_SD_TEST_FIRST_MAP", "40"))
+    limit = float(os.environ.get("STIMAGE_SD_TEST_FIRST_MAP", "40"))
+    assert not is_first or used.user + used.system < limit
     visitor.context.close()
     return next((server.cache / "app").glob("example-*")) / SECTION
 
