@@ -55,7 +55,7 @@ def test_a_ready_model_is_made_once_and_predicts_a_slide_by_name(small: str, tmp
     arguments = ["predict", str(tmp_path / "slide.png"), "--model", small, "--out", str(tmp_path / "out")]
     result = CliRunner().invoke(app, [*arguments, "--mpp", "0.5"])
     assert result.exit_code == 0, result.output
-    said = re.search(r"(\d+) of (\d+) tiles are unlike the training tiles", result.output)
+    said = re.search(r"(\d+) of (\d+) tiles are unlike those of the training sections", result.output)
     section = spatialdata.read_zarr(tmp_path / "out" / "section.zarr")
     scores = section.tables["predictions"].obs["ood_score"]
     assert (int(said[1]), int(said[2])) == (int((scores > 1).sum()), len(scores))

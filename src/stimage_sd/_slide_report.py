@@ -19,6 +19,7 @@ from stimage_sd._page import Block, write_page
 from stimage_sd._store import staged
 from stimage_sd.models._predictor import Predictor
 from stimage_sd.pp._prepare import prepare_for_model
+from stimage_sd.tl._predict.predict import familiarity
 
 #: genes with a map, and genes in the table
 N_MAPS, N_LISTED = 6, 15
@@ -49,27 +50,14 @@ def predict_and_report(
         folder.mkdir()
         write_page(folder / "report.html", _blocks(sdata, model))
         sdata.write(folder / "section.zarr")
-    return f"{familiarity(contract.predictions(sdata))} Section and report in {out}."
-
-
-def familiarity(table: AnnData) -> str:
-    """Say how many tiles are unlike those that the model was trained on."""
-    scores = table.obs["ood_score"].to_numpy()
-    outside = int((scores > 1).sum())
-    text = f"{outside:,} of {len(scores):,} tiles are unlike the training tiles (ood_score above 1)."
-    if outside > len(scores) / 2:
-        text += (
-            f" Their scores are {scores.min():.1f} to {scores.max():.1f}. The model was not tested on such tissue, "
-            "staining or scanners, so its predictions cannot be relied on here."
-        )
-    return text
+    return f"{familiarity(contract.predictions(sdata))[0]} Section and report in {out}."
 
 
 def _blocks(sdata: SpatialData, model: Predictor) -> Iterator[Block]:
     table = contract.predictions(sdata)
     yield Block(f"Predicted expression of {contract.sample(sdata)}", is_heading=True)
     yield Block(f"{_slide(sdata)} {table.n_obs:,} tiles with tissue. {len(model.genes):,} genes by {model!r}.")
-    yield Block(familiarity(table))
+    yield Block(familiarity(table)[0])
     certificate = getattr(model, "certificate", None)
     if certificate is None:
         yield Block("The model has no certificate, so it is unknown which genes it predicts in new sections.")

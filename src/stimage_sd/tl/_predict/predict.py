@@ -215,7 +215,9 @@ def predict(
             # stored as JSON text, since section names may hold characters that store keys may not
             "trained_on_content": json.dumps(remembered(fitted)),
         }
-        _warn_of_strange_tiles(predictions, name)
+        text, most = familiarity(predictions, on)
+        if most:
+            warnings.warn(f"Section {name!r}: {text}", stacklevel=2)
         write = contract.write_predictions if on == "tiles" else contract.write_instance_predictions
         write(sdata, predictions, key=key)
         contract.record(
@@ -224,17 +226,18 @@ def predict(
         )  # fmt: skip
 
 
-def _warn_of_strange_tiles(predictions: ad.AnnData, section: str) -> None:
-    """Warn if most tiles of a section are unlike the training tiles."""
-    scores = predictions.obs["ood_score"].to_numpy()
+def familiarity(table: ad.AnnData, on: contract.On = "tiles") -> tuple[str, bool]:
+    """Say how many rows of a table of predictions are unlike the training data, and whether these are most of them."""
+    scores, what = table.obs["ood_score"].to_numpy(), "squares" if on == "grid" else on
     outside = int((scores > 1).sum())
-    if outside > len(scores) / 2:
-        warnings.warn(
-            f"{outside:,} of {len(scores):,} tiles of section {section!r} are unlike the training tiles (`ood_score` "
-            f"{scores.min():.1f} to {scores.max():.1f}, above 1). The model was not tested on such tissue, staining or "
-            "scanners, so its predictions cannot be relied on there.",
-            stacklevel=3,
-        )
+    text = f"{outside:,} of {len(scores):,} {what} are unlike those of the training sections (`ood_score` above 1)."
+    if outside <= len(scores) / 2:
+        return text, False
+    return (
+        f"{text} Their scores are {scores.min():.1f} to {scores.max():.1f}. The model was not tested on such tissue, "
+        "staining or scanners. Its predictions cannot be relied on there.",
+        True,
+    )
 
 
 def size_factors_of(
