@@ -9,6 +9,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd.models import InstanceModel, NBModel
+from stimage_sd.tl._predict.predict import familiarity
 
 #: number of best genes with their own mean score
 TOP = 50
@@ -68,8 +69,7 @@ def section_report(sdata: SpatialData, path: Path) -> str:
         lines.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
         if "predictable" in table.var:
             lines.append(f"predictable  {int(table.var['predictable'].sum())} genes, by the model's certificate")
-        outside = int((table.obs["ood_score"] > 1).sum())
-        lines.append(f"unlike       {outside} of {table.n_obs} tiles are unlike the training tiles")
+        lines.append(f"familiarity  {familiarity(table)[0]}")
         if "pearson" in table.var:
             lines.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
     for index, entry in enumerate(section["history"]):
