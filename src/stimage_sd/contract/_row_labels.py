@@ -65,9 +65,9 @@ def row_labels(
 
 
 def _labels(values: pd.Series) -> NDArray[np.object_]:
-    found = values.astype(object).to_numpy()
-    found[pd.isna(found)] = None
-    return np.asarray(found, dtype=object)
+    labels = np.array(values, dtype=object)  # a copy: pandas 3 lends arrays that can't be written
+    labels[pd.isna(labels)] = None
+    return labels
 
 
 def _spots(sdata: SpatialData, rows: pd.DataFrame, source: Source | None) -> pd.DataFrame | None:
