@@ -391,7 +391,8 @@ def test_info_tells_what_to_run_next(stores: Path, predicted: Path) -> None:
 def test_info_of_a_model(stores: Path) -> None:
     outcome = run("info", stores / "model.stimage")
     assert outcome.exit_code == 0, outcome.output
-    assert "model        negative binomial, head 'paper', 2 members" in outcome.output
+    assert "model        NBModel\ngenes        6: " in outcome.output
+    assert "members      2, head 'paper'" in outcome.output
     assert "tiles        55 µm, stain-normalized (vahadane)" in outcome.output
     assert "trained on   first, second" in outcome.output
 

@@ -38,6 +38,13 @@ def test_the_cache_folder_comes_before_the_variable_and_after_a_visitors(
         assert cache_dir() == tmp_path / "here"
 
 
+def test_settings_show_what_they_mean() -> None:
+    with sti.settings.override(n_jobs=2, progress=False, cache=None):
+        assert repr(sti.settings).startswith("Settings(cache=None, n_jobs=2, progress=False")
+        assert ">no bars<" in sti.settings._repr_html_()
+        assert sti.settings.facts()["n_jobs"] == "2"
+
+
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_threads_of_scores(n_jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spatial, "FEW", 0)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from stimage_sd._shown import Facts, as_html
+
 Verbosity = Literal["error", "warning", "info", "debug"]
 
 #: the logger of all messages; they go to standard error unless the program set up logging itself
@@ -53,6 +55,18 @@ class Settings:
     n_jobs: int | None = None
     progress: bool = True
     verbosity: Verbosity = "warning"
+
+    def facts(self) -> Facts:
+        """Names and values of the settings, as notebooks show them."""
+        return {
+            "cache": "the folder of $STIMAGE_SD_CACHE, else of the user" if self.cache is None else str(self.cache),
+            "n_jobs": f"one thread per core ({os.cpu_count()})" if self.n_jobs is None else str(self.n_jobs),
+            "progress": "bars are shown" if self.progress else "no bars",
+            "verbosity": self.verbosity,
+        }
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _CHECKED:

@@ -294,7 +294,7 @@ def test_twenty_spots_tell_depth_and_shifts(
     assert sum("trained on one patient" in str(warning.message) for warning in recwarn) == 1
     how = adapted.training["adaptation"]
     assert (how["section"], how["measured"], how["patients"]) == ("test", "20 spots", ["another"])
-    assert "to 'test' by 20 spots" in repr(adapted)
+    assert adapted.facts()["adapted to"] == "'test' by 20 spots"
     with pytest.raises(ValueError, match="cannot show how it does"):
         tl.calibrate(moved, adapted)
 

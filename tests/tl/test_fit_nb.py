@@ -71,7 +71,7 @@ def test_model_says_what_it_was_fitted_on(cohort: object) -> None:
         rows = history[history["member"] == member]
         assert rows["validation_nll"].min() == pytest.approx(model.training["metrics"]["validation_nll"][member])
     assert "toy" in repr(model)
-    assert "3 members" in repr(model)
+    assert model.facts()["members"] == "3, head 'paper'"
 
 
 def saved(model: NBModel, folder: Path) -> dict[str, np.ndarray]:
