@@ -81,14 +81,17 @@ def section_report(sdata: SpatialData, path: Path) -> str:
 
 
 def _image_line(sdata: SpatialData) -> str:
-    mpp = contract.mpp(sdata)
-    resolution = "resolution unknown" if mpp is None else f"{mpp:.4g} µm per pixel"
     try:
         name = contract.image_name(sdata)
     except KeyError:
-        return f"none, pixels of the instrument, {resolution}"
+        # stores of a cohort leave the image out
+        return f"none in this object, {_resolution(contract.info(sdata)['mpp'])}"
     height, width = contract.levels(sdata, name)[0].shape[1:]
-    return f"{name}, {width} x {height} px, {resolution}"
+    return f"{name}, {width} x {height} px, {_resolution(contract.mpp(sdata))}"
+
+
+def _resolution(mpp: float | None) -> str:
+    return "resolution unknown" if mpp is None else f"{mpp:.4g} µm per pixel"
 
 
 def _tiles_lines(sdata: SpatialData) -> list[str]:
