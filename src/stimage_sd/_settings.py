@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +17,18 @@ Verbosity = Literal["error", "warning", "info", "debug"]
 
 #: the logger of all messages; they go to standard error unless the program set up logging itself
 logger = logging.getLogger("stimage_sd")
-_console = logging.StreamHandler()
+
+
+class _Console(logging.StreamHandler):
+    """Standard error, where messages go above the progress bars and not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bar = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+        with nullcontext() if bar is None else bar.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+_console = _Console()
 _console.setFormatter(logging.Formatter("%(name)s: %(message)s"))
 _console.addFilter(lambda record: not logging.getLogger().handlers)
 logger.addHandler(_console)
