@@ -97,6 +97,13 @@ def test_workflows_use_the_same_versions_of_actions() -> None:
     assert all(re.fullmatch(r"v\d+\.\d+\.\d+", version) for versions in used.values() for version in versions)
 
 
+def test_nothing_is_published_before_it_is_tested() -> None:
+    jobs = content(".github/workflows/release.yml")["jobs"]
+    assert jobs["ci"]["uses"] == "./.github/workflows/ci.yml"
+    assert set(jobs["pypi"]["needs"]) == {"ci", "build"}
+    assert jobs["notes"]["needs"] == "pypi"
+
+
 def test_citations_name_the_same_paper() -> None:
     citation = content("CITATION.cff")
     doi = citation["preferred-citation"]["doi"]
