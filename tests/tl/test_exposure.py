@@ -321,6 +321,8 @@ def test_bulk_counts_tell_shifts_but_not_depth(moved: SpatialData, model: models
 def test_adapted_models_survive_files(moved: SpatialData, model: models.NBModel, tmp_path: Path) -> None:
     adapted = tl.adapt(model, moved)
     back = models.load(adapted.save(tmp_path / "a.stimage"))
+    assert back.facts() == adapted.facts()
+    assert back.facts()["base"] == "NBModel"
     one, two = shallow_copy(moved), shallow_copy(moved)
     tl.predict(one, adapted)
     tl.predict(two, back)
