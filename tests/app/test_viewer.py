@@ -167,6 +167,7 @@ def test_genes_come_in_the_chosen_order_and_the_model_shows_its_training_and_cer
     visitor.pick("order", "name")
     visitor.until(lambda: visitor.page.locator(".st-key-order input").input_value() == "name")
     assert chosen.input_value() == genes[3]
+    visitor.until_done()  # the list of the order before stays until the page is drawn anew
     visitor.page.locator(".st-key-gene input").click()
     names = visitor.page.get_by_role("option").all_inner_texts()
     visitor.page.keyboard.press("Escape")
