@@ -1,8 +1,8 @@
 """Draw the overview figure of the documentation and the README.
 
 ``python tools/overview_figure.py`` trains on sections C2, C3 and C4 of her2st, predicts C5, and writes
-``docs/_static/overview.svg``. The H&E, the tiles, the distributions and the table of the figure are those of C5. It takes
-about a minute of one core.
+``docs/_static/overview.svg``. The H&E, the tiles, the distributions and the table of the figure are those of C5. It
+takes about a minute of one core.
 """
 
 from __future__ import annotations
@@ -137,8 +137,9 @@ def draw_tiles(ax: Axes, panels: Panels) -> None:
     half = panels.side / 2
     for row, (x, y) in enumerate(panels.tiles[["x", "y"]].to_numpy()):
         if x0 < x - half and x + half < x1 and y0 < y - half and y + half < y1:
-            style = {"edgecolor": colors.get(row, INK), "linewidth": 4 if row in colors else 1.2}
-            ax.add_patch(Rectangle((x - half, y - half), 2 * half, 2 * half, fill=False, **style))
+            square = Rectangle((x - half, y - half), 2 * half, 2 * half, fill=False, edgecolor=colors.get(row, INK))
+            square.set_linewidth(4 if row in colors else 1.2)
+            ax.add_patch(square)
     ax.axis("off")
 
 
@@ -166,7 +167,9 @@ def draw_table(ax: Axes, panels: Panels) -> None:
     ax.axis("off")
     drawn = ax.inset_axes((0.0, 0.1, 0.46, 0.9))
     places = panels.tiles[["x", "y"]].to_numpy()
-    drawn.scatter(*places.T, c=np.log1p(panels.tiles["mean"]), s=14, marker="s", cmap="magma", linewidths=0)
+    drawn.scatter(
+        places[:, 0], places[:, 1], c=np.log1p(panels.tiles["mean"]), s=14, marker="s", cmap="magma", linewidths=0
+    )
     drawn.set_aspect("equal")
     drawn.invert_yaxis()
     drawn.axis("off")
