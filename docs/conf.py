@@ -86,7 +86,6 @@ autosummary_generate = True
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_typehints_format = "short"
-autodoc_preserve_defaults = True
 autodoc_type_aliases = {"ArrayLike": "numpy.typing.ArrayLike", "Matrix": "numpy.typing.ArrayLike"}
 autodoc_member_order = "bysource"
 napoleon_google_docstring = False

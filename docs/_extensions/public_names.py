@@ -13,11 +13,16 @@ from docutils import nodes
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.util.inspect import TypeAliasForwardRef
 
 #: public names of other packages' types that are not the name without private modules
 OTHERS = {
     "anndata._core.anndata.AnnData": "anndata.AnnData",
     "AnnData": "anndata.AnnData",
+    "Path": "pathlib.Path",
+    "SpatialData": "spatialdata.SpatialData",
+    "da.Array": "dask.array.Array",
+    "np.ndarray": "numpy.ndarray",
     "ImageContainer": "squidpy.im.ImageContainer",
     "dask.array.core.Array": "dask.array.Array",
     "flax.nnx.module.Module": "flax.nnx.Module",
@@ -56,6 +61,8 @@ def find_public(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
+    # in a union, an alias of `autodoc_type_aliases` is shown by its repr
+    TypeAliasForwardRef.__repr__ = lambda alias: alias.name
     # before intersphinx, whose priority is 500
     app.connect("missing-reference", find_public, priority=400)
     return {"parallel_read_safe": True}
