@@ -66,6 +66,7 @@ templates_path = ["_templates"]
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 html_theme_options = {
+    "collapse_navigation": True,
     "navbar_persistent": [],
     "show_navbar_depth": 1,
     "show_toc_level": 2,
