@@ -189,7 +189,7 @@ def test_train_takes_prepared_sections_as_they_are(stores: Path, tmp_path: Path)
     arguments = ["--n-top", 3, "--n-members", 1, "--max-epochs", 1, "--out", tmp_path / "model"]
     outcome = run("train", tmp_path / "prepared.zarr", *arguments)
     assert outcome.exit_code == 0, outcome.output
-    assert "embedding" not in outcome.stdout
+    assert "embedding (" not in outcome.stdout
     assert models.load(tmp_path / "model").tiles.fields_of_view == (1.0,)
 
 
@@ -268,7 +268,7 @@ def test_predict_adds_the_context_that_is_missing(stores: Path, tmp_path: Path) 
     )
     assert outcome.exit_code == 0, outcome.output
     assert "context of the tiles (1 rings)" in outcome.output
-    assert "embedding" not in outcome.stdout
+    assert "embedding (" not in outcome.stdout
     read = spatialdata.read_zarr(tmp_path / "new.zarr")
     assert "X_efficientnet_lite0_stages_context" in contract.tiles(read).obsm
 
@@ -391,15 +391,16 @@ def test_info_tells_what_to_run_next(stores: Path, predicted: Path) -> None:
 def test_info_of_a_model(stores: Path) -> None:
     outcome = run("info", stores / "model.stimage")
     assert outcome.exit_code == 0, outcome.output
-    assert "model        negative binomial, head 'paper', 2 members" in outcome.output
+    assert "model        NBModel\ngenes        6: " in outcome.output
+    assert "members      2, head 'paper'" in outcome.output
     assert "tiles        55 µm, stain-normalized (vahadane)" in outcome.output
     assert "trained on   first, second" in outcome.output
 
 
 def test_info_refuses(stores: Path, tmp_path: Path) -> None:
     assert "Nothing at" in refused("info", tmp_path / "nothing")
-    assert "neither the zarr store of a section nor a model" in refused("info", tmp_path)
-    text = tmp_path / "notes.txt"
+    assert "is of no known kind" in refused("info", tmp_path)
+    text = tmp_path / "notes.stimage"
     text.write_text("no model")
     assert "Expected a stimage-sd model" in refused("info", text)
     broken = tmp_path / "broken.zarr"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -36,6 +37,13 @@ def test_the_cache_folder_comes_before_the_variable_and_after_a_visitors(
     with sti.settings.override(cache="here"):
         monkeypatch.chdir("/")
         assert cache_dir() == tmp_path / "here"
+
+
+def test_settings_show_what_they_mean() -> None:
+    with sti.settings.override(n_jobs=2, progress=False, cache=None):
+        assert repr(sti.settings).startswith("Settings(cache=None, n_jobs=2, progress=False")
+        assert ">no bars<" in sti.settings._repr_html_()
+        assert sti.settings.facts()["n_jobs"] == "2"
 
 
 @pytest.mark.parametrize("n_jobs", [1, 2])
@@ -104,6 +112,28 @@ def test_messages_are_printed_once(own: bool) -> None:
     code += "logging.getLogger('stimage_sd').info('done')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "mine: done\n" if own else "stimage_sd: done\n")
+
+
+def test_bars_nest_and_messages_stay_out_of_them() -> None:
+    code = """
+from stimage_sd import settings
+from stimage_sd._progress import tqdm
+from stimage_sd._settings import logger
+settings.verbosity = "info"
+with tqdm(total=1, desc="outer", mininterval=0) as outer:
+    with tqdm(total=1, desc="inner", mininterval=0) as inner:
+        inner.update()
+        logger.info("between")
+    outer.update()
+print(outer.leave, inner.leave)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TQDM_DISABLE"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "True False\n"
+    lines = re.split(r"[\r\n]", done.stderr)
+    assert "stimage_sd: between" in [line.replace("\x1b[A", "") for line in lines]
+    last = [line for line in lines if line.strip()][-1]
+    assert last.startswith("outer: 100%")
 
 
 def test_refusals() -> None:

@@ -6,6 +6,7 @@ The package is quick to import, because its modules (`io`, `pp`, `tl`, `pl`, `mo
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import lazy_loader
 
@@ -16,12 +17,23 @@ from stimage_sd._settings import settings
 # variable on import. All modules that import ONNX Runtime load after this line, in workers and subprocesses too.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-__version__ = "0.1.0"
+__version__: str
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
+_load, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submodules=["baselines", "contract", "datasets", "io", "likelihood", "models", "pl", "pp", "stats", "tl"],
 )
 __all__ += ["__version__", "settings"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "__version__":
+        return _load(name)
+    # The metadata's own imports take longer than the rest of this file.
+    from importlib.metadata import version
+
+    globals()["__version__"] = version("stimage-sd")
+    return globals()["__version__"]
+
 
 keep_kernels()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.models import InstanceModel, NBModel
+from stimage_sd._shown import lines
+from stimage_sd.models import CellClassifier, InstanceModel, NBModel
+from stimage_sd.models._facts import facts_of
 from stimage_sd.tl._predict.predict import familiarity
 
 #: number of best genes with their own mean score
@@ -54,51 +57,54 @@ def section_report(sdata: SpatialData, path: Path) -> str:
     - returns: lines of text.
     """
     section = contract.info(sdata)
-    lines = [
+    rows = [
         f"section      {section['sample']} ({section['platform']})",
         f"H&E          {_image_line(sdata)}",
         f"images       {', '.join(sorted(sdata.images))}",
         f"tables       {', '.join(f'{name} {table.n_obs} x {table.n_vars}' for name, table in sdata.tables.items())}",
     ]
     if contract.TILES in sdata.tables:
-        lines += _tiles_lines(sdata)
+        rows += _tiles_lines(sdata)
     if contract.PREDICTIONS in sdata.tables:
         table = contract.predictions(sdata)
         how = table.uns["prediction"]
         trained = ", ".join(map(str, how["trained_on"]))
-        lines.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
+        rows.append(f"predictions  {table.n_vars} genes, {how['n_members']} members, trained on {trained}")
         if "predictable" in table.var:
-            lines.append(f"predictable  {int(table.var['predictable'].sum())} genes, by the model's certificate")
-        lines.append(f"familiarity  {familiarity(table)[0]}")
+            rows.append(f"predictable  {int(table.var['predictable'].sum())} genes, by the model's certificate")
+        rows.append(f"familiarity  {familiarity(table)[0]}")
         if "pearson" in table.var:
-            lines.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
+            rows.append(f"scores       mean Pearson {table.var['pearson'].mean():.3f}")
     for index, entry in enumerate(section["history"]):
-        lines.append(f"{'' if index else 'history':<12} {entry['time']}  {entry['step']}")
-    return "\n".join([*lines, f"next         {_next(sdata, path)}"])
+        rows.append(f"{'' if index else 'history':<12} {entry['time']}  {entry['step']}")
+    return "\n".join([*rows, f"next         {_next(sdata, path)}"])
 
 
 def _image_line(sdata: SpatialData) -> str:
-    mpp = contract.mpp(sdata)
-    resolution = "resolution unknown" if mpp is None else f"{mpp:.4g} µm per pixel"
     try:
         name = contract.image_name(sdata)
     except KeyError:
-        return f"none, pixels of the instrument, {resolution}"
+        # stores of a cohort leave the image out
+        return f"none in this object, {_resolution(contract.info(sdata)['mpp'])}"
     height, width = contract.levels(sdata, name)[0].shape[1:]
-    return f"{name}, {width} x {height} px, {resolution}"
+    return f"{name}, {width} x {height} px, {_resolution(contract.mpp(sdata))}"
+
+
+def _resolution(mpp: float | None) -> str:
+    return "resolution unknown" if mpp is None else f"{mpp:.4g} µm per pixel"
 
 
 def _tiles_lines(sdata: SpatialData) -> list[str]:
     table, tiling = contract.tiles(sdata), contract.tiling(sdata)
     size = f"{tiling['size_um']:.4g} µm" if "size_um" in tiling else f"{tiling['side_px']:.0f} px"
-    lines = [f"tiles        {int(table.obs['keep'].sum())} of {table.n_obs} kept, {tiling['layout']}, {size}"]
+    rows = [f"tiles        {int(table.obs['keep'].sum())} of {table.n_obs} kept, {tiling['layout']}, {size}"]
     for extractor, how in table.uns.get("embeddings", {}).items():
         fields = ", ".join(f"{float(value):g}" for value in how["fields_of_view"])
-        lines.append(
+        rows.append(
             f"embeddings   {extractor}, fields of view {fields}, context rings {int(how['context_rings'])}, "
             f"{'stain-normalized' if how['stain'] else 'image as it is'}"
         )
-    return lines
+    return rows
 
 
 def _next(sdata: SpatialData, path: Path) -> str:
@@ -114,50 +120,20 @@ def _next(sdata: SpatialData, path: Path) -> str:
     return f"stimage-sd train {path} ... --out MODEL, or {predict}" if has_counts else predict
 
 
-def model_report(model: NBModel | InstanceModel) -> str:
-    """Describe what a model predicts, its inputs, and its training.
+def model_report(model: Any) -> str:
+    """Describe what a model predicts, its inputs and its training, and name the next command.
 
     - `model`: a fitted model.
     - returns: lines of text.
     """
-    tiles, training = model.tiles, model.training
-    size = f"{tiles.size_um:.4g} µm" if tiles.size_um is not None else f"{tiles.side_px:.0f} px"
-    stain = "image as it is" if tiles.stain is None else f"stain-normalized ({tiles.stain['method']})"
-    genes = ", ".join(model.genes[:8]) + (", ..." if len(model.genes) > 8 else "")
-    lines = [
-        f"model        negative binomial, head {model.head!r}, {model.n_members} members",
-        f"genes        {len(model.genes)}: {genes}",
-        f"tiles        {size}, {stain}",
-        *(
-            f"embeddings   {embedding.extractor}, fields of view "
-            f"{', '.join(map('{:g}'.format, embedding.fields_of_view))}, context rings {embedding.context_rings}"
-            for embedding in model.embeddings
-        ),
-        *_instances(model),
-        f"intervals    central {model.interval_level:.1%}, which covered 90% of held-out counts",
-    ]
-    if "sections" in training:
-        lines.append(f"trained on   {', '.join(training['sections'])} ({training['n_tiles']} tiles)")
-    if "metrics" in training:
-        losses = training["metrics"]["validation_nll"]
-        lines.append(f"validation   NLL per count {sum(losses) / len(losses):.4f}, mean over members")
-    lines += _certificate(model)
-    if "versions" in training:
-        lines.append("versions     " + ", ".join(f"{name} {text}" for name, text in training["versions"].items()))
-    return "\n".join([*lines, "next         stimage-sd predict SECTION.zarr --model MODEL --out NEW.zarr"])
+    facts = {"model": type(model).__name__, **facts_of(model), "next": _next_of_model(model)}
+    return "\n".join(lines(facts))
 
 
-def _certificate(model: NBModel | InstanceModel) -> list[str]:
-    """Say what the certificate says, or that there is none."""
-    if model.certificate is None:
-        return ["certificate  none: stimage_sd.tl.certify(new_sections, model) in Python"]
-    tested = ", ".join(model.certificate.sections["section"])
-    return [f"certificate  on {tested}: {str(model.certificate).removeprefix('Certificate: ')}"]
-
-
-def _instances(model: NBModel | InstanceModel) -> list[str]:
-    """Describe what a model predicts below the tile."""
-    if not isinstance(model, InstanceModel):
-        return []
-    sides = ", ".join(map("{:g}".format, model.instances.fields_um))
-    return [f"{model.on:<12} {model.instances.extractor}, squares of {sides} µm; predict with --on {model.on}"]
+def _next_of_model(model: Any) -> str:
+    if isinstance(model, CellClassifier):
+        return 'in Python: stimage_sd.tl.predict_cells(slide, "MODEL")'
+    if isinstance(model, NBModel | InstanceModel):
+        on = f" --on {model.on}" if isinstance(model, InstanceModel) else ""
+        return f"stimage-sd predict SECTION.zarr --model MODEL --out NEW.zarr{on}"
+    return 'in Python: stimage_sd.tl.predict(section, "MODEL")'

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from stimage_sd._shown import Facts, as_html
 
 Verbosity = Literal["error", "warning", "info", "debug"]
 
 #: the logger of all messages; they go to standard error unless the program set up logging itself
 logger = logging.getLogger("stimage_sd")
-_console = logging.StreamHandler()
+
+
+class _Console(logging.StreamHandler):
+    """Standard error, where messages go above the progress bars and not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        bar = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+        with nullcontext() if bar is None else bar.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
+_console = _Console()
 _console.setFormatter(logging.Formatter("%(name)s: %(message)s"))
 _console.addFilter(lambda record: not logging.getLogger().handlers)
 logger.addHandler(_console)
@@ -53,6 +67,18 @@ class Settings:
     n_jobs: int | None = None
     progress: bool = True
     verbosity: Verbosity = "warning"
+
+    def facts(self) -> Facts:
+        """Names and values of the settings, as notebooks show them."""
+        return {
+            "cache": "the folder of $STIMAGE_SD_CACHE, else of the user" if self.cache is None else str(self.cache),
+            "n_jobs": f"one thread per core ({os.cpu_count()})" if self.n_jobs is None else str(self.n_jobs),
+            "progress": "bars are shown" if self.progress else "no bars",
+            "verbosity": self.verbosity,
+        }
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _CHECKED:

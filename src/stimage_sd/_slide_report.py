@@ -17,6 +17,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract, pl, tl
 from stimage_sd._page import Block, write_page
 from stimage_sd._store import staged
+from stimage_sd.models._facts import facts_of
 from stimage_sd.models._predictor import Predictor
 from stimage_sd.pp._prepare import prepare_for_model
 from stimage_sd.tl._predict.predict import familiarity
@@ -56,7 +57,7 @@ def predict_and_report(
 def _blocks(sdata: SpatialData, model: Predictor) -> Iterator[Block]:
     table = contract.predictions(sdata)
     yield Block(f"Predicted expression of {contract.sample(sdata)}", is_heading=True)
-    yield Block(f"{_slide(sdata)} {table.n_obs:,} tiles with tissue. {len(model.genes):,} genes by {model!r}.")
+    yield Block(f"{_slide(sdata)} {table.n_obs:,} tiles with tissue. {len(model.genes):,} genes.")
     yield Block(familiarity(table)[0])
     certificate = getattr(model, "certificate", None)
     if certificate is None:
@@ -81,6 +82,8 @@ def _blocks(sdata: SpatialData, model: Predictor) -> Iterator[Block]:
         "Mean: mean over the tiles of the predicted counts. Low and high: their 10th and 90th percentile. Uncertain: "
         "predicted standard deviation over the mean. Counts are of a spot at the depth of the training sections."
     )
+    facts = pd.DataFrame(facts_of(model).items(), columns=["model", type(model).__name__])
+    yield Block(table=facts[facts["model"] != "certificate"])
 
 
 def _slide(sdata: SpatialData) -> str:

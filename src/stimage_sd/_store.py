@@ -23,7 +23,7 @@ def check_section(path: Path) -> None:
     """Raise `FileNotFoundError` or `ValueError` if a path does not hold the zarr store of a section."""
     if not restored(path).exists():
         raise FileNotFoundError(f"No zarr store at {path}.")
-    if not is_store(path) or not _is_spatialdata(path):
+    if not is_store(path) or not is_spatialdata(path):
         raise ValueError(
             f"Expected the zarr store of a section at {path}, found something else. Read the section with one of the "
             "readers of `stimage_sd.io` and write it with `sdata.write(...)`."
@@ -49,7 +49,8 @@ def read_section(path: Path) -> SpatialData:
         ) from error
 
 
-def _is_spatialdata(path: Path) -> bool:
+def is_spatialdata(path: Path) -> bool:
+    """Return whether the attributes of a zarr store are those of a SpatialData object."""
     for name in ("zarr.json", ".zattrs"):
         if (path / name).is_file():
             try:

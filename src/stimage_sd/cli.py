@@ -369,25 +369,15 @@ def ready() -> None:
 
 @app.command()
 def info(
-    path: Annotated[Path, typer.Argument(help="Zarr store of a section, a model, or the name of a ready model.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="Store, model, slide, table, GeoJSON, folder of a run or results, or ready model."),
+    ],
 ) -> None:
-    """Describe a model, or the content, history and next command of a section."""
-    from stimage_sd._store import is_store, read_section
-    from stimage_sd.models._ready import is_ready
+    """Say what a file, folder or ready model is, and which command or call comes next."""
+    from stimage_sd._describe import describe
 
-    if not path.exists() and not is_ready(path):
-        raise FileNotFoundError(f"Nothing at {path}. Expected the zarr store of a section, or a model.")
-    if is_store(path):
-        from stimage_sd._report import section_report
-
-        typer.echo(section_report(read_section(path), path))
-        return
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{path} is neither the zarr store of a section nor a model.")
-    from stimage_sd._report import model_report
-    from stimage_sd.models._resolve import as_model
-
-    typer.echo(model_report(as_model(path)))
+    typer.echo(describe(path))
 
 
 def _predict_slide(

@@ -136,8 +136,7 @@ def test_predictions_and_counts_have_the_same_color_at_the_same_value() -> None:
 
 def test_a_model_says_what_it_learned_from(model: Any) -> None:
     about = about_model(model).set_index("what")["value"]
-    assert about["Training sections"] == "a, b"
-    assert about["Training tiles"] == str(model.training["n_tiles"])
+    assert about["Trained on"] == f"a, b ({model.training['n_tiles']} tiles)"
     assert about["Seed"] == "0"
     assert "Patients" not in about
 

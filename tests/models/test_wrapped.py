@@ -103,6 +103,8 @@ def test_a_model_of_a_table_is_saved_and_one_of_a_function_is_not(cohort, oracle
         sdata.tables["theirs"] = TableModel.parse(AnnData(frame))
     model = tl.calibrate(training(cohort), models.wrap("theirs", genes=cohort.genes))
     again = models.load(model.save(tmp_path / "theirs.stimage"))
+    assert again.facts()["predictor"] == "theirs"
+    assert again.facts()["calibrated on"].startswith(", ".join(model.training["sections"]))
     new = cohort.sections["new"]
     tl.predict(new, model, key_added="first")
     tl.predict(new, again, key_added="second")

@@ -81,6 +81,7 @@ def test_a_xenium_run_without_alignment_is_placed_on_its_he(xenium_run: Path, tm
     found = pp.register(sdata)
     table = sdata.tables["counts"]
     assert (found.moving, found.fixed, found.source) == ("dapi", "he", "instrument")
+    assert found.facts()["patches"].startswith(f"{found.n_inliers} of {found.n_patches} agree")
     assert np.median(off_by_um(table, xenium_run / "truth_alignment.csv", 0.425)) < 1.0
     assert found.residual_um < 1.0
     assert found.n_inliers >= 20

@@ -33,6 +33,8 @@ def test_correlations_are_scipys() -> None:
             expected = function(values[:, gene], bulk.X[:, gene])
             assert getattr(row, name) == pytest.approx(expected.statistic)
             assert getattr(row, f"{name}_p") == pytest.approx(expected.pvalue)
+    assert f"{np.median(found.genes['pearson']):.3f} over samples" in found.facts()["of genes"]
+    assert found._repr_html_().startswith("<div><strong>BulkCorrelation")
     np.testing.assert_allclose(found.genes["pearson_q"], stats.false_discovery_control(found.genes["pearson_p"]))
     sample = found.samples.iloc[3]
     assert sample["pearson"] == pytest.approx(stats.pearsonr(values[3], bulk.X[3]).statistic)

@@ -122,6 +122,8 @@ def test_the_certificate_is_saved_with_the_model(cohort, tmp_path: Path) -> None
     pd.testing.assert_frame_equal(again.genes, certified.certificate.genes)
     pd.testing.assert_frame_equal(again.sections, certified.certificate.sections)
     assert again.card() == certified.certificate.card()
+    assert certified.facts()["certificate"].startswith("on new: ")
+    assert model.facts()["certificate"].startswith("none")
 
 
 def test_sections_are_not_changed(cohort, of_oracle) -> None:

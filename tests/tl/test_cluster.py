@@ -57,6 +57,9 @@ def test_clusters_beside_annotations(cohort: dict[str, SpatialData]) -> None:
     assert scores["n_tiles"].tolist() == [80, 90, 170]
     for row, part in zip(scores.itertuples(), [*expected, every], strict=True):
         assert row.adjusted_rand_index == pytest.approx(adjusted_rand_score(part["leiden"], part["annotation"]))
+    assert repr(tl.compare_labels(cohort, "leiden", "annotation")).startswith(
+        "LabelAgreement\n  a            80 tiles; "
+    )
     alone = tl.compare_labels(cohort["a"], "annotation", "leiden")
     assert alone.scores["section"].tolist() == ["a"]
     assert alone.table.shape == (2, 3)

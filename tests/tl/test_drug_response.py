@@ -27,6 +27,7 @@ def test_responders_are_told_and_chance_is_measured() -> None:
     assert found.interval[0] < found.auc < found.interval[1]
     assert found.p_value == pytest.approx(0.2)
     assert found.positive == "pCR"
+    assert repr(found).startswith(f"DrugResponse\n  AUC          {found.auc:.3f}, ")
     assert sorted(found.patients["patient"]) == sorted(table.obs_names)
     for fold, part in found.patients.groupby("fold"):
         expected = roc_auc_score(part["response"], part["score"])

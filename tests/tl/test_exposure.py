@@ -294,7 +294,7 @@ def test_twenty_spots_tell_depth_and_shifts(
     assert sum("trained on one patient" in str(warning.message) for warning in recwarn) == 1
     how = adapted.training["adaptation"]
     assert (how["section"], how["measured"], how["patients"]) == ("test", "20 spots", ["another"])
-    assert "to 'test' by 20 spots" in repr(adapted)
+    assert adapted.facts()["adapted to"] == "'test' by 20 spots"
     with pytest.raises(ValueError, match="cannot show how it does"):
         tl.calibrate(moved, adapted)
 
@@ -321,6 +321,8 @@ def test_bulk_counts_tell_shifts_but_not_depth(moved: SpatialData, model: models
 def test_adapted_models_survive_files(moved: SpatialData, model: models.NBModel, tmp_path: Path) -> None:
     adapted = tl.adapt(model, moved)
     back = models.load(adapted.save(tmp_path / "a.stimage"))
+    assert back.facts() == adapted.facts()
+    assert back.facts()["base"] == "NBModel"
     one, two = shallow_copy(moved), shallow_copy(moved)
     tl.predict(one, adapted)
     tl.predict(two, back)

@@ -232,6 +232,8 @@ def test_model_is_the_same_after_saving(fitted, cohort, tmp_path):
     loaded = models.load(fitted.save(tmp_path / "model.stimage"))
     same(fitted, loaded)
     assert loaded.tiles == fitted.tiles
+    assert loaded.facts() == fitted.facts()
+    assert "fine-tuned: " in loaded.facts()["network"]
     one, other = (model.open(cohort["a"], section="a") for model in (fitted, loaded))
     for ours, theirs in zip(one.r_and_p(slice(0, 9)), other.r_and_p(slice(0, 9)), strict=True):
         np.testing.assert_array_equal(ours, theirs)

@@ -52,8 +52,10 @@ def test_planted_truth_is_recovered(cohort: object, head: str) -> None:
     assert np.median(np.abs(np.log(contract.predictions(test).X) - truth)) < 0.2
 
 
-def test_model_says_what_it_was_fitted_on(cohort: object) -> None:
-    model = tl.fit_nb(train_of(cohort), genes=cohort.genes, seed=7, **QUICK)
+def test_model_says_what_it_was_fitted_on(cohort: object, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="stimage_sd"):
+        model = tl.fit_nb(train_of(cohort), genes=cohort.genes, seed=7, **QUICK)
+    assert f"Fitting 3 members to {len(cohort.genes)} genes on {3 * 196} tiles, in at most" in caplog.text
     assert isinstance(model, NBModel)
     assert model.genes == tuple(cohort.genes)
     assert model.n_members == 3
@@ -71,7 +73,7 @@ def test_model_says_what_it_was_fitted_on(cohort: object) -> None:
         rows = history[history["member"] == member]
         assert rows["validation_nll"].min() == pytest.approx(model.training["metrics"]["validation_nll"][member])
     assert "toy" in repr(model)
-    assert "3 members" in repr(model)
+    assert model.facts()["members"] == "3, head 'paper'"
 
 
 def saved(model: NBModel, folder: Path) -> dict[str, np.ndarray]:

@@ -93,6 +93,7 @@ def test_nuclei_add_up_to_their_spots(section: SpatialData, fits, on: str):
 def test_a_member_is_a_model_of_nuclei(section: SpatialData, fits):
     whole, part = fits["nuclei"], fits["nuclei"].members[1]
     assert type(part) is sti.models.InstanceModel
+    assert "predict with on='nuclei'" in part.facts()["nuclei"]
     assert part.training["members"] == [1]
     opened = [model.open(section, section="one") for model in (whole, part)]
     for every, own in zip(opened[0].r_and_p(slice(0, 9)), opened[1].r_and_p(slice(0, 9)), strict=True):

@@ -91,12 +91,12 @@ def test_a_fit_holds_patients_out_and_remembers_them(cohort: dict[str, SpatialDa
     assert sorted(model.training["validation"]) == [["a", "b"], ["c", "d"]]
     assert model.training["patients"] == OF
     assert models.load(model.save(tmp_path / "model.stimage")).training["patients"] == OF
-    assert "patient" not in repr(model)
+    assert model.facts()["patients"] == "P1, P2"
 
 
 def test_a_model_of_one_patient_says_so_on_another(cohort: dict[str, SpatialData]) -> None:
     model = fit(cohort, "ab", patients=OF)
-    assert "trained on a, b (one patient, P1)" in repr(model)
+    assert model.facts()["trained on"] == f"a, b (one patient, P1; {model.training['n_tiles']} tiles)"
     section = cohort["e"]
     assert predicted(section, model) == []  # nobody knows its patient
     contract.remember(section, patient="P1")

@@ -148,6 +148,8 @@ def test_risk_groups_find_what_was_planted_and_repeat() -> None:
     assert found.summary["hazard_ratio"].iloc[0] > 1.5
     assert set(found.genes["gene"].head(2)) == {"G0", "G1"}
     assert found.patients["risk_group"].value_counts().tolist() == [75, 75]
+    (group,) = (value for name, value in found.facts().items() if name.startswith("group"))
+    assert group.startswith(f"150 patients, {int(table.obs['dead'].sum())} events; c-index ")
     again = sti.tl.risk_groups(table, **OUTCOME, n_genes=2, n_repeats=3, seed=5)
     for one, other in zip(found, again, strict=True):
         pd.testing.assert_frame_equal(one, other)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from stimage_sd.models._facts import facts_of
+
 
 def about_model(model: Any) -> pd.DataFrame:
     """Describe a model's input, training and members.
@@ -19,27 +21,9 @@ def about_model(model: Any) -> pd.DataFrame:
     -------
     Columns ``what`` and ``value``, with texts. Only what the model file states is listed.
     """
-    tiles, training = model.tiles, model.training
-    size = f"{tiles.size_um:.4g} µm" if tiles.size_um is not None else f"{tiles.side_px:.0f} px"
-    stain = "as it is" if tiles.stain is None else f"stain-normalized ({tiles.stain['method']})"
-    fields = ", ".join(f"{value:g}" for value in tiles.fields_of_view)
-    patients = sorted({str(patient) for patient in training.get("patients", {}).values()})
-    rows = {
-        "Training sections": ", ".join(map(str, training.get("sections", []))),
-        "Patients": ", ".join(patients),
-        "Training tiles": f"{training['n_tiles']:,}" if "n_tiles" in training else "",
-        "Genes": f"{len(model.genes):,}",
-        "Tiles": f"{size}, image {stain}",
-        "Image features": f"{tiles.extractor}, fields of view {fields} tiles wide",
-        "Members of the ensemble": str(getattr(model, "n_members", "")),
-        "Standardized by": {
-            "section": "each section's own tiles, at least 20",
-            "cohort": "the training tiles, so that a single tile can be predicted",
-        }.get(model.features.standardize, ""),
-        "Seed": str(training.get("seed", "")),
-        "Versions": ", ".join(f"{name} {text}" for name, text in training.get("versions", {}).items()),
-    }
-    return pd.DataFrame([(name, text) for name, text in rows.items() if text], columns=["what", "value"])
+    # the page shows the certificate by itself
+    facts = {name: value for name, value in facts_of(model).items() if name != "certificate"}
+    return pd.DataFrame([(name.capitalize(), value) for name, value in facts.items()], columns=["what", "value"])
 
 
 #: columns of the certificate's genes that are shown, and their names on the page

@@ -79,7 +79,7 @@ def open_raster(path: str | Path, *, series: int | str | None = None) -> tuple[l
                 f"Expected `series` only for a TIFF, found {series!r} for {path}. Leave out `series`."
             ) from None
         _check_named_files(path)
-        if _openslide_format(path) is not None:
+        if openslide_format(path) is not None:
             return _open_with_openslide(path)
         if path.suffix.lower() in PARTED:
             raise ValueError(
@@ -146,7 +146,7 @@ def _as_uint8(lazy: da.Array) -> da.Array:
 
 
 def _open_tiff(path: Path, tiff: tifffile.TiffFile, series: int | str | None) -> tuple[list[da.Array], float | None]:
-    known = _openslide_format(path)
+    known = openslide_format(path)
     first = tiff.series[0].keyframe
     aperio = known == "aperio" and first.compression not in JPEG_2000
     if known not in (None, "generic-tiff") and not aperio:
@@ -173,7 +173,7 @@ def _open_tiff(path: Path, tiff: tifffile.TiffFile, series: int | str | None) ->
         tiled = [page.aspage() for page in tiff.pages if page.aspage().is_tiled]
         pages = [[page] for page in sorted(tiled, key=lambda page: -page.imagewidth)] or pages
         page = pages[0][0]
-        mpp = _slide_mpp(openslide_properties(path)) or mpp
+        mpp = slide_mpp(openslide_properties(path)) or mpp
     if page.samplesperpixel == 4:
         _warn_of_alpha(path.name)
     for one in (page for level in pages for page in level):
@@ -227,7 +227,7 @@ def _open_with_openslide(path: Path, *, whole: bool = True) -> tuple[list[da.Arr
         raise ValueError(
             f"Expected a readable slide, found that OpenSlide cannot open {path} ({error}). Copy or export it again."
         ) from error
-    return _complete(path, levels, "slide") if whole else levels, _slide_mpp(slide.properties)
+    return _complete(path, levels, "slide") if whole else levels, slide_mpp(slide.properties)
 
 
 def _stream_with_vips(path: Path, page: tifffile.TiffPage | None = None) -> list[da.Array]:
@@ -319,7 +319,7 @@ def _check_named_files(path: Path) -> None:
             )
 
 
-def _openslide_format(path: Path) -> str | None:
+def openslide_format(path: Path) -> str | None:
     return openslide.OpenSlide.detect_format(str(path))
 
 
@@ -331,7 +331,7 @@ def _check_colors(path: Path, series: tifffile.TiffPageSeries, page: tifffile.Ti
         raise ValueError(_not_rgb(path, described, fluorescence=not colors))
 
 
-def _slide_mpp(properties: Mapping[str, str]) -> float | None:
+def slide_mpp(properties: Mapping[str, str]) -> float | None:
     stated = [properties.get(name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
     return plausible([float(value) for value in stated if value is not None])
 

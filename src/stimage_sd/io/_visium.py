@@ -105,7 +105,7 @@ def visium(
     ((20, 9), 0.5)
     """
     check_mpp(mpp)
-    files = _find_files(Path(path).expanduser())
+    files = find_files(Path(path).expanduser())
     with reading(files.scalefactors, what="the scale factors of Space Ranger"):
         scalefactors = _read_scalefactors(files.scalefactors)
     with reading(files.positions, what="the positions of the spots"):
@@ -157,7 +157,7 @@ def visium(
 
 
 @dataclass(frozen=True)
-class _Files:
+class Files:
     """Paths of the files of a run."""
 
     sample: str
@@ -172,7 +172,7 @@ class _Files:
         return RAW in self.matrix.name
 
 
-def _find_files(path: Path) -> _Files:
+def find_files(path: Path) -> Files:
     if not path.is_dir():
         raise FileNotFoundError(
             f"Expected the folder of a Space Ranger run at {path}, found no folder. Check the path."
@@ -196,7 +196,7 @@ def _find_files(path: Path) -> _Files:
             f"Expected a Space Ranger output in {outs}, did not find {'; '.join(missing)}. It holds: {here[:20]}. "
             "Pass the run's `outs` folder."
         )
-    return _Files(sample_name(outs), matrix, positions, scalefactors, find_entry(spatial, HIRES))
+    return Files(sample_name(outs), matrix, positions, scalefactors, find_entry(spatial, HIRES))
 
 
 def _read_scalefactors(path: Path) -> dict[str, float]:
@@ -242,7 +242,7 @@ def _read_text_positions(path: Path) -> pd.DataFrame:
     return frame.rename(columns=lambda name: str(name).strip())
 
 
-def _match(matrix: Matrix, positions: pd.DataFrame, files: _Files) -> tuple[np.ndarray, pd.DataFrame]:
+def _match(matrix: Matrix, positions: pd.DataFrame, files: Files) -> tuple[np.ndarray, pd.DataFrame]:
     """Return the rows of the matrix in tissue, and their positions. Warn about lost barcodes."""
     if BIN.match(str(matrix.barcodes[0])):
         raise ValueError(

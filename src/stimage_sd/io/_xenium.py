@@ -136,8 +136,8 @@ def xenium(
         raise ValueError(f"Expected two finite numbers, x and y in µm, as `origin_um`, found {origin_um!r}.")
     if alignment is not None and he_image is None:
         raise ValueError("Expected `he_image=` with `alignment=`, found no H&E. Pass the image that is aligned.")
-    bundle = _Bundle.find(Path(path).expanduser())
-    experiment = _read_experiment(bundle)
+    bundle = Bundle.find(Path(path).expanduser())
+    experiment = read_experiment(bundle)
     # Counts and cells come first, as all other files have to match them.
     matrix_path, cells_path = bundle.part("cell_feature_matrix"), bundle.part("cells")
     cells, matrix = read_cells(cells_path), read_matrix(matrix_path)
@@ -212,7 +212,7 @@ def xenium(
 
 
 @dataclass(frozen=True)
-class _Bundle:
+class Bundle:
     """Folder and files of a bundle."""
 
     folder: Path
@@ -220,7 +220,7 @@ class _Bundle:
     prefix: str
 
     @classmethod
-    def find(cls, path: Path) -> _Bundle:
+    def find(cls, path: Path) -> Bundle:
         if not path.is_dir():
             raise FileNotFoundError(
                 f"Expected the folder of a Xenium output bundle at {path}, found no folder. Check the path, and unpack "
@@ -284,7 +284,7 @@ def _find_prefix(folder: Path) -> str:
     return ""
 
 
-def _read_experiment(bundle: _Bundle) -> dict[str, Any]:
+def read_experiment(bundle: Bundle) -> dict[str, Any]:
     """Return the content of ``experiment.xenium``, or an empty dictionary if the file is missing."""
     path = bundle.entry(EXPERIMENT)
     if path is None:

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 from spatialdata import SpatialData
 
+from stimage_sd._shown import Facts, shown
 from stimage_sd.models._certificate import Certified, without_certificate
+from stimage_sd.models._facts import certificate_facts, facts_of, interval_facts
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
 from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedBags, OpenedSection, Predictor, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
+@shown
 @dataclass(frozen=True)
 class AdaptedModel(Certified, SavedModel, kind="adapted"):
     """A model whose depth and gene shifts were updated by measurements of one section or patient.
@@ -141,9 +144,16 @@ class AdaptedModel(Certified, SavedModel, kind="adapted"):
             training=dict(config["training"]),
         )
 
-    def __repr__(self) -> str:
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
         how = self.training["adaptation"]
-        return f"AdaptedModel: to {how['section']!r} by {how['measured']}; {self.base!r}"
+        return {
+            "adapted to": f"{how['section']!r} by {how['measured']}",
+            "base": type(self.base).__name__,
+            **facts_of(self.base),
+            **interval_facts(self.interval_level),
+            **certificate_facts(self),
+        }
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ import numpy as np
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._shown import Facts, counted, shown
 from stimage_sd.models._certificate import Certified
+from stimage_sd.models._facts import certificate_facts, interval_facts, tile_facts, training_facts
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._members import Members
@@ -22,6 +24,7 @@ from stimage_sd.stream.driver import run_over_tiles
 _OLD_NAMES = {"learnt.": "learned.", "space.centre": "space.center", "normalisation": "normalization"}
 
 
+@shown
 @dataclass(frozen=True)
 class BaselineModel(Certified, SavedModel, kind="baseline"):
     """A negative binomial model with one mean per gene and tile, and one dispersion per gene.
@@ -163,10 +166,16 @@ class BaselineModel(Certified, SavedModel, kind="baseline"):
             training=dict(config["training"]),
         )
 
-    def __repr__(self) -> str:
-        sections = ", ".join(self.training.get("sections", []))
-        extractors = " and ".join(tiles.extractor for tiles in self.tiles)
-        return f"BaselineModel: {len(self.genes)} genes, {self.recipe!r}, on {extractors}; trained on {sections}"
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
+        return {
+            "genes": counted(self.genes),
+            "recipe": repr(self.recipe),
+            **tile_facts(*self.tiles),
+            **interval_facts(self.interval_level),
+            **certificate_facts(self),
+            **training_facts(self.training),
+        }
 
 
 @dataclass(frozen=True)

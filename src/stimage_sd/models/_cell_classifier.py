@@ -14,7 +14,9 @@ import scipy.special
 from flax import nnx
 from numpy.typing import NDArray
 
+from stimage_sd._shown import Facts, counted, shown
 from stimage_sd.image.hv_maps import hv_watershed
+from stimage_sd.models._facts import training_facts
 from stimage_sd.models._files import SavedModel
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._weights import sha256_of_arrays
@@ -83,6 +85,7 @@ class CellMaps(NamedTuple):
     features: NDArray[np.float32]
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class CellClassifier(SavedModel, kind="cell_classifier"):
     """A HoVer-Net that finds the nuclei in H&E images and their types.
@@ -233,10 +236,12 @@ class CellClassifier(SavedModel, kind="cell_classifier"):
         """Build a model from a network and the other attributes."""
         return cls(arrays=network_arrays(network), **parts)
 
-    def __repr__(self) -> str:
-        sections = ", ".join(self.training.get("sections", []))
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
         n_numbers = sum(array.size for array in self.arrays.values())
-        return (
-            f"CellClassifier: {', '.join(self.classes)}; HoVer-Net of {n_numbers:,} numbers at {self.mpp:g} µm "
-            f"per pixel; trained on {sections}"
-        )
+        return {
+            "types": counted(self.classes),
+            "network": f"HoVer-Net of {n_numbers:,} numbers",
+            "images": f"{self.mpp:g} µm per pixel, in tiles of {self.tile_px} px",
+            **training_facts(self.training),
+        }

@@ -17,6 +17,7 @@ import numpy as np
 import scipy.special
 from numpy.typing import NDArray
 
+from stimage_sd._shown import Facts, counted, shown
 from stimage_sd.image.hv_maps import hv_watershed
 from stimage_sd.models._cell_classifier import NUCLEUS_UM
 from stimage_sd.models._cellvit_network import network_of
@@ -91,6 +92,7 @@ FAMILY = {
 }  # fmt: skip
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class CellViT:
     """A CellViT network that finds nuclei and their types, loaded by `load_cellvit`.
@@ -122,6 +124,14 @@ class CellViT:
     def n_values(self) -> int:
         """Number of values per pixel: one probability per class."""
         return len(self.classes)
+
+    def facts(self) -> Facts:
+        """Names and values that describe the network, as notebooks show them."""
+        return {
+            "network": self.name,
+            "types": counted(self.classes),
+            "images": f"{self.mpp:g} µm per pixel, in windows of {self.tile_px} px",
+        }
 
     def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Find the nuclei in images of any size.

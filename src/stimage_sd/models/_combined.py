@@ -10,13 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from spatialdata import SpatialData
 
+from stimage_sd._shown import Facts, counted, shown
 from stimage_sd.models._certificate import Certified, without_certificate
+from stimage_sd.models._facts import certificate_facts, interval_facts, training_facts
 from stimage_sd.models._files import SavedModel, model_from, parts_of, under
 from stimage_sd.models._members import Members
 from stimage_sd.models._predictor import OpenedSection, Predictor, gene_shifts, spot_sd
 from stimage_sd.models._stand_ins import Explainable, MixtureStandIns, Values
 
 
+@shown
 @dataclass(frozen=True)
 class CombinedModel(Certified, SavedModel, kind="combined"):
     """A mixture of fitted models, such as one model per extractor.
@@ -209,9 +212,21 @@ class CombinedModel(Certified, SavedModel, kind="combined"):
             training=dict(config["training"]),
         )
 
-    def __repr__(self) -> str:
-        parts = "; ".join(f"{weight:.2f} of {part!r}" for weight, part in zip(self.weights, self.parts, strict=True))
-        return f"CombinedModel: {len(self.genes)} genes, {len(self.member_weights)} members: {parts}"
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
+        parts = {
+            f"model {number}": f"{weight:.2f} of {type(part).__name__}, head {part.description.get('head', 'none')}, "
+            f"on {part.description.get('extractor', 'none')}, {len(part.member_weights)} members"
+            for number, (weight, part) in enumerate(zip(self.weights, self.parts, strict=True), start=1)
+        }
+        return {
+            "genes": counted(self.genes),
+            "members": str(len(self.member_weights)),
+            **parts,
+            **interval_facts(self.interval_level),
+            **certificate_facts(self),
+            **training_facts(self.training),
+        }
 
 
 @dataclass(frozen=True)

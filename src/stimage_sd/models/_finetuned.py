@@ -13,9 +13,11 @@ from flax import nnx
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._shown import Facts, counted, shown
 from stimage_sd.models._certificate import Certified
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import blank_module, derived_extractor, settings
+from stimage_sd.models._facts import certificate_facts, interval_facts, tile_facts, training_facts
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._members import Members
@@ -29,6 +31,7 @@ from stimage_sd.stream.driver import run_over_tiles
 _PREFIX = "network/"
 
 
+@shown
 @dataclass(frozen=True, eq=False)
 class FinetunedModel(Certified, SavedModel, kind="finetuned"):
     """A network and a head that predict a negative binomial for every gene from a tile's pixels.
@@ -202,12 +205,18 @@ class FinetunedModel(Certified, SavedModel, kind="finetuned"):
         shared = (item.name for item in fields(cls) if item.name != "network")
         return cls(network=network, **{name: getattr(heads, name) for name in shared})
 
-    def __repr__(self) -> str:
-        sections = ", ".join(self.training.get("sections", []))
-        return (
-            f"FinetunedModel: {len(self.genes)} genes, head {self.head!r}, on {self.tiles.extractor} at "
-            f"{self.tiles.input_px} px; trained on {sections}"
-        )
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
+        return {
+            "genes": counted(self.genes),
+            "network": f"{self.tiles.extractor} at {self.tiles.input_px} px, fine-tuned: "
+            f"{self.description['fine_tuned']}",
+            "head": self.head,
+            **tile_facts(self.tiles, standardize=self.features.standardize),
+            **interval_facts(self.interval_level),
+            **certificate_facts(self),
+            **training_facts(self.training),
+        }
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

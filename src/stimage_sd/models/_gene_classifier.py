@@ -10,12 +10,15 @@ import numpy as np
 import scipy.special
 from spatialdata import SpatialData
 
+from stimage_sd._shown import Facts, counted, shown
+from stimage_sd.models._facts import tile_facts, training_facts
 from stimage_sd.models._features import FeatureSpace, SectionScale, Standardize
 from stimage_sd.models._files import SavedModel
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.models._stand_ins import ClassStandIns, Values, embedded, in_place
 
 
+@shown
 @dataclass(frozen=True)
 class GeneClassifier(SavedModel, kind="gene_classifier"):
     """A classifier of genes as High or Low, with one logistic regression per gene on the tile's embedding.
@@ -142,13 +145,14 @@ class GeneClassifier(SavedModel, kind="gene_classifier"):
             **{name: arrays[name] for name in expected},
         )
 
-    def __repr__(self) -> str:
-        sections = ", ".join(self.training.get("sections", []))
-        return (
-            f"GeneClassifier: {len(self.genes)} genes, High or Low, {self.coefficients.shape[1]} features, "
-            f"on {self.tiles.extractor} (fields of view {list(self.tiles.fields_of_view)}, "
-            f"context rings {self.tiles.context_rings}); trained on {sections}"
-        )
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
+        return {
+            "genes": counted(self.genes),
+            "predicts": "High or Low for every gene, with a probability",
+            **tile_facts(self.tiles, standardize=self.features.standardize),
+            **training_facts(self.training),
+        }
 
 
 def brought(space: FeatureSpace, values: Values, scale: SectionScale | None = None) -> Values:

@@ -13,14 +13,15 @@ import pandas as pd
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._shown import Facts, counted, shown
 from stimage_sd.likelihood import instances as heads
 from stimage_sd.likelihood.instances import Bags
 from stimage_sd.models._certificate import Certified
+from stimage_sd.models._facts import certificate_facts, interval_facts, tile_facts, training_facts
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel
 from stimage_sd.models._instance_specification import InstanceSpecification, instance_features
 from stimage_sd.models._members import Members, training_of
-from stimage_sd.models._predictor import known_patients
 from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 
@@ -42,6 +43,7 @@ def crowding(per_tile: np.ndarray, usual: float) -> np.ndarray:
     return np.log(np.maximum(per_tile, _LEAST_CROWDED) / usual).astype(np.float32)
 
 
+@shown
 @dataclass(frozen=True)
 class InstanceModel(Certified, SavedModel, kind="instances"):
     """An ensemble that predicts a negative binomial for every gene and nucleus (or square), and for their sums.
@@ -280,13 +282,18 @@ class InstanceModel(Certified, SavedModel, kind="instances"):
             spot_sd=config["spot_sd"],
         )
 
-    def __repr__(self) -> str:
-        sections, patients = ", ".join(self.training.get("sections", [])), known_patients(self.training) or ()
-        sections += f" (one patient, {next(iter(patients))})" if len(patients) == 1 else ""
-        return (
-            f"InstanceModel on {self.on}: {len(self.genes)} genes, {self.n_members} members, on "
-            f"{self.instances.extractor} (fields of view {list(self.instances.fields_um)} µm); trained on {sections}"
-        )
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
+        sides = ", ".join(f"{value:g}" for value in self.instances.fields_um)
+        return {
+            "genes": counted(self.genes),
+            "members": f"{self.n_members}, head {self.head!r}",
+            self.on: f"{self.instances.extractor}, squares of {sides} µm; predict with on={self.on!r}",
+            **tile_facts(*self.embeddings, standardize=self.context.standardize),
+            **interval_facts(self.interval_level),
+            **certificate_facts(self),
+            **training_facts(self.training),
+        }
 
 
 def _within(arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:

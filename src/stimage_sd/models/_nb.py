@@ -13,12 +13,13 @@ import numpy as np
 import pandas as pd
 from spatialdata import SpatialData
 
+from stimage_sd._shown import Facts, counted, shown
 from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._certificate import Certified
+from stimage_sd.models._facts import certificate_facts, interval_facts, tile_facts, training_facts
 from stimage_sd.models._features import FeatureSpace, Standardize
 from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._members import Members, training_of
-from stimage_sd.models._predictor import known_patients
 from stimage_sd.models._shared_patterns import SharedPatterns
 from stimage_sd.models._specification import TileSpecification, check_specification, features, specification
 from stimage_sd.models._stand_ins import Embedded, MixtureStandIns, Values, embedded, in_place
@@ -29,6 +30,7 @@ HeadName = Literal["paper", "dispersion"]
 _BLOCK = 1 << 16
 
 
+@shown
 @dataclass(frozen=True)
 class NBModel(Certified, SavedModel, kind="nb"):
     """An ensemble that predicts a negative binomial for every gene and tile.
@@ -259,14 +261,16 @@ class NBModel(Certified, SavedModel, kind="nb"):
             spot_sd=config.get("spot_sd", 0.0),
         )
 
-    def __repr__(self) -> str:
-        sections, patients = ", ".join(self.training.get("sections", [])), known_patients(self.training) or ()
-        sections += f" (one patient, {next(iter(patients))})" if len(patients) == 1 else ""
-        return (
-            f"NBModel: {len(self.genes)} genes, {self.n_members} members, head {self.head!r}, "
-            f"on {self.description['extractor']} (fields of view {list(self.tiles.fields_of_view)}, "
-            f"context rings {self.tiles.context_rings}); trained on {sections}"
-        )
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
+        return {
+            "genes": counted(self.genes),
+            "members": f"{self.n_members}, head {self.head!r}",
+            **tile_facts(*self.embeddings, standardize=self.features.standardize),
+            **interval_facts(self.interval_level),
+            **certificate_facts(self),
+            **training_facts(self.training),
+        }
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._shown import Facts, counted, listed, shown
 from stimage_sd.likelihood.link import Link
 from stimage_sd.models._certificate import Certified
+from stimage_sd.models._facts import certificate_facts, interval_facts, training_facts
 from stimage_sd.models._features import FeatureSpace
 from stimage_sd.models._files import SavedModel, under
 from stimage_sd.models._members import Members
@@ -26,6 +28,7 @@ Predicting = Callable[[SpatialData], np.ndarray | pd.DataFrame | AnnData] | str
 _LITTLE = 0.01
 
 
+@shown
 @dataclass(frozen=True)
 class Wrapped:
     """Any predictor of genes, before its values are linked to counts.
@@ -48,6 +51,15 @@ class Wrapped:
     genes: tuple[str, ...]
     scale: Scale
     trained_on: tuple[str, ...] = ()
+
+    def facts(self) -> Facts:
+        """Names and values that describe the predictor, as notebooks show them."""
+        return {
+            "predictor": f"{_name(self.predict)}, values are {self.scale}",
+            "genes": counted(self.genes),
+            "trained on": listed(self.trained_on) or "not stated",
+            "next": "stimage_sd.tl.calibrate(sections, wrapped) links the values to counts",
+        }
 
     def values(self, sdata: SpatialData, *, section: str) -> np.ndarray:
         """Return the predictor's values of the kept tiles, ``float64 (n_tiles, n_genes)``.
@@ -165,6 +177,7 @@ def wrap(
     return Wrapped(predict, names, scale, tuple(map(str, trained_on)))
 
 
+@shown
 @dataclass(frozen=True)
 class WrappedModel(Certified, SavedModel, kind="wrapped"):
     """A predictor of another package whose values were linked to counts.
@@ -223,9 +236,7 @@ class WrappedModel(Certified, SavedModel, kind="wrapped"):
     @property
     def description(self) -> dict[str, Any]:
         """Description of the model, stored with its predictions."""
-        name = self.wrapped.predict
-        name = name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
-        return {"extractor": "none", "head": f"wrapped {name}", "n_members": 1}
+        return {"extractor": "none", "head": f"wrapped {_name(self.wrapped.predict)}", "n_members": 1}
 
     def open(self, sdata: SpatialData, *, section: str) -> WrappedSection:
         """Read the predictor's values of a section and predict its counts.
@@ -287,9 +298,19 @@ class WrappedModel(Certified, SavedModel, kind="wrapped"):
             spot_sd=config["spot_sd"],
         )
 
-    def __repr__(self) -> str:
-        sections = ", ".join(self.training.get("sections", []))
-        return f"WrappedModel: {len(self.genes)} genes, {self.description['head']}; calibrated on {sections}"
+    def facts(self) -> Facts:
+        """Names and values that describe the model, as notebooks show them."""
+        return {
+            "genes": counted(self.genes),
+            "predictor": _name(self.wrapped.predict),
+            **interval_facts(self.interval_level),
+            **certificate_facts(self),
+            **training_facts(self.training, name="calibrated on"),
+        }
+
+
+def _name(predict: Predicting) -> str:
+    return predict if isinstance(predict, str) else getattr(predict, "__name__", type(predict).__name__)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from spatialdata import SpatialData
 from spatialdata.transformations import Affine, Sequence, get_transformation, set_transformation
 
 from stimage_sd import contract
+from stimage_sd._shown import Facts, shown
 from stimage_sd._squidpy import attach_spatial
 from stimage_sd.image.registration import Alignment, TransformKind, align
 from stimage_sd.pp._nuclear_image import read_nuclei
@@ -27,6 +28,7 @@ _MOST_TOLERANCE = 4.0
 _SAME_SCALE = 0.05
 
 
+@shown
 @dataclass(frozen=True)
 class Registration:
     """Result and quality of a registration of two images of a section.
@@ -70,6 +72,18 @@ class Registration:
     working_um: float
     mirrored: bool
     inverted: bool
+
+    def facts(self) -> Facts:
+        """Names and values that describe the registration, as notebooks show them."""
+        notes = [text for flag, text in ((self.mirrored, "mirrored"), (self.inverted, "nuclei of opposite brightness"))
+                 if flag]  # fmt: skip
+        return {
+            "images": f"{self.moving} on {self.fixed}",
+            "transform": ", ".join([self.transform, f"from coordinates of {self.source}", *notes]),
+            "residual": f"{self.residual_um:.2f} µm, the median over patches",
+            "patches": f"{self.n_inliers} of {self.n_patches} agree; {self.n_matches} SIFT matches",
+            "resolution": f"aligned at {self.working_um:.3g} µm per pixel",
+        }
 
 
 def register(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +14,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import contract
 from stimage_sd._files import replacing
+from stimage_sd._shown import Facts, shown
 from stimage_sd.image import stain
 from stimage_sd.io._raster import open_raster, raster_from_array
 from stimage_sd.pp._stain_fit import fit_stain_matrix
@@ -25,6 +26,7 @@ METHODS = ("vahadane", "macenko", "reinhard")
 _FIT_SIDE = 1024
 
 
+@shown
 @dataclass(frozen=True)
 class StainReference:
     """Fitted staining of a section, to which other sections can be normalized.
@@ -49,6 +51,21 @@ class StainReference:
     concentrations: tuple[float, ...] | None = None
     mean: tuple[float, ...] | None = None
     deviation: tuple[float, ...] | None = None
+
+    def facts(self) -> Facts:
+        """Names and values that describe the staining, as notebooks show them."""
+
+        def joined(values: Iterable[float]) -> str:
+            return ", ".join(f"{value:.3g}" for value in values)
+
+        facts = {"method": self.method, "white point": joined(self.white_point)}
+        if self.stain_matrix is not None and self.concentrations is not None:
+            hematoxylin, eosin = (joined(row[stain] for row in self.stain_matrix) for stain in (0, 1))
+            facts |= {"hematoxylin": f"optical densities {hematoxylin}", "eosin": f"optical densities {eosin}"}
+            facts["concentrations"] = joined(self.concentrations)
+        if self.mean is not None and self.deviation is not None:
+            facts |= {"mean": f"l, alpha, beta {joined(self.mean)}", "deviation": joined(self.deviation)}
+        return facts
 
     def __post_init__(self) -> None:
         """Raise `ValueError` if the two stains cannot be told apart."""

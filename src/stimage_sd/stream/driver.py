@@ -169,8 +169,10 @@ def _completed(jobs: Sequence[TileJob], *, n_jobs: int | None, description: str,
             finally:
                 release(complete[-1].lock)
 
+    n_tiles = sum(len(job.centers) for job in jobs)
+    logger.info("%s: %d tiles of %d images.", description, n_tiles, len(jobs))
     remove_abandoned(cache_dir() / "stream")
-    with ExitStack() as held, tqdm(total=sum(len(job.centers) for job in jobs), desc=description) as bar:
+    with ExitStack() as held, tqdm(total=n_tiles, desc=description) as bar:
         held.callback(_let_go, opened)  # after an error, jobs are incomplete
         pending = _pending(jobs, opened, bar)
         client = active_client()

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 
 from stimage_sd._progress import tqdm
+from stimage_sd._settings import logger
 from stimage_sd.nn.hovernet import HoVerNet, HoVerNetSize, as_trained
 from stimage_sd.nn.hovernet_loss import CellTargets, cell_losses
 from stimage_sd.tl._cells.cell_tiles import CellTiles
@@ -80,6 +81,7 @@ class CellRun:
         """Run the remaining epochs."""
         settings, n_training = self._settings, len(self._training)
         total, done = settings.n_epochs * n_training, len(self.history)
+        logger.info("Learning cells on %d tiles, in %d epochs; %d are done.", n_training, settings.n_epochs, done)
         with tqdm(total=total, initial=done * n_training, desc="learning cells", unit="tile") as bar:
             for epoch in range(done + 1, settings.n_epochs + 1):
                 losses = self._epoch(epoch, bar)

@@ -17,6 +17,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract
 from stimage_sd._progress import tqdm
+from stimage_sd._settings import logger
 from stimage_sd.models._cell_classifier import CellFinder
 from stimage_sd.tl._cells.cell_tiles import CELL_TYPE
 from stimage_sd.tl._cells.evaluate_cells import Match, evaluate_cells
@@ -110,6 +111,10 @@ def cross_validate_cells(
     }  # fmt: skip
     stored = {key: store.load(made, predictions=False) for key, made in settings.items()}
     results = {key: result for key, result in stored.items() if result is not None}
+    logger.info(
+        "Cross-validating %s on %d folds of %d sections: %d fits, %d of them are in the folder of results.",
+        ", ".join(models), len(folds), len(cohort), len(settings), len(results),
+    )  # fmt: skip
     with tqdm(total=len(settings), initial=len(results), desc="cross-validating", unit="fit") as bar:
         for (fold, name), made in settings.items():
             if (fold, name) in results:

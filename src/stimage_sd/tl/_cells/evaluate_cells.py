@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._shown import Facts, counted, frames, shown
 from stimage_sd.image.cell_scores import calibration_error, class_scores, confusion, match_centers, separation
 from stimage_sd.image.instance_scores import Overlaps, matches, scores_of_overlaps
 from stimage_sd.image.polygons import covered_areas, polygon_overlaps
@@ -22,6 +23,7 @@ Match = Literal["iou", "centers"]
 _SECTION = "section"
 
 
+@shown
 class CellScores(NamedTuple):
     """Agreement of predicted cells with measured cells.
 
@@ -48,12 +50,17 @@ class CellScores(NamedTuple):
     classes: pd.DataFrame
     confusion: pd.DataFrame
 
-    def __repr__(self) -> str:
+    def facts(self) -> Facts:
+        """Names and values that describe the result, as notebooks show them."""
         mean = self.summary.mean(numeric_only=True)
-        return (
-            f"CellScores of {len(self.summary)} sections: detection F1 {mean['f1']:.3f}, panoptic quality "
-            f"{mean['panoptic_quality']:.3f}, accuracy {mean['accuracy']:.3f}, mean F1 of classes {mean['mean_f1']:.3f}"
-        )
+        return {
+            "sections": counted(self.summary["section"].tolist()),
+            "cells": f"{self.summary['n_truth'].sum():,} measured, {self.summary['n_found'].sum():,} found, "
+            f"{self.summary['n_matched'].sum():,} matched",
+            "detection": f"F1 {mean['f1']:.3f}, panoptic quality {mean['panoptic_quality']:.3f}",
+            "types": f"accuracy {mean['accuracy']:.3f}, mean F1 of classes {mean['mean_f1']:.3f}",
+            "tables": frames(self),
+        }
 
 
 def evaluate_cells(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._settings import logger
 from stimage_sd._squidpy import spatial_uns
 from stimage_sd.image.cell_scores import entropy
 from stimage_sd.models._cell_classifier import MOST_COARSE, NUCLEUS_UM, CellFinder
@@ -103,6 +104,7 @@ def predict_cells(
     model = as_model(model)
     cohort = contract.sections(data)
     options: dict[str, Any] = {"tiles": tiles, "key_added": key_added, "block_size": block_size, "image_key": image_key}
+    logger.info("Finding cells of %d types on %d sections.", len(model.classes), len(cohort))
     failed: dict[str, str] = {}
     first: Exception | None = None  # keep one exception only, because it keeps its section in memory
     for name, sdata in cohort.items():

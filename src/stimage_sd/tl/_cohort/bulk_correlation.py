@@ -12,12 +12,14 @@ from scipy.stats import false_discovery_control, rankdata
 from scipy.stats import t as student
 
 from stimage_sd import contract
+from stimage_sd._shown import Facts, frames, shown
 from stimage_sd.stats.spatial import pearson
 
 #: smallest number of pairs for a correlation
 _LEAST = 3
 
 
+@shown
 class BulkCorrelation(NamedTuple):
     """Result of `bulk_correlation`.
 
@@ -50,6 +52,15 @@ class BulkCorrelation(NamedTuple):
         genes = self.missing[self.missing["kind"] == "gene"].groupby("side")["n_missing"].sum()
         values = ", ".join(f"{n} of {side}" for side, n in genes.items())
         return f"{said}; missing values left out: {values}" if values else said
+
+    def facts(self) -> Facts:
+        """Names and values that describe the result, as notebooks show them."""
+        return {
+            "matched": str(self),
+            "of genes": f"median Pearson correlation {self.genes['pearson'].median():.3f} over samples",
+            "of samples": f"median Pearson correlation {self.samples['pearson'].median():.3f} over genes",
+            "tables": frames(self),
+        }
 
 
 def bulk_correlation(

@@ -16,6 +16,7 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.svm import SVC
 
 from stimage_sd._progress import tqdm
+from stimage_sd._shown import Facts, frames, shown
 from stimage_sd.tl._cohort.patients import patients_of
 
 Scale = Literal["log1p", "cpm", "none"]
@@ -25,6 +26,7 @@ _C, _GAMMA = (0.1, 1.0, 10.0, 100.0), (0.1, 1.0, 10.0)
 _RESAMPLED = 2000
 
 
+@shown
 class DrugResponse(NamedTuple):
     """Result of `drug_response`.
 
@@ -51,6 +53,16 @@ class DrugResponse(NamedTuple):
     interval: tuple[float, float]
     p_value: float | None
     positive: str
+
+    def facts(self) -> Facts:
+        """Names and values that describe the result, as notebooks show them."""
+        p_value = "not computed" if self.p_value is None else f"{self.p_value:.3g}"
+        return {
+            "AUC": f"{self.auc:.3f}, 95% interval [{self.interval[0]:.3f}, {self.interval[1]:.3f}]",
+            "p-value": p_value,
+            "patients": f"{len(self.patients)}, {int(self.patients['response'].sum())} of response {self.positive!r}",
+            "tables": frames(self),
+        }
 
 
 def drug_response(

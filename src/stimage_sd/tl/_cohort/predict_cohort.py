@@ -22,6 +22,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract, io
 from stimage_sd._progress import tqdm
+from stimage_sd._settings import logger
 from stimage_sd._store import staged
 from stimage_sd.models._predictor import Predictor
 from stimage_sd.models._resolve import as_model
@@ -120,6 +121,7 @@ def predict_cohort(
     tries = Tries(folder / "trying")
     run = _Run(folder, model, _model_hash(model), stores, None if weights is None else Path(weights))
     report = table[["path"]].assign(status="", reason="")
+    logger.info("Predicting %d genes on %d slides. Complete slides are kept in %s.", len(model.genes), len(table), out)
     if quality:
         measured = _each(table, "quality", run.measure, report, tries)
         limits = (max_blurry, max_regions_percentile, min_pixels_percentile, min_cohort)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,11 +12,13 @@ from anndata import AnnData
 from sklearn.model_selection import StratifiedKFold
 
 from stimage_sd._progress import tqdm
+from stimage_sd._shown import Facts, counted, frames, shown
 from stimage_sd.stats.cox import concordances, cox_regressions, directions, varying
 from stimage_sd.stats.survival import log_rank_p, ridge_cox
 from stimage_sd.tl._cohort.patients import Patients, groups_of, patients_of, survival_of
 
 
+@shown
 class RiskGroups(NamedTuple):
     """Result of `risk_groups`.
 
@@ -42,6 +44,23 @@ class RiskGroups(NamedTuple):
     patients: pd.DataFrame
     summary: pd.DataFrame
     genes: pd.DataFrame
+
+    def facts(self) -> Facts:
+        """Names and values that describe the result, as notebooks show them."""
+        chosen = self.genes.groupby("gene")["share"].mean().sort_values(ascending=False, kind="stable")
+        return {
+            **{f"group {row.group}": _group_words(row) for row in self.summary.itertuples()},
+            "genes": counted(chosen.index.tolist()) + ", by share of the folds that chose them",
+            "tables": frames(self),
+        }
+
+
+def _group_words(row: Any) -> str:
+    """Describe the row of a group in the summary."""
+    return (
+        f"{row.n_patients} patients, {row.n_events} events; c-index {row.c_index:.3f} [{row.lower:.3f}, "
+        f"{row.upper:.3f}]; high against low risk: hazard ratio {row.hazard_ratio:.2f}, log-rank p {row.log_rank_p:.2g}"
+    )
 
 
 def risk_groups(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from stimage_sd._progress import tqdm
+from stimage_sd._settings import logger
 from stimage_sd.likelihood import mean_only
 from stimage_sd.likelihood.heads import HEADS
 from stimage_sd.models._extractor import Extractor
@@ -106,6 +107,7 @@ class Run:
         """Train until the validation loss has not improved for `patience` epochs."""
         n_training = int((~self._data.held_out).sum())
         done = self.history[-1]["epoch"]
+        logger.info("Fine-tuning on %d tiles, in at most %d epochs; %d are done.", n_training, max_epochs, done)
         with tqdm(total=max_epochs * n_training, initial=done * n_training, desc="fine-tuning", unit="tile") as bar:
             for epoch in range(done + 1, max_epochs + 1):
                 if epoch - 1 - self.best_epoch >= patience:

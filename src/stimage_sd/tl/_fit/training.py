@@ -21,7 +21,7 @@ import scipy.sparse as sp
 from jax import Array
 
 from stimage_sd._progress import tqdm
-from stimage_sd._settings import n_threads
+from stimage_sd._settings import logger, n_threads
 from stimage_sd.likelihood import instances
 from stimage_sd.likelihood.heads import HEADS, Parameters
 from stimage_sd.tl._fit.bags import BagFeatures
@@ -110,6 +110,10 @@ def train(
     history: list[dict[str, Any]] = []
     random = np.random.default_rng(seed)
     used = np.flatnonzero(data.weight.any(axis=0))
+    logger.info(
+        "Fitting %d members to %d genes on %d tiles, in at most %d epochs.",
+        n_members, data.counts.shape[1], data.counts.shape[0], max_epochs,
+    )  # fmt: skip
     with (
         ThreadPoolExecutor(n_threads()) as pool,
         tqdm(total=max_epochs, desc=f"fitting {n_members} members", unit="epoch") as bar,

@@ -10,8 +10,10 @@ from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from spatialdata import SpatialData
 
 from stimage_sd import contract
+from stimage_sd._shown import Facts, frames, listed, shown
 
 
+@shown
 class LabelAgreement(NamedTuple):
     """Agreement of two labels of tiles.
 
@@ -26,6 +28,20 @@ class LabelAgreement(NamedTuple):
 
     table: pd.DataFrame
     scores: pd.DataFrame
+
+    def facts(self) -> Facts:
+        """Names and values that describe the result, as notebooks show them."""
+        scores = {
+            str(row.section): f"{row.n_tiles:,} tiles; adjusted Rand index {row.adjusted_rand_index:.3f}, "
+            f"normalized mutual information {row.normalized_mutual_information:.3f}"
+            for row in self.scores.itertuples()
+        }
+        return {
+            **scores,
+            "labels": f"{self.table.index.name or 'first'} (rows): {listed(self.table.index)}; "
+            f"{self.table.columns.name or 'second'} (columns): {listed(self.table.columns)}",
+            "tables": frames(self),
+        }
 
 
 def compare_labels(

@@ -23,6 +23,7 @@ from spatialdata import SpatialData
 
 from stimage_sd import __version__, contract
 from stimage_sd._progress import tqdm
+from stimage_sd._settings import logger
 from stimage_sd.models._genes import most_variable, shared_genes
 from stimage_sd.models._predictor import Predictor, gene_shifts
 from stimage_sd.tl._fit.fit_nb import fit_nb
@@ -157,6 +158,10 @@ def cross_validate(
     results = {key: result for key, result in found.items() if result is not None}
     stated = {name: value for name, value in source.as_keys().items() if value is not None}
     options = {"seed": seed, **stated, **({} if patients is None else {"patients": patients})}
+    logger.info(
+        "Cross-validating %s on %d folds of %d sections: %d fits, %d of them are in the folder of results.",
+        ", ".join(recipes), len(folds), len(cohort), len(settings), len(results),
+    )  # fmt: skip
     with tqdm(total=len(folds) * len(recipes), initial=len(results), desc="cross-validating", unit="fit") as bar:
         for fold, held_out in folds.items():
             training = {name: shallow_copy(sdata) for name, sdata in cohort.items() if name not in held_out}
