@@ -1,4 +1,4 @@
-"""The documentation: every public name is on the API page, the README's commands are marked, links lead somewhere."""
+"""The documentation: every public name is on an API page, the README's commands are marked, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from types import ModuleType
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-API = REPOSITORY / "docs" / "api.md"
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+DOCS = REPOSITORY / "docs"
+API = sorted((DOCS / "api").glob("*.md"))
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *(str(path.relative_to(REPOSITORY)) for path in [*sorted(DOCS.glob("*.md")), *API]),
+]
 #: lazy subpackages, whose `__all__` is what they expose
 SUBPACKAGES = ["baselines", "datasets", "io", "models", "pl", "pp", "tl"]
 #: modules, which expose what they define
@@ -33,36 +38,62 @@ def public_names(module: ModuleType) -> set[str]:
 
 
 def documented_names() -> set[str]:
-    """Full names of the entries of every `autosummary` and table of the API page."""
+    """Full names of the entries of every `autosummary` of the API pages."""
     names, module = set(), ""
-    for line in API.read_text(encoding="utf-8").splitlines():
+    for line in "\n".join(page.read_text(encoding="utf-8") for page in API).splitlines():
         if match := re.match(r"\.\. currentmodule:: (\S+)", line):
             module = match[1]
-        elif match := re.match(r"(?:    ([A-Za-z_]\w*)|\| `(\w+)` \|.*)$", line):
-            names.add(f"{module}.{match[1] or match[2]}")
+        elif match := re.match(r"    ([A-Za-z_]\w*)$", line):
+            names.add(f"{module}.{match[1]}")
     return names
 
 
 @pytest.mark.parametrize("name", [*SUBPACKAGES, *MODULES])
-def test_every_public_name_is_on_the_api_page(name):
+def test_every_public_name_is_on_an_api_page(name):
     module = importlib.import_module(f"stimage_sd.{name}")
     expected = {f"stimage_sd.{name}.{entry}" for entry in public_names(module)}
     assert expected, f"stimage_sd.{name} exposes nothing"
     assert expected <= documented_names()
 
 
-def test_the_calls_and_tests_on_the_page_of_the_paper_exist():
-    text = (REPOSITORY / "docs" / "paper.md").read_text(encoding="utf-8")
-    calls = set(re.findall(r"sti\.(io|pp|tl|pl|models|datasets|baselines)\.(\w+)", text))
-    assert len(calls) > 50
+@pytest.mark.parametrize("page", PAGES)
+def test_the_calls_on_a_page_exist(page):
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    calls = set(re.findall(r"\bsti\.(io|pp|tl|pl|models|datasets|baselines)\.(\w+)", text))
     missing = [call for call in calls if not hasattr(importlib.import_module(f"stimage_sd.{call[0]}"), call[1])]
     assert missing == []
+    assert page != "docs/paper.md" or len(calls) > 50
+
+
+def test_the_tests_on_the_page_of_the_paper_exist():
+    text = (DOCS / "paper.md").read_text(encoding="utf-8")
     paths = set(re.findall(r"`(tests/[\w/.]+)`", text))
     assert len(paths) > 20
     assert [path for path in paths if not (REPOSITORY / path).exists()] == []
 
 
-def test_nothing_on_the_api_page_is_gone():
+def test_every_plot_has_a_picture_and_a_place_among_the_thumbnails():
+    plots = set(importlib.import_module("stimage_sd.pl").__all__)
+    pictures = {path.stem: path.stat().st_size for path in (DOCS / "_static" / "pl").glob("*.webp")}
+    assert set(pictures) == plots
+    assert max(pictures.values()) < 40_000
+    assert sum(pictures.values()) < 400_000
+    gallery = (DOCS / "gallery.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"img-top: _static/pl/(\w+)\.webp", gallery)) == plots
+
+
+def test_the_errors_on_the_page_of_troubleshooting_are_those_of_the_code():
+    files = (REPOSITORY / "src" / "stimage_sd").rglob("*.py")
+    # messages that go over several lines, as one
+    code = re.sub(r'"\s*\n\s*f?"', "", "\n".join(path.read_text(encoding="utf-8") for path in files))
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    *messages, table = re.findall(r"^## (.+)$", page, flags=re.MULTILINE)
+    assert table == "Memory, time and installation"
+    assert len(messages) == 10
+    assert [message for message in messages if message not in code] == []
+
+
+def test_nothing_on_the_api_pages_is_gone():
     def exists(name: str) -> bool:
         module, _, attribute = name.rpartition(".")
         return hasattr(importlib.import_module(module), attribute)

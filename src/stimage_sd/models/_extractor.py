@@ -49,7 +49,7 @@ class Extractor:
         Name in the registry.
     input_size
         Height and width in pixels that tiles are resized to. `None` for networks that take any size, such as
-        convolutional networks: tiles keep the size they were cut at (`stimage_sd.pp.tile(target_px=)`).
+        convolutional networks: tiles keep the size they were cut at (``stimage_sd.pp.tile(target_px=)``).
     embedding_size
         Length of an embedding.
     weights_hash

@@ -51,7 +51,7 @@ def get_extractor(name: str, *, weights: str | Path | None = None) -> Extractor:
         A safetensors file of weights that replaces the default, with torchvision's or timm's names. For an
         EfficientNet-Lite, the names are those of its released file. By default, the weights of efficientnet_lite0 come
         with the installation, and those of efficientnet_lite1 and efficientnet_lite2 with the extra `networks`. All
-        others are searched at `$STIMAGE_SD_WEIGHTS/<name>.safetensors`, then on the Hugging Face hub.
+        others are searched at ``$STIMAGE_SD_WEIGHTS/<name>.safetensors``, then on the Hugging Face hub.
 
     Returns
     -------

@@ -178,7 +178,7 @@ class NBModel(Certified, SavedModel, kind="nb"):
         Parameters
         ----------
         reduced
-            ``float32 (n_tiles, n_components)`` from `features.reduce`.
+            ``float32 (n_tiles, n_components)`` from ``features.reduce``.
         members
             Indices of the members. Default: all.
 

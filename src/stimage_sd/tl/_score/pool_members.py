@@ -37,7 +37,7 @@ def pool_members(
 ) -> pd.DataFrame:
     """Compare the accuracy of single members with that of pools of members drawn at random.
 
-    Every member predicts once. A pool is the average of its members' means, as in `model.members[...]`.
+    Every member predicts once. A pool is the average of its members' means, as in ``model.members[...]``.
 
     Parameters
     ----------
