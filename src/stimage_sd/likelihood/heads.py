@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from stimage_sd._draws import normal
 from stimage_sd.likelihood import negative_binomial
 from stimage_sd.likelihood.sums import P_LOGITS, R_LOGITS, summed_log_prob
 
@@ -53,7 +54,7 @@ def _linear(parameters: Parameters, features: Array) -> Array:
 
 
 def _weights(key: Array, n_members: int, n_features: int, n_outputs: int) -> Array:
-    return _SPREAD * jax.random.normal(key, (n_members, n_features, n_outputs), dtype=jnp.float32)
+    return normal(key, (n_members, n_features, n_outputs), deviation=_SPREAD)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from stimage_sd._draws import normal
 from stimage_sd.likelihood.heads import Parameters
 from stimage_sd.likelihood.sums import P_LOGITS, R_LOGITS, softplus, summed_log_prob_of_r
 
@@ -67,14 +68,14 @@ def initial(
     n_genes = len(mean)
 
     def weights(key: Array, n: int) -> Array:
-        return _SPREAD * jax.random.normal(key, (n_members, n, n_genes), dtype=jnp.float32)
+        return normal(key, (n_members, n, n_genes), deviation=_SPREAD)
 
     def bias(values: np.ndarray) -> Array:
         return jnp.tile(jnp.asarray(values, dtype=jnp.float32), (n_members, 1))
 
     return {
         "weight_nuclei": weights(keys[0], n_features),
-        "hidden": jax.random.normal(keys[4], (n_members, n_features, N_HIDDEN)) / np.sqrt(n_features),
+        "hidden": normal(keys[4], (n_members, n_features, N_HIDDEN)) / np.sqrt(n_features),
         "hidden_bias": jnp.zeros((n_members, N_HIDDEN)),
         "weight_hidden": weights(keys[5], N_HIDDEN),
         "crowding": jnp.zeros((n_members, n_genes)),

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from stimage_sd._draws import normal
+
 Padding = Literal["same"] | int
 
 
@@ -80,7 +82,7 @@ class Conv(nnx.Module):
         self.kernel_size, self.stride, self.groups, self.padding = kernel_size, stride, groups, padding
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         deviation = (2 * groups / (kernel_size**2 * in_channels)) ** 0.5
-        self.kernel = nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.kernel = nnx.Param(normal(rngs.params(), shape, deviation=deviation))
         self.bias = nnx.Param(jnp.zeros(out_channels, jnp.float32)) if bias else None
 
 
@@ -144,7 +146,7 @@ class ConvNorm(Norm):
         fan_out = kernel_size * kernel_size * (1 if depthwise else out_channels)
         deviation = (2 / fan_out) ** 0.5
         shape = (kernel_size, kernel_size, *channels)
-        self.kernel = nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.kernel = nnx.Param(normal(rngs.params(), shape, deviation=deviation))
 
     def folded(self) -> tuple[Any, Any]:
         """Return kernel and bias of the single convolution that equals this layer.

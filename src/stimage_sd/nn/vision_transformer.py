@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stimage_sd._draws import normal
 from stimage_sd.nn.parts import Part, run_blocks, run_parts
 
 LAYER_NORM_EPSILON = 1e-6
@@ -97,7 +98,7 @@ class VisionTransformer(nnx.Module):
         )
         n_tokens = (image_px // patch_px) ** 2 + 1
         self.class_token = nnx.Param(jnp.zeros((1, 1, size.width), jnp.float32))
-        positions = 0.02 * jax.random.normal(rngs.params(), (1, n_tokens, size.width), jnp.float32)
+        positions = normal(rngs.params(), (1, n_tokens, size.width), deviation=0.02)
         self.positions = nnx.Param(positions)
         self.blocks = nnx.List([Block(size.width, rngs=rngs) for _ in range(size.depth)])
         self.after = _layer_norm(size.width, rngs)

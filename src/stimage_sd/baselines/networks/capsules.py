@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stimage_sd._draws import normal
 from stimage_sd.baselines.networks.layers import batch_norm
 
 #: channels, kernel sides and strides of the convolutions before the capsules
@@ -67,7 +68,7 @@ class CapsuleRouting(nnx.Module):
         # same deviation as published, torch's default for this shape
         deviation = (2 / (n_inputs * input_width * output_width)) ** 0.5
         shape = (n_outputs, n_inputs, input_width, output_width)
-        self.votes = nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.votes = nnx.Param(normal(rngs.params(), shape, deviation=deviation))
         self.bias = nnx.Param(jnp.zeros((n_outputs, n_inputs), jnp.float32))
 
     def __call__(self, capsules: jax.Array) -> jax.Array:
@@ -112,7 +113,7 @@ class CapsuleEncoder(nnx.Module):
             raise ValueError(f"Expected pictures of 11 px or more for the capsules' convolutions, found {side} px.")
         self.convolutions, self.norms = nnx.List(convolutions), nnx.List(norms)
         # a depthwise kernel as large as the image gives one value per channel
-        self.whole = nnx.Param(left**-1 * jax.random.normal(rngs.params(), (left, left, before), jnp.float32))
+        self.whole = nnx.Param(normal(rngs.params(), (left, left, before), deviation=1 / left))
         self.whole_bias = nnx.Param(jnp.zeros(before, jnp.float32))
         self.routing = CapsuleRouting(*PRIMARY, n_capsules, width, rngs=rngs)
 

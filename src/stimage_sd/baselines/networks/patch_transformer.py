@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stimage_sd._draws import normal
 from stimage_sd.nn.parts import Part, run_parts
 
 LAYER_NORM_EPSILON = 1e-6
@@ -131,7 +132,7 @@ class PatchTransformer(nnx.Module):
         self.image_px, self.patch_px, self.dropout = image_px, patch_px, dropout
         n_patches = (image_px // patch_px) ** 2
         self.patches = _linear(3 * patch_px**2, width, rngs)
-        self.positions = nnx.Param(0.02 * jax.random.normal(rngs.params(), (n_patches, width), jnp.float32))
+        self.positions = nnx.Param(normal(rngs.params(), (n_patches, width), deviation=0.02))
         self.blocks = nnx.List([PatchBlock(width, heads=heads, rngs=rngs) for _ in range(depth)])
         self.after = nnx.LayerNorm(width, epsilon=LAYER_NORM_EPSILON, rngs=rngs)
         widths = [n_patches * width, *hidden]

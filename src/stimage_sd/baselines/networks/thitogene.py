@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from stimage_sd._draws import normal
 from stimage_sd.baselines.networks.capsules import CapsuleEncoder
 from stimage_sd.baselines.networks.graph_attention import GraphAttention
 from stimage_sd.baselines.networks.histogene import SpotBlock
@@ -62,7 +63,7 @@ class DynamicConvolution(nnx.Module):
         self.to_kernels = linear(_SQUEEZED, n_kernels, bias=True)
         deviation = (2 / (out_channels * side * side)) ** 0.5
         shape = (n_kernels, side * side, in_channels, out_channels)
-        self.kernels = nnx.Param(deviation * jax.random.normal(rngs.params(), shape, jnp.float32))
+        self.kernels = nnx.Param(normal(rngs.params(), shape, deviation=deviation))
 
     def __call__(self, pictures: jax.Array) -> jax.Array:
         """Run the layer on float32 (n, height, width, in_channels), without remaining pixels below and right."""
