@@ -1,8 +1,8 @@
 """Run every comparison and write its table and growth curves into the docs: ``python -m benchmarks [NAME ...]``.
 
 The packages that are compared with, torch among them, are installed by ``pip install -e ".[bench]"``.
-With ``--tables-only``, tables and curves are made anew from ``benchmarks/results``. With ``--quick``, each side runs once
-at the smallest size, in about five minutes, and one table is printed: what to look at before and after a change.
+With ``--tables-only``, tables and curves are made anew from ``benchmarks/results``. With ``--quick``, each side runs
+once at the smallest size, and one table is printed: what to look at before and after a change.
 """
 
 from __future__ import annotations
