@@ -1,7 +1,8 @@
 """Run every comparison and write its table and growth curves into the docs: ``python -m benchmarks [NAME ...]``.
 
 The packages that are compared with, torch among them, are installed by ``pip install -e ".[bench]"``.
-With ``--tables-only``, tables and curves are made anew from ``benchmarks/results``.
+With ``--tables-only``, tables and curves are made anew from ``benchmarks/results``. With ``--quick``, each side runs
+once at the smallest size, and one table is printed: what to look at before and after a change.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import argparse
 import importlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare import OURS, RESULTS, run
+from benchmarks.compare import OURS, RESULTS, Comparison, MissingPeerError, child, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 #: the comparisons, in the order of the work on a section
@@ -117,13 +119,37 @@ def alone(name: str, path: Path, *, runs: int | None) -> None:
     place(name, text)
 
 
+def quick(names: Iterable[str]) -> None:
+    """Run every side of comparisons once at the smallest size, and print a row per side."""
+    print("| comparison | size | side | seconds | first run | times as fast | peak MB above imports |")
+    print("|---|---|---|---|---|---|---|")
+    for name in names:
+        work: Comparison = importlib.import_module(f"benchmarks.{name}").WORK
+        size = work.sizes[0]
+        ours = child(name, OURS, size)
+        for side in work.sides:
+            try:
+                row = ours if side == OURS else child(name, side, size)
+            except MissingPeerError:
+                print(f"| {name} | {size:,} {work.unit} | {side} | not installed | | | |", flush=True)
+                continue
+            ratio = "" if side == OURS else f"{row['seconds'] / ours['seconds']:.2f}"
+            seconds = f"{_seconds(row['seconds'])} | {_seconds(row['seconds_first'])}"
+            peak = f"{row['peak_mb_above_imports']:,}"
+            print(f"| {name} | {size:,} {work.unit} | {side} | {seconds} | {ratio} | {peak} |", flush=True)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", default=MODULES + ALONE, metavar="NAME", help=", ".join(MODULES + ALONE))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tables-only", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    if options.quick:
+        quick(name for name in options.names if name not in ALONE)
+        return
     for name in options.names:
         path = RESULTS / f"{name}.json"
         if name in ALONE:

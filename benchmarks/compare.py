@@ -67,6 +67,10 @@ class Comparison:
     target: int | None = None
 
 
+class MissingPeerError(RuntimeError):
+    """A side whose package is not installed."""
+
+
 def run_side(work: Comparison, side: str, size: int) -> dict[str, Any]:
     """Run one side once, in this process."""
     steps = Steps()
@@ -97,7 +101,9 @@ def child(module: str, side: str, size: int) -> dict[str, Any]:
         environment = {**os.environ, "STIMAGE_SD_CACHE": cache}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        missing = side != OURS and "ModuleNotFoundError" in done.stderr
+        kind = MissingPeerError if missing else RuntimeError
+        raise kind(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -24,8 +24,11 @@ from hypothesis import settings
 from spatialdata import SpatialData
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-#: bytes of memory of one test process
-LARGE_PROCESS = 3 << 30
+#: growth of a test process after which it drops what JAX compiled, bytes
+LARGE_GROWTH = 3 << 30
+# Most of the time of many tests is XLA's compiler. At this level it is a fifth faster, and its code as fast. Examples,
+# tutorials and the tests on the newest Python are compiled as users' code is.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 # A shared machine may stop a test for longer than any deadline; examples are the same in every run.
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=60)
@@ -41,15 +44,22 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def _size_of_process() -> dict[str, int]:
+    """Bytes of the process when JAX's programs were last dropped."""
+    return {"bytes": psutil.Process().memory_info().rss}
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _small_heap() -> Iterator[None]:
-    """Drop what JAX compiled in a large process, and spare the garbage collector what lives as long as the session.
+def _small_heap(_size_of_process: dict[str, int]) -> Iterator[None]:
+    """Drop what JAX compiled in a process that grew, and spare the garbage collector what lives as long as the session.
 
     Otherwise a process of thousands of tests takes 9 GB, and most of its time goes to looking through them.
     """
     yield
-    if "jax" in sys.modules and psutil.Process().memory_info().rss > LARGE_PROCESS:
+    if "jax" in sys.modules and psutil.Process().memory_info().rss > _size_of_process["bytes"] + LARGE_GROWTH:
         sys.modules["jax"].clear_caches()
+        _size_of_process["bytes"] = psutil.Process().memory_info().rss
     gc.collect()
     gc.freeze()
 

@@ -102,6 +102,7 @@ def adopted(peer: Peer, options: dict) -> SpatialData:
 def tiled(section: SpatialData) -> SpatialData:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # spots outside of a crop
+        sti.pp.tissue_mask(section, method="otsu")  # all tiles are kept, and this is quick
         sti.pp.tile(section, layout="spots", size_um=SIZE_UM, min_tissue=0.0)
     return section
 

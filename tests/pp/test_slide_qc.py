@@ -75,7 +75,7 @@ def blur_half(image: np.ndarray, tissue: np.ndarray, sigma_um: float) -> tuple[n
     altered = image.copy()
     if sigma_um > 0:
         altered[:, :middle] = cv2.GaussianBlur(image, (0, 0), sigma_um / MPP)[:, :middle]
-    noise = np.random.default_rng(0).normal(0, 2, image.shape)
+    noise = 2 * np.random.default_rng(0).standard_normal(image.shape, dtype=np.float32)
     return np.clip(altered + noise, 0, 255).astype(np.uint8), float(tissue[:, :middle].sum() / tissue.sum())
 
 
