@@ -7,6 +7,7 @@ from pathlib import Path
 
 import geopandas
 import numpy as np
+import pandas as pd
 import peers
 import pytest
 import scanpy as sc
@@ -236,9 +237,39 @@ def test_a_xenium_he_without_alignment_is_refused(bundles: Path) -> None:
     spatialdata.transformations.set_transformation(
         peer.data.images["he_image"], spatialdata.transformations.Identity(), to_coordinate_system="global"
     )
-    with pytest.raises(ValueError, match="'he_image' of this Xenium object has no alignment"):
+    with pytest.raises(ValueError, match=r"'he_image' of this Xenium object has no alignment.*pp\.register"):
         sti.io.from_spatialdata(peer.data)
     assert "stimage_sd" not in peer.data.attrs
+
+
+@pytest.mark.slow
+def test_a_xenium_he_without_alignment_is_registered_before_it_is_adopted(bundles: Path) -> None:
+    peer = peers.io_xenium(bundles)
+    spatialdata.transformations.set_transformation(
+        peer.data.images["he_image"], spatialdata.transformations.Identity(), to_coordinate_system="global"
+    )
+    found = sti.pp.register(peer.data)
+    assert (found.moving, found.fixed) == ("he_image", "morphology_focus")
+    section = sti.io.from_spatialdata(peer.data)
+    assert contract.mpp(section) == pytest.approx(peers.MPP, rel=0.01)
+    units = contract.find_units(section)
+    apart = np.linalg.norm(units.positions(section) - peer.pixels.loc[units.names], axis=1) * peers.MPP
+    assert np.median(apart) < 2.0  # µm
+
+
+def test_nuclei_of_spatialdata_io_are_found_by_their_name(bundles: Path) -> None:
+    section = sti.io.from_spatialdata(peers.io_xenium(bundles).data)
+    with pytest.raises(KeyError, match=r"no column 'cell_type'.*annotate_cells"):
+        sti.pl.cells(section)
+    names = contract.find_units(section).names
+    given = pd.Series(np.where(np.arange(len(names)) % 3, "immune", "stromal"), index=names)
+    sti.pp.annotate_cells(section, labels=given)
+    nuclei = section.shapes["nucleus_boundaries"]
+    assert (nuclei["cell_type"].astype(str) == given.loc[nuclei["cell_id"]].to_numpy()).all()
+    shown = sti.pl.cells(section).get_legend().get_texts()
+    assert {text.get_text() for text in shown} == {f"{kind} ({n:,})" for kind, n in given.value_counts().items()}
+    assert contract.nuclei_name(section) == "nucleus_boundaries"
+    assert contract.nuclei_name(section, "cell_boundaries") == "cell_boundaries"
 
 
 def test_units_off_the_image_are_refused(bundles: Path) -> None:

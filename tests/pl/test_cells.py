@@ -67,6 +67,16 @@ def test_wrong_cells_have_a_rim(typed: SpatialData) -> None:
     assert len(ax.collections[-1].get_paths()) == 2
     with pytest.raises(KeyError, match="have no column 'kind'"):
         pl.cells(typed, "kind")
+    named = [text.get_text() for text in pl.cells(typed, mark_wrong=True).get_legend().get_texts()]
+    assert named == ["immune (70)", "stromal (80)", "rim: wrong type (2)"]
+
+
+def test_cells_without_types_name_the_calls_that_give_types(typed: SpatialData) -> None:
+    contract.write_shapes(typed, gpd.GeoDataFrame(geometry=list(typed.shapes["nuclei"].geometry)), name="masks")
+    with pytest.raises(KeyError, match=r"no column 'cell_type'.*annotate_cells.*predict_cells.*`color=`"):
+        pl.cells(typed, shapes_key="masks")
+    typed.shapes["nuclei"]["p_immune"] = 0.5
+    assert pl.cells(typed, "p_immune").figure.axes[-1].get_ylabel() == "probability of immune"
 
 
 def test_types_of_two_sections_in_two_regions(typed: SpatialData) -> None:

@@ -57,6 +57,12 @@ def discs(places: Sequence[tuple[float, float]] | np.ndarray, radius: float = 5.
     return [shapely.Point(x, y).buffer(radius) for x, y in places]
 
 
+def test_predicted_cells_are_no_measure_of_themselves(make: Make) -> None:
+    sdata = make(discs([(60, 60)]), discs([(60, 60)]))
+    with pytest.raises(ValueError, match=r"found the predicted nuclei.*`truth_key=`: \['nuclei'\]"):
+        sti.tl.evaluate_cells(sdata, truth_key="found")
+
+
 @pytest.mark.parametrize("match", ["iou", "centers"])
 @pytest.mark.parametrize("side", [2, 5])
 def test_nuclei_at_the_rim_are_found(make: Make, match: str, side: int) -> None:

@@ -360,7 +360,7 @@ def _find_nuclei(sdata: SpatialData, tile: int) -> bool:
     """Find the nuclei of a tile if the section has none, and return whether the tile has nuclei."""
     from stimage_sd import contract, pp
 
-    if contract.NUCLEI in sdata.shapes:
+    if contract.nuclei_name(sdata) in sdata.shapes:
         square = contract.tile_squares(sdata, [tile])[0]
         return bool(len(contract.nuclei(sdata).cx[square[0] : square[2], square[1] : square[3]]))
     try:

@@ -14,6 +14,8 @@ IMAGE = "he"
 NORMALIZED = "he_normalized"
 MULTIPLEX = "multiplex"
 DAPI = "dapi"
+#: names that `spatialdata_io.xenium` gives to the morphology image
+MORPHOLOGY = ("morphology_focus", "morphology_mip")
 SPOTS = "spots"
 BINS = "bins"
 CELLS = "cells"

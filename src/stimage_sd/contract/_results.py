@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from anndata import AnnData
     from geopandas import GeoDataFrame
 
+#: name that `spatialdata_io.xenium` gives to the nuclei
+_NUCLEI_OF_XENIUM = "nucleus_boundaries"
+
 
 def write_tissue(
     sdata: SpatialData,
@@ -103,14 +106,21 @@ def write_shapes(sdata: SpatialData, frame: GeoDataFrame, *, name: str, image_ke
     sdata.shapes[name] = placed
 
 
+def nuclei_name(sdata: SpatialData, shapes_key: str | None = None) -> str:
+    """Return the name of the nuclei's shapes: as given, else ``"nuclei"``, else that of spatialdata-io for Xenium."""
+    if shapes_key is not None:
+        return shapes_key
+    return next((name for name in (NUCLEI, _NUCLEI_OF_XENIUM) if name in sdata.shapes), NUCLEI)
+
+
 def nuclei(sdata: SpatialData, shapes_key: str | None = None, image_key: str | None = None) -> GeoDataFrame:
     """Return the nuclei as polygons in H&E pixels.
 
     - `sdata`: the section.
-    - `shapes_key`: name of the nuclei's shapes. ``"nuclei"`` by default.
+    - `shapes_key`: name of the nuclei's shapes. By default that of `nuclei_name`.
     - `image_key`: the image whose pixels are used, if not the H&E.
     """
-    name = NUCLEI if shapes_key is None else shapes_key
+    name = nuclei_name(sdata, shapes_key)
     if name not in sdata.shapes:
         raise KeyError(
             f"Section {sample(sdata)!r} has no shapes {name!r} (found {sorted(sdata.shapes)}). Run "

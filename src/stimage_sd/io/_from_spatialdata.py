@@ -308,7 +308,7 @@ def _check_alignment(sdata: SpatialData, name: str) -> None:
         sdata.images[name], get_all=True
     ):
         return
-    morphology = next((key for key in ("morphology_focus", "morphology_mip") if key in sdata.images), None)
+    morphology = next((key for key in contract.MORPHOLOGY if key in sdata.images), None)
     matrix = contract.affine(get_transformation(sdata.images[name], "global"), name)
     if morphology is None or name == morphology or not np.array_equal(matrix, np.eye(3)):
         return
@@ -316,8 +316,9 @@ def _check_alignment(sdata: SpatialData, name: str) -> None:
     if (np.abs(sizes[0] / sizes[1] - 1) > 0.01).any():
         raise ValueError(
             f"The H&E {name!r} of this Xenium object has no alignment: its {sizes[0][0]} x {sizes[0][1]} px lie on the "
-            f"{sizes[1][0]} x {sizes[1][1]} px of {morphology!r} as they are. Read it with its alignment file, or set "
-            "the matrix with `spatialdata.transformations.set_transformation`."
+            f"{sizes[1][0]} x {sizes[1][1]} px of {morphology!r} as they are. Lay it on with "
+            "`stimage_sd.pp.register(sdata)` before this call, read it with its alignment file, or set the matrix with "
+            "`spatialdata.transformations.set_transformation`."
         )
 
 

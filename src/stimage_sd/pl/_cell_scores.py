@@ -100,7 +100,7 @@ def cell_scores(
     }
     for panel, groups, heading in zip(axes, (types, overall), ("F1 of each type", "all cells"), strict=True):
         _draw_bars(panel, groups)
-        panel.set_title(heading, fontsize=11)
+        panel.set_title(heading, fontsize=11, pad=16)  # above the number of a bar of height 1
         panel.set(ylim=(0, 1.0), ylabel="score")
         finish(panel)
     axes[0].tick_params(axis="x", rotation=30 if max(map(len, names)) > 9 else 0)

@@ -16,6 +16,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 from spatialdata import SpatialData
 
@@ -30,6 +31,14 @@ from stimage_sd.pl._zoom import Zoom, Zooms, draw_image, zoom_box
 _MOST = 60_000
 #: labels of color bars
 _LABELS = {"entropy": "entropy of the type (0 certain, 1 uniform)"}
+#: prefix of the columns with the probability of a type
+_PROBABILITY = "p_"
+_TYPES_COME_FROM = (
+    "Types come from `stimage_sd.pp.annotate_cells` (measured cells) or `stimage_sd.tl.predict_cells`. Or draw another "
+    "column with `color=`."
+)
+#: legend of the rim around cells of a wrong type
+_WRONG = "rim: wrong type"
 
 
 def cells(
@@ -71,7 +80,7 @@ def cells(
     outline
         Draw outlines instead of filled cells, so that the tissue is visible.
     mark_wrong
-        Draw a red rim around predicted cells of a wrong type. Run `stimage_sd.tl.evaluate_cells` first.
+        Draw a red rim with a white halo around cells of a wrong type. Run `stimage_sd.tl.evaluate_cells` first.
     palette
         Colors, keyed by type.
     img_alpha
@@ -190,7 +199,7 @@ def _cells_of(
     mark_wrong: bool,
 ) -> _Cells:
     predicted = contract.CELL_TYPES in sdata.tables
-    shapes = shapes_key or (contract.cell_shapes(sdata) if predicted else contract.NUCLEI)
+    shapes = shapes_key or (contract.cell_shapes(sdata) if predicted else contract.nuclei_name(sdata))
     image = contract.image_name(sdata, image_key)
     frame = contract.nuclei(sdata, shapes, image)
     values, labels = pd.DataFrame(index=frame.index), {}
@@ -205,11 +214,11 @@ def _column(
 ) -> tuple[pd.Series, str]:
     """Return a column of the shapes or of the predicted cells, or a gene's counts of measured cells, and its label."""
     if name in frame.columns and name != "geometry":
-        return frame[name], _LABELS.get(name, name.replace("_", " "))
+        return frame[name], _label(name)
     if contract.CELL_TYPES in sdata.tables and shapes == contract.cell_shapes(sdata):
         obs = contract.cell_types(sdata).obs.set_index(contract.INSTANCE_KEY)
         if name in obs:
-            return obs[name].reindex(frame.index), _LABELS.get(name, name.replace("_", " "))
+            return obs[name].reindex(frame.index), _label(name)
     found = contract.counts_of_shapes(sdata, shapes, source)
     if found is not None and name in found[1].var_names:
         ids, counts = found
@@ -217,9 +226,18 @@ def _column(
         return values, f"log(1 + count of {name})"
     known = sorted(map(str, frame.columns.drop("geometry")))
     genes = "" if found is None else f". Nor is it one of the {found[1].n_vars} genes that were measured in these cells"
+    mend = f" {_TYPES_COME_FROM}" if name == "cell_type" else ""
     raise KeyError(
         f"The shapes {shapes!r} of section {contract.sample(sdata)!r} have no column {name!r}, but {known}{genes}."
+        f"{mend}"
     )
+
+
+def _label(name: str) -> str:
+    """Return the label of the color bar of a column."""
+    if name.startswith(_PROBABILITY):
+        return f"probability of {name.removeprefix(_PROBABILITY)}"
+    return _LABELS.get(name, name.replace("_", " "))
 
 
 def _draw_background(ax: Axes, box: Zoom | None, *, cells: _Cells, img_alpha: float) -> None:
@@ -241,7 +259,10 @@ def _draw(
         drawn = _draw_numbers(ax, rings, values.to_numpy(dtype=float), norm, look)
     if cells.wrong.any():
         marked = [rings[n] for n in np.flatnonzero(cells.wrong[rows]).tolist()]
-        ax.add_collection(LineCollection(marked, colors=WARNING, linewidths=1.4, zorder=4), autolim=False)
+        # the white halo tells a rim from the outline of a type that is red as well
+        halo = [withStroke(linewidth=3.0, foreground="white")]
+        rims = LineCollection(marked, colors=WARNING, linewidths=1.4, zorder=4, path_effects=halo)
+        ax.add_collection(rims, autolim=False)
     return drawn
 
 
@@ -263,8 +284,12 @@ def _explain(
     if drawn is not None:
         add_color_bar(axes[0], drawn, cells.labels[name], location="right")
         return
-    numbers = cells.values[name].iloc[_within(axes[0], cells)].astype("string").value_counts()
-    add_legend(axes[-1], types, {one: int(numbers.get(one, 0)) for one in types})
+    rows = _within(axes[0], cells)
+    numbers = cells.values[name].iloc[rows].astype("string").value_counts()
+    shown = {one: int(numbers.get(one, 0)) for one in types}
+    if cells.wrong.any():
+        types, shown = {**types, _WRONG: WARNING}, {**shown, _WRONG: int(cells.wrong[rows].sum())}
+    add_legend(axes[-1], types, shown)
 
 
 def _wrong(sdata: SpatialData, frame: pd.DataFrame) -> NDArray[np.bool_]:

@@ -119,7 +119,7 @@ def annotate_cells(
     for column, values in by_name.reindex(sdata.tables[name].obs_names).items():
         sdata.tables[name].obs[column] = values.to_numpy() if column == _CONFIDENCE else pd.Categorical(values)
     by_cell = by_name.set_axis(units.ids.astype(str), axis=0)
-    for shapes in dict.fromkeys((units.shapes, contract.CELLS, contract.NUCLEI)):
+    for shapes in dict.fromkeys((units.shapes, contract.CELLS, contract.nuclei_name(sdata))):
         if shapes in sdata.shapes and (shapes == units.shapes or _names_cells(sdata.shapes[shapes])):
             _carry(sdata, shapes, by_cell)
     contract.record(

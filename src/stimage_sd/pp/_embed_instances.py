@@ -84,7 +84,7 @@ def _nuclei(sdata: SpatialData, shapes_key: str | None) -> AnnData:
     frame = contract.nuclei(sdata, shapes_key)
     centers = shapely.get_coordinates(shapely.centroid(contract.outlines(frame)))
     near = _near_tiles(sdata, centers, "nuclei")
-    name = shapes_key or contract.NUCLEI
+    name = contract.nuclei_name(sdata, shapes_key)
     return contract.write_instances(
         sdata, "nuclei", shapes=name, ids=frame.index[near], centers=centers[near], about={}
     )

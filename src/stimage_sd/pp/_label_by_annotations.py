@@ -166,7 +166,7 @@ def _write(
     sdata: SpatialData, onto: Onto, labels: pd.Series, *, key_added: str, shapes_key: str | None, table_key: str | None
 ) -> None:
     if onto == "nuclei":
-        name = contract.NUCLEI if shapes_key is None else shapes_key
+        name = contract.nuclei_name(sdata, shapes_key)
         sdata.shapes[name][key_added] = labels
         if contract.CELL_TYPES not in sdata.tables or contract.cell_shapes(sdata) != name:
             return

@@ -159,7 +159,7 @@ def _embed_instances(sdata: SpatialData, model: InstanceModel, *, weights: Path 
     key, changed = contract.features_key(how.on), []
     if key in sdata.tables and contract.feature_key(how.extractor) in sdata.tables[key].obsm:
         return []
-    if how.on == "nuclei" and contract.NUCLEI not in sdata.shapes:
+    if how.on == "nuclei" and contract.nuclei_name(sdata) not in sdata.shapes:
         say(f"{name}: nuclei")
         segment_nuclei(sdata)
         changed.append(contract.NUCLEI)

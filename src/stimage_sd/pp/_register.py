@@ -106,7 +106,8 @@ def register(
     data
         The section.
     moving
-        The image to move. By default the instrument's image, DAPI or multiplex.
+        The image to move. By default the instrument's image, DAPI or multiplex. In an object of
+        ``spatialdata_io.xenium``, the H&E moves to the morphology image. Register it before `io.from_spatialdata`.
     fixed
         The image that stays. By default the H&E.
     method
@@ -231,6 +232,10 @@ def _names(sdata: SpatialData, moving: str | None, fixed: str | None) -> tuple[s
             raise KeyError(
                 f"No image {name!r} in section {contract.sample(sdata)!r}; its images: {sorted(sdata.images)}."
             )
+    morphology = _morphology_of_reader(sdata)
+    if moving is None and fixed is None and morphology is not None and contract.info(sdata)["image"] is None:
+        # all other elements lie on the morphology image, so the H&E moves
+        return contract.image_name(sdata), morphology
     moving = moving if moving is not None else _instrument_image(sdata, "moving")
     if fixed is None:
         fixed = _instrument_image(sdata, "fixed") if _is_he(sdata, moving) else contract.image_name(sdata)
@@ -247,6 +252,13 @@ def _instrument_image(sdata: SpatialData, argument: str) -> str:
         f"Section {contract.sample(sdata)!r} has no image {contract.DAPI!r} or {contract.MULTIPLEX!r}; its images: "
         f"{sorted(sdata.images)}. Name one with `{argument}=`."
     )
+
+
+def _morphology_of_reader(sdata: SpatialData) -> str | None:
+    """Return the morphology image of an object of `spatialdata_io.xenium`, `None` for other objects."""
+    if sdata.attrs.get("spatialdata_io_reader") != "xenium":
+        return None
+    return next((name for name in contract.MORPHOLOGY if name in sdata.images), None)
 
 
 def _is_he(sdata: SpatialData, name: str) -> bool:
@@ -271,6 +283,12 @@ def _pixel_um(sdata: SpatialData, name: str) -> float | None:
         return contract.scale_of(contract.affine(systems[contract.INSTRUMENT], name))
     if _is_he(sdata, name):
         return contract.mpp(sdata, name)
+    if name == _morphology_of_reader(sdata):
+        # its shapes are in micrometers, and all elements share the pixels of the morphology image
+        return next(
+            (1.0 / contract.scale_of(contract.affine(get_transformation(shapes, "global"), key))
+             for key, shapes in sdata.shapes.items()), None
+        )  # fmt: skip
     return contract.scale_of(contract.affine(systems["microns"], name)) if "microns" in systems else None
 
 

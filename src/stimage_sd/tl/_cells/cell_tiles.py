@@ -62,7 +62,7 @@ def typed_nuclei(
     - returns: the nuclei whose centers lie on the image.
     """
     frame = contract.nuclei(sdata, shapes_key, image_key)
-    types = labels_of(sdata, frame, label_key, shapes_key or contract.NUCLEI)
+    types = labels_of(sdata, frame, label_key, contract.nuclei_name(sdata, shapes_key))
     width, height = contract.image_size(sdata, image_key)
     outlines = contract.outlines(frame)
     x, y = shapely.get_coordinates(shapely.centroid(outlines)).T

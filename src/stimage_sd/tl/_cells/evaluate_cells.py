@@ -77,7 +77,7 @@ def evaluate_cells(
     Parameters
     ----------
     data
-        A section or a cohort with predicted cells (`stimage_sd.tl.predict`) and measured nuclei.
+        A section or a cohort with predicted cells (`stimage_sd.tl.predict_cells`) and measured nuclei.
     match
         Rule that matches cells to nuclei. ``"iou"``: their intersection is more than half of their union.
         ``"centers"`` (as published): their centers lie within `radius_um`, one to one.
@@ -198,7 +198,8 @@ def _predicted(sdata: SpatialData, truth_key: str) -> tuple[_Cells, list[str]]:
     if shapes == truth_key:
         raise ValueError(
             f"Expected measured nuclei as {truth_key!r} in section {contract.sample(sdata)!r}, found the predicted "
-            "nuclei. Name the measured nuclei with `truth_key=`."
+            "nuclei. Scores need measured nuclei, such as those of Xenium. Name their shapes with `truth_key=`: "
+            f"{sorted(set(sdata.shapes) - {shapes})}."
         )
     outlines = contract.outlines(contract.nuclei(sdata, shapes).loc[table.obs[contract.INSTANCE_KEY]])
     probabilities = np.asarray(table.X, dtype=np.float64)

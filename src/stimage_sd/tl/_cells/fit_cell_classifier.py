@@ -198,7 +198,7 @@ def _classes(
     names: set[str] = set()
     for name in training:
         frame = contract.nuclei(cohort[name], shapes_key)
-        types = labels_of(cohort[name], frame, label_key, shapes_key or contract.NUCLEI)
+        types = labels_of(cohort[name], frame, label_key, contract.nuclei_name(cohort[name], shapes_key))
         names |= set(types.dropna().unique())
     if not names:
         raise ValueError(f"Expected nuclei with a type in the sections {list(training)}, found none.")
