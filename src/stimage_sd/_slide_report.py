@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,10 @@ def predict_and_report(
     on_disk = set(sdata.images)
     prepare_for_model(sdata, model, weights=weights, say=say)
     say(f"{contract.sample(sdata)}: predicting {len(model.genes)} genes")
-    tl.predict(sdata, model)
+    with warnings.catch_warnings():
+        # the report and the last line say it
+        warnings.filterwarnings("ignore", message=".* are unlike those of the training sections", category=UserWarning)
+        tl.predict(sdata, model)
     for name in set(sdata.images) - on_disk:
         del sdata.images[name]
     say("writing the section and its report")
@@ -51,10 +55,7 @@ def predict_and_report(
         folder.mkdir()
         write_page(folder / "report.html", _blocks(sdata, model))
         sdata.write(folder / "section.zarr")
-    text, most = familiarity(contract.predictions(sdata))
-    written = f"Section and report in {out}."
-    # a warning has said that most tiles are unlike
-    return written if most else f"{text} {written}"
+    return f"{familiarity(contract.predictions(sdata))[0]}\nSection and report in {out}."
 
 
 def _blocks(sdata: SpatialData, model: Predictor) -> Iterator[Block]:
