@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import dask.array as da
+import dask.threaded
 import numpy as np
 import xarray as xr
 from spatialdata import SpatialData
@@ -212,7 +215,9 @@ def thumbnail(sdata: SpatialData, name: str, *, max_side: int = 1500) -> tuple[n
     else:
         step = int(np.ceil(max(pyramid[-1].shape[1:]) / max_side))
         level = pyramid[-1].data[:, ::step, ::step]
-    small = np.ascontiguousarray(np.moveaxis(np.asarray(level.compute()), 0, -1))
+    # dask imports all of distributed to look for a client, and there is none before somebody else imported it
+    scheduler = None if "distributed" in sys.modules else dask.threaded.get
+    small = np.ascontiguousarray(np.moveaxis(np.asarray(level.compute(scheduler=scheduler)), 0, -1))
     return small, pyramid[0].shape[2] / small.shape[1]
 
 

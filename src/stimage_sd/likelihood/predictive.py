@@ -111,16 +111,24 @@ def cdf(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray, sd: np.ndarr
 
 def log_prob(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray, sd: np.ndarray) -> np.ndarray:
     """Return the log of the probability of counts, ``float64 (n_tiles, n_genes)``."""
-    r, p = components(mean, variance, sd)
-    counts = np.asarray(counts, np.float64)
-    terms = (
+    terms = log_pmf(counts, *components(mean, variance, sd))
+    return np.asarray(scipy.special.logsumexp(terms, axis=0) - np.log(N_STRATA))
+
+
+def log_pmf(counts: np.ndarray, r: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Return the log of the probability of counts under NB(r, p), in double precision and without JAX.
+
+    >>> round(float(log_pmf(np.array(3), np.array(2.0), np.array(0.5))), 4)
+    -2.0794
+    """
+    counts, r, p = (np.asarray(values, np.float64) for values in (counts, r, p))
+    return np.asarray(
         scipy.special.gammaln(counts + r)
         - scipy.special.gammaln(r)
         - scipy.special.gammaln(counts + 1)
         + r * np.log(p)
         + scipy.special.xlog1py(counts, -p)
     )
-    return np.asarray(scipy.special.logsumexp(terms, axis=0) - np.log(N_STRATA))
 
 
 def nearest_interval(

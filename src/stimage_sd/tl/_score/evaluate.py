@@ -14,9 +14,8 @@ import scipy.sparse as sp
 from spatialdata import SpatialData
 
 from stimage_sd import contract
-from stimage_sd.likelihood import negative_binomial
 from stimage_sd.likelihood.expectation import expected_log1p
-from stimage_sd.likelihood.predictive import log_prob
+from stimage_sd.likelihood.predictive import log_pmf, log_prob
 from stimage_sd.stats.lattice import find_lattice, neighbor_graph
 from stimage_sd.stats.spatial import morans_i, pattern_iou, pearson, spearman
 from stimage_sd.tl._score.graphs import Graph, weights_of
@@ -421,13 +420,9 @@ def transformed(values: np.ndarray, transform: Transform) -> np.ndarray:
 
 def _nll(counts: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
     """Return the mean negative log-likelihood, nearly Poisson where variance is at most the mean."""
-    excess = np.maximum(variance - mean, 1e-6 * mean)
-    log_prob = negative_binomial.log_prob_from_mean(
-        counts.astype(np.float32),
-        log_mean=np.log(np.maximum(mean, 1e-8)).astype(np.float32),
-        log_dispersion=np.log(np.maximum(mean, 1e-8) ** 2 / np.maximum(excess, 1e-14)).astype(np.float32),
-    )
-    return -np.asarray(log_prob).mean(axis=0)
+    mean = np.maximum(mean.astype(np.float64), 1e-8)
+    r = mean**2 / np.maximum(variance - mean, 1e-6 * mean)
+    return np.asarray(-log_pmf(counts, r, r / (r + mean)).mean(axis=0))
 
 
 def _floor_nll(counts: np.ndarray, predictions: _Predicted) -> np.ndarray:
