@@ -10,6 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import cv2
 import matplotlib.image as mpimg
 import numpy as np
 import pandas as pd
@@ -277,9 +278,17 @@ def test_predict_refuses(stores: Path, tmp_path: Path) -> None:
     test, model, out = stores / "test.zarr", stores / "model.stimage", tmp_path / "new.zarr"
     before = listing(test)
     assert "pass --overwrite" in refused("predict", test, "--model", model)
-    assert "No zarr store at" in refused("predict", tmp_path / "no.zarr", "--model", model, "--out", out)
+    assert "No zarr store, image or slide at" in refused(
+        "predict", tmp_path / "no.zarr", "--model", model, "--out", out
+    )
     assert "No model at" in refused("predict", test, "--model", tmp_path / "no.stimage", "--out", out)
     assert "Expected a complete image" in refused("predict", model, "--model", model, "--out", out)
+    table = tmp_path / "adata.h5ad"
+    table.write_bytes(b"not read")
+    assert "stimage_sd.io.from_anndata(" in refused("predict", table, "--model", model, "--out", out)
+    picture = tmp_path / "he.png"
+    cv2.imwrite(str(picture), np.full((64, 64, 3), 200, np.uint8))
+    assert "Pass --mpp: about 0.25" in refused("predict", picture, "--model", model, "--out", out)
     cut = tmp_path / "cut.stimage"
     cut.write_bytes(model.read_bytes()[:1000])
     assert "truncated" in refused("predict", test, "--model", cut, "--out", out)

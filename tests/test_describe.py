@@ -160,7 +160,7 @@ def test_anndata(tmp_path: Path) -> None:
         assert found["next"].endswith('"), "he.tif")')
     adata.uns["spatial"] = {"library": {"images": {"hires": np.zeros((4, 4, 3), np.float32)}}}
     adata.write_h5ad(tmp_path / "b.h5ad")
-    assert facts(tmp_path / "b.h5ad")["images"] == "library"
+    assert facts(tmp_path / "b.h5ad")["images"] == "library (hires: reduced, the H&E file has finer tiles)"
     ad.AnnData(np.ones((3, 2), np.float32)).write_h5ad(tmp_path / "cells.h5ad")
     assert "pp.annotate_cells" in facts(tmp_path / "cells.h5ad")["next"]
 

@@ -69,6 +69,10 @@ def test_a_ready_model_is_made_once_and_predicts_a_slide_by_name(small: str, tmp
     assert "exists" in again.output
 
     # the same in Python
+    unknown = io.slide(tmp_path / "slide.png")
+    with pytest.raises(ValueError, match=r"no known resolution, which `size_um=` needs"):
+        pp.prepare(unknown, small)
+    assert list(unknown.images) == ["he"]
     slide = io.slide(tmp_path / "slide.png", mpp=0.5)
     pp.prepare(slide, small)
     tl.predict(slide, small)
@@ -84,7 +88,7 @@ def test_names_are_listed_and_others_refused() -> None:
     assert is_ready("breast_her2st")
     with pytest.raises(ValueError, match=r"one of breast_her2st, .*, found 'lung'"):
         models.pretrained("lung")
-    with pytest.raises(FileNotFoundError, match="No model at lung"):
+    with pytest.raises(FileNotFoundError, match=r"No model at lung\. Ready models are breast_her2st, "):
         tl.predict({}, "lung")
 
 

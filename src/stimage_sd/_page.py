@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -37,14 +38,19 @@ class Block(NamedTuple):
     figure: Callable[[], bytes] | None = None
 
     def html(self) -> str:
-        """Return the block as HTML, with its figure inside."""
+        """Return the block as HTML, with its figure inside and addresses as links.
+
+        >>> Block("See https://example.org/a#b").html()
+        '<p>See <a href="https://example.org/a#b">https://example.org/a#b</a></p>'
+        """
         if self.figure is not None:
             picture = base64.b64encode(self.figure()).decode()
             return f'<img alt="{html.escape(self.text)}" src="data:image/png;base64,{picture}">'
         if self.table is not None:
             return str(self.table.to_html(index=False, border=0, justify="left"))
         tag = "h1" if self.is_heading else "p"
-        return f"<{tag}>{html.escape(self.text)}</{tag}>"
+        text = re.sub(r"https://[\w./#-]+", r'<a href="\g<0>">\g<0></a>', html.escape(self.text))
+        return f"<{tag}>{text}</{tag}>"
 
     def markdown(self, picture: str) -> str:
         """Return the block as Markdown, given the file of its figure."""

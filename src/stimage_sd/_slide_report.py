@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -43,7 +44,10 @@ def predict_and_report(
     on_disk = set(sdata.images)
     prepare_for_model(sdata, model, weights=weights, say=say)
     say(f"{contract.sample(sdata)}: predicting {len(model.genes)} genes")
-    tl.predict(sdata, model)
+    with warnings.catch_warnings():
+        # the report and the last line say it
+        warnings.filterwarnings("ignore", message=".* are unlike those of the training sections", category=UserWarning)
+        tl.predict(sdata, model)
     for name in set(sdata.images) - on_disk:
         del sdata.images[name]
     say("writing the section and its report")
@@ -51,14 +55,14 @@ def predict_and_report(
         folder.mkdir()
         write_page(folder / "report.html", _blocks(sdata, model))
         sdata.write(folder / "section.zarr")
-    return f"{familiarity(contract.predictions(sdata))[0]} Section and report in {out}."
+    return f"{familiarity(contract.predictions(sdata))[0]}\nSection and report in {out}."
 
 
 def _blocks(sdata: SpatialData, model: Predictor) -> Iterator[Block]:
     table = contract.predictions(sdata)
     yield Block(f"Predicted expression of {contract.sample(sdata)}", is_heading=True)
     yield Block(f"{_slide(sdata)} {table.n_obs:,} tiles with tissue. {len(model.genes):,} genes.")
-    yield Block(familiarity(table)[0])
+    yield Block(familiarity(table)[0].replace("`", ""))
     certificate = getattr(model, "certificate", None)
     if certificate is None:
         yield Block("The model has no certificate, so it is unknown which genes it predicts in new sections.")
@@ -66,17 +70,21 @@ def _blocks(sdata: SpatialData, model: Predictor) -> Iterator[Block]:
         yield Block(f"{certificate!r}. Tested on {', '.join(certificate.sections['section'])}.")
     genes = _genes(table, certificate)
     which = "of highest accuracy in the certificate" if certificate is not None else "that vary most over the tiles"
-    yield Block(
-        f"Predicted means of the {len(genes[:N_MAPS])} genes {which}. Tiles unlike the training tiles are gray."
-    )
-    yield Block(
-        "Maps of predicted genes",
-        figure=partial(_png, partial(pl.prediction, sdata, genes[:N_MAPS], max_ood=1.0)),
-    )
+    if (table.obs["ood_score"] <= 1).any():
+        yield Block(
+            f"Predicted means of the {len(genes[:N_MAPS])} genes {which}. Tiles unlike the training tiles are gray."
+        )
+        yield Block(
+            "Maps of predicted genes",
+            figure=partial(_png, partial(pl.prediction, sdata, genes[:N_MAPS], max_ood=1.0)),
+        )
+    else:
+        yield Block("There are no maps of genes, because no tile is like the training tiles.")
     yield Block("Distance from the training tiles. Above 1, a tile is farther than 95 % of the training tiles.")
     yield Block(
         "Map of the distance from the training tiles", figure=partial(_png, partial(pl.tiles, sdata, color="ood_score"))
     )
+    yield Block(f"The {len(genes[:N_LISTED])} genes {which}, over all tiles, also those unlike the training tiles.")
     yield Block(table=_listed(table, genes[:N_LISTED]))
     yield Block(
         "Mean: mean over the tiles of the predicted counts. Low and high: their 10th and 90th percentile. Uncertain: "

@@ -151,17 +151,19 @@ def predict(
     the copy replaces ZARR. The stain-normalized image is not stored, as it is quick to compute again.
     """
     from stimage_sd import contract, tl
+    from stimage_sd._files import restored
     from stimage_sd._store import check_free, is_store, read_section, write_changed
     from stimage_sd.models._resolve import as_model
     from stimage_sd.pp._prepare import prepare_for_model
 
+    if not restored(section).exists():
+        raise FileNotFoundError(f"No zarr store, image or slide at {section}.")
     if section.is_file() or (section.is_dir() and not is_store(section) and section.suffix != ".zarr"):
         return _predict_slide(section, model, out=out, mpp=mpp, weights=weights, overwrite=overwrite)
     if mpp is not None:
         raise ValueError("--mpp is for images and slides. A section states its resolution.")
     target = section if out is None else out
-    if section.exists():
-        check_free(target, overwrite=overwrite)
+    check_free(target, overwrite=overwrite)
     fitted: Any = as_model(model)
     sdata = read_section(section)
     on_disk = set(sdata.images)
@@ -383,15 +385,25 @@ def info(
 def _predict_slide(
     slide: Path, model: Path, *, out: Path | None, mpp: float | None, weights: Path | None, overwrite: bool
 ) -> None:
-    from stimage_sd import io
+    from stimage_sd import contract, io
     from stimage_sd._slide_report import predict_and_report
     from stimage_sd._store import check_free
     from stimage_sd.models._resolve import as_model
 
+    if slide.suffix == ".h5ad":
+        raise ValueError(
+            f"{slide} holds an AnnData. Make a section of it and its H&E in Python, "
+            f'`stimage_sd.io.from_anndata(anndata.read_h5ad("{slide}"), "he.tif").write("section.zarr")`, and pass '
+            "section.zarr."
+        )
     if out is None:
         raise ValueError(f"{slide} is an image. Pass --out FOLDER for its store and report.")
     check_free(out, overwrite=overwrite)
     sdata = io.slide(slide, mpp=mpp)
+    if contract.mpp(sdata) is None:
+        raise ValueError(
+            f"{slide} does not state its micrometers per pixel. Pass --mpp: about 0.25 for a scan at 40x, 0.5 at 20x."
+        )
     typer.echo(predict_and_report(sdata, as_model(model), out, weights=weights, overwrite=overwrite, say=say))
 
 

@@ -159,6 +159,8 @@ def test_positions_diameter_and_library_that_are_missing(adata: AnnData) -> None
     del adata.uns["spatial"]
     with pytest.raises(KeyError, match="Pass `spot_diameter_px=`"):
         from_anndata(adata, IMAGE)
+    with pytest.raises(TypeError, match=r"found str. Read a file by `anndata\.read_h5ad`"):
+        from_anndata("visium.h5ad", IMAGE)
     assert from_anndata(adata, IMAGE, spot_diameter_px=10.0).shapes["spots"].radius.iloc[0] == 5.0
     del adata.obsm["spatial"]
     with pytest.raises(KeyError, match=r'Expected `adata.obsm\["spatial"\]`'):

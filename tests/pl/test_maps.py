@@ -94,6 +94,20 @@ def test_predictions_of_unlike_tiles_can_be_hidden(result) -> None:
     np.testing.assert_array_equal(hidden, scores > limit)
     assert np.isfinite(drawn_values(observed)).all()
     assert to_hex(predicted.collections[0].get_cmap().get_bad()) == UNLIKE
+    assert f"gray: ood_score above {limit:g}" in predicted.figure.axes[-1].get_xlabel()
+
+
+def test_a_map_without_a_familiar_tile_has_no_color_bar(result) -> None:
+    section = with_tables(result.section, "tiles", "predictions")
+    limit = float(contract.predictions(section).obs["ood_score"].min()) / 2
+    drawn = pl.prediction(section, "G0", max_ood=limit, return_fig=True)
+    assert [panel.get_title() for panel in drawn.axes] == ["G0, predicted (all tiles unlike)"]
+
+
+def test_a_layer_of_the_predictions_is_refused(result) -> None:
+    for section in (result.section, with_tables(result.section, "tiles", "predictions")):
+        with pytest.raises(KeyError, match=r"'epistemic' is a layer of the predictions.*pl\.uncertainty"):
+            pl.prediction(section, "G0", layer="epistemic")
 
 
 def test_the_title_has_the_correlation_of_evaluate(result) -> None:
@@ -268,7 +282,7 @@ def test_uncertainty_draws_deviations_and_width(result) -> None:
     assert [panel.get_title() for panel in axes] == [
         "G5, predicted mean",
         "aleatoric (the counts' scatter)",
-        "epistemic (members disagree)",
+        "epistemic (members disagree, patients differ)",
         "width of the 90% interval",
     ]
 

@@ -163,7 +163,7 @@ def show(prediction: _sections.Prediction, key: str) -> None:
     tile, layer = _results.choose_tile_and_layer(frame)
     _results.show_maps(session(), prediction, frame, gene=gene, tile=tile, layer=layer, key=key)
     if tile is None:
-        st.info("Click on a tile to see which of its nuclei speak for the gene.")
+        st.info("Click on a tile to see which of its nuclei support the gene.")
         return
     st.session_state["said"] = st.empty()
     _results.show_tile(session(), prediction, frame, gene, tile, key, _say)

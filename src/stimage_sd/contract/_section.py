@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from anndata import AnnData
 from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
@@ -65,7 +66,7 @@ def info(sdata: SpatialData) -> dict[str, Any]:
     until `image_name` finds it or the user names it. Use `remember` to write metadata.
     """
     if not isinstance(sdata, SpatialData):
-        raise TypeError(f"Expected a SpatialData section, found {type(sdata).__name__}.")
+        raise TypeError(f"Expected a SpatialData section, found {type(sdata).__name__}.{_how_to_convert(sdata)}")
     return {**_UNKNOWN, "history": [], **sdata.attrs.get(ATTRIBUTE, {})}
 
 
@@ -141,17 +142,28 @@ def plain(value: Any) -> Any:
     return str(value)
 
 
+def _how_to_convert(value: object) -> str:
+    if not isinstance(value, AnnData):
+        return ""
+    return ' Make a section of an AnnData and its H&E: `stimage_sd.io.from_anndata(adata, "he.tif")`.'
+
+
 def sections(data: SpatialData | Cohort) -> dict[str, SpatialData]:
     """Return `data` as a cohort. A single section becomes a cohort of one, under its sample id."""
     if isinstance(data, SpatialData):
         return {sample(data): data}
     if not isinstance(data, Mapping):
-        raise TypeError(f"Expected a SpatialData section or a dict of them, found {type(data).__name__}.")
+        raise TypeError(
+            f"Expected a SpatialData section or a dict of them, found {type(data).__name__}.{_how_to_convert(data)}"
+        )
     if not data:
         raise ValueError("Expected at least one section, found an empty cohort.")
     for name, sdata in data.items():
         if not isinstance(sdata, SpatialData):
-            raise TypeError(f"Expected SpatialData under {name!r} of the cohort, found {type(sdata).__name__}.")
+            raise TypeError(
+                f"Expected SpatialData under {name!r} of the cohort, found {type(sdata).__name__}."
+                f"{_how_to_convert(sdata)}"
+            )
     return dict(data)
 
 

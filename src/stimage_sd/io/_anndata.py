@@ -126,6 +126,8 @@ def from_anndata(
     >>> sdata.shapes["spots"].radius.tolist()
     [27.5, 27.5]
     """
+    if not isinstance(adata, AnnData):
+        raise TypeError(f"Expected an AnnData, found {type(adata).__name__}. Read a file by `anndata.read_h5ad`.")
     check_mpp(mpp)
     if spot_diameter_px is not None and not spot_diameter_px > 0:
         raise ValueError(f"Expected `spot_diameter_px` to be positive, found {spot_diameter_px!r}.")
@@ -222,8 +224,9 @@ def _diameter(given: float | None, pitch: float | None, library: Library) -> flo
     stated = library.scalefactors.get("spot_diameter_fullres")
     if stated is None or not stated > 0:
         raise KeyError(
-            f"Expected the spot's diameter in `adata.uns['spatial'][{library.name!r}]['scalefactors']"
-            f"['spot_diameter_fullres']`, found {sorted(library.scalefactors)}. Pass `spot_diameter_px=`."
+            "Expected the diameter of a spot: `array_row` and `array_col` in `adata.obs`, or `spot_diameter_fullres` "
+            f"in the scale factors of `adata.uns['spatial']`, found {sorted(library.scalefactors)}. Pass "
+            "`spot_diameter_px=`, such as 55 µm (Visium) or 100 µm (legacy ST) divided by the micrometers per pixel."
         )
     return float(stated) * (contract.SPOT_UM / contract.NOMINAL_SPOT_UM if library.of_space_ranger else 1.0)
 

@@ -203,7 +203,11 @@ def anndata_facts(adata: ad.AnnData, call: str) -> Facts:
             "next": f"stimage_sd.pp.annotate_cells(section, {call}) for single cells of known types",
         }
     libraries = adata.uns.get("spatial", {})
-    images = [name for name, library in libraries.items() if "images" in library] if hasattr(libraries, "items") else []
+    images = [
+        f"{name} ({', '.join(library['images'])}: reduced, the H&E file has finer tiles)"
+        for name, library in (libraries.items() if hasattr(libraries, "items") else ())
+        if "images" in library
+    ]
     return facts | {
         "images": listed(images) if images else "none inside",
         "next": _call("from_anndata", call if images else f'{call}, "he.tif"'),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,8 @@ def prediction(
         Intensities of proteins always have their own. ``"pattern"``: the smoothed patterns of high expression that the
         IoU of `stimage_sd.tl.evaluate` compares. The title gives the IoU.
     max_ood
-        Largest ``ood_score`` of predictions to show, such as 1. Other tiles are gray. Default: show all.
+        Largest ``ood_score`` of predictions to show, such as 1. Other tiles are gray, and without a color bar if these
+        are all tiles. Default: show all.
     zoom
         Left, top, right and bottom of the region to draw, H&E px. Default: all tiles. Several regions, as a list or
         keyed by name: each map is drawn whole, with a window for each region beside it.
@@ -102,7 +103,8 @@ def prediction(
     table_key
         Name of the table of counts or proteins.
     layer
-        Layer of that table with the raw counts. Default: ``X``, or the layer given to `io.from_spatialdata`.
+        Layer of that table with the raw counts. Default: ``X``, or the layer given to `io.from_spatialdata`. For
+        layers of the predictions see `stimage_sd.pl.uncertainty`.
     ax
         Two axes per gene to draw on, or one axes per gene without measured values. With several sections or regions, as
         many for each. Default: a new figure.
@@ -122,7 +124,8 @@ def prediction(
     Raises
     ------
     KeyError
-        If a section has no predictions, or none of a gene. The message lists the closest names.
+        If a section has no predictions, or none of a gene. The message lists the closest names. Also if `layer` is a
+        layer of the predictions.
     ValueError
         If the number of axes in `ax` differs from the number of maps, `zoom` lies outside the image, or a cohort has
         several sections and `zoom` is given. Also if a gene has no pattern, as it was not measured or its tiles are not
@@ -156,6 +159,7 @@ def prediction(
         for name in genes:
             check_gene(table, name)
     regions = regions_of_cohort(cohort, zoom, image_key)
+    _check_layer(tables, layer)
     source = contract.Source(table_key, layer)
     values = {name: shown(cohort[name], table, genes, source) for name, table in tables.items()}
     if max_ood is not None:
@@ -194,10 +198,35 @@ def prediction(
     return sheet.done(kept_axes(axes, [of_cohort, not isinstance(gene, str), True, regions.several]))
 
 
+def _check_layer(tables: Mapping[str, AnnData], layer: str | None) -> None:
+    """Refuse a layer of the predictions, since `layer` names a layer of the counts."""
+    if layer is not None and any(layer in table.layers for table in tables.values()):
+        raise KeyError(
+            f"`layer` names a layer of the counts, and {layer!r} is a layer of the predictions. Draw it by "
+            "`stimage_sd.pl.uncertainty(data, gene)`, or by "
+            f"`squidpy.pl.spatial_scatter(stimage_sd.io.to_anndata(data), color=gene, layer={layer!r})`."
+        )
+
+
 def _familiar(values: dict[str, Shown], table: AnnData, max_ood: float) -> dict[str, Shown]:
     """Hide the predictions of tiles that are too far from the training tiles."""
     outside = table.obs["ood_score"].to_numpy() > max_ood
-    return {gene: one._replace(predicted=np.where(outside, np.nan, one.predicted)) for gene, one in values.items()}
+    gray = f"gray: ood_score above {max_ood:g}"
+    hidden = {}
+    for gene, one in values.items():
+        first, second = one.labels
+        hidden[gene] = one._replace(
+            predicted=np.where(outside, np.nan, one.predicted),
+            labels=(first, f"{second}\n{gray}"),
+            one_scale=None if one.one_scale is None else f"{one.one_scale}; {gray}",
+            agreement="all tiles unlike" if outside.all() else one.agreement,
+        )
+    return hidden
+
+
+def _has_values(drawn: ScalarMappable) -> bool:
+    values = drawn.get_array()
+    return values is not None and bool(np.isfinite(np.ma.filled(values, np.nan)).any())
 
 
 class _Layout(NamedTuple):
@@ -216,7 +245,9 @@ class _Layout(NamedTuple):
             beside = max(1, min(round(math.sqrt(1.5 * n_sections * pairs) / pairs), 8 // pairs, n_sections))
             return cls(pairs * beside, 2.9, 0.4)
         width = 5.2 if n_genes == 1 else 4.4
-        return cls(n_maps if n_maps == 2 else _IN_A_ROW, width, 0.4 if of_classes else 0.95)
+        # rows of about the same length
+        beside = math.ceil(n_genes / math.ceil(n_genes / _IN_A_ROW))
+        return cls(n_maps if n_maps == 2 else beside, width, 0.4 if of_classes else 0.95)
 
 
 class _Look(NamedTuple):
@@ -300,7 +331,8 @@ def _explain(
         n_maps = axes.shape[1]
         for place, look in zip(range(n_maps), looks[-n_maps:], strict=True):
             shown_maps = [row[place] for row in drawn]
-            first = next((one for one in shown_maps if one is not None), None)
+            # a map whose tiles are all gray needs no colors
+            first = next((one for one in shown_maps if one is not None and _has_values(one)), None)
             bars.append((axes if together else axes[:, place, :1], first, look))
     for panels, mappable, look in bars:
         if mappable is not None:

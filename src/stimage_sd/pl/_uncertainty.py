@@ -143,11 +143,12 @@ def _explain(axes: np.ndarray, drawn: ScalarMappable | None, *, label: str) -> N
 
 def _values(table: AnnData, gene: str) -> dict[str, tuple[np.ndarray, str]]:
     """Return values and color bar label, keyed by map title."""
+    of_model = "members disagree, patients differ" if "shift" in table.layers else "members disagree"
     nominal = float(table.uns["prediction"]["coverage"])
     return {
         f"{gene}, predicted mean": (column(table, gene), "counts"),
         "aleatoric (the counts' scatter)": (np.sqrt(column(table, gene, "aleatoric")), "standard deviation, counts"),
-        "epistemic (members disagree)": (np.sqrt(column(table, gene, "epistemic")), "standard deviation, counts"),
+        f"epistemic ({of_model})": (np.sqrt(column(table, gene, "epistemic")), "standard deviation, counts"),
         f"width of the {nominal:.0%} interval": (
             column(table, gene, "upper") - column(table, gene, "lower"),
             "counts",

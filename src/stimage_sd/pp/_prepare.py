@@ -179,11 +179,14 @@ def _embed_instances(sdata: SpatialData, model: InstanceModel, *, weights: Path 
 def _make_tiles(sdata: SpatialData, tiles: TileSpecification, changed: list[str], *, say: Say) -> None:
     """Run the missing stain normalization and tiling of a section with a model's settings."""
     name = contract.sample(sdata)
+    # without a known resolution, the spots give the tile size
+    known = contract.mpp(sdata) is not None or not contract.has_units(sdata)
+    needs_tiles = contract.TILES not in sdata.tables
+    if needs_tiles and known and tiles.size_um is not None:
+        contract.require_mpp(sdata, purpose="`size_um=`")
     normalize_for_model(sdata, tiles, say=say)
-    if contract.TILES not in sdata.tables:
+    if needs_tiles:
         say(f"{name}: tiling")
-        # without a known resolution, the spots give the tile size
-        known = contract.mpp(sdata) is not None or not contract.has_units(sdata)
         tile(sdata, size_um=tiles.size_um if known else None, target_px=tiles.input_px)
         changed.append(contract.TILE_SQUARES)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import squidpy as sq
+from sklearn.exceptions import ConvergenceWarning
 from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, Labels2DModel
 
@@ -29,7 +32,10 @@ def fit_stain_matrix(thumbnail: np.ndarray, mask: np.ndarray, *, method: str, wh
         labels={"pixels_tissue": Labels2DModel.parse(np.ones(strip.shape[1:], np.uint8), dims=("y", "x"))},
     )
     try:
-        fitted = sq.experimental.im.fit_stain_reference(small, "pixels", method=method, white_point=white_point)
+        with warnings.catch_warnings():
+            # squidpy sets the number of iterations, and stain vectors that mean nothing are refused afterwards
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted = sq.experimental.im.fit_stain_reference(small, "pixels", method=method, white_point=white_point)
     except RuntimeError as error:  # squidpy's StainFittingError
         raise ValueError(
             f"The stains could not be fitted by {method!r}: {error} Is it an H&E image? "

@@ -37,6 +37,8 @@ from stimage_sd.tl._predict.predict_classes import predict_classes
 from stimage_sd.tl._predict.targets import open_target
 
 LAYERS = ("aleatoric", "epistemic", "total_variance", "lower", "upper")
+#: page that says what to do about tiles unlike the training tiles
+UNLIKE_HELP = "https://stimage-sd.readthedocs.io/en/latest/troubleshooting.html#unlike-tiles"
 #: layer of models fitted with exposure
 SHIFT = "shift"
 #: elements computed at a time (members x tiles x genes), and elements of a chunk on disk (tiles x genes)
@@ -107,6 +109,9 @@ def predict(
     With ``on="nuclei"`` or ``"grid"``, the table annotates the nuclei or squares that lie near a tile. Those with
     ``obs["in_tile"]`` add up to the mean of their tile ``obs["tile"]``: for nuclei, together with the background that
     no nucleus covers, which is the layer ``background`` of the tiles' predictions.
+
+    ``var["floor_mean"]`` and ``var["floor_dispersion"]`` are the fit of only the mean of each gene to the training
+    counts, which ``nll_floor`` of `stimage_sd.tl.evaluate` scores. ``obs["size_factor"]`` is the depth of a tile.
 
     ``obs["ood_score"]`` is above 1 for tiles farther from the training tiles than 95 % of the training tiles. With a
     certified model (`stimage_sd.tl.certify`), ``var["predictable"]`` marks the genes that it predicted in new sections.
@@ -235,7 +240,7 @@ def familiarity(table: ad.AnnData, on: contract.On = "tiles") -> tuple[str, bool
         return text, False
     return (
         f"{text} Their scores are {scores.min():.1f} to {scores.max():.1f}. The model was not tested on such tissue, "
-        "staining or scanners. Its predictions cannot be relied on there.",
+        f"staining or scanners. Its predictions cannot be relied on there. What to do: {UNLIKE_HELP}",
         True,
     )
 
