@@ -308,4 +308,4 @@ def test_slides_and_the_command_line_find_the_nuclei_themselves(section: Spatial
     written = sd.read_zarr(tmp_path / "out.zarr").tables["nuclei_predictions"]
     assert written.n_obs > 20
     assert written.layers["upper"].min() >= 0
-    assert "predict with --on nuclei" in CliRunner().invoke(app, ["info", str(path)]).output
+    assert "--out NEW.zarr --on nuclei" in CliRunner().invoke(app, ["info", str(path)]).output
