@@ -52,10 +52,10 @@ def find_public(app: Sphinx, env: BuildEnvironment, node: pending_xref, contnode
     # an inventory may have a type as data, a class or an attribute
     node["reftype"] = "obj"
     domain = env.get_domain("py")
-    for each in (name, f"stimage_sd.{name}", *(f"stimage_sd.{part}.{name}" for part in ("models", "baselines"))):
-        found = domain.resolve_xref(env, node.get("refdoc", ""), app.builder, "obj", each, node, contnode)
-        if found is not None:
-            return found
+    for target in (name, f"stimage_sd.{name}", *(f"stimage_sd.{part}.{name}" for part in ("models", "baselines"))):
+        reference = domain.resolve_xref(env, node.get("refdoc", ""), app.builder, "obj", target, node, contnode)
+        if reference is not None:
+            return reference
     # a name in single backticks without a dot is an argument or a value, where it is no public name
     return contnode if is_code and name not in OTHERS.values() else None
 

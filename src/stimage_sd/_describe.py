@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from spatialdata import SpatialData
 from stimage_sd import contract
 from stimage_sd._report import model_report, section_report
 from stimage_sd._shown import Facts, counted, lines, listed
-from stimage_sd._store import is_spatialdata, is_store, read_section
+from stimage_sd._store import attributes_of, is_spatialdata, is_store, read_section
 from stimage_sd.io._from_spatialdata import from_spatialdata
 from stimage_sd.io._recognize import KNOWN, anndata_facts, recognize, slides_in
 from stimage_sd.io._wsidata import is_wsi
@@ -55,11 +54,14 @@ def _is_model(path: Path) -> bool:
         return (path / "config.json").is_file()
     if path.suffix == ".stimage":
         return True
-    return zipfile.is_zipfile(path) and "config.json" in zipfile.ZipFile(path).namelist()
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return "config.json" in archive.namelist()
 
 
 def _store(path: Path) -> str:
-    if not is_spatialdata(path) and _encoding(path) == "anndata":
+    if not is_spatialdata(path) and attributes_of(path).get("encoding-type") == "anndata":
         import anndata
 
         call = f'anndata.read_zarr("{path}")'
@@ -68,17 +70,6 @@ def _store(path: Path) -> str:
     if contract.info(sdata)["history"]:
         return section_report(sdata, path)
     return "\n".join(lines(_foreign(sdata, path)))
-
-
-def _encoding(path: Path) -> str | None:
-    for name in ("zarr.json", ".zattrs"):
-        if (path / name).is_file():
-            try:
-                content = json.loads((path / name).read_text())
-            except ValueError:  # the reader of the store says what is wrong
-                return None
-            return str((content.get("attributes") or content).get("encoding-type"))
-    return None
 
 
 def _foreign(sdata: SpatialData, path: Path) -> Facts:
@@ -95,14 +86,14 @@ def _foreign(sdata: SpatialData, path: Path) -> Facts:
     if is_wsi(sdata):
         return facts | {"next": f'{call}, slide="slide.svs")'}
     try:
-        found = from_spatialdata(sdata)
+        adopted = from_spatialdata(sdata)
     except (KeyError, ValueError) as error:
         return facts | {"to settle": str(error.args[0]), "next": f"{call}, ...)"}
-    if isinstance(found, dict):
-        return facts | {"samples": counted(list(found)), "next": f"{call})"}
-    mpp = contract.mpp(found)
+    if isinstance(adopted, dict):
+        return facts | {"samples": counted(list(adopted)), "next": f"{call})"}
+    mpp = contract.mpp(adopted)
     resolution = "resolution unknown: pass `mpp=`" if mpp is None else f"{mpp:.4g} µm per pixel"
-    return facts | {"adopted as": f"{_image(found)}, {resolution}", "next": f"{call})"}
+    return facts | {"adopted as": f"{_image(adopted)}, {resolution}", "next": f"{call})"}
 
 
 def _image(sdata: SpatialData) -> str:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import spatialdata
 from spatialdata import SpatialData
@@ -51,15 +52,21 @@ def read_section(path: Path) -> SpatialData:
 
 def is_spatialdata(path: Path) -> bool:
     """Return whether the attributes of a zarr store are those of a SpatialData object."""
+    return "spatialdata_attrs" in attributes_of(path)
+
+
+def attributes_of(path: Path) -> dict[str, Any]:
+    """Return the attributes of a zarr store, an empty dictionary if they cannot be read."""
+    attributes: dict[str, Any] = {}
     for name in ("zarr.json", ".zattrs"):
         if (path / name).is_file():
             try:
                 content = json.loads((path / name).read_text())
             except ValueError:  # JSON or encoding error
                 continue
-            if isinstance(content, dict) and "spatialdata_attrs" in (content.get("attributes") or content):
-                return True
-    return False
+            stated = content.get("attributes") or content if isinstance(content, dict) else None
+            attributes |= stated if isinstance(stated, dict) else {}
+    return attributes
 
 
 def check_free(target: Path, *, overwrite: bool) -> None:

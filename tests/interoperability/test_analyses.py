@@ -248,8 +248,16 @@ def test_a_xenium_he_without_alignment_is_registered_before_it_is_adopted(bundle
     spatialdata.transformations.set_transformation(
         peer.data.images["he_image"], spatialdata.transformations.Identity(), to_coordinate_system="global"
     )
-    found = sti.pp.register(peer.data)
-    assert (found.moving, found.fixed) == ("he_image", "morphology_focus")
+    # pixels of the user's own annotation, before the reader's shapes in micrometers
+    shapes = dict(peer.data.shapes)
+    for name in shapes:
+        del peer.data.shapes[name]
+    square = geopandas.GeoDataFrame({"radius": [9.0]}, geometry=[shapely.Point(30, 30)])
+    peer.data.shapes["annotation"] = ShapesModel.parse(square)
+    for name, frame in shapes.items():
+        peer.data.shapes[name] = frame
+    registration = sti.pp.register(peer.data)
+    assert (registration.moving, registration.fixed) == ("he_image", "morphology_focus")
     section = sti.io.from_spatialdata(peer.data)
     assert contract.mpp(section) == pytest.approx(peers.MPP, rel=0.01)
     units = contract.find_units(section)

@@ -68,6 +68,15 @@ def test_logarithms_are_of_the_steps_of_the_distribution_function(mean: float, i
     np.testing.assert_allclose(np.exp(predictive.log_prob(counts, *at)), steps, atol=1e-9, rtol=1e-5)
 
 
+@pytest.mark.parametrize("r", [0.01, 1.0, 30.0, 1e6, 1e9])
+@pytest.mark.parametrize("mean", [1e-3, 1.0, 50.0, 1e4])
+def test_log_pmf_is_scipys(mean: float, r: float) -> None:
+    counts = np.array([0.0, 1.0, 7.0, 1000.0, 20_000.0])
+    p = r / (r + mean)
+    found = predictive.log_pmf(counts, np.full(5, r), np.full(5, p))
+    np.testing.assert_allclose(found, scipy.stats.nbinom.logpmf(counts, r, p), rtol=1e-6, atol=2e-5)
+
+
 @settings(deadline=None, max_examples=60)
 @given(st.floats(1e-3, 50.0), INVERSE, SD, st.floats(0.3, 0.97))
 def test_intervals_are_the_nearest_of_all(mean: float, inverse: float, sd: float, coverage: float) -> None:

@@ -235,9 +235,14 @@ def _of_units(sdata: SpatialData, units: contract.Units) -> float | None:
     return int(size[1]) / side
 
 
+def is_in_micrometers(sdata: SpatialData, name: str) -> bool:
+    """Return whether the reader that made an object wrote the shapes or points `name` in micrometers."""
+    words = _IN_MICRONS.get(str(sdata.attrs.get("spatialdata_io_reader")), ())
+    return any(name.startswith(word) or name.endswith(word) for word in words)
+
+
 def _of_elements(sdata: SpatialData) -> Iterator[float]:
     frame = contract.pixel_frame(sdata)
-    names = _IN_MICRONS.get(str(sdata.attrs.get("spatialdata_io_reader")), ())
     for kind, name, element in sdata.gen_spatial_elements():
         systems = get_transformation(element, get_all=True)
         if not set(systems) & set(frame.transformations) or name == frame.image:
@@ -245,5 +250,5 @@ def _of_elements(sdata: SpatialData) -> Iterator[float]:
         to_pixels = contract.scale_of(frame.matrix(element, name))
         if "microns" in systems:
             yield contract.scale_of(contract.affine(systems["microns"], name)) / to_pixels
-        elif kind in ("shapes", "points") and any(name.startswith(word) or name.endswith(word) for word in names):
+        elif kind in ("shapes", "points") and is_in_micrometers(sdata, name):
             yield 1.0 / to_pixels

@@ -126,13 +126,13 @@ def _hest(path: Path) -> Facts | None:
 
 def slides_in(path: Path) -> Facts | None:
     """Describe the images of a folder, with the call that predicts a cohort. `None` if there are none."""
-    found = Counter(file.suffix.lower() for file in path.iterdir() if file.suffix.lower() in SLIDES)
-    if not found:
+    suffixes = Counter(file.suffix.lower() for file in path.iterdir() if file.suffix.lower() in SLIDES)
+    if not suffixes:
         return None
-    suffix = found.most_common(1)[0][0]
+    suffix = suffixes.most_common(1)[0][0]
     return {
         "folder": "images or whole slides",
-        "files": ", ".join(f"{number:,} {kind}" for kind, number in found.most_common()),
+        "files": ", ".join(f"{number:,} {kind}" for kind, number in suffixes.most_common()),
         "next": f'stimage_sd.tl.predict_cohort(sorted(Path("{path}").glob("*{suffix}")), model, out="cohort")',
     }
 

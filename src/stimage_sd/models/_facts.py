@@ -17,8 +17,9 @@ _STANDARDIZED = {
 
 def facts_of(model: Any) -> Facts:
     """Return the facts of a model, or the description of one that another package made."""
-    found: Facts = model.facts() if hasattr(model, "facts") else {}
-    return found or {name.replace("_", " "): str(value) for name, value in model.description.items()}
+    if hasattr(model, "facts"):
+        return dict(model.facts())
+    return {name.replace("_", " "): str(value) for name, value in model.description.items()}
 
 
 def tile_facts(*embeddings: TileSpecification, standardize: str | None = None) -> Facts:

@@ -14,6 +14,7 @@ from stimage_sd import contract
 from stimage_sd._shown import Facts, shown
 from stimage_sd._squidpy import attach_spatial
 from stimage_sd.image.registration import Alignment, TransformKind, align
+from stimage_sd.io._other_objects import is_in_micrometers
 from stimage_sd.pp._nuclear_image import read_nuclei
 
 #: assumed resolution of an H&E of unknown resolution until it is aligned, µm per pixel (the usual 20×)
@@ -284,10 +285,10 @@ def _pixel_um(sdata: SpatialData, name: str) -> float | None:
     if _is_he(sdata, name):
         return contract.mpp(sdata, name)
     if name == _morphology_of_reader(sdata):
-        # its shapes are in micrometers, and all elements share the pixels of the morphology image
+        # the reader's shapes are in micrometers, and all elements share the pixels of the morphology image
         return next(
             (1.0 / contract.scale_of(contract.affine(get_transformation(shapes, "global"), key))
-             for key, shapes in sdata.shapes.items()), None
+             for key, shapes in sdata.shapes.items() if is_in_micrometers(sdata, key)), None
         )  # fmt: skip
     return contract.scale_of(contract.affine(systems["microns"], name)) if "microns" in systems else None
 

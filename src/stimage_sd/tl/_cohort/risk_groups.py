@@ -47,10 +47,10 @@ class RiskGroups(NamedTuple):
 
     def facts(self) -> Facts:
         """Names and values that describe the result, as notebooks show them."""
-        chosen = self.genes.groupby("gene")["share"].mean().sort_values(ascending=False, kind="stable")
+        shares = self.genes.groupby("gene")["share"].mean().sort_values(ascending=False, kind="stable")
         return {
             **{f"group {row.group}": _group_words(row) for row in self.summary.itertuples()},
-            "genes": counted(chosen.index.tolist()) + ", by share of the folds that chose them",
+            "genes": counted(shares.index.tolist()) + ", by share of the folds that chose them",
             "tables": frames(self),
         }
 
