@@ -13,7 +13,7 @@ import spatialdata
 from spatialdata import SpatialData
 from spatialdata.transformations import get_transformation
 
-from stimage_sd import contract, io, pp
+from stimage_sd import contract, pp
 from stimage_sd.pp._stain import METHODS, StainReference, fit_section, fit_thumbnail, white_point
 
 STAINED = {"n_spots": 40, "n_genes": 6, "seed": 3}
@@ -263,12 +263,6 @@ def test_a_single_color_has_no_two_stains(make_slide: Callable[..., SpatialData]
 
 # --------------------------------------------------------------------------------------------------
 # white point
-
-
-@pytest.mark.filterwarnings("error::sklearn.exceptions.ConvergenceWarning")
-def test_the_fit_of_a_real_slide_converges(data_dir: Path) -> None:
-    slide = io.slide(data_dir / "slides" / "CropBreastSlide.tiff", mpp=0.5)
-    assert fit_section(slide, method="vahadane", image_key=None).stain_matrix is not None
 
 
 def test_white_point_is_the_glass_and_not_the_dirt_on_it() -> None:

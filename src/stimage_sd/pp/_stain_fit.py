@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import squidpy as sq
 from spatialdata import SpatialData
@@ -11,8 +9,6 @@ from spatialdata.models import Image2DModel, Labels2DModel
 
 #: largest number of tissue pixels for a fit; more pixels change the stain vectors by less than half a degree
 _MOST_PIXELS = 60_000
-#: squidpy's 200 iterations end before some slides converge, up to 4 degrees from their hematoxylin
-_PARAMETERS: dict[str, dict[str, Any]] = {"vahadane": {"n_iter": 2000}}
 
 
 def fit_stain_matrix(thumbnail: np.ndarray, mask: np.ndarray, *, method: str, white_point: np.ndarray) -> np.ndarray:
@@ -33,9 +29,7 @@ def fit_stain_matrix(thumbnail: np.ndarray, mask: np.ndarray, *, method: str, wh
         labels={"pixels_tissue": Labels2DModel.parse(np.ones(strip.shape[1:], np.uint8), dims=("y", "x"))},
     )
     try:
-        fitted = sq.experimental.im.fit_stain_reference(
-            small, "pixels", method=method, white_point=white_point, method_params=_PARAMETERS.get(method)
-        )
+        fitted = sq.experimental.im.fit_stain_reference(small, "pixels", method=method, white_point=white_point)
     except RuntimeError as error:  # squidpy's StainFittingError
         raise ValueError(
             f"The stains could not be fitted by {method!r}: {error} Is it an H&E image? "
