@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from docutils import nodes
-from docutils.parsers.rst import Directive
-from docutils.statemachine import StringList
+from markdown_table import MarkdownTable
 from sphinx.application import Sphinx
 
 from stimage_sd.models._foundation import FOUNDATION_MODELS
 
 
-class FoundationTable(Directive):
+class FoundationTable(MarkdownTable):
     """Insert the table of foundation models."""
 
-    def run(self) -> list[nodes.Node]:
-        """Return the table, parsed as Markdown."""
+    def lines(self) -> list[str]:
+        """Return one row per model."""
         lines = ["| name | numbers per tile | input | license | weights |", "|---|---|---|---|---|"]
         for name, model in FOUNDATION_MODELS.items():
             access = "access on request" if model.needs_access else "open"
             page = f"[{model.page.removeprefix('https://')}]({model.page}), {access}"
             lines.append(f"| `{name}` | {model.embedding_size:,} | {model.input_size} px | {model.license} | {page} |")
-        holder = nodes.container()
-        self.state.nested_parse(StringList([*lines, ""]), self.content_offset, holder)
-        return holder.children
+        return lines
 
 
 def setup(app: Sphinx) -> dict[str, bool]:

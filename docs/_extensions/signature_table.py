@@ -7,9 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from docutils import nodes
-from docutils.parsers.rst import Directive
-from docutils.statemachine import StringList
+from markdown_table import MarkdownTable
 from sphinx.application import Sphinx
 
 
@@ -48,21 +46,19 @@ def _shown(argument: inspect.Parameter) -> str:
     return f"{argument.name}={default if len(default) <= 24 else '...'}"
 
 
-class SignatureTable(Directive):
+class SignatureTable(MarkdownTable):
     """Insert the table of a subpackage."""
 
     required_arguments = 1
 
-    def run(self) -> list[nodes.Node]:
-        """Return the table, parsed as Markdown."""
+    def lines(self) -> list[str]:
+        """Return one row per function."""
         module = self.arguments[0]
         lines = ["| function | arguments | options |", "|---|---|---|"]
         for row in signature_rows(module):
             cells = [", ".join(f"`{text}`" for text in part).replace("|", "\\|") for part in row[1:]]
             lines.append(f"| {{py:obj}}`{row.name} <stimage_sd.{module}.{row.name}>` | {cells[0]} | {cells[1]} |")
-        holder = nodes.container()
-        self.state.nested_parse(StringList([*lines, ""]), self.content_offset, holder)
-        return holder.children
+        return lines
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
