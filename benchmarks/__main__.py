@@ -30,6 +30,8 @@ MODULES = (
     "bivariate_morans_i",
     "pearson",
     "iou",
+    "segment_nuclei",
+    "embed_nuclei",
     "slide_end_to_end",
 )
 #: what is measured by itself: modules with `measure`, which gives rows, and `table`, which makes Markdown of them
