@@ -32,6 +32,9 @@ MODULES = (
     "iou",
     "segment_nuclei",
     "embed_nuclei",
+    "hovernet_nuclei",
+    "hovernet",
+    "hovernet_published",
     "slide_end_to_end",
 )
 #: what is measured by itself: modules with `measure`, which gives rows, and `table`, which makes Markdown of them

@@ -1,6 +1,6 @@
 """Nuclei of a slide to embeddings on disk: two squares around each, by the stages of EfficientNet-Lite0.
 
-The slide is a synthetic Aperio slide at 0.5 µm per pixel, with 500 nuclei per million pixels of it: 2,000 px a side have
+The slide is a synthetic Aperio slide at 0.5 µm per pixel, with 500 nuclei per million pixels: 2,000 px a side have
 2,000 nuclei, 5,000 px have 12,500, and 10,000 px have 50,000. The nuclei are circles at random places of the tissue.
 Around each, squares of 8 µm (16 px) and 25 µm (50 px) are resampled to 64 px. All sides have the same weights and
 every core, and write the embeddings as a zarr array. Opening, reading the weights and a first batch are not timed.
