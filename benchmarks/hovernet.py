@@ -78,8 +78,9 @@ def comparison(network: Network, *, title: str, sizes: tuple[int, ...], at_most:
 
 
 def ours(network: Network, n_windows: int) -> Job:
-    """Prepare ours: the section opened, all of it tissue."""
+    """Prepare ours: the section opened, all of it tissue; imports and first calls are behind it."""
     model = network.make()
+    sti.pp.segment_nuclei(sti.io.slide(slide(_side(SMALLEST))))
     sdata = sti.io.slide(slide(_side(n_windows)))
     contract.write_tissue(sdata, np.ones((8, 8), bool), downsample=(_side(n_windows) / 8,) * 2)
     model(_windows(SMALLEST)[:1])

@@ -23,6 +23,8 @@ from stimage_sd.nn.hovernet import SIZES, HoVerNet
 from stimage_sd.stream.nuclei_blocks import find_in_blocks, lay_blocks, stitch
 
 CLASSES = ("neoplastic", "inflammatory", "connective", "dead", "epithelial")
+#: variance that the normalization layers are given
+VARIANCE = 4.0
 #: share of the pixels that are nuclear
 NUCLEAR = 0.2
 
@@ -30,6 +32,9 @@ NUCLEAR = 0.2
 def _random() -> CellClassifier:
     """Give the published size with random weights, whose nuclear map has a useful threshold."""
     network = HoVerNet(len(CLASSES), size=SIZES["published"], rngs=nnx.Rngs(0))
+    for _, statistic in nnx.to_flat_state(nnx.state(network, nnx.BatchStat)):
+        if float(statistic[...].min()) == 1.0:  # a variance; the values of random layers would grow beyond all numbers
+            statistic[...] = statistic[...] * VARIANCE
     parts: dict[str, Any] = {"classes": CLASSES, "size": SIZES["published"], "mpp": MPP, "tile_px": 256}
     nuclear = CellClassifier.of(network, **parts).maps(_windows(SMALLEST)[:1, 256:384, 256:384]).nuclear
     bias = network.nuclear.maps.bias
