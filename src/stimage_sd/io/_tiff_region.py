@@ -15,7 +15,7 @@ import tifffile
 from stimage_sd.io._jpeg_check import check_jpeg
 
 #: compression tags of TIFF
-UNCOMPRESSED, JPEG = 1, 7
+UNCOMPRESSED, JPEG, APERIO_RGB = 1, 7, 33005
 #: extra bytes that some writers add to the last row of a strip or tile
 SURPLUS = 4
 #: decoders of LZW and PackBits; these data have no checksum, so only the decoded length shows damage
@@ -46,6 +46,18 @@ def kind_of(page: tifffile.TiffPage) -> np.dtype:
     if page.dtype is None:
         raise ValueError(f"its pixels have {page.bitspersample} bits of an unknown type")
     return page.dtype.newbyteorder("=")
+
+
+def holds_rgb_in_jpeg_2000(page: tifffile.TiffPage) -> bool:
+    """Return whether the tiles of a page are JPEG 2000 of red, green and blue at full resolution.
+
+    Other color models and sizes of the components are left to OpenSlide.
+    """
+    if page.compression != APERIO_RGB or page.samplesperpixel != 3:
+        return False
+    header = _read(page, page.dataoffsets[0], min(page.databytecounts[0], 51))
+    # The first two markers are the start and the size. The size ends with three bytes per component.
+    return header[:4] == b"\xff\x4f\xff\x51" and header[40:] == b"\x00\x03" + 3 * b"\x07\x01\x01"
 
 
 def read_region(page: tifffile.TiffPage, samples: slice, rows: slice, columns: slice) -> np.ndarray:
