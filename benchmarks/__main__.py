@@ -30,6 +30,7 @@ MODULES = (
     "nb_fit",
     "nb_predict",
     "lime",
+    "lime_default",
     "morans_i",
     "bivariate_morans_i",
     "pearson",
