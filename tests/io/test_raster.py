@@ -116,6 +116,22 @@ def test_ome_tiff_pyramid_that_openslide_misses(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(pickle.loads(pickle.dumps(levels[1]))), image[::2, ::2])
 
 
+@pytest.mark.parametrize("planarconfig", ["contig", "separate"])
+def test_chunks_lie_in_memory_as_the_file_stores_them(tmp_path: Path, planarconfig: str) -> None:
+    """The stream takes pixels with their colors side by side without rearranging them."""
+    image, path = picture(300, 500), tmp_path / "a.tif"
+    stored = image if planarconfig == "contig" else np.ascontiguousarray(np.moveaxis(image, -1, 0))
+    tifffile.imwrite(path, stored, photometric="rgb", planarconfig=planarconfig, tile=(128, 128))
+    chunk = np.moveaxis(pixels_of_chunk(open_raster(path)[0][0]), 0, -1)
+    np.testing.assert_array_equal(chunk, image)
+    assert chunk.flags.c_contiguous == (planarconfig == "contig")
+
+
+def pixels_of_chunk(level: da.Array) -> np.ndarray:
+    (chunk,) = level.to_delayed().ravel()
+    return np.asarray(chunk.compute())
+
+
 def test_large_tiled_tiff_of_one_level_gets_a_pyramid(tmp_path: Path) -> None:
     image = picture(900, 5000)
     path = tmp_path / "a.tif"
