@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stimage_sd._cache import keep_compiled
 from stimage_sd.models._weights import sha256_of_arrays
-from stimage_sd.nn import onnx_graph
+from stimage_sd.nn import layers, onnx_cells, onnx_graph
 from stimage_sd.nn.onnx_changes import Box, changed_part, with_outputs
 from stimage_sd.nn.parts import parts_of, run_parts
 
@@ -150,6 +150,31 @@ class Extractor:
     def is_recordable(self) -> bool:
         """Whether the network runs in ONNX Runtime on this machine. Recording takes about a second."""
         return self.entry.is_recordable and jax.default_backend() == "cpu"
+
+    @property
+    def pools_cells(self) -> bool:
+        """Whether embeddings are means over the positions of the tile, so that `cell_means` exists."""
+        return self.entry.is_recordable
+
+    def cell_means(self, side: int, n: int) -> Run:
+        """Return the function from uint8 images to the embeddings of each of their n × n equal cells.
+
+        It runs like the extractor. A cell's embedding is the mean over the positions of the network in the cell. These
+        positions also see pixels around the cell.
+
+        Parameters
+        ----------
+        side
+            Height and width of the images in pixels.
+        n
+            Cells per side. Cells are at least as wide as the network's coarsest stride, 32 pixels.
+
+        Returns
+        -------
+        run
+            From uint8 (n_images, side, side, 3) to float32 (n_images, n, n, embedding_size).
+        """
+        return _cell_means(self, side, n)
 
     def normalize(self, tiles: jax.Array) -> jax.Array:
         """Normalize uint8 tiles in JAX. Without `mean` and `std`, return the tiles unchanged."""
@@ -296,6 +321,28 @@ def _compiled(entry: Entry, network: nnx.Module) -> Run:
         return nnx.merge(graph, state)(_normalized(entry, tiles, jnp))
 
     return partial(embed, state)
+
+
+@lru_cache(maxsize=8)
+def _cell_means(extractor: Extractor, side: int, n: int) -> Run:
+    entry, network = extractor.entry, extractor._network
+    if extractor.is_recordable:
+        recorded = _record(entry, network, embedding_size=extractor.embedding_size)
+        session = _session(onnx_cells.means_of_cells(recorded, side, n))
+        # images one by one: their activations do not fit the CPU cache
+        return lambda images: np.moveaxis(
+            np.concatenate([session.run(["embedding"], {"tiles": image[None]})[0] for image in images]), 1, -1
+        )
+    keep_compiled()
+    graph, state = nnx.split(network)
+
+    @jax.jit
+    def compiled(state: Any, images: jax.Array) -> jax.Array:
+        with layers.means_of_cells(n):
+            return nnx.merge(graph, state)(_normalized(entry, images, jnp))
+
+    placed = jax.device_put(state)
+    return lambda images: np.asarray(compiled(placed, images))
 
 
 def _plain(entry: Entry, function: Callable[[Any], Any]) -> Run:
