@@ -8,7 +8,8 @@ not timed. The sides:
 - ours: ``tl.explain`` with its defaults, which adds copies until the scores are stable.
 - lime, torch: ``LimeImageExplainer.explain_instance`` as it comes (batches of ten), tile by tile. Its classifier puts
   the background back, lays each copy over the center of the two wider fields, and embeds the three fields by timm's
-  network in torch, channels last. The model's own heads predict from the embeddings.
+  network in torch, channels last. The wide fields of the section are pooled, so what a copy changes in its squares is
+  added to the stored embedding, as in ours. The model's own heads predict from the embeddings.
 
 `lime` does not say how many copies are enough. So the number is found first, and this is not timed: the smallest
 multiple of 64 with which explanations of three seeds agree as well as three of ours by default. Agreement is the mean
@@ -23,7 +24,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -31,6 +32,9 @@ import numpy as np
 from benchmarks.compare import OURS, Comparison
 from benchmarks.lime import PX, _extractor, _section, _torch
 from benchmarks.slides import made
+
+if TYPE_CHECKING:
+    from stimage_sd.tl._explain.tile_views import OpenedTiles
 
 FIELDS, TILES, SEEDS = (1.0, 2.0, 4.0), (31, 12, 45, 50), (0, 1, 2)
 #: the gene of the model whose scores become stable within the default number of copies
@@ -66,7 +70,7 @@ def by_lime(n_tiles: int) -> Job:
 
     found = _found()
     embed = _torch()
-    tiles = [_Tile(row, pixels, segments, outputs, embed) for row, pixels, segments, outputs in _opened(n_tiles)]
+    tiles = [_Tile(*opened, embed) for opened in _opened(n_tiles)]
     tiles[0].classify(tiles[0].pixels[:1])
 
     def job() -> Mapping[str, Any]:
@@ -93,16 +97,24 @@ class _Tile:
     Segment 0 is the background, which the classifier puts back: `lime` hides every segment.
     """
 
-    def __init__(
-        self, row: int, pixels: np.ndarray, segments: np.ndarray, outputs: Callable[..., Any], embed: Embed
-    ) -> None:
-        self.row, self.pixels, self.segments, self._outputs, self._embed = row, pixels, segments, outputs, embed
+    def __init__(self, row: int, pixels: np.ndarray, segments: np.ndarray, opened: OpenedTiles, embed: Embed) -> None:
+        self.row, self.pixels, self.segments, self._embed = row, pixels, segments, embed
+        from stimage_sd.tl._explain.tile_views import pooled_shift
+
+        self._outputs = opened.stand_ins.outputs
         self._background = segments == 0
+        (stored,) = opened.stand_ins.embedded
+        self._shift = pooled_shift(stored, row, self._embeddings(pixels[:1])[0])
         self.color = tuple(int(value) for value in pixels[0][self._background].mean(axis=0))
 
     def classify(self, images: np.ndarray) -> np.ndarray:
         """Predict copies of the tile, ``uint8 (n, PX, PX, 3)``."""
         copies = np.where(self._background[..., None], self.pixels[0], images)
+        embedded = self._embeddings(copies) + self._shift
+        return np.asarray(self._outputs(self.row, [embedded], np.array([GENE]))["mean"]).astype(np.float64)
+
+    def _embeddings(self, copies: np.ndarray) -> np.ndarray:
+        """Embed the three fields of view of copies."""
         fields = [copies]
         for field, around in zip(FIELDS[1:], self.pixels[1:], strict=True):
             side = round(PX / field)
@@ -113,13 +125,11 @@ class _Tile:
                     copy, (side, side), interpolation=cv2.INTER_AREA
                 )
             fields.append(wide)
-        embedded = [self._embed(np.ascontiguousarray(images)) for images in fields]
-        values = self._outputs(self.row, [np.concatenate(embedded, axis=1)], np.array([GENE]))["mean"]
-        return np.asarray(values).astype(np.float64)
+        return np.concatenate([self._embed(np.ascontiguousarray(images)) for images in fields], axis=1)
 
 
-def _opened(n_tiles: int) -> list[tuple[int, np.ndarray, np.ndarray, Callable[..., Any]]]:
-    """Give row, fields of view and segments of tiles, and the function from embeddings to predictions."""
+def _opened(n_tiles: int) -> list[tuple[int, np.ndarray, np.ndarray, OpenedTiles]]:
+    """Give row, fields of view and segments of tiles, and the opened section."""
     from stimage_sd import contract
     from stimage_sd.tl._explain.segments import segment_tile
     from stimage_sd.tl._explain.tile_views import open_tiles
@@ -131,7 +141,7 @@ def _opened(n_tiles: int) -> list[tuple[int, np.ndarray, np.ndarray, Callable[..
         cut = segment_tile(sdata, area, "nuclei", nuclei)
         if cut is None:
             raise ValueError("Expected nuclei on the tile, found none.")
-        tiles.append((row, views[0].pixels, cut.seen_at(views[0].positions[0]), opened.stand_ins.outputs))
+        tiles.append((row, views[0].pixels, cut.seen_at(views[0].positions[0]), opened))
     return tiles
 
 
