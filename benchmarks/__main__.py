@@ -20,6 +20,10 @@ from benchmarks.compare import OURS, RESULTS, Comparison, MissingPeerError, chil
 DOCS = Path(__file__).parent.parent / "docs"
 #: the comparisons, in the order of the work on a section
 MODULES = (
+    "reading",
+    "reading_svs_jpeg2000",
+    "reading_ome_jpeg",
+    "reading_ome_jpeg2000",
     "stain",
     "embedding",
     "embedding_resnet50",
@@ -28,6 +32,7 @@ MODULES = (
     "nb_fit",
     "nb_predict",
     "lime",
+    "lime_default",
     "morans_i",
     "bivariate_morans_i",
     "pearson",
