@@ -26,21 +26,25 @@ def means_of_cells(model: onnx.ModelProto, side: int, n: int) -> onnx.ModelProto
     ['AveragePool', 'Identity']
     """
     shapes = shapes_of(model, side, side)
-    nodes, flattened = [], {}
+    nodes: list[onnx.NodeProto] = []
+    flattened: dict[str, str] = {}
     for node in model.graph.node:
         inputs = [flattened.get(name, name) for name in node.input]
         if node.op_type == "Flatten":
             flattened[node.output[0]] = inputs[0]
         elif node.op_type == "GlobalAveragePool":
             width = shapes[inputs[0]][2] // n
-            attributes = {"kernel_shape": [width] * 2, "strides": [width] * 2}
-            nodes.append(helper.make_node("AveragePool", inputs, node.output, name=node.name, **attributes))
+            width_twice = [width, width]
+            pool = helper.make_node(
+                "AveragePool", inputs, node.output, name=node.name, kernel_shape=width_twice, strides=width_twice
+            )
+            nodes.append(pool)
         else:
             changed = onnx.NodeProto()
             changed.CopyFrom(node)
             changed.input[:] = inputs
             nodes.append(changed)
-    shape = ["batch", "channels", n, n]
+    shape: list[str | int | None] = ["batch", "channels", n, n]
     graph = helper.make_graph(
         nodes, model.graph.name, model.graph.input,
         [helper.make_tensor_value_info("embedding", TensorProto.FLOAT, shape)], model.graph.initializer,

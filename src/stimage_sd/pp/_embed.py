@@ -156,7 +156,7 @@ class _Plan:
 
     def together(self, results: Sequence[np.ndarray]) -> np.ndarray:
         """Return the embeddings of all fields, ``float32 (n_tiles, n_fields * n_features)``."""
-        parts = [(one.fields, one.pool(means)) for one, means in zip(self.maps, results, strict=False)]
+        parts = [(list(one.fields), one.pool(means)) for one, means in zip(self.maps, results, strict=False)]
         parts += [(self.alone, values) for values in results[len(self.maps) :]]
         by_field = {place: values[:, column] for places, values in parts for column, place in enumerate(places)}
         return np.concatenate([by_field[place] for place in range(len(self.fields))], axis=1)
