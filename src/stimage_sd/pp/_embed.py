@@ -56,10 +56,10 @@ def embed(
         the surroundings and raise accuracy (docs, "Design decisions"). Of nuclei and squares, they are micrometers, by
         default 8 and 25.
     wide_fields
-        For tiles: how fields wider than a tile are embedded. ``"pooled"`` embeds the tissue once, at the resolution of
-        the widest field, and takes the mean of the features inside each field. This takes a third of the time and
-        scores as well (docs, "Design decisions"). Networks that do not average positions, such as vision transformers,
-        and tiles under 128 px embed every field of every tile, as ``"separate"`` does, and as 0.1.0 did.
+        For tiles: how fields wider than a tile are embedded. ``"pooled"`` embeds the tissue once per field, at a lower
+        resolution, and takes the mean of the features inside each tile's field. This takes half of the time and scores
+        as well (docs, "Design decisions"). Networks that do not average positions, such as vision transformers, and
+        tiles of few pixels embed every field of every tile, as ``"separate"`` does, and as 0.1.0 did.
     context_rings
         For tiles: number of rings of neighboring tiles whose mean embedding is stored as well (see `spatial_context`).
         0 stores none.
@@ -150,16 +150,16 @@ class _Plan:
     image: str
     target: int
     fields: list[float]
-    maps: list[WideMap]
+    maps: dict[int, WideMap]
     alone: list[int]
     jobs: list[TileJob]
 
     def together(self, results: Sequence[np.ndarray]) -> np.ndarray:
         """Return the embeddings of all fields, ``float32 (n_tiles, n_fields * n_features)``."""
-        parts = [(list(one.fields), one.pool(means)) for one, means in zip(self.maps, results, strict=False)]
-        parts += [(self.alone, values) for values in results[len(self.maps) :]]
-        by_field = {place: values[:, column] for places, values in parts for column, place in enumerate(places)}
-        return np.concatenate([by_field[place] for place in range(len(self.fields))], axis=1)
+        by_place = {place: one.pool(means) for (place, one), means in zip(self.maps.items(), results, strict=False)}
+        for values in results[len(self.maps) :]:
+            by_place |= {place: values[:, column] for column, place in enumerate(self.alone)}
+        return np.concatenate([by_place[place] for place in range(len(self.fields))], axis=1)
 
 
 def _plan(
@@ -173,11 +173,11 @@ def _plan(
     pyramid = contract.levels(sdata, name)
     centers, side = contract.tile_geometry(sdata, image_key=name)
     target = contract.tiling(sdata)["target_px"] if network.input_size is None else network.input_size
-    maps = []
+    maps: dict[int, WideMap] = {}
     if pooled and is_pooled(network, fields, target):
         maps = wide_maps(fields, centers, side=side, target=target)
-    alone = [place for place in range(len(fields)) if not any(place in one.fields for one in maps)]
-    jobs = [one.job(pyramid, network) for one in maps]
+    alone = [place for place in range(len(fields)) if place not in maps]
+    jobs = [one.job(pyramid, network) for one in maps.values()]
     if alone:
         of_tiles = TileJob(
             pyramid=pyramid,
