@@ -17,6 +17,7 @@ import stimage_sd as sti
 from stimage_sd import contract
 from stimage_sd.cli import app
 from stimage_sd.models import get_extractor
+from stimage_sd.pp._embed_instances import _batch_size
 from stimage_sd.stream.cutting import cut_tile
 from stimage_sd.tl._predict.targets import open_target
 from stimage_sd.tl._score.cross_validate import shallow_copy
@@ -64,6 +65,17 @@ def test_a_nucleus_is_embedded_as_its_square_of_the_image(section: SpatialData):
             tile = cut_tile(image, top=int(top), left=int(left), side=side, target=64)
             parts.append(extractor(tile[None])[0])
         np.testing.assert_allclose(table.obsm[f"X_{EXTRACTOR}"][row], np.concatenate(parts), rtol=1e-3, atol=1e-3)
+
+
+def test_many_nuclei_make_large_batches(section: SpatialData):
+    """A scheduler that serves one batch of 128 nuclei after another keeps twenty cores busy, and no more."""
+    extractor = get_extractor(EXTRACTOR)
+    sizes = [_batch_size(extractor, count) for count in (1, 131_072, 200_000, 1_000_000, 10_000_000)]
+    assert sizes == [128, 128, 192, 976, 1024]
+    obsm = section.tables["nuclei_features"].obsm
+    before = obsm[f"X_{EXTRACTOR}"].copy()
+    sti.pp.embed(section, on="nuclei", batch_size=1024)
+    np.testing.assert_array_equal(obsm[f"X_{EXTRACTOR}"], before)
 
 
 def test_embeddings_do_not_depend_on_workers(section: SpatialData):
