@@ -23,6 +23,8 @@ MODULES = (
     "stain",
     "embedding",
     "embedding_resnet50",
+    "embedding_fields",
+    "embedding_fields_lattice",
     "nb_fit",
     "nb_predict",
     "lime",

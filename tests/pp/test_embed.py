@@ -58,6 +58,7 @@ def test_known_numbers_through_fields_of_view(make_slide: Callable, picture: Cal
         "image": "he",
         "weights_hash": "abc",
         "fields_of_view": [1.0, 2.5],
+        "wide_fields": "separate",
         "input_px": 32,
         "context_rings": 0,
         "stain": "",

@@ -238,6 +238,7 @@ def write_embeddings(
     input_px: int,
     weights_hash: str = "",
     fields_of_view: Sequence[float] = (1.0,),
+    wide_fields: str = "separate",
     stain: str = "",
     source: str = "",
 ) -> None:
@@ -250,6 +251,7 @@ def write_embeddings(
     - `input_px`: side that the tiles were resampled to, px.
     - `weights_hash`: hash of the network's weights. Empty if unknown.
     - `fields_of_view`: sides of the squares around a tile, in tile sides.
+    - `wide_fields`: how squares wider than a tile were embedded, ``"pooled"`` or ``"separate"``.
     - `stain`: settings of the stain normalization, as JSON. Empty without normalization.
     - `source`: the other software that computed the embeddings, if any.
     """
@@ -260,6 +262,7 @@ def write_embeddings(
         "image": image,
         "weights_hash": weights_hash,
         "fields_of_view": [float(field) for field in fields_of_view],
+        "wide_fields": wide_fields,
         "input_px": int(input_px),
         "context_rings": 0,
         "stain": stain,

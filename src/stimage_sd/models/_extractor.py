@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stimage_sd._cache import keep_compiled
 from stimage_sd.models._weights import sha256_of_arrays
-from stimage_sd.nn import onnx_graph
+from stimage_sd.nn import layers, onnx_cells, onnx_graph
 from stimage_sd.nn.accelerator import Queue, on_accelerator
 from stimage_sd.nn.onnx_changes import Box, changed_part, with_outputs
 from stimage_sd.nn.parts import parts_of, run_parts
@@ -156,6 +156,31 @@ class Extractor:
     def is_on_accelerator(self) -> bool:
         """Whether the network runs on a GPU or TPU that JAX found."""
         return isinstance(self._network, nnx.Module) and on_accelerator()
+
+    @property
+    def pools_cells(self) -> bool:
+        """Whether embeddings are means over the positions of the tile, so that `cell_means` exists."""
+        return self.entry.is_recordable
+
+    def cell_means(self, side: int, n: int) -> Run:
+        """Return the function from uint8 images to the embeddings of each of their n × n equal cells.
+
+        It runs like the extractor. A cell's embedding is the mean over the positions of the network in the cell. These
+        positions also see pixels around the cell.
+
+        Parameters
+        ----------
+        side
+            Height and width of the images in pixels.
+        n
+            Cells per side. Cells are at least as wide as the network's coarsest stride, 32 pixels.
+
+        Returns
+        -------
+        run
+            From uint8 (n_images, side, side, 3) to float32 (n_images, n, n, embedding_size).
+        """
+        return _cell_means(self, side, n)
 
     def normalize(self, tiles: jax.Array) -> jax.Array:
         """Normalize uint8 tiles in JAX. Without `mean` and `std`, return the tiles unchanged."""
@@ -303,6 +328,28 @@ def _compiled(entry: Entry, network: nnx.Module) -> Run:
 
     run = partial(embed, state)
     return Queue(run) if on_accelerator() else run
+
+
+@lru_cache(maxsize=8)
+def _cell_means(extractor: Extractor, side: int, n: int) -> Run:
+    entry, network = extractor.entry, extractor._network
+    if extractor.is_recordable:
+        recorded = _record(entry, network, embedding_size=extractor.embedding_size)
+        session = _session(onnx_cells.means_of_cells(recorded, side, n))
+        # images one by one: their activations do not fit the CPU cache
+        return lambda images: np.moveaxis(
+            np.concatenate([session.run(["embedding"], {"tiles": image[None]})[0] for image in images]), 1, -1
+        )
+    keep_compiled()
+    graph, state = nnx.split(network)
+
+    @jax.jit
+    def compiled(state: Any, images: jax.Array) -> jax.Array:
+        with layers.means_of_cells(n):
+            return nnx.merge(graph, state)(_normalized(entry, images, jnp))
+
+    run = partial(compiled, jax.device_put(state))
+    return Queue(run) if on_accelerator() else lambda images: np.asarray(run(images))
 
 
 def _plain(entry: Entry, function: Callable[[Any], Any]) -> Run:

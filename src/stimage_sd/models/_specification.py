@@ -14,6 +14,8 @@ from stimage_sd import contract
 
 #: largest relative difference between the sides of tiles that count as equal
 _TOLERANCE = 0.03
+#: how messages name the ways to embed fields wider than a tile
+_MADE = {"pooled": "pooled from one map", "separate": "embedded one by one"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class TileSpecification:
     - `input_px`: side of the extractor's input, px.
     - `side_px`, `size_um`: side of a tile in H&E pixels, and in micrometers if the resolution is known.
     - `stain`: stain normalization of the tiled image (method, concentrations, reference), or `None`.
+    - `wide_fields`: how fields wider than a tile were embedded, ``"pooled"`` or ``"separate"``, as in models of 0.1.0.
     """
 
     extractor: str
@@ -36,6 +39,7 @@ class TileSpecification:
     side_px: float
     size_um: float | None = None
     stain: dict[str, Any] | None = None
+    wide_fields: str = "separate"
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> TileSpecification:
@@ -64,6 +68,7 @@ def specification(sdata: SpatialData, extractor: str, *, context: bool = True) -
         side_px=float(tiling["side_px"]),
         size_um=float(tiling["size_um"]) if "size_um" in tiling else None,
         stain=json.loads(stain) if stain else None,
+        wide_fields=str(how.get("wide_fields", "separate")),
     )
 
 
@@ -113,11 +118,14 @@ def _size_problem(stated: TileSpecification, expected: TileSpecification) -> lis
 def _embedding_problems(stated: TileSpecification, expected: TileSpecification) -> list[str]:
     call = (
         f"`stimage_sd.pp.embed(sdata, {expected.extractor!r}, fields_of_view={expected.fields_of_view}, "
-        f"context_rings={expected.context_rings})`"
+        f"wide_fields={expected.wide_fields!r}, context_rings={expected.context_rings})`"
     )
     problems = []
     if stated.fields_of_view != expected.fields_of_view:
         problems.append(f"fields of view {stated.fields_of_view}, expected {expected.fields_of_view}: run {call}")
+    elif stated.wide_fields != expected.wide_fields:
+        made, needed = (_MADE.get(name, name) for name in (stated.wide_fields, expected.wide_fields))
+        problems.append(f"fields wider than a tile {made}, expected {needed}: run {call}")
     elif stated.context_rings != expected.context_rings:
         problems.append(f"{stated.context_rings} rings of context, expected {expected.context_rings}: run {call}")
     if stated.weights_hash != expected.weights_hash:

@@ -7,7 +7,9 @@ their activations, so one network definition serves both.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial, reduce, singledispatch
 from typing import Any, Literal
 
@@ -19,6 +21,8 @@ from flax import nnx
 from stimage_sd._draws import normal
 
 Padding = Literal["same"] | int
+#: cells per side of the means that `global_mean` gives of arrays
+_cells: ContextVar[int | None] = ContextVar("cells", default=None)
 
 
 class Norm(nnx.Module):
@@ -360,4 +364,23 @@ def global_mean(value: Any) -> Any:
     >>> global_mean(jnp.ones((2, 7, 7, 3))).shape
     (2, 3)
     """
-    return value.mean(axis=(1, 2))
+    n = _cells.get()
+    if n is None:
+        return value.mean(axis=(1, 2))
+    batch, height, width, channels = value.shape
+    return value.reshape(batch, n, height // n, n, width // n, channels).mean(axis=(2, 4))
+
+
+@contextmanager
+def means_of_cells(n: int) -> Iterator[None]:
+    """Let `global_mean` average arrays over each of n × n equal cells: (batch, n, n, channels).
+
+    >>> with means_of_cells(2):
+    ...     global_mean(jnp.ones((2, 8, 8, 3))).shape
+    (2, 2, 2, 3)
+    """
+    token = _cells.set(n)
+    try:
+        yield
+    finally:
+        _cells.reset(token)

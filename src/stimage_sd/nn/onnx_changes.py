@@ -148,7 +148,7 @@ class _Rewriting:
 
     def __init__(self, model: onnx.ModelProto, height: int, width: int, box: Box) -> None:
         self.recorded = model
-        self.shapes = _shapes(model, height, width)
+        self.shapes = shapes_of(model, height, width)
         self.box = box
         self.nodes: list[onnx.NodeProto] = []
         self.constants = list(model.graph.initializer)
@@ -350,7 +350,7 @@ def _around(boxes: Sequence[Box]) -> Box:
     return first
 
 
-def _shapes(model: onnx.ModelProto, height: int, width: int) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: onnx.ModelProto, height: int, width: int) -> dict[str, tuple[int, ...]]:
     """Infer the shape of every value for one image of a size."""
     sized = onnx.ModelProto()
     sized.CopyFrom(model)

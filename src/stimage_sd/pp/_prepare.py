@@ -14,7 +14,7 @@ from stimage_sd.models import InstanceModel, NBModel
 from stimage_sd.models._resolve import as_model
 from stimage_sd.models._specification import TileSpecification
 from stimage_sd.pp._context import spatial_context
-from stimage_sd.pp._embed import embed
+from stimage_sd.pp._embed import WideFields, embed
 from stimage_sd.pp._segment_nuclei import segment_nuclei
 from stimage_sd.pp._stain import StainMethod, stain_normalize
 from stimage_sd.pp._tile import tile
@@ -138,6 +138,7 @@ def prepare_for_model(
                 sdata,
                 embedding.extractor,
                 fields_of_view=embedding.fields_of_view,
+                wide_fields=cast(WideFields, embedding.wide_fields),
                 context_rings=embedding.context_rings,
                 weights=weights if embedding is tiles else None,
                 image_key=contract.image_name(sdata) if tiles.stain is None else None,

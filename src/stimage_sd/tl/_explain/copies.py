@@ -13,7 +13,7 @@ from stimage_sd.image import lime
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.nn.onnx_changes import Box
 from stimage_sd.tl._explain.segments import Segments, background_color, present
-from stimage_sd.tl._explain.tile_views import OpenedTiles, Views
+from stimage_sd.tl._explain.tile_views import OpenedTiles, Views, pooled_shift
 
 HideColor = int | tuple[int, int, int] | Literal["background"] | None
 #: copies per call of a network
@@ -49,6 +49,7 @@ class Copies:
                 kinds[key] = _fields(extractor, one, cut, hide_color)
             self.fields.append(kinds[key])
         self._distinct = list(kinds.values())
+        self._shifts: list[np.ndarray] | None = None
 
     def outputs(self, shown: np.ndarray, of: Sequence[str], columns: np.ndarray, pool: Executor) -> np.ndarray:
         """Predict copies.
@@ -61,15 +62,24 @@ class Copies:
         - returns: ``float64 (n_copies, n_of * n_genes)``.
         """
         started_at = time.perf_counter()
-        pending = [one.embed(shown, pool) for fields in self._distinct for one in fields]
-        for started in pending:
-            for batch in started:
-                batch.result()
-        embeddings = [np.concatenate([one.embeddings(shown) for one in fields], axis=1) for fields in self.fields]
+        if self._shifts is None:
+            whole = self._embeddings(np.ones_like(shown[:1]), pool)
+            embedded = self.section.stand_ins.embedded
+            self._shifts = [
+                pooled_shift(stored, self.row, values[0]) for stored, values in zip(embedded, whole, strict=True)
+            ]
+        embeddings = [values + shift for values, shift in zip(self._embeddings(shown, pool), self._shifts, strict=True)]
         self.seconds = time.perf_counter() - started_at
         if shown[0].all():
             self._check(embeddings)
         return self._predict(embeddings, of, columns)
+
+    def _embeddings(self, shown: np.ndarray, pool: Executor) -> list[np.ndarray]:
+        pending = [one.embed(shown, pool) for fields in self._distinct for one in fields]
+        for started in pending:
+            for batch in started:
+                batch.result()
+        return [np.concatenate([one.embeddings(shown) for one in fields], axis=1) for fields in self.fields]
 
     def _predict(self, embeddings: Sequence[np.ndarray], of: Sequence[str], columns: np.ndarray) -> np.ndarray:
         blocks = []

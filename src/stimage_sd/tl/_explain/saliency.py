@@ -19,7 +19,7 @@ from stimage_sd.nn.saliency import Differentiable, grad_cam, integrated_gradient
 from stimage_sd.tl._explain.explain import gene_columns, tiles_of
 from stimage_sd.tl._explain.explained import TileResult, explained_frame
 from stimage_sd.tl._explain.segments import Segments, check_segments, segment_tile
-from stimage_sd.tl._explain.tile_views import OpenedTiles, Views, open_tiles
+from stimage_sd.tl._explain.tile_views import OpenedTiles, Views, open_tiles, pooled_shift
 
 Method = Literal["integrated_gradients", "grad_cam"]
 
@@ -140,11 +140,18 @@ def _maps(
     n_steps: int,
 ) -> list[np.ndarray]:
     """Compute the maps of all fields of view for each extractor, ``float32 (n_genes, n_fields, y, x)``."""
+    pixels = [one.pixels for one in views]
+    shifts = [
+        pooled_shift(stored, row, np.asarray(network.embed(one)).ravel())
+        if stored.tiles.wide_fields == "pooled"
+        else 0.0
+        for stored, network, one in zip(section.stand_ins.embedded, networks, pixels, strict=True)
+    ]
 
     def predict(embeddings: Sequence[np.ndarray]) -> np.ndarray:
-        return section.stand_ins.outputs(row, embeddings, columns)["mean"]
+        shifted = [values + shift for values, shift in zip(embeddings, shifts, strict=True)]
+        return section.stand_ins.outputs(row, shifted, columns)["mean"]
 
-    pixels = [one.pixels for one in views]
     if method == "grad_cam":
         return grad_cam(networks, pixels, predict)
     empty = [np.asarray(baseline, np.float32)] * len(pixels)

@@ -107,6 +107,21 @@ class OpenedTiles:
         return Area(center, sides[which][field], views[which].pixels[field], views[which].positions[field])
 
 
+def pooled_shift(stored: Embedded, row: int, values: np.ndarray) -> np.ndarray:
+    """Return what to add to embeddings of a tile's squares, where the section's wide fields were pooled.
+
+    With this shift the tile has its stored embedding, and what changes in its squares is added to it.
+
+    - `stored`: the section's embeddings.
+    - `row`: row of the tile.
+    - `values`: embedding of the tile with every square embedded by itself, ``float32 (n_fields * n_features,)``.
+    - returns: ``float32 (n_fields * n_features,)``, 0 for fields that were embedded by themselves.
+    """
+    fields = np.array(stored.tiles.fields_of_view)
+    pooled = (fields > 1) & (stored.tiles.wide_fields == "pooled")
+    return np.where(np.repeat(pooled, len(values) // len(fields)), stored.own[row] - values, 0).astype(np.float32)
+
+
 def open_tiles(
     sdata: SpatialData, model: Explainable, tiles: Sequence[int], *, section: str, extractors: Sequence[Extractor]
 ) -> OpenedTiles:
