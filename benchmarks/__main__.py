@@ -20,6 +20,10 @@ from benchmarks.compare import OURS, RESULTS, Comparison, MissingPeerError, chil
 DOCS = Path(__file__).parent.parent / "docs"
 #: the comparisons, in the order of the work on a section
 MODULES = (
+    "reading",
+    "reading_svs_jpeg2000",
+    "reading_ome_jpeg",
+    "reading_ome_jpeg2000",
     "stain",
     "embedding",
     "embedding_resnet50",
@@ -28,10 +32,16 @@ MODULES = (
     "nb_fit",
     "nb_predict",
     "lime",
+    "lime_default",
     "morans_i",
     "bivariate_morans_i",
     "pearson",
     "iou",
+    "segment_nuclei",
+    "embed_nuclei",
+    "hovernet_nuclei",
+    "hovernet",
+    "hovernet_published",
     "slide_end_to_end",
 )
 #: what is measured by itself: modules with `measure`, which gives rows, and `table`, which makes Markdown of them

@@ -12,7 +12,7 @@ the package `lime` on our extractor, as a share of the largest score. Sides othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,8 @@ def _extractor() -> Callable[[np.ndarray], np.ndarray]:
     return get_extractor("efficientnet_lite0")
 
 
-def _section() -> tuple[Any, Any]:
-    """Give a section with nuclei, and a model."""
+def _section(fields: Sequence[float] = (1.0,), tiles: Sequence[int] = (TILE,)) -> tuple[Any, Any]:
+    """Give a section with 64 nuclei on each of some tiles, and a model on embeddings of some fields of view."""
     import shapely
     from geopandas import GeoDataFrame
 
@@ -97,15 +97,17 @@ def _section() -> tuple[Any, Any]:
 
     sdata = sti.io.visium(_bundle(), image=_bundle() / "image.tif")
     sti.pp.tile(sdata, target_px=PX)
-    sti.pp.embed(sdata, "efficientnet_lite0", fields_of_view=(1.0,), context_rings=0)
+    sti.pp.embed(sdata, "efficientnet_lite0", fields_of_view=fields, context_rings=0)
     genes = sti.pp.select_genes(sdata, n_top=5)
     model = sti.tl.fit_nb(sdata, genes=genes, extractor="efficientnet_lite0", n_members=2, max_epochs=5)
     table = sdata.tables["tiles"]
-    x, y = np.asarray(table.obsm["spatial"])[table.obs["instance_id"].to_numpy().tolist().index(TILE)]
+    ids = table.obs["instance_id"].to_numpy().tolist()
+    centers = np.asarray(table.obsm["spatial"])[[ids.index(tile) for tile in tiles]]
     side = float(table.uns["tiling"]["side_px"])
     places = (np.stack(np.divmod(np.arange(64), 8), axis=1) + 0.5) / 8 - 0.5
     jitter = np.random.default_rng(SEED).uniform(-0.02, 0.02, places.shape)
-    discs = shapely.buffer(shapely.points((places + jitter) * side + (x, y)), side / 24)
+    points = np.concatenate([(places + jitter) * side + center for center in centers])
+    discs = shapely.buffer(shapely.points(points), side / 24)
     sdata.shapes["nuclei"] = sti.contract.build_shapes(GeoDataFrame(geometry=discs), mpp=None)
     return sdata, model
 

@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +74,17 @@ class Steps:
                     "peak_mb_above_imports": round(max(peak[0], resident_megabytes()) - self.start_megabytes),
                 }
             )
+
+
+def with_cpu_seconds(job: Callable[[], Mapping[str, Any]]) -> Callable[[], Mapping[str, Any]]:
+    """Add the processor's seconds, of all threads, to the figures of a job."""
+
+    def measured() -> Mapping[str, Any]:
+        begin = time.process_time()
+        figures = job()
+        return {**figures, "cpu_seconds": round(time.process_time() - begin, 2)}
+
+    return measured
 
 
 def report(path: Path, result: dict[str, Any]) -> None:

@@ -26,3 +26,14 @@ def test_every_call_gives_the_same_bits() -> None:
     first = edge_distance(inside)
     for _ in range(50):
         np.testing.assert_array_equal(edge_distance(inside.copy()), first)
+
+
+def test_long_distances_are_exact() -> None:
+    """Squares above 1,000 px are rounded in double precision, and below in single precision."""
+    for width in (1_900, 2_300):
+        inside = np.ones((3, width), np.uint8)
+        inside[:, 0] = 0
+        np.testing.assert_array_equal(edge_distance(inside)[1], np.arange(width))
+        inside = np.ones((width // 2, width // 2), np.uint8)
+        inside[0, 0] = 0
+        np.testing.assert_array_equal(edge_distance(inside), distance_transform_edt(inside).astype(np.float32))

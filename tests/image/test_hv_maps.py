@@ -11,8 +11,9 @@ import scipy.io
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from skimage.segmentation import watershed
 
-from stimage_sd.image.hv_maps import hv_maps, hv_watershed
+from stimage_sd.image.hv_maps import _drop, _filled, _flooded, _numbered, _side, hv_maps, hv_watershed
 from stimage_sd.image.instance_scores import instance_scores
 
 
@@ -88,3 +89,35 @@ def test_nothing_gives_nothing() -> None:
     blank = np.zeros((30, 30), np.float32)
     assert hv_watershed(blank, np.zeros((2, 30, 30), np.float32)).max() == 0
     assert not hv_maps(blank.astype(int)).any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nothing_is_flooded_that_need_not_be_and_the_result_is_the_same(seed: int) -> None:
+    """Nuclei as scikit-image's watershed of the whole image gives them, with holes, islands and noise."""
+    random = np.random.default_rng(seed)
+    labels = np.zeros((150, 170), np.int32)
+    for number, (x, y) in enumerate(random.integers(5, 145, (40, 2)).tolist(), start=1):
+        cv2.circle(labels, (x, y), int(random.integers(5, 16)), number, -1)
+    maps = hv_maps(labels)
+    for x, y in random.integers(5, 145, (30, 2)).tolist():
+        cv2.circle(labels, (x, y), int(random.integers(1, 5)), 0, 2 if seed % 2 else -1)
+    inside = labels > 0
+    maps = maps + random.normal(0, 0.05 + 0.1 * (seed % 3), maps.shape)
+    steep = np.maximum(*(_drop(maps[axis].astype(np.float32), axis, _side(16.0)) for axis in (0, 1)))
+    holes = ndimage.binary_fill_holes(inside & (steep < 0.15))
+    np.testing.assert_array_equal(_filled(inside & (steep < 0.15)) > 0, holes)
+    opened = cv2.morphologyEx(holes.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    seeds = cv2.connectedComponents(opened, connectivity=4)[1]
+    steep += 1e-4 * random.random(steep.shape, dtype=np.float32)  # of equal heights either may be first
+    found = _flooded(steep, seeds, inside)
+    assert found.dtype == np.int32
+    assert found.max() > 5
+    np.testing.assert_array_equal(found, watershed(steep, seeds, mask=inside))
+
+
+def test_pieces_are_numbered_in_their_order() -> None:
+    inside = np.zeros((20, 30), bool)
+    inside[2:6, 3:9] = inside[3, 15] = inside[10:12, 1:20] = True
+    expected, _ = ndimage.label(inside)
+    expected = np.where(expected == 2, 0, np.where(expected == 3, 2, expected))
+    np.testing.assert_array_equal(_numbered(inside, 5), expected)

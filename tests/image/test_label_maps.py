@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.measure import regionprops_table
 
-from stimage_sd.image.label_maps import measure_objects, trace_objects
+from stimage_sd.image.label_maps import LabelMap, means_within, measure_objects, trace_objects
 
 MAPS = hnp.arrays(np.int32, (7, 9), elements=st.sampled_from([0, 0, 1, 2, 5, 10**9]))
 
@@ -66,3 +66,12 @@ def test_no_objects() -> None:
     nothing = np.zeros((4, 4), np.int32)
     assert len(measure_objects(nothing, nothing.astype(float)).labels) == 0
     assert trace_objects(nothing, np.array([], int)) == []
+
+
+@given(labels=MAPS, seed=st.integers(0, 99))
+def test_means_within_are_those_of_the_pixels(labels: np.ndarray, seed: int) -> None:
+    values = np.random.default_rng(seed).normal(size=(3, *labels.shape)).astype(np.float32)
+    found = means_within(LabelMap.of(labels), np.moveaxis(values, 0, -1))
+    expected = [[each[labels == label].mean(dtype=float) for each in values] for label in np.setdiff1d(labels, [0])]
+    np.testing.assert_allclose(found, np.reshape(expected, (-1, 3)), atol=1e-12)
+    np.testing.assert_array_equal(found, means_within(labels, np.moveaxis(values, 0, -1).copy()))

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.filters import threshold_otsu
+from skimage.measure import label
 
 from stimage_sd.image.instance_scores import instance_scores
 from stimage_sd.image.nuclear_contrast import hematoxylin
 from stimage_sd.image.nuclei_watershed import (
+    _opened,
     hematoxylin_histogram,
     nuclei_watershed,
     otsu_of_histogram,
@@ -132,3 +134,25 @@ def test_real_patches(data_dir: Path) -> None:
     ]
     assert np.mean([score.f1 for score in scores]) > 0.6
     assert np.mean([score.panoptic_quality for score in scores]) > 0.45
+
+
+@pytest.mark.parametrize("first", [0, 70_000])
+@pytest.mark.parametrize("radius", [1, 2, 3])
+def test_every_nucleus_is_opened_by_itself(first: int, radius: int) -> None:
+    random = np.random.default_rng(radius)
+    noise = cv2.GaussianBlur(random.random((150, 170)).astype(np.float32), (0, 0), 2.0)
+    rows, columns = np.indices(noise.shape)
+    places = np.where(noise > 0.48, rows // 24 * 10 + columns // 18, -1)  # nuclei that touch, in pieces
+    labels = np.unique(places, return_inverse=True)[1].reshape(noise.shape).astype(np.int32)
+    labels[labels > 0] += first
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+    expected = np.zeros_like(labels)
+    for number in np.unique(labels)[1:]:
+        pieces = label(cv2.morphologyEx((labels == number).astype(np.uint8), cv2.MORPH_OPEN, disc), connectivity=2)
+        areas = np.bincount(pieces.ravel())[1:]
+        if len(areas) and (areas == areas.max()).sum() == 1:
+            expected[pieces == 1 + areas.argmax()] = number
+    found = _opened(labels, radius)
+    found[~np.isin(found, expected)] = 0  # of two largest pieces of one size either may be kept
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(expected)) > 5

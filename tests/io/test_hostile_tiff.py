@@ -7,6 +7,7 @@ import shutil
 import struct
 import tracemalloc
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import tifffile
 
 from stimage_sd import contract
+from stimage_sd.io import _jpeg_check as jpeg_check
 from stimage_sd.io import codex, slide
 from stimage_sd.io._jpeg_check import check_jpeg
 from stimage_sd.io._multichannel import open_multichannel
@@ -286,6 +288,49 @@ def test_whole_jpegs_pass(options: list[int]) -> None:
     extremes = np.random.default_rng(0).choice([0, 255], (61, 83, 3)).astype(np.uint8)
     for image in (picture(127, 211), picture(64, 64)[..., 0], np.zeros((33, 9, 3), np.uint8), extremes):
         check_jpeg(cv2.imencode(".jpg", image, options)[1].tobytes())
+
+
+def test_codes_followed_at_once_are_those_followed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks with all their coefficients have no code for their end; damage is found in the same place."""
+    random = np.random.default_rng(0)
+    noise = random.integers(0, 256, (61, 83, 3)).astype(np.uint8)
+    for image, quality, more in product(
+        (picture(90, 70), noise), (30, 100), ([], [cv2.IMWRITE_JPEG_RST_INTERVAL, 3], [cv2.IMWRITE_JPEG_OPTIMIZE, 1])
+    ):
+        whole = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality, *more])[1].tobytes()
+        damaged = [whole]
+        for change in range(24):
+            place = int(random.integers(len(whole) // 3, len(whole) - 2))
+            cut = place + int(random.integers(1, 9)) if change % 3 else len(whole)
+            damaged.append(whole[:place] + (random.bytes(3) if change % 2 else b"") + whole[cut:])
+        at_once = [_found(data) for data in damaged]
+        with monkeypatch.context() as alone:
+            alone.setattr(
+                jpeg_check, "_runs", lambda codes, most: np.zeros((len(codes), 1 << jpeg_check.RUN), np.uint16)
+            )
+            jpeg_check._known.clear()
+            one_by_one = [_found(data) for data in damaged]
+        jpeg_check._known.clear()
+        assert at_once == one_by_one
+        assert at_once[0] is None
+        assert sum(found is not None for found in at_once) > 10
+
+
+def _found(data: bytes) -> str | None:
+    try:
+        check_jpeg(data)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_a_header_that_is_cut_is_not_taken_for_that_of_the_next_image() -> None:
+    whole = cv2.imencode(".jpg", picture(64, 64))[1].tobytes()
+    scan = whole.index(b"\xff\xda") + 2 + int.from_bytes(whole[whole.index(b"\xff\xda") + 2 :][:2])
+    jpeg_check._known.clear()
+    with pytest.raises(ValueError, match="the JPEG data ends too early"):
+        check_jpeg(whole[: scan - 2])
+    check_jpeg(whole)
 
 
 @pytest.mark.parametrize("layout", [{}, {"tile": (64, 64)}, *LAYOUTS.values()])

@@ -7,6 +7,7 @@ import pickle
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -22,8 +23,9 @@ from hypothesis.extra import numpy as hnp
 
 from stimage_sd._cache import cache_dir
 from stimage_sd.io import _pyramid
-from stimage_sd.io._lazy_levels import openslide_levels
+from stimage_sd.io._lazy_levels import on_white, openslide_levels
 from stimage_sd.io._raster import open_raster, raster_from_array, raster_size
+from stimage_sd.io._tiff_region import holds_rgb_in_jpeg_2000
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -114,6 +116,22 @@ def test_ome_tiff_pyramid_that_openslide_misses(tmp_path: Path) -> None:
     np.testing.assert_array_equal(pixels(pickle.loads(pickle.dumps(levels[1]))), image[::2, ::2])
 
 
+@pytest.mark.parametrize("planarconfig", ["contig", "separate"])
+def test_chunks_lie_in_memory_as_the_file_stores_them(tmp_path: Path, planarconfig: str) -> None:
+    """The stream takes pixels with their colors side by side without rearranging them."""
+    image, path = picture(300, 500), tmp_path / "a.tif"
+    stored = image if planarconfig == "contig" else np.ascontiguousarray(np.moveaxis(image, -1, 0))
+    tifffile.imwrite(path, stored, photometric="rgb", planarconfig=planarconfig, tile=(128, 128))
+    chunk = np.moveaxis(pixels_of_chunk(open_raster(path)[0][0]), 0, -1)
+    np.testing.assert_array_equal(chunk, image)
+    assert chunk.flags.c_contiguous == (planarconfig == "contig")
+
+
+def pixels_of_chunk(level: da.Array) -> np.ndarray:
+    (chunk,) = level.to_delayed().ravel()
+    return np.asarray(chunk.compute())
+
+
 def test_large_tiled_tiff_of_one_level_gets_a_pyramid(tmp_path: Path) -> None:
     image = picture(900, 5000)
     path = tmp_path / "a.tif"
@@ -143,6 +161,28 @@ def test_aperios_jpeg_2000(tmp_path: Path) -> None:
     levels, mpp = open_raster(path)
     assert mpp == pytest.approx(0.499)
     np.testing.assert_array_equal(pixels(levels[0]), image)
+
+
+@pytest.mark.parametrize("tag", [33005, 33003])
+def test_pixels_of_aperios_jpeg_2000_are_those_of_openslide(tmp_path: Path, tag: int) -> None:
+    """tifffile reads tiles of red, green and blue, OpenSlide the others."""
+    image, path = picture(512, 768), tmp_path / "a.svs"
+
+    def tiles() -> Iterator[bytes]:
+        for row, column in np.ndindex(2, 3):
+            tile = np.ascontiguousarray(image[row * 256 :][:256, column * 256 :][:, :256])
+            yield imagecodecs.jpeg2k_encode(tile, level=40, codecformat="J2K", mct=tag == 33005, reversible=False)
+
+    about = "Aperio Image Library v12.0.5 \r\n768x512 [0,0 768x512] (256x256) J2K/KDU Q=70|AppMag = 20|MPP = 0.5"
+    options = {"photometric": "rgb", "tile": (256, 256), "compression": tag, "metadata": None}
+    tifffile.imwrite(path, tiles(), shape=image.shape, dtype=np.uint8, description=about, **options)
+    with tifffile.TiffFile(path) as tiff:
+        assert holds_rgb_in_jpeg_2000(tiff.pages[0].aspage()) == (tag == 33005)
+    with openslide.OpenSlide(path) as opened:
+        expected = on_white(np.asarray(opened.read_region((0, 0), 0, opened.dimensions)))
+    np.testing.assert_array_equal(pixels(open_raster(path)[0][0]), expected)
+    if tag == 33005:
+        assert np.abs(expected.astype(int) - image).mean() < 4
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from functools import lru_cache
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 from skimage.segmentation import watershed
 
 #: smallest nuclear probability of a pixel in a nucleus
@@ -28,6 +27,7 @@ _DROP = 0.15
 _KERNEL = 0.45
 #: smallest area of a marker and of a nucleus as shares of the nucleus area, and smallest marker in px
 _LEAST_MARKER, _LEAST_NUCLEUS, _LEAST_PX = 0.03, 0.06, 4
+_CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 
 
 def hv_maps(labels: NDArray[np.integer]) -> NDArray[np.float32]:
@@ -76,18 +76,51 @@ def hv_watershed(
     """
     inside = np.asarray(nuclear) >= _NUCLEAR
     area = np.pi / 4 * nucleus_px**2
-    inside = _without_small(inside, _LEAST_NUCLEUS * area)
+    inside = _numbered(inside, _LEAST_NUCLEUS * area) > 0
     if not inside.any():
         return np.zeros(inside.shape, dtype=np.int32)
     between = np.maximum(*(_drop(np.asarray(hv[axis], np.float32), axis, _side(nucleus_px)) for axis in (0, 1)))
     between = np.where(inside, between, 0)
-    markers = ndimage.binary_fill_holes(inside & (between < _DROP)).astype(np.uint8)
+    markers = _filled(inside & (between < _DROP))
     opened = cv2.morphologyEx(markers, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3)))
-    seeds = cv2.connectedComponents(
-        _without_small(opened > 0, max(_LEAST_PX, _LEAST_MARKER * area)).astype(np.uint8), connectivity=4
-    )[1]
+    seeds = _numbered(opened > 0, max(_LEAST_PX, _LEAST_MARKER * area))
     height = -cv2.GaussianBlur((1 - between) * inside, (3, 3), 0)
-    return watershed(height, seeds, mask=inside).astype(np.int32)
+    return _flooded(height, seeds, inside)
+
+
+def _flooded(height: NDArray[np.float32], seeds: NDArray[np.int32], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """Assign each pixel inside to a seed by a watershed, without flooding where the result is certain.
+
+    Certain are pixels of seeds, and pieces that hold one seed. The result is that of a flood of the whole image. Only
+    between seeds at the same height, to the last digit, the flood's order of equals may differ.
+    """
+    pieces = cv2.connectedComponents(inside.astype(np.uint8), connectivity=4)[1]
+    at = (seeds > 0) & inside
+    piece, seed = pieces[at], seeds[at]
+    only_seed = np.zeros(int(pieces.max()) + 1, dtype=np.int32)
+    only_seed[piece] = seed
+    several = np.zeros(len(only_seed), dtype=bool)
+    several[piece[only_seed[piece] != seed]] = True
+    only_seed[several] = 0
+    labels = only_seed[pieces]
+    if several.any():
+        contested = several[pieces]
+        labels += np.where(contested, seeds, 0)
+        # the flood starts at the edges of seeds; their inner pixels would only pass through its queue
+        inner = cv2.erode((labels > 0).astype(np.uint8), _CROSS) > 0
+        flood = contested & ~inner
+        np.copyto(labels, watershed(height, np.where(flood, seeds, 0), mask=flood), where=flood)
+    return labels
+
+
+def _filled(inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """Fill the holes of a mask: pieces outside of the mask that do not reach the image border."""
+    pieces = cv2.connectedComponents((~inside).astype(np.uint8), connectivity=4)[1]
+    hole = np.ones(int(pieces.max()) + 1, dtype=bool)
+    for border in (pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]):
+        hole[border] = False
+    hole[0] = True  # the mask itself
+    return hole[pieces].astype(np.uint8)
 
 
 def _side(nucleus_px: float) -> int:
@@ -108,9 +141,9 @@ def _steepest(side: int) -> float:
     return float(np.abs(along).sum() * across.sum())
 
 
-def _without_small(inside: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:
-    """Drop connected pieces with fewer than `least` pixels."""
-    labels, statistics = cv2.connectedComponentsWithStats(inside.astype(np.uint8), connectivity=4)[1:3]
-    large = statistics[:, cv2.CC_STAT_AREA] >= least
+def _numbered(inside: NDArray[np.bool_], least: float) -> NDArray[np.int32]:
+    """Number the connected pieces with at least `least` pixels from 1, and leave out the others."""
+    labels = cv2.connectedComponents(inside.astype(np.uint8), connectivity=4)[1]
+    large = np.bincount(labels.ravel()) >= least
     large[0] = False
-    return large[labels]
+    return np.where(large, np.cumsum(large), 0).astype(np.int32)[labels]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import cv2
@@ -27,7 +29,58 @@ class Objects(NamedTuple):
     mean: NDArray[np.float64]
 
 
-def measure_objects(labels: NDArray[np.integer], values: NDArray[np.floating]) -> Objects:
+@dataclass(frozen=True, eq=False)
+class LabelMap:
+    """Label map whose labels follow one another, for several measurements of one map.
+
+    - `numbers`: labels in ascending order, ``int64 (n_objects,)``.
+    - `places`: map renumbered from 1 in this order, ``int32 (y, x)``, with 0 outside objects.
+    """
+
+    numbers: NDArray[np.int64]
+    places: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, labels: NDArray[np.integer] | LabelMap) -> LabelMap:
+        """Renumber a label map, ``(y, x)``, 0 outside objects.
+
+        >>> import numpy as np
+        >>> LabelMap.of(np.array([[0, 5, 9]])).places
+        array([[0, 1, 2]], dtype=int32)
+        """
+        if isinstance(labels, LabelMap):
+            return labels
+        if labels.size and labels.max() > labels.size:  # a table up to the largest label would be too large
+            numbers, places = np.unique(labels, return_inverse=True)
+            nothing = int((numbers[:1] == 0).sum())
+            return cls(
+                numbers[nothing:].astype(np.int64), (places.reshape(labels.shape) + 1 - nothing).astype(np.int32)
+            )
+        there = np.bincount(labels.ravel()) > 0
+        there[:1] = False
+        return cls(np.flatnonzero(there), np.where(there, np.cumsum(there), 0).astype(np.int32)[labels])
+
+    @cached_property
+    def pixels(self) -> NDArray[np.int64]:
+        """Positions of the objects' pixels in the flattened map."""
+        return np.flatnonzero(self.places)
+
+    @cached_property
+    def owner(self) -> NDArray[np.int64]:
+        """Number of the object of each of the `pixels`, from 0."""
+        return self.places.ravel()[self.pixels].astype(np.int64) - 1
+
+    @cached_property
+    def area(self) -> NDArray[np.int64]:
+        """Number of pixels per object, at least 1."""
+        return np.maximum(np.bincount(self.owner, minlength=len(self.numbers)), 1)
+
+    def mean(self, values: NDArray[np.number]) -> NDArray[np.float64]:
+        """Average values per object, one value for each of the `pixels`."""
+        return np.asarray(np.bincount(self.owner, values, minlength=len(self.numbers)) / self.area)
+
+
+def measure_objects(labels: NDArray[np.integer] | LabelMap, values: NDArray[np.floating]) -> Objects:
     """Measure center, eccentricity and mean value of the objects of a label map.
 
     - `labels`: integer label map, ``(y, x)``, 0 outside objects.
@@ -39,26 +92,21 @@ def measure_objects(labels: NDArray[np.integer], values: NDArray[np.floating]) -
     >>> found.labels, found.centers, found.eccentricity
     (array([3]), array([[2., 1.]]), array([0.]))
     """
-    numbers, compact = _compact(labels)
-    rows, columns = np.nonzero(compact)
-    owner = compact[rows, columns] - 1
-    area = np.maximum(np.bincount(owner, minlength=len(numbers)), 1)
-
-    def mean(of: np.ndarray) -> np.ndarray:
-        return np.bincount(owner, of, minlength=len(numbers)) / area
-
+    objects = LabelMap.of(labels)
+    mean, owner = objects.mean, objects.owner
+    rows, columns = np.divmod(objects.pixels, objects.places.shape[1])
     x, y = mean(columns), mean(rows)
     right, down = columns - x[owner], rows - y[owner]
     major, minor = axes_lengths(mean(down**2), mean(right**2), mean(down * right))
     return Objects(
-        labels=numbers,
+        labels=objects.numbers,
         centers=np.stack([x, y], axis=1) + 0.5,
         eccentricity=np.where(major > 0, eccentricities(major, minor), 0.0),  # single pixels count as round
-        mean=mean(values[rows, columns].astype(np.float64)),
+        mean=mean(values[rows, columns]),
     )
 
 
-def means_within(labels: NDArray[np.integer], values: NDArray[np.floating]) -> NDArray[np.float64]:
+def means_within(labels: NDArray[np.integer] | LabelMap, values: NDArray[np.floating]) -> NDArray[np.float64]:
     """Average values over the pixels of each object.
 
     - `labels`: integer label map, ``(y, x)``, 0 outside objects.
@@ -69,12 +117,9 @@ def means_within(labels: NDArray[np.integer], values: NDArray[np.floating]) -> N
     >>> means_within(np.array([[0, 3, 3]]), np.array([[[9.0], [1.0], [2.0]]]))
     array([[1.5]])
     """
-    numbers, compact = _compact(labels)
-    inside = compact > 0
-    owner = compact[inside] - 1
-    area = np.maximum(np.bincount(owner, minlength=len(numbers)), 1)
-    sums = [np.bincount(owner, channel, minlength=len(numbers)) for channel in values[inside].T.astype(np.float64)]
-    return np.stack(sums, axis=1) / area[:, None] if sums else np.empty((len(numbers), 0))
+    objects = LabelMap.of(labels)
+    means = [objects.mean(values[..., channel].ravel()[objects.pixels]) for channel in range(values.shape[-1])]
+    return np.stack(means, axis=1) if means else np.empty((len(objects.numbers), 0))
 
 
 def axes_lengths(
@@ -104,7 +149,7 @@ def eccentricities(major: NDArray[np.floating], minor: NDArray[np.floating]) -> 
 
 
 def trace_objects(
-    labels: NDArray[np.integer], chosen: NDArray[np.integer], *, tolerance: float = 0.0
+    labels: NDArray[np.integer] | LabelMap, chosen: NDArray[np.integer], *, tolerance: float = 0.0
 ) -> list[NDArray[np.int32]]:
     """Trace the outer outlines of objects.
 
@@ -121,26 +166,15 @@ def trace_objects(
     >>> trace_objects(labels, np.array([7]))[0].tolist()
     [[2, 1], [2, 3], [4, 3], [4, 1]]
     """
-    numbers, compact = _compact(labels)
-    boxes = ndimage.find_objects(compact)
+    objects = LabelMap.of(labels)
+    boxes = ndimage.find_objects(objects.places)
     outlines = []
-    for index in np.searchsorted(numbers, chosen):
+    for index in np.searchsorted(objects.numbers, chosen):
         rows, columns = boxes[index]
-        piece = (compact[rows, columns] == index + 1).astype(np.uint8)
+        piece = (objects.places[rows, columns] == index + 1).astype(np.uint8)
         piece = cv2.copyMakeBorder(piece, 1, 1, 1, 1, cv2.BORDER_CONSTANT)
         offset = (columns.start - 1, rows.start - 1)
         contours = cv2.findContours(piece, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
         longest = contours[0] if len(contours) == 1 else max(contours, key=lambda contour: cv2.arcLength(contour, True))
         outlines.append(cv2.approxPolyDP(longest, tolerance, True)[:, 0])
     return outlines
-
-
-def _compact(labels: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Return the labels in ascending order, and the map renumbered from 1, with 0 outside objects."""
-    if labels.size and labels.max() > labels.size:  # a table up to the largest label would be too large
-        numbers, places = np.unique(labels, return_inverse=True)
-        nothing = int((numbers[:1] == 0).sum())
-        return numbers[nothing:].astype(np.int64), (places.reshape(labels.shape) + 1 - nothing).astype(np.int32)
-    there = np.bincount(labels.ravel()) > 0
-    there[:1] = False
-    return np.flatnonzero(there), np.where(there, np.cumsum(there), 0).astype(np.int32)[labels]

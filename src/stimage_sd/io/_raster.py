@@ -34,13 +34,13 @@ from stimage_sd.io._section import require_file
 from stimage_sd.io._tiff_complete import warn_of_zeros, zero_tail
 from stimage_sd.io._tiff_images import choose_image, ome_image, plausible, tiff_pixel_um, warn_of_orientation
 from stimage_sd.io._tiff_open import DamagedFile, open_tiff
-from stimage_sd.io._tiff_region import UNCOMPRESSED, block_shape
+from stimage_sd.io._tiff_region import UNCOMPRESSED, block_shape, holds_rgb_in_jpeg_2000
 
 #: a coarsest level with a longer side above this limit gets a pyramid in the cache, px
 LARGE = 4096
 #: allowed share of black rows or tiles at the end of an uncompressed H&E; registered images have such borders
 BORDER = 0.25
-#: compression tags of Aperio's JPEG 2000; OpenSlide converts these colors
+#: compression tags of Aperio's JPEG 2000; OpenSlide converts the colors of some
 JPEG_2000 = (33003, 33004, 33005)
 #: slide formats with the pixel data in a folder; the file itself is only a thumbnail or an index
 PARTED = (".mrxs", ".vms", ".vmu")
@@ -148,7 +148,7 @@ def _as_uint8(lazy: da.Array) -> da.Array:
 def _open_tiff(path: Path, tiff: tifffile.TiffFile, series: int | str | None) -> tuple[list[da.Array], float | None]:
     known = openslide_format(path)
     first = tiff.series[0].keyframe
-    aperio = known == "aperio" and first.compression not in JPEG_2000
+    aperio = known == "aperio" and (first.compression not in JPEG_2000 or _tiles_are_rgb(tiff))
     if known not in (None, "generic-tiff") and not aperio:
         # Only OpenSlide reads these layouts: one huge JPEG (NDPI), overlapping tiles (BIF), missing tiles (Philips).
         if series is not None:
@@ -181,6 +181,11 @@ def _open_tiff(path: Path, tiff: tifffile.TiffFile, series: int | str | None) ->
     if not _in_rgb(page):
         return _stream_with_vips(path, page), mpp
     return _tiff_pyramid(path, tiff_levels(path, pages), pages), mpp
+
+
+def _tiles_are_rgb(tiff: tifffile.TiffFile) -> bool:
+    """Return whether tifffile decodes the JPEG 2000 of all levels of an Aperio slide to the pixels of OpenSlide."""
+    return all(holds_rgb_in_jpeg_2000(page) for page in (one.aspage() for one in tiff.pages) if page.is_tiled)
 
 
 def _in_rgb(page: tifffile.TiffPage) -> bool:

@@ -15,7 +15,7 @@ import tifffile
 from stimage_sd.io._jpeg_check import check_jpeg
 
 #: compression tags of TIFF
-UNCOMPRESSED, JPEG = 1, 7
+UNCOMPRESSED, JPEG, APERIO_RGB = 1, 7, 33005
 #: extra bytes that some writers add to the last row of a strip or tile
 SURPLUS = 4
 #: decoders of LZW and PackBits; these data have no checksum, so only the decoded length shows damage
@@ -48,8 +48,20 @@ def kind_of(page: tifffile.TiffPage) -> np.dtype:
     return page.dtype.newbyteorder("=")
 
 
+def holds_rgb_in_jpeg_2000(page: tifffile.TiffPage) -> bool:
+    """Return whether the tiles of a page are JPEG 2000 of red, green and blue at full resolution.
+
+    Other color models and sizes of the components are left to OpenSlide.
+    """
+    if page.compression != APERIO_RGB or page.samplesperpixel != 3:
+        return False
+    header = _read(page, page.dataoffsets[0], min(page.databytecounts[0], 51))
+    # The first two markers are the start and the size. The size ends with three bytes per component.
+    return header[:4] == b"\xff\x4f\xff\x51" and header[40:] == b"\x00\x03" + 3 * b"\x07\x01\x01"
+
+
 def read_region(page: tifffile.TiffPage, samples: slice, rows: slice, columns: slice) -> np.ndarray:
-    """Return a region of a page as ``(sample, y, x)``.
+    """Return a region of a page as ``(sample, y, x)``, in memory as the page stores it.
 
     - `page`: the page. Its file is open and has a lock.
     - `samples`, `rows`, `columns`: the region, as slices with step 1.
@@ -59,9 +71,14 @@ def read_region(page: tifffile.TiffPage, samples: slice, rows: slice, columns: s
     left, right, _ = columns.indices(page.imagewidth)
     height, width = block_shape(page)
     across, down = ceil(page.imagewidth / width), ceil(page.imagelength / height)
-    region = np.empty((len(planes), bottom - top, right - left), dtype=kind_of(page))
+    # Pixels with their samples side by side are copied row by row, many times faster than sample by sample.
+    height_width, kind = (bottom - top, right - left), kind_of(page)
+    if is_planar(page):
+        region = np.empty((len(planes), *height_width), kind)
+    else:
+        region = np.moveaxis(np.empty((*height_width, len(planes)), kind), -1, 0)
     for plane in planes if is_planar(page) else (None,):
-        target = region if plane is None else region[plane - planes.start][None]
+        target = np.moveaxis(region, 0, -1) if plane is None else region[plane - planes.start][..., None]
         for row in range(top // height, ceil(bottom / height)):
             y = slice(max(top, row * height), min(bottom, (row + 1) * height))
             for column in range(left // width, ceil(right / width)):
@@ -70,7 +87,7 @@ def read_region(page: tifffile.TiffPage, samples: slice, rows: slice, columns: s
                 inside = slice(y.start - row * height, y.stop - row * height)
                 block = _read_rows(page, segment, inside)[:, x.start - column * width : x.stop - column * width]
                 colors = block if plane is not None or len(planes) == block.shape[2] else block[..., samples]
-                target[:, y.start - top : y.stop - top, x.start - left : x.stop - left] = np.moveaxis(colors, -1, 0)
+                target[y.start - top : y.stop - top, x.start - left : x.stop - left] = colors
     return region
 
 

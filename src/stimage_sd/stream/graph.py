@@ -116,7 +116,9 @@ class _LevelTasks:
 
 def _side_by_side(planes: np.ndarray) -> np.ndarray:
     """Convert a chunk from ``(3, y, x)`` to ``(y, x, 3)``, many times faster than tile by tile."""
-    return cv2.merge(tuple(planes))
+    pixels = np.moveaxis(planes, 0, -1)
+    # readers of tiled files return pixels with their colors side by side in memory
+    return pixels if pixels.flags.c_contiguous else cv2.merge(tuple(planes))
 
 
 def _read_quickly(key: Any, task: Any) -> Any:

@@ -16,7 +16,7 @@ import shapely
 import xarray as xr
 from numpy.typing import NDArray
 
-from stimage_sd.image.label_maps import means_within, measure_objects, trace_objects
+from stimage_sd.image.label_maps import LabelMap, means_within, measure_objects, trace_objects
 from stimage_sd.image.nuclear_contrast import hematoxylin
 from stimage_sd.stream.driver import TileJob, iterate_over_tiles
 
@@ -190,11 +190,12 @@ class PackedNuclei:
     def _pack(
         self, image: NDArray[np.uint8], labels: NDArray[np.integer], values: NDArray[np.float32] | None
     ) -> NDArray[np.float32]:
-        measured = measure_objects(labels, hematoxylin(np.moveaxis(image, -1, 0)))
-        outlines = trace_objects(labels, measured.labels, tolerance=_TOLERANCE)
+        label_map = LabelMap.of(labels)
+        measured = measure_objects(label_map, hematoxylin(np.moveaxis(image, -1, 0)))
+        outlines = trace_objects(label_map, measured.labels, tolerance=_TOLERANCE)
         n_points = [len(outline) for outline in outlines]
         points = np.concatenate([np.empty((0, 2), np.int32), *outlines]).ravel()
-        means = np.empty((len(outlines), 0)) if values is None else means_within(labels, values)
+        means = np.empty((len(outlines), 0)) if values is None else means_within(label_map, values)
         header = np.column_stack([n_points, measured.centers, measured.eccentricity, measured.mean, means])
         needed = 1 + header.size + points.size
         if needed > self.room:
