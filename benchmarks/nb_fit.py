@@ -111,7 +111,7 @@ def _write_member(n_tiles: int, target: float, path: Path) -> None:
 class _Loop:
     """One member in torch: its data, its layer and optimizer, and epochs of them."""
 
-    def __init__(self, n_tiles: int, *, learning_rate: float = LEARNING_RATE) -> None:
+    def __init__(self, n_tiles: int, *, learning_rate: float = LEARNING_RATE, device: Any = "cpu") -> None:
         try:
             import torch
         except ImportError as error:
@@ -124,12 +124,13 @@ class _Loop:
         counts = nb_cohort.counts(n_tiles)
         held = names == nb_cohort.HELD_OUT
         self._torch = torch
-        self._x, self._y = torch.from_numpy(embedded), torch.from_numpy(counts.toarray().astype(np.float32))
+        self._x = torch.from_numpy(embedded).to(device)
+        self._y = torch.from_numpy(counts.toarray().astype(np.float32)).to(device)
         self._seen, self._held = np.flatnonzero(~held), np.flatnonzero(held)
         self._random = np.random.default_rng(0)
         self._drawn = self._random.choice(self._seen, len(self._seen))
         self.n_steps = -(-len(self._drawn) // BATCH)
-        self._layer = torch.nn.Linear(nb_cohort.N_FEATURES, 2 * nb_cohort.N_GENES)
+        self._layer = torch.nn.Linear(nb_cohort.N_FEATURES, 2 * nb_cohort.N_GENES).to(device)
         with torch.no_grad():
             self._layer.weight.mul_(0.01)
             mean = np.maximum(np.asarray(counts[self._seen].mean(axis=0)).ravel(), 1e-4)

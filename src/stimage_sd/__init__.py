@@ -16,6 +16,9 @@ from stimage_sd._settings import settings
 # Without this variable, ONNX Runtime writes a device id to the home folder and sends usage data. ONNX Runtime reads the
 # variable on import. All modules that import ONNX Runtime load after this line, in workers and subprocesses too.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+# By default JAX takes three quarters of a GPU's memory at its first use, which is when it reads this variable. Torch,
+# which runs the foundation models, and other processes, such as the workers of a cluster, would find no memory left.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 __version__: str
 

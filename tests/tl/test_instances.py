@@ -17,7 +17,9 @@ import stimage_sd as sti
 from stimage_sd import contract
 from stimage_sd.cli import app
 from stimage_sd.models import get_extractor
+from stimage_sd.pp._embed_instances import _batch_size
 from stimage_sd.stream.cutting import cut_tile
+from stimage_sd.tl._predict.targets import open_target
 from stimage_sd.tl._score.cross_validate import shallow_copy
 
 EXTRACTOR = "efficientnet_lite0_stages"
@@ -63,6 +65,17 @@ def test_a_nucleus_is_embedded_as_its_square_of_the_image(section: SpatialData):
             tile = cut_tile(image, top=int(top), left=int(left), side=side, target=64)
             parts.append(extractor(tile[None])[0])
         np.testing.assert_allclose(table.obsm[f"X_{EXTRACTOR}"][row], np.concatenate(parts), rtol=1e-3, atol=1e-3)
+
+
+def test_many_nuclei_make_large_batches(section: SpatialData):
+    """A scheduler that serves one batch of 128 nuclei after another keeps twenty cores busy, and no more."""
+    extractor = get_extractor(EXTRACTOR)
+    sizes = [_batch_size(extractor, count) for count in (1, 131_072, 200_000, 1_000_000, 10_000_000)]
+    assert sizes == [128, 128, 192, 976, 1024]
+    obsm = section.tables["nuclei_features"].obsm
+    before = obsm[f"X_{EXTRACTOR}"].copy()
+    sti.pp.embed(section, on="nuclei", batch_size=1024)
+    np.testing.assert_array_equal(obsm[f"X_{EXTRACTOR}"], before)
 
 
 def test_embeddings_do_not_depend_on_workers(section: SpatialData):
@@ -133,6 +146,18 @@ def test_predictions_larger_than_memory(section: SpatialData, fits, tmp_path: Pa
     sti.tl.predict(sdata, fits["nuclei"], on="nuclei")
     sti.tl.predict(lazy, fits["nuclei"], on="nuclei", out=tmp_path / "out")
     np.testing.assert_array_equal(lazy.tables["nuclei_predictions"].X.compute(), sdata.tables["nuclei_predictions"].X)
+
+
+def test_predicting_does_not_copy_the_embeddings(section: SpatialData, fits):
+    """Of a million nuclei they take 1.4 GB."""
+    table = contract.instances(section, "nuclei")
+    target = open_target(fits["nuclei"], section, on="nuclei", section="one")
+    assert target.table.n_obs == table.n_obs
+    assert not target.table.obsm
+    assert np.shares_memory(target.opened.section.embedded, table.obsm[f"X_{EXTRACTOR}"])
+    np.testing.assert_array_equal(
+        target.opened.strangeness, fits["nuclei"].features.strangeness(table.obsm[f"X_{EXTRACTOR}"])
+    )
 
 
 def test_cells_are_told_apart_within_spots(section: SpatialData, fits):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from stimage_sd.models._split_network import (
     micro_batches,
     no_gradient,
 )
+from stimage_sd.nn.accelerator import one_behind
 from stimage_sd.nn.parts import training_parts_of
 
 #: prefixes of the network's and the head's arrays in the arrays that a recipe keeps
@@ -158,21 +159,28 @@ def learn(
     add = _compiled_sum(split.unfrozen, loss)
     update = jax.jit(partial(_updated, training.optimizer))
     n_tiles, losses = sum(len(section.rows) for section in sections), []
+
+    def steps(epoch: int) -> Iterator[jax.Array]:
+        nonlocal trained, state
+        order = np.random.default_rng([training.seed, 3, epoch]).permutation(n_tiles)
+        for batch, start in enumerate(range(0, n_tiles, training.batch_size)):
+            chosen = order[start : start + training.batch_size]
+            total = no_gradient(trained)
+            for part, rows, weight in micro_batches(chosen, training.micro_batch_size):
+                draw = np.random.SeedSequence([training.seed, epoch, batch, part]).generate_state(2)
+                inputs = split.frozen_parts(augment(read(rows), seed=int(draw[0]), stain_jitter=0.0))
+                here = {name: jnp.asarray(array[rows]) for name, array in measured.items()}
+                key = jax.random.key(int(draw[1]))
+                total = add(total, trained, split.rest, inputs, here, jnp.asarray(weight), key)
+            trained, state = update(trained, state, total[0])
+            bar.update(len(chosen))
+            yield total[1]
+
     with tqdm(total=training.epochs * n_tiles, desc=training.label, unit="tile") as bar:
         for epoch in range(training.epochs):
-            order, summed = np.random.default_rng([training.seed, 3, epoch]).permutation(n_tiles), 0.0
-            for batch, start in enumerate(range(0, n_tiles, training.batch_size)):
-                chosen = order[start : start + training.batch_size]
-                total = no_gradient(trained)
-                for part, rows, weight in micro_batches(chosen, training.micro_batch_size):
-                    draw = np.random.SeedSequence([training.seed, epoch, batch, part]).generate_state(2)
-                    inputs = split.frozen_parts(augment(read(rows), seed=int(draw[0]), stain_jitter=0.0))
-                    here = {name: jnp.asarray(array[rows]) for name, array in measured.items()}
-                    key = jax.random.key(int(draw[1]))
-                    total = add(total, trained, split.rest, inputs, here, jnp.asarray(weight), key)
-                trained, state = update(trained, state, total[0])
-                summed += float(total[1])
-                bar.update(len(chosen))
+            summed = 0.0
+            for value in one_behind(steps(epoch)):
+                summed += float(value)
             losses.append(summed / n_tiles)
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
     return {

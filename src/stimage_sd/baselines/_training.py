@@ -13,6 +13,7 @@ from flax import nnx
 
 from stimage_sd._progress import tqdm
 from stimage_sd.models._recipe import Arrays
+from stimage_sd.nn.accelerator import one_behind
 
 #: prefix of a network's arrays in the arrays that a recipe keeps
 NETWORK = "network."
@@ -74,13 +75,17 @@ def train(
 
     random = np.random.default_rng([seed, 7])
     key = jax.random.key(seed)
+
+    def steps() -> Iterator[jax.Array]:
+        nonlocal key
+        for batch in draw(random):
+            key, batch_key = jax.random.split(key)
+            yield step(network, state, batch, batch_key)
+
     with tqdm(total=epochs, desc=label, unit="epoch") as bar:
         for _ in range(epochs):
             network.train()
-            losses = []
-            for batch in draw(random):
-                key, batch_key = jax.random.split(key)
-                losses.append(float(step(network, state, batch, batch_key)))
+            losses = [float(loss) for loss in one_behind(steps())]
             bar.set_postfix(loss=f"{np.mean(losses):.4f}", refresh=False)
             bar.update()
             yield network

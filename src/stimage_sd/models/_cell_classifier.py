@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import scipy.special
 from flax import nnx
 from numpy.typing import NDArray
 
+from stimage_sd._cache import keep_compiled
 from stimage_sd._shown import Facts, counted, shown
 from stimage_sd.image.hv_maps import hv_watershed
 from stimage_sd.models._facts import training_facts
@@ -21,6 +24,7 @@ from stimage_sd.models._files import SavedModel
 from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.nn import onnx_graph
+from stimage_sd.nn.accelerator import Queue, on_accelerator
 from stimage_sd.nn.hovernet import HoVerNet, HoVerNetSize
 
 #: diameter of a nucleus, µm
@@ -85,6 +89,20 @@ class CellMaps(NamedTuple):
     features: NDArray[np.float32]
 
 
+def compiled(network: HoVerNet) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """Compile a network for JAX's default device, as a function from images to stacked maps, channels first."""
+    keep_compiled()
+    graph, state = nnx.split(network)
+    state = jax.device_put(state)
+
+    @jax.jit
+    def maps(state: Any, images: jax.Array) -> jax.Array:
+        scaled = images.astype(jnp.float32) / 255
+        return jnp.moveaxis(nnx.merge(graph, state).stacked(scaled), -1, 1)
+
+    return Queue(partial(maps, state))
+
+
 @shown
 @dataclass(frozen=True, eq=False)
 class CellClassifier(SavedModel, kind="cell_classifier"):
@@ -142,6 +160,14 @@ class CellClassifier(SavedModel, kind="cell_classifier"):
         return threading.Lock()
 
     @cached_property
+    def _run(self) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+        """Function from ``uint8 (1, y, x, 3)`` to the stacked maps, ``float32 (1, n_maps, y, x)``."""
+        if on_accelerator():
+            return compiled(self.module)
+        session = self._session
+        return lambda image: session.run(["embedding"], {"tiles": image})[0]
+
+    @cached_property
     def _session(self) -> onnxruntime.InferenceSession:
         model = onnx_graph.record(self.module.stacked, mean=[0.0] * 3, std=[1.0] * 3, embedding_size=None)
         options = onnxruntime.SessionOptions()
@@ -152,7 +178,7 @@ class CellClassifier(SavedModel, kind="cell_classifier"):
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def __getstate__(self) -> dict[str, Any]:
-        made = ("module", "_session", "_lock")
+        made = ("module", "_run", "_session", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
     def maps(self, images: NDArray[np.uint8]) -> CellMaps:
@@ -172,8 +198,8 @@ class CellClassifier(SavedModel, kind="cell_classifier"):
         padding = [(0, 0), (0, -height % _STEP), (0, -width % _STEP), (0, 0)]
         padded = np.pad(images, padding, mode="symmetric") if height % _STEP or width % _STEP else images
         with self._lock:
-            session = self._session
-        outputs = [session.run(["embedding"], {"tiles": padded[n : n + 1]})[0] for n in range(len(images))]
+            run = self._run
+        outputs = [run(padded[n : n + 1]) for n in range(len(images))]
         stacked = np.concatenate(outputs)[..., :height, :width]
         nuclear, hv, types, features = np.split(stacked, [2, 4, 5 + len(self.classes)], axis=1)
         return CellMaps(

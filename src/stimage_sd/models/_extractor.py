@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from stimage_sd._cache import keep_compiled
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.nn import layers, onnx_cells, onnx_graph
+from stimage_sd.nn.accelerator import Queue, on_accelerator
 from stimage_sd.nn.onnx_changes import Box, changed_part, with_outputs
 from stimage_sd.nn.parts import parts_of, run_parts
 
@@ -149,7 +150,12 @@ class Extractor:
     @property
     def is_recordable(self) -> bool:
         """Whether the network runs in ONNX Runtime on this machine. Recording takes about a second."""
-        return self.entry.is_recordable and jax.default_backend() == "cpu"
+        return self.entry.is_recordable and not on_accelerator()
+
+    @property
+    def is_on_accelerator(self) -> bool:
+        """Whether the network runs on a GPU or TPU that JAX found."""
+        return isinstance(self._network, nnx.Module) and on_accelerator()
 
     @property
     def pools_cells(self) -> bool:
@@ -263,7 +269,7 @@ def registered(weights: Path | None, *, name: str, network: Network, weights_has
 
 def build(entry: Entry, weights: Path | None) -> Extractor:
     network, weights_hash = entry.load(weights)
-    if entry.is_recordable and isinstance(network, nnx.Module) and jax.default_backend() == "cpu":
+    if entry.is_recordable and isinstance(network, nnx.Module) and not on_accelerator():
         run = _recorded(entry, network, embedding_size=entry.embedding_size)
     elif isinstance(network, nnx.Module):
         run = _compiled(entry, network)
@@ -320,7 +326,8 @@ def _compiled(entry: Entry, network: nnx.Module) -> Run:
     def embed(state: Any, tiles: jax.Array) -> jax.Array:
         return nnx.merge(graph, state)(_normalized(entry, tiles, jnp))
 
-    return partial(embed, state)
+    run = partial(embed, state)
+    return Queue(run) if on_accelerator() else run
 
 
 @lru_cache(maxsize=8)
@@ -341,8 +348,8 @@ def _cell_means(extractor: Extractor, side: int, n: int) -> Run:
         with layers.means_of_cells(n):
             return nnx.merge(graph, state)(_normalized(entry, images, jnp))
 
-    placed = jax.device_put(state)
-    return lambda images: np.asarray(compiled(placed, images))
+    run = partial(compiled, jax.device_put(state))
+    return Queue(run) if on_accelerator() else lambda images: np.asarray(run(images))
 
 
 def _plain(entry: Entry, function: Callable[[Any], Any]) -> Run:

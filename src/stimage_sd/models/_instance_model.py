@@ -364,7 +364,8 @@ class InstanceSection:
     def of_instances(self) -> tuple[OpenedInstances, np.ndarray]:
         """Return the nuclei or squares as an opened section of their own, and their rows in the table."""
         rows = np.flatnonzero(self.within.tile >= 0)
-        return OpenedInstances(self, rows, self.model.features.strangeness(self.embedded[rows])), rows
+        # of all rows, because a selection of the embeddings would be a copy of gigabytes
+        return OpenedInstances(self, rows, self.model.features.strangeness(self.embedded)[rows]), rows
 
 
 @dataclass(frozen=True)

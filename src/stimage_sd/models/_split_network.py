@@ -18,6 +18,7 @@ from stimage_sd._settings import n_threads
 from stimage_sd.likelihood.heads import Parameters
 from stimage_sd.models._extractor import Extractor
 from stimage_sd.models._extractors import derived_extractor
+from stimage_sd.nn.accelerator import one_behind
 from stimage_sd.nn.parts import Part, parts_of, run_parts, variables_of
 
 Unfreeze = Literal["last_stage", "all"] | None
@@ -106,12 +107,13 @@ class SplitNetwork:
             # a new recording with these weights is several times as fast on a CPU as XLA's code
             now = derived_extractor(self._extractor.name, self.module(trained), weights_hash="now")
             return features_by(now, read, rows, label=label)
-        blocks = []
-        for start in tqdm(range(0, len(rows), batch_size), desc=label, leave=False):
-            chosen = rows[start : start + batch_size]
-            inputs = self.frozen_parts(read(np.resize(chosen, batch_size)))
-            blocks.append(np.asarray(self._embed(trained, self.rest, inputs))[: len(chosen)])
-        return np.concatenate(blocks)
+
+        def blocks() -> Iterator[Array]:
+            for start in tqdm(range(0, len(rows), batch_size), desc=label, leave=False):
+                inputs = self.frozen_parts(read(np.resize(rows[start : start + batch_size], batch_size)))
+                yield self._embed(trained, self.rest, inputs)
+
+        return np.concatenate([np.asarray(block) for block in one_behind(blocks())])[: len(rows)]
 
 
 def _first_trained(name: str, n_parts: int, unfreeze: Unfreeze) -> int:

@@ -50,7 +50,10 @@ class Norm(nnx.Module):
         """Return scale / sqrt(variance + epsilon) and bias − mean · gain, in the array type of the weights."""
         # Use only operators, so that numpy weights stay numpy and recording a graph needs no compilation.
         gain = self.scale[...] * (self.variance[...] + np.float32(self.epsilon)) ** np.float32(-0.5)
-        return gain, self.bias[...] - self.mean[...] * gain
+        shift = self.bias[...] - self.mean[...] * gain
+        # weights in bfloat16 would become float32 by the numbers above
+        kind = self.scale[...].dtype
+        return gain.astype(kind), shift.astype(kind)
 
 
 @singledispatch

@@ -21,6 +21,8 @@ from stimage_sd.stream.driver import TileJob, run_over_images
 WideFields = Literal["pooled", "separate"]
 #: default fields of view of tiles, as multiples of their side
 _FIELDS = (1.0, 2.0, 4.0)
+#: default tiles per batch; a GPU needs larger batches to be busy
+_BATCH, _ACCELERATOR_BATCH = 32, 128
 
 
 def embed(
@@ -68,7 +70,8 @@ def embed(
     weights
         Weights file, if the weights are not found automatically.
     batch_size
-        Tiles per batch. By default 32, or fewer for few tiles, and 128 nuclei.
+        Tiles or nuclei per batch. By default 32 tiles, or fewer for few tiles, and 128 nuclei, or more for more than
+        131,072 nuclei. On a GPU, 128 tiles and 1,024 nuclei.
     image_key
         The image that tiles are cut from. By default the stain-normalized H&E if it exists, else the H&E.
     shapes_key
@@ -216,6 +219,8 @@ def _batch_size(network: Extractor, n_tiles: int) -> int:
     """Return the default tiles per batch: 32, or fewer for few tiles if the network runs in small batches anyway.
 
     Few batches leave cores idle at the end: two cores take as long for 49 tiles in batches of 32 as for 64 tiles. The
-    number does not depend on the machine, so that a run can be resumed on another machine.
+    number does not depend on the number of cores, so that a run can be resumed on another machine of its kind.
     """
-    return min(32, ONNX_BATCH * max(1, n_tiles // 128)) if network.is_recordable else 32
+    if network.is_on_accelerator:
+        return _ACCELERATOR_BATCH
+    return min(_BATCH, ONNX_BATCH * max(1, n_tiles // 128)) if network.is_recordable else _BATCH

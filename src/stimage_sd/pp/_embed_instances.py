@@ -20,8 +20,10 @@ from stimage_sd.stream.driver import TileJob, run_over_images
 FIELDS_UM = (8.0, 25.0)
 #: side that these squares are resampled to for networks that take any size, px
 _TARGET_PX = 64
-#: nuclei per batch
-_BATCH = 128
+#: least and largest default number of nuclei per batch, and number of batches of a slide between both
+_BATCH, _MOST, _BATCHES = 128, 1024, 1024
+#: batches are multiples of this, so that ONNX Runtime sees the same nuclei together whatever the size of a batch
+_TOGETHER = 8
 
 
 def embed_instances(
@@ -58,7 +60,7 @@ def embed_instances(
             target=target,
             key=f"{network.name}-{network.weights_hash}",
             shape=(network.embedding_size,),
-            batch_size=_BATCH if batch_size is None else batch_size,
+            batch_size=_batch_size(network, tables[name].n_obs) if batch_size is None else batch_size,
         )
         for name, sdata in cohort.items()
     ]
@@ -77,6 +79,13 @@ def embed_instances(
         contract.record(
             sdata, "pp.embed", on=on, extractor=network.name, fields_um=about["fields_um"], image=names[name]
         )
+
+
+def _batch_size(network: Extractor, n_nuclei: int) -> int:
+    """Return the default nuclei per batch: more for a large slide, whose many batches would keep a scheduler busy."""
+    if network.is_on_accelerator:
+        return _MOST
+    return min(_MOST, max(_BATCH, n_nuclei // _BATCHES // _TOGETHER * _TOGETHER))
 
 
 def _nuclei(sdata: SpatialData, shapes_key: str | None) -> AnnData:

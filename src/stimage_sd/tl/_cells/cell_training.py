@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from jax import Array
 
 from stimage_sd._progress import tqdm
 from stimage_sd._settings import logger
+from stimage_sd.nn.accelerator import one_behind
 from stimage_sd.nn.hovernet import HoVerNet, HoVerNetSize, as_trained
 from stimage_sd.nn.hovernet_loss import CellTargets, cell_losses
 from stimage_sd.tl._cells.cell_tiles import CellTiles
@@ -103,13 +104,18 @@ class CellRun:
         settings = self._settings
         order = np.random.default_rng([settings.seed, epoch]).permutation(self._training)
         sums = np.zeros(3)
-        for index, start in enumerate(range(0, len(order), settings.batch_size)):
-            rows = order[start : start + settings.batch_size]
-            key = np.random.SeedSequence([settings.seed, epoch, index]).generate_state(1)[0]
-            batch = self._tiles.batch(rows, settings.batch_size, seed=int(key) if settings.augment else None)
-            self._state, losses = self._step(self._state, *batch)
-            sums += len(rows) * np.asarray(losses, dtype=float)
-            bar.update(len(rows))
+
+        def steps() -> Iterator[tuple[int, Array]]:
+            for index, start in enumerate(range(0, len(order), settings.batch_size)):
+                rows = order[start : start + settings.batch_size]
+                key = np.random.SeedSequence([settings.seed, epoch, index]).generate_state(1)[0]
+                batch = self._tiles.batch(rows, settings.batch_size, seed=int(key) if settings.augment else None)
+                self._state, losses = self._step(self._state, *batch)
+                bar.update(len(rows))
+                yield len(rows), losses
+
+        for n_rows, losses in one_behind(steps()):
+            sums += n_rows * np.asarray(losses, dtype=float)
         return _named(sums / len(order))
 
     def _validated(self) -> dict[str, float]:

@@ -21,6 +21,7 @@ from stimage_sd.models._finetuned import FinetunedModel, tile_specification
 from stimage_sd.models._nb import HeadName, NBModel
 from stimage_sd.models._specification import TileSpecification, check_specification
 from stimage_sd.models._split_network import Unfreeze
+from stimage_sd.nn.accelerator import on_accelerator
 from stimage_sd.tl._fit.finetune_run import Run
 from stimage_sd.tl._fit.finetuning import PixelData, Settings
 from stimage_sd.tl._fit.fit_nb import check_options
@@ -29,6 +30,9 @@ from stimage_sd.tl._fit.seen import check_different
 from stimage_sd.tl._fit.tile_store import TileStore
 from stimage_sd.tl._fit.training import TrainingData
 from stimage_sd.tl._fit.training_set import Spots, checked_genes, held_out_tiles
+
+#: default tiles in memory at a time; a GPU needs more to be busy, and has its own memory
+_MICRO_BATCH, _ACCELERATOR_MICRO_BATCH = 8, 64
 
 
 def finetune_nb(
@@ -49,7 +53,7 @@ def finetune_nb(
     augment: bool = True,
     max_epochs: int = 10,
     batch_size: int = 64,
-    micro_batch_size: int = 8,
+    micro_batch_size: int | None = None,
     learning_rate: float = 1e-4,
     head_learning_rate: float = 1e-3,
     weight_decay: float = 30.0,
@@ -98,7 +102,8 @@ def finetune_nb(
     max_epochs
         Maximum number of epochs.
     batch_size, micro_batch_size
-        Tiles per Adam step, and tiles in memory at a time. Gradients are summed over the micro-batches of a step.
+        Tiles per Adam step, and tiles in memory at a time, by default 8, or 64 on a GPU. Gradients are summed over the
+        micro-batches of a step.
     learning_rate, head_learning_rate
         Learning rates of Adam for the network and for the head.
     patience
@@ -145,6 +150,8 @@ def finetune_nb(
     source = contract.Source(table_key, layer)
     keep_compiled()
     cohort = contract.sections(data)
+    if micro_batch_size is None:
+        micro_batch_size = _ACCELERATOR_MICRO_BATCH if on_accelerator() else _MICRO_BATCH
     check_options(
         head=head, standardize=standardize, size_factors=size_factors, exposure=exposure,
         n_components=n_components, max_epochs=max_epochs, batch_size=batch_size, micro_batch_size=micro_batch_size,

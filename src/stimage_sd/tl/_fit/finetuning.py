@@ -27,6 +27,7 @@ from stimage_sd.models._split_network import (
     micro_batches,
     no_gradient,
 )
+from stimage_sd.nn.accelerator import one_behind
 from stimage_sd.tl._fit.tile_store import TileStore
 
 #: maximum number of tiles per section used to compute the mean and standard deviation
@@ -185,15 +186,21 @@ class Finetuning:
         """Train for one epoch, with tile order and augmentation set by the seed and the epoch."""
         rows = np.flatnonzero(~self._data.held_out)
         rows = np.random.default_rng([self._settings.seed, 3, epoch]).permutation(rows)
+
+        def steps() -> Iterator[Array]:
+            nonlocal trained, states
+            for index, start in enumerate(range(0, len(rows), self._settings.batch_size)):
+                chosen = rows[start : start + self._settings.batch_size]
+                total = no_gradient(trained)
+                for batch in self._micro_batches(chosen, epoch=epoch, number=index):
+                    total = self._add_gradient(total, trained, self._split.rest, scales, batch)
+                trained, states = self._update(trained, states, total[0], jnp.float32(len(chosen)))
+                bar.update(len(chosen))
+                yield total[1]
+
         loss = 0.0
-        for index, start in enumerate(range(0, len(rows), self._settings.batch_size)):
-            chosen = rows[start : start + self._settings.batch_size]
-            total = no_gradient(trained)
-            for batch in self._micro_batches(chosen, epoch=epoch, number=index):
-                total = self._add_gradient(total, trained, self._split.rest, scales, batch)
-            trained, states = self._update(trained, states, total[0], jnp.float32(len(chosen)))
-            loss += float(total[1])
-            bar.update(len(chosen))
+        for value in one_behind(steps()):
+            loss += float(value)
         return trained, states, loss / len(rows) / self._data.counts.shape[1]
 
     def _micro_batches(self, rows: np.ndarray, *, epoch: int, number: int) -> Iterator[Batch]:

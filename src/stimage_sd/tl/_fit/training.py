@@ -24,6 +24,7 @@ from stimage_sd._progress import tqdm
 from stimage_sd._settings import logger, n_threads
 from stimage_sd.likelihood import instances
 from stimage_sd.likelihood.heads import HEADS, Parameters
+from stimage_sd.nn.accelerator import on_accelerator, one_behind
 from stimage_sd.tl._fit.bags import BagFeatures
 
 #: number of minibatches per dense block passed to the compiled loop
@@ -121,10 +122,10 @@ def train(
         for epoch in range(1, max_epochs + 1):
             learning = [group for group in groups if not stopped[group.members].all()]
             loss, validation = np.zeros(n_members), np.zeros(n_members)
-            for rows in _blocks(random.permutation(used), batch_size):
-                learn = partial(_Group.learn, head=head, data=data, rows=rows, counts=_dense(data.counts, rows))
-                for group, part in zip(learning, pool.map(learn, learning), strict=True):
-                    loss[group.members] += part
+            blocks = _blocks(random.permutation(used), batch_size)
+            for parts in one_behind(_learned(learning, pool, head, data, rows) for rows in blocks):
+                for group, part in zip(learning, parts, strict=True):
+                    loss[group.members] += np.asarray(part)
             judge = partial(_Group.judge, head=head, data=data, batch_size=batch_size)
             for group, part in zip(learning, pool.map(judge, learning), strict=True):
                 validation[group.members] = part
@@ -142,6 +143,14 @@ def train(
     return _together(groups), history
 
 
+def _learned(
+    groups: list[_Group], pool: ThreadPoolExecutor, head: str, data: TrainingData, rows: _Rows
+) -> list[np.ndarray | Array]:
+    """Train all groups on a block, and return the loss per member of each."""
+    learn = partial(_Group.learn, head=head, data=data, rows=rows, counts=_dense(data.counts, rows))
+    return list(pool.map(learn, groups))
+
+
 def validation_loss(head: str, parameters: Parameters, data: TrainingData, *, batch_size: int) -> np.ndarray:
     """Compute the mean negative log-likelihood per gene and held-out tile, ``(n_members,)``."""
     held = data.held_out.astype(np.float32)
@@ -154,7 +163,7 @@ def validation_loss(head: str, parameters: Parameters, data: TrainingData, *, ba
 
 def _grouped(held_out: np.ndarray) -> list[np.ndarray]:
     """Group members to train together; on CPUs, a few members with the same held-out tiles."""
-    if jax.default_backend() != "cpu":
+    if on_accelerator():
         return [np.arange(len(held_out))]
     _, split_of = np.unique(held_out, axis=0, return_inverse=True)
     alike = [np.flatnonzero(split_of.ravel() == split) for split in range(split_of.max() + 1)]
@@ -170,13 +179,14 @@ class _Group:
         self._state = optax.adam(learning_rate).init(self._parameters)
         self._decay, self._learning_rate = jnp.asarray(decay[members]), learning_rate
 
-    def learn(self, *, head: str, data: TrainingData, rows: _Rows, counts: Array) -> np.ndarray:
-        """Train on a block and return the loss per member."""
+    def learn(self, *, head: str, data: TrainingData, rows: _Rows, counts: Array) -> np.ndarray | Array:
+        """Train on a block and return the loss per member. A GPU may not have computed it yet."""
         block = _block(data, rows, data.weight, self.members, counts)
         self._parameters, self._state, loss = _run_block(
             self._parameters, self._state, block, self._decay, head, self._learning_rate
         )
-        return np.asarray(loss)
+        # on CPUs, a thread of the pool computes one group at a time
+        return loss if on_accelerator() else np.asarray(loss)
 
     def judge(self, *, head: str, data: TrainingData, batch_size: int) -> np.ndarray:
         """Return the validation loss per member."""
