@@ -169,7 +169,7 @@ def _find(path: Path) -> None:
             new = shown[n_copies - STEP : n_copies]
             known.append(tile.classify(lime.perturbed_images(tile.pixels[0], hidden, tile.segments, new)))
         fitted = [
-            lime.fit_surrogate(shown[:n_copies], np.concatenate(known)).weights[1:, 0]
+            lime.leave_one_out(shown[:n_copies], np.concatenate(known)).weights[1:, 0]
             for shown, known in zip(draws, outputs, strict=True)
         ]
         if _agreement(fitted) >= agreement:

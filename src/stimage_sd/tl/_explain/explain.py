@@ -47,7 +47,8 @@ def explain(
 
     The model predicts copies of a tile with random nuclei hidden. A linear model of the visible nuclei is then fitted
     to these predictions. One set of copies serves all genes and both mean and uncertainty. Copies are added until the
-    scores are stable. The logger ``stimage_sd`` reports the longest expected time after the first copies.
+    scores are stable, in pairs of which each shows the nuclei that the other hides. The logger ``stimage_sd`` reports
+    the longest expected time after the first copies.
 
     A nucleus is hidden in every field of view that shows it. Fields of view are embedded anew only where nuclei change
     them. The tissue around the tile is unchanged. The neighbors' embeddings (context) and the section's mean and
@@ -76,7 +77,7 @@ def explain(
         Largest number of copies per tile and seed, including the unperturbed tile.
     stability
         Stability of all genes and outputs at which no more copies are added, a correlation. `None` always takes
-        `n_samples` copies.
+        `n_samples` copies, which are drawn independently, as published.
     segments
         ``"nuclei"``, ``"slic"`` (superpixels), the name of labels (0 is background), or a function. The function takes
         a tile, ``uint8 (y, x, 3)``, and returns segments, ``int (y, x)``, 0 for background.
@@ -131,8 +132,9 @@ def explain(
     scores equal those of the package `lime`,
     ``LimeImageExplainer(random_state=seed).explain_instance(..., hide_color=hide_color)``, over the same segments.
 
-    Stability is the jackknife over copies: the variance of each score over draws of copies is compared with the
-    variance between nuclei. R² leaves out one copy at a time. It is weighted as the linear model.
+    Stability compares the variance of each score over draws of copies with the variance between nuclei. R² leaves out
+    one pair of copies at a time, or one copy. It is weighted as the linear model. Scores of fewer pairs than 1.25 times
+    the nuclei have stability 0.
 
     Examples
     --------

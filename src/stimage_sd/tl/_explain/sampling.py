@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 
@@ -15,7 +15,7 @@ from stimage_sd.tl._explain.copies import Copies
 from stimage_sd.tl._explain.explained import TileResult
 
 #: copies that are added before the scores are judged again
-BLOCK = 128
+BLOCK = 64
 #: expected seconds from which the message is a warning
 _LONG = 300
 
@@ -36,6 +36,16 @@ class Sampling:
     n_samples: int
     stability: float | None
     seeds: tuple[int, ...]
+
+    @property
+    def draw(self) -> Callable[..., np.ndarray]:
+        """Function that draws the copies: those of the package `lime` if their number is fixed, else pairs."""
+        return lime.perturbations if self.stability is None else lime.paired_perturbations
+
+    @property
+    def fit(self) -> Callable[[np.ndarray, np.ndarray], lime.LeftOut]:
+        """Function that fits the linear models to such copies."""
+        return lime.leave_one_out if self.stability is None else lime.leave_pairs_out
 
 
 class Expected:
@@ -99,22 +109,22 @@ def explain_tile(
     cut = result.segments
     assert cut is not None
     n_segments, first = len(cut.numbers), int(cut.has_background)
-    shown = np.stack([lime.perturbations(sampling.n_samples, n_segments, seed=seed) for seed in sampling.seeds])
+    shown = np.stack([sampling.draw(sampling.n_samples, n_segments, seed=seed) for seed in sampling.seeds])
+    n_samples = shown.shape[1]
     outputs: list[np.ndarray] = []
-    for start in range(0, sampling.n_samples, BLOCK):
-        stop = min(start + BLOCK, sampling.n_samples)
+    for start in [0, *range(1 + BLOCK, n_samples, BLOCK)]:
+        stop = min(start + BLOCK + (start == 0), n_samples)
         block = shown[:, start:stop].reshape(-1, n_segments)
         predicted = copies.outputs(block, sampling.of, sampling.columns, pool)
         outputs.append(predicted.reshape(len(shown), stop - start, -1))
         report(len(block), copies.seconds)
-        if sampling.stability is None and stop < sampling.n_samples:
+        if sampling.stability is None and stop < n_samples:
             continue
-        so_far = shown[:, :stop], np.concatenate(outputs, axis=1)
-        stability, r2 = _judge(*so_far, first)
+        every = [sampling.fit(*pair) for pair in zip(shown[:, :stop], np.concatenate(outputs, axis=1), strict=True)]
+        stability, r2 = _judge(every, first)
         if sampling.stability is not None and (stability >= sampling.stability).all():
             break
-    fits = [lime.fit_surrogate(*pair) for pair in zip(*so_far, strict=True)]
-    weights = np.stack([fit.weights for fit in fits])
+    weights = np.stack([fit.weights for fit in every])
     return replace(
         result,
         prediction=outputs[0][0, 0],
@@ -125,14 +135,13 @@ def explain_tile(
             "r2": r2,
             "stability": stability,
             "background": weights.mean(axis=0)[0] if first else np.full(weights.shape[2], np.nan),
-            "intercept": np.mean([fit.intercepts for fit in fits], axis=0),
+            "intercept": np.mean([fit.intercepts for fit in every], axis=0),
         },
     )
 
 
-def _judge(shown: np.ndarray, outputs: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+def _judge(every: Sequence[lime.LeftOut], first: int) -> tuple[np.ndarray, np.ndarray]:
     """Compute stability and held-out R² of the mean over seeds, each ``float64 (n_outputs,)``."""
-    every = [lime.leave_one_out(*pair) for pair in zip(shown, outputs, strict=True)]
     weights, r2 = (np.mean([getattr(one, name) for one in every], axis=0) for name in ("weights", "r2"))
     variances = np.sum([one.variances for one in every], axis=0) / len(every) ** 2
     return lime.stability(weights[first:], variances[first:]), r2
