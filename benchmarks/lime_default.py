@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from stimage_sd.tl._explain.tile_views import OpenedTiles
 
 FIELDS, TILES, SEEDS = (1.0, 2.0, 4.0), (31, 12, 45, 50), (0, 1, 2)
-#: the gene of the model whose scores become stable within the default number of copies
-GENE = 4
+#: the gene of the model that is explained
+GENE = 0
 #: copies are counted in steps of so many, up to so many
 STEP, MOST = 64, 1536
 #: copies that lime is timed on

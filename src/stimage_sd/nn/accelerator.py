@@ -55,9 +55,8 @@ def one_behind(values: Iterable[T]) -> Iterator[T]:
     >>> list(one_behind([1, 2, 3]))
     [1, 2, 3]
     """
-    waiting: list[T] = []
+    last: list[T] = []
     for value in values:
-        waiting.append(value)
-        if len(waiting) > 1:
-            yield waiting.pop(0)
-    yield from waiting
+        yield from last
+        last = [value]
+    yield from last
