@@ -47,9 +47,9 @@ def dots(make_slide: Callable[..., SpatialData]) -> SpatialData:
 
 
 @pytest.fixture(autouse=True)
-def _no_stores_are_left() -> Iterator[None]:
-    yield
+def _no_stores_are_left(_own_cache: None) -> Iterator[None]:
     folder = cache_dir() / "stream"
+    yield
     assert not folder.is_dir() or not list(folder.iterdir())
 
 
