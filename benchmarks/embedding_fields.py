@@ -55,7 +55,7 @@ def embedding(
     network = get_extractor("efficientnet_lite0_stages")
     network(np.zeros((2, PX, PX, 3), np.uint8))
     if wide_fields == "pooled":
-        network.cell_means(18 * 32, 18)
+        network.cell_means(10 * 32, 10)
 
     def job() -> Mapping[str, Any]:
         pp.embed(sdata, network, fields_of_view=fields, wide_fields=wide_fields, context_rings=0)

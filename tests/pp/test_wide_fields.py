@@ -29,7 +29,7 @@ def section(make_slide: Callable[..., SpatialData], picture: Callable) -> Spatia
 
 def cells_of(one: WideMap, value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
     """Give each cell of the blocks the value of a function of its center."""
-    x, y = ((one.blocks()[:, axis, None] + (np.arange(16) + 0.5) / 16) * one.step for axis in (0, 1))
+    x, y = ((one.blocks()[:, axis, None] + (np.arange(8) + 0.5) / 8) * one.step for axis in (0, 1))
     return value(x[:, None, None, :], y[:, None, :, None])[..., None].astype(np.float32)
 
 
@@ -56,17 +56,17 @@ def test_fields_are_means_of_the_network_on_the_map(make_slide: Callable[..., Sp
     pp.tile(section, size_um=64.0, target_px=128, min_tissue=0)
     pp.embed(section, EXTRACTOR, fields_of_view=(1.0, 4.0), context_rings=0)
     values = contract.embeddings(section, EXTRACTOR)[:, 176:]
-    # tiles of 128 px at four times their side: the map is four times as coarse, and its first block has 512 px
+    # tiles of 128 px at four times their side: the map is four times as coarse, and its first block has 256 px
     coarse = next(np.asarray(one.data) for one in contract.levels(section, "he") if one.sizes["x"] == 576)
-    block = np.pad(np.moveaxis(coarse, 0, -1)[:544, :544], ((32, 0), (32, 0), (0, 0)), mode="reflect")
+    block = np.pad(np.moveaxis(coarse, 0, -1)[:288, :288], ((32, 0), (32, 0), (0, 0)), mode="reflect")
     extractor = get_extractor(EXTRACTOR)
-    with means_of_cells(18):
+    with means_of_cells(10):
         cells = np.asarray(jax.jit(extractor.module())(extractor.normalize(block[None])))[0, 1:-1, 1:-1]
     features = cells.repeat(32, axis=0).repeat(32, axis=1)
     centers = np.asarray(contract.tiles(section).obsm["spatial"])
-    inside = np.flatnonzero(((centers >= 256) & (centers <= 4 * 512 - 256)).all(axis=1))
-    assert len(inside) > 50
-    for row in inside[::7]:
+    inside = np.flatnonzero(((centers >= 256) & (centers <= 4 * 256 - 256)).all(axis=1))
+    assert len(inside) > 20
+    for row in inside[::3]:
         left, top = (centers[row] / 4 - 64).astype(int)
         expected = features[top : top + 128, left : left + 128].mean(axis=(0, 1))
         np.testing.assert_allclose(values[row], expected, rtol=1e-2, atol=1e-3)

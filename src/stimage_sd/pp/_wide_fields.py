@@ -22,11 +22,11 @@ from stimage_sd.stream.driver import TileJob
 #: side of a cell, px of the map: the coarsest stride of the networks
 _CELL = 32
 #: cells per side of a block, and around it; the network sees the cells around, and they are not counted
-_BLOCK, _AROUND = 16, 1
+_BLOCK, _AROUND = 8, 1
 #: least cells per side of a field
 _LEAST_CELLS = 2.0
 #: blocks per batch
-_BATCH = 2
+_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MeansOfCells:
     network: Extractor
 
     def __call__(self, blocks: np.ndarray) -> np.ndarray:
-        """Embed ``uint8 (n, side, side, 3)`` as ``float32 (n, 16, 16, n_features)``."""
+        """Embed ``uint8 (n, side, side, 3)`` as ``float32 (n, 8, 8, n_features)``."""
         n = _BLOCK + 2 * _AROUND
         means = self.network.cell_means(n * _CELL, n)(blocks)
         return means[:, _AROUND:-_AROUND, _AROUND:-_AROUND]
@@ -98,7 +98,7 @@ class WideMap:
     def pool(self, means: np.ndarray) -> np.ndarray:
         """Average the cells inside each tile's field.
 
-        - `means`: ``float32 (n_blocks, 1, 16, 16, n_features)``, in the order of `blocks`.
+        - `means`: ``float32 (n_blocks, 1, 8, 8, n_features)``, in the order of `blocks`.
         - returns: ``float32 (n_tiles, n_features)``.
         """
         n_features = means.shape[-1]
@@ -110,7 +110,7 @@ class WideMap:
         return pooled
 
     def _shares(self, centers: np.ndarray, block: int) -> np.ndarray:
-        """Return the share of each field's side that lies in the cells of a block, ``float32 (n_tiles, 16)``."""
+        """Return the share of each field's side that lies in the cells of a block, ``float32 (n_tiles, 8)``."""
         edges = block * self.step + np.arange(_BLOCK + 1) * (_CELL * self.scale)
         starts = centers[:, None] - self.side / 2
         inside = np.clip(edges, starts, starts + self.side)
