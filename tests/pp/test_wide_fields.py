@@ -65,7 +65,7 @@ def test_fields_are_means_of_the_network_on_the_map(make_slide: Callable[..., Sp
     features = cells.repeat(32, axis=0).repeat(32, axis=1)
     centers = np.asarray(contract.tiles(section).obsm["spatial"])
     inside = np.flatnonzero(((centers >= 256) & (centers <= 4 * 256 - 256)).all(axis=1))
-    assert len(inside) > 20
+    assert len(inside) > 10
     for row in inside[::3]:
         left, top = (centers[row] / 4 - 64).astype(int)
         expected = features[top : top + 128, left : left + 128].mean(axis=(0, 1))
