@@ -92,7 +92,9 @@ def test_cells_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
     images = np.random.default_rng(0).integers(0, 256, (2, 30, 37, 3), dtype=np.uint8)
     expected = CellClassifier.of(network, **about).maps(images)
     monkeypatch.setattr(_cell_classifier, "on_accelerator", lambda: True)
-    found = CellClassifier.of(network, **about).maps(images)
+    there = CellClassifier.of(network, **about)
+    assert isinstance(there._run, Queue)
+    found = there.maps(images)
     for one, two in zip(found, expected, strict=True):
         assert one.shape == two.shape
         np.testing.assert_allclose(one, two, rtol=1e-3, atol=1e-4 * np.abs(two).max())

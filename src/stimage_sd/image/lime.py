@@ -243,7 +243,8 @@ def stability(weights: np.ndarray, variances: np.ndarray) -> np.ndarray:
         return np.full(n_outputs, np.nan)
     spread = weights.var(axis=0, ddof=1)
     spread = np.where(spread > (1e-12 * np.abs(weights).max(axis=0)) ** 2, spread, np.nan)
-    return np.sqrt((1 - variances.mean(axis=0) / spread).clip(min=0))
+    # an estimate of a variance without bias can be a little below 0
+    return np.sqrt((1 - variances.mean(axis=0) / spread).clip(0, 1))
 
 
 def _distances(shown: np.ndarray) -> np.ndarray:

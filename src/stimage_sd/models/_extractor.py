@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -35,6 +36,7 @@ ONNX_BATCH = 2
 _ONNX_PX = ONNX_BATCH * 128 * 128
 # Share of changed pixels up to which the unchanged rest is shared between copies.
 _MOST_CHANGED = 0.7
+_recording = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +182,8 @@ class Extractor:
         run
             From uint8 (n_images, side, side, 3) to float32 (n_images, n, n, embedding_size).
         """
-        return _cell_means(self, side, n)
+        with _recording:  # threads that begin together would each record the network
+            return _cell_means(self, side, n)
 
     def normalize(self, tiles: jax.Array) -> jax.Array:
         """Normalize uint8 tiles in JAX. Without `mean` and `std`, return the tiles unchanged."""
