@@ -32,7 +32,7 @@ def comparison(*, title: str, size_um: float, stride_um: float) -> Comparison:
     side = partial(embedding, size_um=size_um, stride_um=stride_um)
     return Comparison(
         title=title,
-        unit="px a side",
+        unit="px per side",
         sizes=(2_500, 5_000, 10_000),
         sides={
             ONE: partial(side, (1.0,), "pooled"),
