@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 import scipy.special
+from scipy.optimize.elementwise import find_root
 
 
 class MeanOnlyFit(NamedTuple):
@@ -122,22 +123,13 @@ def _dispersion_score(
 
 def _falling_root(function: Callable[[np.ndarray], np.ndarray], low: float, high: float, size: int) -> np.ndarray:
     """Find where an elementwise function falls through zero, or return a bound if it does not."""
-    left, right = np.full(size, low), np.full(size, high)
-    at_left, at_right = function(left), function(right)
-    never, always = at_left <= 0, at_right >= 0
-    for step in range(100):
-        if np.all((right - left < 1e-7) | never | always):
-            break
-        # False position is fast near the root, and bisection bounds the number of steps, so the two alternate.
-        middle = (left + right) / 2
-        if step % 2:
-            span = at_left - at_right
-            guess = left + (right - left) * at_left / np.where(span > 0, span, 1)
-            # A small overstep moves both ends of the bracket inward.
-            guess += np.where(guess < middle, 1, -1) * 0.01 * (right - left)
-            middle = np.where((span > 0) & (guess > left) & (guess < right), guess, middle)
-        value = function(middle)
-        up = value > 0
-        left, at_left = np.where(up, middle, left), np.where(up, value, at_left)
-        right, at_right = np.where(up, right, middle), np.where(up, at_right, value)
-    return np.where(never, low, np.where(always, high, (left + right) / 2))
+    at = np.full(size, low)
+
+    def part(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+        # SciPy asks again only for the elements whose root is not known yet
+        at[index] = values
+        return function(at)[index]
+
+    never, always = function(at) <= 0, function(np.full(size, high)) >= 0
+    root = find_root(part, (at.copy(), high), args=(np.arange(size),), tolerances={"xatol": 1e-7}).x
+    return np.where(never, low, np.where(always, high, root))
