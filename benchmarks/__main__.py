@@ -69,8 +69,10 @@ def table(cases: list[dict[str, Any]]) -> str:
     if all(each):
         growth = f"{each[-1] / each[0] - 1:+.0%} from the smallest size to the largest"
         lines += ["", f"Ours, milliseconds a tile: {', '.join(f'{value:.2f}' for value in each)}; {growth}."]
-    cpu = cases[0]["machine"]
-    return "\n".join([*lines, "", f"*{cpu['cores']} cores of {cpu['cpu']}, Python {cpu['python']}.*"])
+    on = cases[0]["machine"]
+    used = sorted({f"{name} {version}" for case in cases for name, version in case["versions"].items()})
+    versions = f"Python {on['python']}, {', '.join(used)}"
+    return "\n".join([*lines, "", f"*{on['cores']} cores of {on['cpu']}; {versions}.*"])
 
 
 def _seconds(value: float) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Steps, machine
+from benchmarks.measure import Steps, machine, versions
 
 RESULTS = Path(__file__).parent / "results"
 #: what a side does: prepare for a size, untimed, and return the work, whose result are figures to keep; of work that
@@ -91,6 +91,7 @@ def run_side(work: Comparison, side: str, size: int) -> dict[str, Any]:
         "seconds_first": seconds[0],
         "peak_mb_above_imports": max(row["peak_mb_above_imports"] for row in steps.rows),
         "figures": dict(figures or {}),
+        "versions": versions(),
     }
 
 
@@ -165,6 +166,7 @@ def _case(work: Comparison, size: int, rows: Mapping[str, Sequence[Mapping[str, 
         "met": met,
         "load": os.getloadavg()[0],
         "machine": machine(),
+        "versions": {name: version for each in rows.values() for name, version in each[-1]["versions"].items()},
     }
 
 

@@ -5,13 +5,39 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+#: what does the work of a comparison: names of modules, and of the packages that they belong to
+PACKAGES = {
+    "cv2": "opencv-python-headless",
+    "esda": "esda",
+    "imagecodecs": "imagecodecs",
+    "jax": "jax",
+    "lazyslide": "lazyslide",
+    "lime": "lime",
+    "numpy": "numpy",
+    "onnxruntime": "onnxruntime",
+    "openslide": "openslide-python",
+    "pyvips": "pyvips",
+    "scipy": "scipy",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "squidpy": "squidpy",
+    "staintools": "staintools",
+    "tifffile": "tifffile",
+    "timm": "timm",
+    "torch": "torch",
+    "torchstain": "torchstain",
+    "zarr": "zarr",
+}
 
 
 def resident_megabytes() -> float:
@@ -31,6 +57,11 @@ def machine() -> dict[str, Any]:
         platform.processor(),
     )
     return {"cpu": model, "cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that this process has imported and that do the work of comparisons."""
+    return {package: metadata.version(package) for module, package in PACKAGES.items() if module in sys.modules}
 
 
 @dataclass
