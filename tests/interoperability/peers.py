@@ -14,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -900,6 +901,11 @@ def lognormalize(peer: Peer, *, layer: str | None = "counts") -> Peer:
 
 
 def _copied(data: SpatialData) -> SpatialData:
-    """Return an object whose elements, transformations and attributes are its own."""
-    with _quietly():
-        return spatialdata.deepcopy(data)
+    """Return an object whose elements, transformations and attributes are its own; nothing writes into pixels."""
+    elements = {
+        name: element.copy(deep=False) if kind in ("images", "labels") else element.copy()
+        for kind, name, element in data.gen_elements()
+    }
+    copy = SpatialData.init_from_elements(elements)
+    copy.attrs = deepcopy(data.attrs)
+    return copy
