@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -468,74 +467,6 @@ def test_batch_size_does_not_show(counted_image: Callable) -> None:
     ]
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
-
-
-CLUSTER = """
-    import os, sys, time
-    import dask.array as da, numpy as np, xarray as xr
-    from distributed import Client, LocalCluster
-    from stimage_sd.stream.driver import run_over_tiles
-
-    def slow_means(tiles):
-        time.sleep({delay})
-        with open({log!r}, "a") as log:
-            log.write(f"{{os.getpid()}}\\n")
-        return tiles.mean(axis=(1, 2))
-
-    if __name__ == "__main__":
-        image = np.random.default_rng(0).integers(0, 256, (3, 600, 600), dtype=np.uint8)
-        pyramid = [xr.DataArray(da.from_array(image, chunks=(3, 150, 150)), dims=("c", "y", "x"))]
-        centers = np.random.default_rng(1).uniform(0, 600, (80, 2))
-        with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-            with Client(cluster):
-                values = run_over_tiles(pyramid, centers, slow_means, sides=[32.0, 64.0], target=32, key="cluster",
-                                        batch_size=8)
-        np.save({out!r}, values)
-"""
-
-
-def cluster_reference() -> np.ndarray:
-    image = np.random.default_rng(0).integers(0, 256, (3, 600, 600), dtype=np.uint8)
-    pyramid = [xr.DataArray(da.from_array(image, chunks=(3, 150, 150)), dims=("c", "y", "x"))]
-    centers = np.random.default_rng(1).uniform(0, 600, (80, 2))
-    return run_over_tiles(pyramid, centers, channel_means, sides=[32.0, 64.0], target=32, key="here", batch_size=8)
-
-
-def start_cluster(folder: Path, *, delay: float) -> subprocess.Popen:
-    script = folder / "cluster.py"
-    log, out = str(folder / "pids"), str(folder / "values.npy")
-    script.write_text(textwrap.dedent(CLUSTER).format(delay=delay, log=log, out=out))
-    environment = {**os.environ, "STIMAGE_SD_CACHE": str(folder / "cache")}
-    return subprocess.Popen([sys.executable, str(script)], env=environment, stderr=(folder / "stderr").open("w"))
-
-
-@pytest.mark.slow
-def test_a_cluster_of_processes_gives_the_same(tmp_path: Path) -> None:
-    process = start_cluster(tmp_path, delay=0.05)
-    assert process.wait(timeout=120) == 0, (tmp_path / "stderr").read_text()
-    np.testing.assert_array_equal(np.load(tmp_path / "values.npy"), cluster_reference())
-    pids = set((tmp_path / "pids").read_text().split())
-    # both workers worked; this process tried a blank tile to learn the result's shape
-    assert len(pids - {str(process.pid)}) == 2
-
-
-@pytest.mark.slow
-def test_a_killed_worker_costs_only_its_batch(tmp_path: Path) -> None:
-    process = start_cluster(tmp_path, delay=0.25)
-    log = tmp_path / "pids"
-    victim = None
-    while process.poll() is None and victim is None:
-        workers = [pid for pid in log.read_text().split() if pid != str(process.pid)] if log.exists() else []
-        if len(workers) >= 4:
-            victim = int(workers[-1])
-            os.kill(victim, signal.SIGKILL)
-        threading.Event().wait(0.02)
-    assert process.wait(timeout=120) == 0, (tmp_path / "stderr").read_text()
-    assert victim is not None
-    np.testing.assert_array_equal(np.load(tmp_path / "values.npy"), cluster_reference())
-    calls = (tmp_path / "pids").read_text().split()
-    # 10 batches of 2 views and a blank tile; whatever the victim had in hand is done twice
-    assert 21 <= len(calls) <= 21 + 8
 
 
 MEMORY = """
