@@ -1,8 +1,9 @@
 """Run every comparison and write its table and growth curves into the docs: ``python -m benchmarks [NAME ...]``.
 
 The packages that are compared with, torch among them, are installed by ``pip install -e ".[bench]"``.
-With ``--tables-only``, tables and curves are made anew from ``benchmarks/results``. With ``--quick``, each side runs
-once at the smallest size, and one table is printed: what to look at before and after a change.
+With ``--tables-only``, tables and curves are made anew from ``benchmarks/results``. With ``--quick``, our side and the
+peers that a factor is asked for run once at the smallest size, and one table is printed: what to look at before and
+after a change. It leaves out the same work in other formats, sizes and layouts, unless they are named.
 """
 
 from __future__ import annotations
@@ -43,6 +44,17 @@ MODULES = (
     "hovernet",
     "hovernet_published",
     "slide_end_to_end",
+)
+#: the same work as another comparison's, in another format, size or layout
+VARIANTS = (
+    "reading_svs_jpeg2000",
+    "reading_ome_jpeg",
+    "reading_ome_jpeg2000",
+    "embedding_resnet50",
+    "embedding_fields_lattice",
+    "lime_default",
+    "bivariate_morans_i",
+    "hovernet_published",
 )
 #: what is measured by itself: modules with `measure`, which gives rows, and `table`, which makes Markdown of them
 ALONE = ("startup", "small")
@@ -134,14 +146,14 @@ def alone(name: str, path: Path, *, runs: int | None) -> None:
 
 
 def quick(names: Iterable[str]) -> None:
-    """Run every side of comparisons once at the smallest size, and print a row per side."""
+    """Run ours and the peers of comparisons once at the smallest size, and print a row per side."""
     print("| comparison | size | side | seconds | first run | times as fast | peak MB above imports |")
     print("|---|---|---|---|---|---|---|")
     for name in names:
         work: Comparison = importlib.import_module(f"benchmarks.{name}").WORK
         size = work.sizes[0]
         ours = child(name, OURS, size)
-        for side in work.sides:
+        for side in (OURS, *work.reach):
             try:
                 row = ours if side == OURS else child(name, side, size)
             except MissingPeerError:
@@ -156,15 +168,15 @@ def quick(names: Iterable[str]) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", default=MODULES + ALONE, metavar="NAME", help=", ".join(MODULES + ALONE))
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(MODULES + ALONE))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--tables-only", action="store_true")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     if options.quick:
-        quick(name for name in options.names if name not in ALONE)
+        quick(options.names or [name for name in MODULES if name not in VARIANTS])
         return
-    for name in options.names:
+    for name in options.names or MODULES + ALONE:
         path = RESULTS / f"{name}.json"
         if name in ALONE:
             alone(name, path, runs=None if options.tables_only else options.runs)

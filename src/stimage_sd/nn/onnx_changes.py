@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 #: operators that treat every position alike, besides convolutions of one pixel
-_POINTWISE = {"Cast", "Sub", "Mul", "Add", "Relu", "Clip", "Concat"}
+_POINTWISE = {"Cast", "Sub", "Add", "BatchNormalization", "Relu", "Clip", "Concat"}
 #: operators that read a window of positions
 _WINDOWED = {"Conv", "MaxPool", "AveragePool"}
 #: operators on vectors, which have no positions, after a global mean

@@ -149,8 +149,10 @@ def _(value: Symbol) -> Symbol:
 
 @norm.register
 def _(value: Symbol, layer: Norm) -> Symbol:
-    gain, shift = (np.asarray(array, np.float32).reshape(1, -1, 1, 1) for array in layer.gain_and_shift())
-    return value.then("Mul", value.graph.constant(gain)).then("Add", value.graph.constant(shift))
+    # Runtimes fold this operator into the convolution before it, or run it with the activation after it as one step.
+    gain, shift = (np.asarray(array, np.float32).ravel() for array in layer.gain_and_shift())
+    arrays = map(value.graph.constant, (gain, shift, np.zeros_like(gain), np.ones_like(gain)))
+    return value.then("BatchNormalization", *arrays, epsilon=0.0)
 
 
 @double.register
