@@ -25,7 +25,7 @@ from stimage_sd.models._network_arrays import network_arrays, put_arrays
 from stimage_sd.models._weights import sha256_of_arrays
 from stimage_sd.nn import onnx_graph
 from stimage_sd.nn.accelerator import Queue, on_accelerator
-from stimage_sd.nn.hovernet import HoVerNet, HoVerNetSize
+from stimage_sd.nn.hovernet import SIZES, HoVerNet, HoVerNetSize
 
 #: diameter of a nucleus, µm
 NUCLEUS_UM = 8.0
@@ -173,8 +173,9 @@ class CellClassifier(SavedModel, kind="cell_classifier"):
         options = onnxruntime.SessionOptions()
         # one thread per image, because the tile stream runs as many images at once as there are cores
         options.intra_op_num_threads = options.inter_op_num_threads = 1
-        # with the arena, memory would stay at the peak of the largest image
-        options.enable_cpu_mem_arena = False
+        # The arena keeps the memory of the largest image: 0.8 GB of the small network, for a sixth of its time. The
+        # published network would keep 2.4 GB for 4 %.
+        options.enable_cpu_mem_arena = self.size.width < SIZES["published"].width
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
     def __getstate__(self) -> dict[str, Any]:
