@@ -26,8 +26,8 @@ from spatialdata import SpatialData
 REPOSITORY = Path(__file__).resolve().parents[1]
 #: growth of a test process after which it drops what JAX compiled, bytes
 LARGE_GROWTH = 1 << 30
-# Most of the time of many tests is XLA's compiler. At this level it is a fifth faster, and its code as fast. Programs of
-# tests are small, so splitting them for several threads costs more than it gains. The main job and the tests on the
+# Most of the time of many tests is XLA's compiler. At this level it is a fifth faster, and its code as fast. Programs
+# of tests are small, so splitting them for several threads costs more than it gains. The main job and the tests on the
 # newest Python are compiled as users' code is.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1 --xla_cpu_parallel_codegen_split_count=1")
 
