@@ -195,20 +195,26 @@ class CellClassifier(SavedModel, kind="cell_classifier"):
         The maps, as large as the images. If a side is not divisible by 8, the image is padded by mirroring at its
         lower and right border.
         """
+        nuclear, hv, types, features = np.split(self._stacked(images), [1, 3, 4 + len(self.classes)], axis=1)
+        return CellMaps(nuclear=nuclear[:, 0], hv=hv, types=types, features=features)
+
+    def _stacked(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Return nuclear probability, distances, probabilities of types and features, ``(batch, n_maps, y, x)``."""
         height, width = images.shape[1:3]
         padding = [(0, 0), (0, -height % _STEP), (0, -width % _STEP), (0, 0)]
         padded = np.pad(images, padding, mode="symmetric") if height % _STEP or width % _STEP else images
         with self._lock:
             run = self._run
         outputs = [run(padded[n : n + 1]) for n in range(len(images))]
-        stacked = np.concatenate(outputs)[..., :height, :width]
-        nuclear, hv, types, features = np.split(stacked, [2, 4, 5 + len(self.classes)], axis=1)
-        return CellMaps(
-            nuclear=scipy.special.expit(nuclear[:, 1] - nuclear[:, 0]),
-            hv=hv,
-            types=scipy.special.softmax(types, axis=1),
-            features=features,
-        )
+        # an accelerator's arrays cannot be written
+        maps = np.require(outputs[0] if len(outputs) == 1 else np.concatenate(outputs), requirements="W")
+        outside, stacked = maps[:, 0, :height, :width], maps[:, 1:, :height, :width]
+        stacked[:, 0] = scipy.special.expit(stacked[:, 0] - outside)
+        types = stacked[:, 3 : 4 + len(self.classes)]
+        types -= types.max(axis=1, keepdims=True)
+        np.exp(types, out=types)
+        types /= types.sum(axis=1, keepdims=True)
+        return stacked
 
     def __call__(self, images: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Find the nuclei in images.
@@ -223,10 +229,9 @@ class CellClassifier(SavedModel, kind="cell_classifier"):
         Labels ``int32 (batch, y, x)``, 0 for no nucleus, and values ``float32 (batch, y, x, n_values)``: the
         probabilities of the classes without the background, then the features.
         """
-        maps = self.maps(images)
-        pairs = zip(maps.nuclear, maps.hv, strict=True)
-        labels = np.stack([hv_watershed(*pair, nucleus_px=NUCLEUS_UM / self.mpp) for pair in pairs])
-        return labels, np.moveaxis(np.concatenate([maps.types[:, 1:], maps.features], axis=1), 1, -1)
+        stacked = self._stacked(images)
+        labels = np.stack([hv_watershed(one[0], one[1:3], nucleus_px=NUCLEUS_UM / self.mpp) for one in stacked])
+        return labels, np.moveaxis(stacked[:, 4:], 1, -1)
 
     def to_parts(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """Return the config and arrays that the model is saved as."""
