@@ -218,11 +218,11 @@ def test_shifted_products_equal_grouped_convolution(kernel_size, stride, shape):
 
     @jax.jit
     def both(value, kernel):
-        found = []
+        results = []
         for f in (shifted, grouped):
             result, pull_back = jax.vjp(f, value, kernel)
-            found.append((result, *pull_back(2 * result)))
-        return found
+            results.append((result, *pull_back(2 * result)))
+        return results
 
     ours, theirs = both(value, kernel)
     np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-5, atol=1e-5)

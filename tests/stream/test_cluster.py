@@ -148,6 +148,23 @@ def test_normalized_and_embedded_as_on_threads(files: list[Path], cluster: Local
         np.testing.assert_array_equal(on_cluster[key], values, err_msg=key)
 
 
+def test_results_of_unknown_shape_as_on_threads(cluster: LocalCluster, tmp_path: Path) -> None:
+    """Tiles of two fields of view cross the borders of chunks; a blank tile tells the shape."""
+    image = np.random.default_rng(0).integers(0, 256, (3, 600, 600), dtype=np.uint8)
+    pyramid = [xr.DataArray(da.from_array(image, chunks=(3, 150, 150)), dims=("c", "y", "x"))]
+    centers = np.random.default_rng(1).uniform(0, 600, (80, 2))
+
+    def means(where: str) -> np.ndarray:
+        function = log_and_wait(tmp_path / where, 0.05)
+        return run_over_tiles(pyramid, centers, function, sides=[32.0, 64.0], target=32, key=where, batch_size=8)
+
+    with Client(cluster):
+        on_cluster = means("cluster")
+    np.testing.assert_array_equal(on_cluster, means("threads"))
+    pids = set((tmp_path / "cluster").read_text().split())
+    assert len(pids - {str(os.getpid())}) == 2  # both workers worked
+
+
 def test_quality_as_on_threads(files: list[Path], cluster: LocalCluster) -> None:
     def quality() -> tuple[pd.DataFrame, list[np.ndarray]]:
         sections = {path.stem: io.slide(path, mpp=1.0) for path in files}

@@ -129,7 +129,7 @@ def test_labels_of_others_teach_nothing(section: Section) -> None:
     train = section(11)
     frame = train.shapes["nuclei"]
     frame["cell_type"] = np.random.default_rng(0).permutation(frame["cell_type"].astype(str))
-    shuffled = sti.tl.fit_cell_classifier(train, n_epochs=3, **{**FIT, "batch_size": 2})
+    shuffled = sti.tl.fit_cell_classifier(train, n_epochs=5, **{**FIT, "batch_size": 2})
     test = section(13)
     sti.tl.predict_cells(test, shuffled, key_added="nuclei_predicted")
     scores = sti.tl.evaluate_cells(test)
