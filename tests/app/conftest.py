@@ -220,6 +220,8 @@ class Visitor:
         self.page.wait_for_timeout(600)
 
     def send(self, path: Path, *, label: str) -> None:
+        # Streamlit 1.67 clears its answer to "where to" if a run of the page starts in the same hundredth of a second
+        self.until_done()
         box = self.page.locator("[data-testid=stFileUploader]").filter(has_text=label)
         box.wait_for(timeout=LONG)
         box.locator("input[type=file]").set_input_files(path)

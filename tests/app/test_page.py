@@ -119,8 +119,8 @@ def test_a_model_that_standardizes_by_section_says_so_of_a_tile(
     visitor.choose("Upload an image")
     visitor.choose("Upload a model")
     visitor.send(pieces["tile"], label="A tile")
-    visitor.send(other, label="A model")
     visitor.see("How large is a pixel?")
+    visitor.send(other, label="A model")
     # the page is drawn anew once the model is there, and would lose what is typed meanwhile
     visitor.page.get_by_test_id("stCaptionContainer").get_by_text("by_section.stimage").wait_for(timeout=LONG)
     visitor.until_done()
