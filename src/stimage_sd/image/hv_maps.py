@@ -74,37 +74,36 @@ def hv_watershed(
     >>> bool((found == labels).all())
     True
     """
-    inside = np.asarray(nuclear) >= _NUCLEAR
     area = np.pi / 4 * nucleus_px**2
-    inside = _numbered(inside, _LEAST_NUCLEUS * area) > 0
+    pieces = _numbered(np.asarray(nuclear) >= _NUCLEAR, _LEAST_NUCLEUS * area)
+    inside = pieces > 0
     if not inside.any():
-        return np.zeros(inside.shape, dtype=np.int32)
-    between = np.maximum(*(_drop(np.asarray(hv[axis], np.float32), axis, _side(nucleus_px)) for axis in (0, 1)))
-    between = np.where(inside, between, 0)
+        return pieces
+    drops = (_drop(np.asarray(hv[axis], np.float32), axis, _side(nucleus_px)) for axis in (0, 1))
+    between = np.clip(np.maximum(*drops), 0, 1)
     markers = _filled(inside & (between < _DROP))
     opened = cv2.morphologyEx(markers, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3)))
     seeds = _numbered(opened > 0, max(_LEAST_PX, _LEAST_MARKER * area))
-    height = -cv2.GaussianBlur((1 - between) * inside, (3, 3), 0)
-    return _flooded(height, seeds, inside)
+    height = cv2.GaussianBlur((between - 1) * inside, (3, 3), 0)
+    return _flooded(height, seeds, pieces)
 
 
-def _flooded(height: NDArray[np.float32], seeds: NDArray[np.int32], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Assign each pixel inside to a seed by a watershed, without flooding where the result is certain.
+def _flooded(height: NDArray[np.float32], seeds: NDArray[np.int32], pieces: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Assign each pixel of the pieces to a seed by a watershed, without flooding where the result is certain.
 
     Certain are pixels of seeds, and pieces that hold one seed. The result is that of a flood of the whole image. Only
     between seeds at the same height, to the last digit, the flood's order of equals may differ.
     """
-    pieces = cv2.connectedComponents(inside.astype(np.uint8), connectivity=4)[1]
-    at = (seeds > 0) & inside
+    at = (seeds > 0) & (pieces > 0)
     piece, seed = pieces[at], seeds[at]
     only_seed = np.zeros(int(pieces.max()) + 1, dtype=np.int32)
     only_seed[piece] = seed
     several = np.zeros(len(only_seed), dtype=bool)
     several[piece[only_seed[piece] != seed]] = True
     only_seed[several] = 0
-    labels = only_seed[pieces]
+    labels = only_seed.take(pieces)
     if several.any():
-        contested = several[pieces]
+        contested = several.take(pieces)
         labels += np.where(contested, seeds, 0)
         # the flood starts at the edges of seeds; their inner pixels would only pass through its queue
         inner = cv2.erode((labels > 0).astype(np.uint8), _CROSS) > 0
@@ -120,7 +119,7 @@ def _filled(inside: NDArray[np.bool_]) -> NDArray[np.uint8]:
     for border in (pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]):
         hole[border] = False
     hole[0] = True  # the mask itself
-    return hole[pieces].astype(np.uint8)
+    return hole.take(pieces).view(np.uint8)
 
 
 def _side(nucleus_px: float) -> int:
@@ -128,10 +127,9 @@ def _side(nucleus_px: float) -> int:
 
 
 def _drop(distances: NDArray[np.float32], axis: int, side: int) -> NDArray[np.float32]:
-    """Return the drop of a map along its axis, where 1 is a drop from 1 to −1 and 0 a rise."""
-    clipped = np.clip(distances, -1, 1)
-    slope = cv2.Sobel(clipped, cv2.CV_32F, 1 - axis, axis, ksize=side) / _steepest(side)
-    return np.clip(-slope, 0, 1)
+    """Return the drop of a map along its axis, where 1 is a drop from 1 to −1. A rise is negative."""
+    steepest = _steepest(side)
+    return cv2.Sobel(np.clip(distances, -1, 1), cv2.CV_32F, 1 - axis, axis, ksize=side, scale=-1 / steepest)
 
 
 @lru_cache
@@ -146,4 +144,4 @@ def _numbered(inside: NDArray[np.bool_], least: float) -> NDArray[np.int32]:
     labels = cv2.connectedComponents(inside.astype(np.uint8), connectivity=4)[1]
     large = np.bincount(labels.ravel()) >= least
     large[0] = False
-    return np.where(large, np.cumsum(large), 0).astype(np.int32)[labels]
+    return np.where(large, np.cumsum(large), 0).astype(np.int32).take(labels)

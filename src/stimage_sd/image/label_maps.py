@@ -58,7 +58,7 @@ class LabelMap:
             )
         there = np.bincount(labels.ravel()) > 0
         there[:1] = False
-        return cls(np.flatnonzero(there), np.where(there, np.cumsum(there), 0).astype(np.int32)[labels])
+        return cls(np.flatnonzero(there), np.where(there, np.cumsum(there), 0).astype(np.int32).take(labels))
 
     @cached_property
     def pixels(self) -> NDArray[np.int64]:
@@ -68,7 +68,7 @@ class LabelMap:
     @cached_property
     def owner(self) -> NDArray[np.int64]:
         """Number of the object of each of the `pixels`, from 0."""
-        return self.places.ravel()[self.pixels].astype(np.int64) - 1
+        return self.places.take(self.pixels).astype(np.int64) - 1
 
     @cached_property
     def area(self) -> NDArray[np.int64]:
@@ -118,7 +118,7 @@ def means_within(labels: NDArray[np.integer] | LabelMap, values: NDArray[np.floa
     array([[1.5]])
     """
     objects = LabelMap.of(labels)
-    means = [objects.mean(values[..., channel].ravel()[objects.pixels]) for channel in range(values.shape[-1])]
+    means = [objects.mean(values[..., channel].take(objects.pixels)) for channel in range(values.shape[-1])]
     return np.stack(means, axis=1) if means else np.empty((len(objects.numbers), 0))
 
 
