@@ -36,17 +36,21 @@ FIT = """
 """
 
 
-def fit(folder: Path, **environment: str) -> dict:
-    (folder / "fit.py").write_text(textwrap.dedent(FIT).format(bundle=str(folder / "bundle")))
+def run(script: str, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, str(folder / "fit.py")],
-        env={**os.environ, "STIMAGE_SD_CACHE": str(folder / "cache"), **environment},
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout
+
+
+def fit(folder: Path) -> dict:
+    printed = run(FIT.format(bundle=str(folder / "bundle")), STIMAGE_SD_CACHE=str(folder / "cache"))
+    return json.loads(printed.splitlines()[-1])
 
 
 def kept(folder: Path) -> set[str]:
@@ -77,12 +81,19 @@ def test_a_second_process_takes_what_the_first_compiled(tmp_path: Path) -> None:
     assert compiled <= again
     assert {name for name in again if "run_block" in name} == loops
 
+
+def test_a_folder_of_the_users_own_is_kept(tmp_path: Path) -> None:
+    script = """
+        import jax
+        from stimage_sd._cache import keep_compiled
+        keep_compiled()
+        print(jax.config.jax_compilation_cache_dir, float(jax.jit(lambda x: x + 1)(1.0)))
+    """
     chosen = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    own = fit(tmp_path, **chosen)
-    assert own["before"] == str(tmp_path / "own")
-    assert own["digest"] == first["digest"]
-    assert any("run_block" in name for name in kept(tmp_path / "own"))  # compiled anew, in the folder chosen
-    assert kept(tmp_path / "cache" / "jit") == again
+    printed = run(script, STIMAGE_SD_CACHE=str(tmp_path / "cache"), **chosen)
+    assert printed.split() == [str(tmp_path / "own"), "2.0"]
+    assert kept(tmp_path / "own")
+    assert not kept(tmp_path / "cache")
 
 
 def test_an_installation_and_a_home_that_cannot_be_written_are_no_obstacle(tmp_path: Path) -> None:

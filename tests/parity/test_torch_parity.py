@@ -111,7 +111,7 @@ def test_smaller_vision_transformers_equal_timms(size, torchvision_folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet_lite2", "resnet50", "vit_base_patch16_224"])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", "resnet50", "vit_base_patch16_224"])
 def test_module_and_its_gradient_equal_torch(name, reference):
     with np.load(reference / f"{name}.npz") as arrays:
         tiles, expected, gradient = (arrays[key] for key in ("tiles_224", "outputs_224", "gradient"))

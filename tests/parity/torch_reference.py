@@ -2,9 +2,9 @@
 
 Run in an environment with torch, numpy and safetensors:
 `python torch_reference.py FOLDER LITE0_PTH LITE1_PTH LITE2_PTH`. It writes to FOLDER the weights
-(`<network>.safetensors`), tiles and outputs (`<network>.npz`, with the gradient of the summed squared outputs by the
-first convolution's kernel), and a file in torch's old format (`legacy.pth`) with what torch itself reads from it
-(`legacy.npz`).
+(`<network>.safetensors`), tiles and outputs (`<network>.npz`), and a file in torch's old format (`legacy.pth`) with
+what torch itself reads from it (`legacy.npz`). Some networks also get the gradient of the summed squared outputs by the
+first convolution's kernel.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from torch.nn import functional
 
 SIZES = (224, 299)
 GRADIENT_SIZE = 224
+#: networks whose gradient is compared
+WITH_GRADIENT = ("efficientnet_lite0", "resnet50", "vit_base_patch16_224")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -124,10 +126,11 @@ def write(
         normalized = (tiles.permute(0, 3, 1, 2) / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[
             :, None, None
         ]
-        with torch.set_grad_enabled(size == GRADIENT_SIZE):
+        with_gradient = name in WITH_GRADIENT and size == GRADIENT_SIZE
+        with torch.set_grad_enabled(with_gradient):
             outputs = network(normalized)
         arrays |= {f"tiles_{size}": tiles.numpy(), f"outputs_{size}": outputs.detach().numpy()}
-        if size == GRADIENT_SIZE:
+        if with_gradient:
             arrays["gradient"] = torch.autograd.grad(outputs.square().sum(), stem)[0].numpy()
     np.savez(folder / f"{name}.npz", **arrays)
 

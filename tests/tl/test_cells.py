@@ -34,6 +34,8 @@ pytestmark = pytest.mark.slow
 #: so small that an epoch takes a second
 TINY = HoVerNetSize(8, (1, 1, 1, 1), (1, 1), 3)
 FIT = {"tile_px": 128, "batch_size": 4, "learning_rate": 3e-3}
+#: a third of the tiles, where what is learned does not matter
+FEW = {**FIT, "min_nuclei": 16}
 Section = Callable[[int], SpatialData]
 
 
@@ -230,7 +232,8 @@ def test_a_killed_run_goes_on_to_the_same_network(section: Section, tmp_path: Pa
             from stimage_sd.nn.hovernet import HoVerNetSize
             sdata = spatialdata.read_zarr({str(tmp_path / "run12.zarr")!r})
             sti.tl.fit_cell_classifier({{"run12": sdata}}, size=HoVerNetSize(8, (1, 1, 1, 1), (1, 1), 3), n_epochs=2,
-                                       tile_px=128, batch_size=4, learning_rate=3e-3, checkpoint=sys.argv[1])
+                                       tile_px=128, batch_size=4, learning_rate=3e-3, min_nuclei=16,
+                                       checkpoint=sys.argv[1])
             """
         )
     )
@@ -240,7 +243,7 @@ def test_a_killed_run_goes_on_to_the_same_network(section: Section, tmp_path: Pa
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    options = {"size": TINY, "n_epochs": 2, **FIT}
+    options = {"size": TINY, "n_epochs": 2, **FEW}
     whole = sti.tl.fit_cell_classifier({"run12": sdata}, **options)
     resumed = sti.tl.fit_cell_classifier({"run12": sdata}, checkpoint=tmp_path / "state", **options)
     assert resumed.key == whole.key
@@ -281,7 +284,7 @@ def test_an_interrupted_slide_goes_on(section: Section, held_out: SpatialData, m
 
 def test_cross_validation_by_section(section: Section, tmp_path: Path) -> None:
     cohort = {f"run{n}": section(n) for n in (12, 13)}
-    models = {"tiny": partial(sti.tl.fit_cell_classifier, size=TINY, n_epochs=2, **FIT)}
+    models = {"tiny": partial(sti.tl.fit_cell_classifier, size=TINY, n_epochs=2, **FEW)}
     table = sti.tl.cross_validate_cells(cohort, models, out=tmp_path)
     assert set(table["section"]) == set(cohort)
     assert (table["section"] == table["fold"]).all()
@@ -294,7 +297,7 @@ def test_cross_validation_by_section(section: Section, tmp_path: Path) -> None:
 
 def test_the_validation_sections_best_epoch_is_kept(section: Section) -> None:
     cohort = {f"run{n}": section(n) for n in (12, 13)}
-    fitted = sti.tl.fit_cell_classifier(cohort, size=TINY, validation="run13", n_epochs=2, **FIT)
+    fitted = sti.tl.fit_cell_classifier(cohort, size=TINY, validation="run13", n_epochs=2, **FEW)
     losses = fitted.training["history"]["validation_loss"]
     assert fitted.training["best_epoch"] == int(np.argmin(losses)) + 1
     assert fitted.training["validation"] == ["run13"]
