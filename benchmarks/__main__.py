@@ -154,13 +154,16 @@ def quick(names: Iterable[str]) -> None:
         size = work.sizes[0]
         ours = child(name, OURS, size)
         for side in (OURS, *work.reach):
+            measured = min(size, work.at_most.get(side, size))
             try:
-                row = ours if side == OURS else child(name, side, size)
+                row = ours if side == OURS else child(name, side, measured)
             except MissingPeerError:
                 print(f"| {name} | {size:,} {work.unit} | {side} | not installed | | | |", flush=True)
                 continue
-            ratio = "" if side == OURS else f"{row['seconds'] / ours['seconds']:.2f}"
-            seconds = f"{_seconds(row['seconds'])} | {_seconds(row['seconds_first'])}"
+            # as in the tables, the seconds of a slow peer are those of a smaller size, scaled
+            scaled, first = (row[key] * size / measured for key in ("seconds", "seconds_first"))
+            ratio = "" if side == OURS else f"{scaled / ours['seconds']:.2f}"
+            seconds = f"{_seconds(scaled)} | {_seconds(first)}"
             peak = f"{row['peak_mb_above_imports']:,}"
             print(f"| {name} | {size:,} {work.unit} | {side} | {seconds} | {ratio} | {peak} |", flush=True)
 
