@@ -220,7 +220,7 @@ class Visitor:
         self.page.wait_for_timeout(600)
 
     def send(self, path: Path, *, label: str) -> None:
-        # Streamlit 1.67 clears its answer to "where to" if a run of the page starts in the same hundredth of a second
+        # Streamlit 1.67 drops an upload that begins within ten milliseconds before a run of the page
         self.until_done()
         box = self.page.locator("[data-testid=stFileUploader]").filter(has_text=label)
         box.wait_for(timeout=LONG)

@@ -127,6 +127,7 @@ def test_a_model_that_standardizes_by_section_says_so_of_a_tile(
     visitor.page.get_by_test_id("stNumberInputField").fill("0.5")
     visitor.page.keyboard.press("Tab")
     visitor.see(re.compile("a tile alone cannot be predicted"))
+    assert visitor.page.get_by_text("Tile 0,").count() == 0
 
 
 def by_section(model: Path, path: Path) -> Path:
@@ -138,6 +139,7 @@ def by_section(model: Path, path: Path) -> Path:
 def test_bad_files_get_a_message_and_the_app_stays_up(
     visit: Callable[..., Any],
     example: Path,
+    server: Any,
     pieces: dict[str, Path],
     pickled_model: Path,
     flat_png: Callable[..., Path],
@@ -168,6 +170,7 @@ def test_bad_files_get_a_message_and_the_app_stays_up(
     # the same visitor goes on with what is good
     visitor.choose("Example's model")
     visitor.see("Click on a tile to see")
+    assert server.process.poll() is None
 
 
 def test_nothing_is_left_when_the_server_stops(

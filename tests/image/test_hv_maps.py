@@ -109,10 +109,10 @@ def test_nothing_is_flooded_that_need_not_be_and_the_result_is_the_same(seed: in
     opened = cv2.morphologyEx(holes.astype(np.uint8), cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     seeds = cv2.connectedComponents(opened, connectivity=4)[1]
     steep += 1e-4 * random.random(steep.shape, dtype=np.float32)  # of equal heights either may be first
-    found = _flooded(steep, seeds, _numbered(inside, 1))
-    assert found.dtype == np.int32
-    assert found.max() > 5
-    np.testing.assert_array_equal(found, watershed(steep, seeds, mask=inside))
+    flooded = _flooded(steep, seeds, _numbered(inside, 1))
+    assert flooded.dtype == np.int32
+    assert flooded.max() > 5
+    np.testing.assert_array_equal(flooded, watershed(steep, seeds, mask=inside))
 
 
 def test_pieces_are_numbered_in_their_order() -> None:

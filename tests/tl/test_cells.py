@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 #: so small that an epoch takes a second
 TINY = HoVerNetSize(8, (1, 1, 1, 1), (1, 1), 3)
 FIT = {"tile_px": 128, "batch_size": 4, "learning_rate": 3e-3}
-#: a third of the tiles, where what is learned does not matter
+#: a third of the tiles, for tests that do not ask what was learned
 FEW = {**FIT, "min_nuclei": 16}
 Section = Callable[[int], SpatialData]
 

@@ -128,8 +128,8 @@ def _side(nucleus_px: float) -> int:
 
 def _drop(distances: NDArray[np.float32], axis: int, side: int) -> NDArray[np.float32]:
     """Return the drop of a map along its axis, where 1 is a drop from 1 to −1. A rise is negative."""
-    steepest = _steepest(side)
-    return cv2.Sobel(np.clip(distances, -1, 1), cv2.CV_32F, 1 - axis, axis, ksize=side, scale=-1 / steepest)
+    clipped = np.clip(distances, -1, 1)
+    return cv2.Sobel(clipped, cv2.CV_32F, 1 - axis, axis, ksize=side, scale=-1 / _steepest(side))
 
 
 @lru_cache
